@@ -1,0 +1,64 @@
+# The commands of this project. Everything is installed into $(VENV); nothing outside it is touched.
+#   make demo    the main job on real data, from a fresh clone
+#   make test    lint, format, types and tests
+#   make sweep   the long runs over many models
+#   make bench   the benchmarks
+# Variables: PYTHON (which interpreter makes the environment), VENV, PIP_ARGS (passed to pip install),
+# PYTEST_ARGS (passed to pytest).
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+WORKERS ?= 2
+
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
+CODE := allocator adapters recipes tests benchmarks
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types unit sweep bench clean
+
+help:
+	@sed -n '2,7s/^# \{0,1\}//p' Makefile
+
+$(PY):
+	"$(PYTHON)" -m venv $(VENV)
+
+# One stamp per extra: installed once, again when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml | $(PY)
+	@echo "installing neuron-allocator[$*] into $(VENV) (once; this can take some minutes)"
+	$(PIP_INSTALL) -e '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-demo
+	$(PY) -m allocator.recipes.demo
+
+test: lint unit
+
+lint: $(VENV)/.installed-dev
+	$(PY) -m ruff check $(CODE)
+	$(PY) -m ruff format --check $(CODE)
+	@$(MAKE) --no-print-directory types
+
+format: $(VENV)/.installed-dev
+	$(PY) -m ruff check --fix $(CODE)
+	$(PY) -m ruff format $(CODE)
+
+# adapters/ and recipes/ are installed inside the package; mypy sees them there through a tree of links.
+types: $(VENV)/.installed-dev
+	@rm -rf build/types && mkdir -p build/types/allocator
+	@ln -s "$(CURDIR)"/allocator/* "$(CURDIR)/adapters" "$(CURDIR)/recipes" build/types/allocator/
+	$(PY) -m mypy build/types/allocator tests
+
+unit: $(VENV)/.installed-dev
+	$(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+sweep: $(VENV)/.installed-dev
+	$(PY) -m pytest -m sweep -n $(WORKERS) --timeout 3600 $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed-dev
+	$(PY) -m benchmarks.run
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

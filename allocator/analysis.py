@@ -1,0 +1,30 @@
+"""Running the operator rules over a trace."""
+
+from __future__ import annotations
+
+from .flow import Facts, Flow, Slots
+from .rules import find_rule
+from .trace import Trace
+
+
+def run_rules(trace: Trace, slots: Slots, facts: Facts, **options: object) -> Flow:
+    """Label every tensor of `trace`, adding to `facts` what must stay or go together.
+
+    Args:
+        trace: a recorded forward.
+        slots: numbers of the model's parameters and buffers.
+        facts: filled in place; pass the same object for several traces of one model.
+        options: `groups`, `norms` and `tied_parts` of `Flow`.
+    """
+    flow = Flow(trace, slots, facts, **options)  # type: ignore[arg-type]
+    for op in trace.ops:
+        if not flow.active.isdisjoint(op.inputs()):
+            flow.active.update(op.outputs)
+        known = find_rule(op)
+        if known is None:
+            flow.refuse(op, "no rule for this operator")
+        else:
+            known(flow, op)
+    for index in trace.outputs:
+        flow.freeze_output(index)
+    return flow

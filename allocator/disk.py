@@ -1,0 +1,86 @@
+"""Writing that is all or nothing, and reading with clear errors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import FileError
+
+PathLike = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def atomic_write(path: PathLike) -> Iterator[Path]:
+    """A temporary file beside ``path``: put in its place if the block ends well, removed if it does not.
+
+    Yields:
+        The temporary file's path; write to it.
+
+    Raises:
+        FileError: the folder is missing or cannot be written to, the disk is full, or ``path`` is a folder.
+    """
+    target = Path(os.path.realpath(path))
+    check_writable(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        if target.exists():
+            os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+        os.replace(temporary, target)
+    except OSError as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: PathLike) -> None:
+    """Raise FileError where ``path`` clearly cannot be written, so that long work does not end in that."""
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise FileError(f"cannot write {path}: it is a folder or a device, not a file")
+    folder = target.parent
+    if not folder.is_dir():
+        raise FileError(f"cannot write {path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise FileError(f"cannot write {path}: no permission to write in {folder}")
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Write a text file in one piece."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def existing(path: PathLike) -> Path:
+    """The path of a file that can be read and is not empty.
+
+    Raises:
+        FileError: it is missing, empty, a folder, or may not be read.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise FileError(f"there is no file {path}")
+    if not file.is_file():
+        raise FileError(f"{path} is a folder, not a model file")
+    if not os.access(file, os.R_OK):
+        raise FileError(f"no permission to read {path}")
+    if file.stat().st_size == 0:
+        raise FileError(f"{path} is empty")
+    return file
+
+
+def shorten(text: str, limit: int = 600) -> str:
+    """The text on one line, cut to ``limit`` characters."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 4] + " ..."

@@ -1,0 +1,98 @@
+"""Every error and warning this package raises, under one base class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class AllocatorError(Exception):
+    """Base class of all errors raised by this package."""
+
+
+class UnsupportedModelError(AllocatorError, TypeError):
+    """The object is not a model that can be traced as it is (lazy, quantised, TorchScript, wrapped ...)."""
+
+
+class InputError(AllocatorError, ValueError):
+    """Example inputs are missing, or do not fit the model in shape, dtype or device."""
+
+
+class TraceError(AllocatorError, RuntimeError):
+    """The model's own forward raised, or could not be followed."""
+
+
+class CriterionError(AllocatorError, ValueError):
+    """A criterion is unknown, or has nothing to rank this model by."""
+
+
+class BudgetError(AllocatorError, ValueError):
+    """A FLOPs budget that is not a number, or that cannot be met.
+
+    Attributes:
+        asked: the budget in FLOPs, or None where it could not be read.
+        reachable: the smallest FLOPs that can be reached, or None where the budget could not be read.
+    """
+
+    def __init__(self, message: str, *, asked: float | None = None, reachable: int | None = None):
+        super().__init__(message)
+        self.asked = asked
+        self.reachable = reachable
+
+
+class NothingToAllocateError(AllocatorError, ValueError):
+    """No neuron of the model can be removed.
+
+    Attributes:
+        reasons: why, one line per cause, most frequent first.
+    """
+
+    def __init__(self, message: str, *, reasons: Sequence[str] = ()):
+        super().__init__(message)
+        self.reasons = list(reasons)
+
+
+class RewriteError(AllocatorError, RuntimeError):
+    """The rewritten model does not run, and no smaller plan was found that does."""
+
+
+class CertificateError(AllocatorError, AssertionError):
+    """The rewritten model is not the original minus the removed neurons."""
+
+
+class CostMismatchError(AllocatorError, AssertionError):
+    """The cost model and fvcore disagree on the FLOPs of a model."""
+
+
+class AllocationMismatchError(AllocatorError, ValueError):
+    """An allocation does not fit the model it is applied to."""
+
+
+class FileError(AllocatorError, OSError):
+    """A file is missing, truncated, not a model, or in an unknown format."""
+
+
+class UnsafeFileError(FileError):
+    """A file holds a pickle that would run code; opened only where the caller trusts it."""
+
+
+class UnknownNameError(AllocatorError, KeyError):
+    """A model, criterion, policy or recipe name that is not registered; names near ones."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class AllocatorWarning(UserWarning):
+    """Base class of all warnings raised by this package."""
+
+
+class UninformativeScoresWarning(AllocatorWarning):
+    """All scores are equal, so the ranking carries no information."""
+
+
+class BudgetNotBindingWarning(AllocatorWarning):
+    """The budget is at or above the model's own FLOPs; the model comes back unchanged."""
+
+
+class ValueDependentTraceWarning(AllocatorWarning):
+    """The forward needs values: what was traced holds for inputs that take the same path."""

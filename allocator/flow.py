@@ -1,0 +1,274 @@
+"""Channel flow: one label per index of every dim that holds channels, carried through a trace.
+
+A label is the number of a *slot*, one index of one dim of one parameter or buffer; slot 0 stands for
+"must stay". A tensor has one array of labels per dim, or None for a dim without channels (batch, pixels,
+tokens, dims of size 1). Rules pass labels on and note which slots must go together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .trace import Op, Trace, Value
+
+Label = np.ndarray | None
+Labels = tuple[Label, ...]
+
+FROZEN = 0
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Numbers for every index of every dim of every parameter and buffer.
+
+    Attributes:
+        base: per tensor name, the first slot of each dim.
+        shapes: per tensor name, its sizes.
+        total: number of slots, with the frozen one.
+    """
+
+    base: dict[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]
+    total: int
+
+    @classmethod
+    def of(cls, shapes: dict[str, tuple[int, ...]]) -> Slots:
+        """Number the dims of tensors with these sizes."""
+        base, following = {}, 1
+        for name, shape in shapes.items():
+            starts = []
+            for size in shape:
+                starts.append(following)
+                following += size
+            base[name] = tuple(starts)
+        return cls(base, dict(shapes), following)
+
+    def labels(self, name: str) -> Labels:
+        """Labels of a parameter or buffer: its own slots; none where a dim has size 1."""
+        sizes = self.shapes[name]
+        return tuple(
+            np.arange(start, start + n) if n > 1 else None
+            for start, n in zip(self.base[name], sizes, strict=True)
+        )
+
+    def names(self) -> list[tuple[int, str, int]]:
+        """(first slot, tensor name, dim) in ascending order, for looking a slot up by bisection."""
+        return sorted((s, name, d) for name, starts in self.base.items() for d, s in enumerate(starts))
+
+
+@dataclass(frozen=True)
+class Join:
+    """A place where activations meet, or where groups run side by side.
+
+    Attributes:
+        kind: "concat", "sum", "product", "stack" or "groups".
+        op: index into the trace's ops.
+        dim: dim of the joined labels in the inputs.
+        inputs: values that meet.
+    """
+
+    kind: str
+    op: int
+    dim: int
+    inputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A module attribute that a forward reads as the size of tensors.
+
+    Attributes:
+        module: path of the module.
+        name: attribute name.
+        pieces: label arrays whose kept counts are the attribute's new value; one piece, or one per part.
+    """
+
+    module: str
+    name: str
+    pieces: tuple[np.ndarray, ...]
+
+
+@dataclass
+class Facts:
+    """What the rules noted, over one or several traces of a model."""
+
+    ties: list[tuple[np.ndarray, np.ndarray, int]] = field(default_factory=list)
+    frozen: list[tuple[np.ndarray, str, str]] = field(default_factory=list)
+    produced: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    read: list[np.ndarray] = field(default_factory=list)
+    mixed: list[np.ndarray] = field(default_factory=list)
+    gammas: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    floors: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    attributes: list[Attribute] = field(default_factory=list)
+    groups: dict[str, np.ndarray] = field(default_factory=dict)
+    refused: dict[str, list[str]] = field(default_factory=dict)
+
+
+class Flow:
+    """The labels of every tensor of one trace; `analysis.run_rules` fills it.
+
+    Attributes:
+        trace: what was recorded.
+        groups: "whole" or "width": what a grouped convolution may lose.
+        norms: "exact" or "loose": whether channels under a norm over channels must stay.
+        active: values that depend on the model's inputs.
+        uniform: values that are the same everywhere, so that they fit any channels.
+        joins: where branches meet, in order.
+        facts: what must stay or go together.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        slots: Slots,
+        facts: Facts,
+        *,
+        groups: str = "whole",
+        norms: str = "exact",
+        tied_parts: frozenset[str] = frozenset(),
+    ) -> None:
+        self.trace, self.slots, self.facts = trace, slots, facts
+        self.groups, self.norms, self.tied_parts = groups, norms, tied_parts
+        produced = {v for op in trace.ops for v in op.outputs}
+        self.active = {i for i, v in enumerate(trace.values) if v.name is None and i not in produced}
+        self.uniform: set[int] = set()
+        self.joins: list[Join] = []
+        self._labels: list[Labels | None] = [None] * len(trace.values)
+
+    # Reading ------------------------------------------------------------------------------------
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """Sizes of a value, as traced."""
+        return self.trace.values[index].shape
+
+    def labels(self, index: int) -> Labels:
+        """Labels of a value, one entry per dim."""
+        known = self._labels[index]
+        if known is None:
+            value: Value = self.trace.values[index]
+            known = self.slots.labels(value.name) if value.name else (None,) * len(value.shape)
+            self._labels[index] = known
+        return known
+
+    def statistics_from_batch(self, op: Op) -> bool:
+        """Whether a batch norm runs in training mode outside a model in train mode (weight standardisation)."""
+        return bool(op.arg("training")) and not self.trace.training
+
+    # Writing ------------------------------------------------------------------------------------
+
+    def set(self, index: int, labels: Sequence[Label]) -> None:
+        """Set the labels of a value; dims of size 1 never have any."""
+        shape = self.shape(index)
+        if len(labels) != len(shape):
+            raise AssertionError(f"a rule gave {len(labels)} dims for a tensor of shape {shape}")
+        self._labels[index] = tuple(lab if n > 1 else None for lab, n in zip(labels, shape, strict=True))
+        self.uniform.discard(index)
+
+    def tie(self, a: np.ndarray, b: np.ndarray, op: Op) -> None:
+        """Slots in the same place of `a` and `b` (broadcast) go together."""
+        if a is not b:
+            self.facts.ties.append((a, np.broadcast_to(b, a.shape), op.index))
+
+    def unify(self, a: Label, b: Label, op: Op) -> Label:
+        """Two dims that must keep the same indices; where one has no channels, the other stays whole."""
+        if a is None or b is None:
+            self.freeze(b if a is None else a, op, "meets a dim that must keep its size")
+            return b if a is None else a
+        self.tie(a, b, op)
+        return a
+
+    def unify_all(self, labels: Sequence[Label], op: Op) -> Label:
+        """`unify` over any number of dims; returns the first label there is."""
+        result = next((label for label in labels if label is not None), None)
+        if result is not None:
+            for label in labels:
+                if label is not result:
+                    self.unify(result, label, op)
+        return result
+
+    def contract(self, x: Label, weight: Label, op: Op, weight_value: int) -> None:
+        """Two dims that are summed over in a product."""
+        self.unify(x, weight, op)
+        if weight is not None:
+            (self.facts.mixed if weight_value in self.active else self.facts.read).append(weight)
+
+    def produce(self, label: Label, op: Op, weight_value: int) -> None:
+        """Labels of neurons that a parameter writes; they are what can be removed."""
+        if label is not None and weight_value not in self.active:
+            self.facts.produced.append((label, op.module))
+            self.facts.floors.append((label, op.module))
+
+    def group(self, op: Op, weight_value: int, representatives: np.ndarray) -> None:
+        """A grouped convolution whose groups come and go whole; one slot per group."""
+        name = self.trace.values[weight_value].name
+        if name is not None:
+            self.facts.groups[name] = representatives
+
+    def freeze(self, label: Label, op: Op, reason: str) -> None:
+        """These slots must stay."""
+        self._freeze(label, op.module, f"{reason} ({op.name})")
+
+    def freeze_output(self, index: int) -> None:
+        """What the model returns keeps its channels."""
+        for label in self.labels(index):
+            self._freeze(label, "", "an output of the model")
+
+    def _freeze(self, label: Label, module: str, reason: str) -> None:
+        if label is not None:
+            self.facts.frozen.append((label, module, reason))
+
+    def refuse(self, op: Op, reason: str) -> None:
+        """Freeze everything that a call touches, and list it."""
+        touched = [label for i in op.inputs() for label in self.labels(i) if label is not None]
+        for label in touched:
+            self.freeze(label, op, reason)
+        if touched:
+            self.facts.refused.setdefault(op.name, []).append(op.module)
+        for index in op.outputs:
+            self.set(index, [None] * len(self.shape(index)))
+
+    def floor(self, label: np.ndarray, op: Op) -> None:
+        """At least one of these slots must be kept."""
+        self.facts.floors.append((label, op.module))
+
+    def note_gamma(self, label: Label, weight_value: int) -> None:
+        """A batch norm scales these channels."""
+        name = self.trace.values[weight_value].name
+        if name is not None and self.labels(weight_value)[0] is not None:
+            self.facts.gammas.append((self.labels(weight_value)[0], name))  # type: ignore[arg-type]
+
+    def join(self, kind: str, op: Op, dim: int, inputs: Sequence[int]) -> None:
+        """Note a place where branches meet."""
+        self.joins.append(Join(kind, op.index, dim, tuple(inputs)))
+
+    def sized_by_attribute(self, op: Op, literal: object, pieces: Sequence[np.ndarray]) -> bool:
+        """Whether the running module holds the sizes of a split as attributes; notes them if so."""
+        if op.module in self.tied_parts:
+            return False
+        module = self.trace.modules.get(op.module)
+        fields = vars(module) if module is not None else {}
+        whole = [n for n, value in fields.items() if _same_sizes(value, literal)]
+        if whole:
+            self.facts.attributes.extend(Attribute(op.module, n, tuple(pieces)) for n in whole)
+            return True
+        if isinstance(literal, int) or not fields:
+            return False
+        singles = [
+            next((n for n, value in fields.items() if type(value) is int and value == len(piece)), None)
+            for piece in pieces
+        ]
+        if None in singles or len(set(singles)) < len(singles):
+            return False
+        self.facts.attributes.extend(
+            Attribute(op.module, str(n), (piece,)) for n, piece in zip(singles, pieces, strict=True)
+        )
+        return True
+
+
+def _same_sizes(value: object, literal: object) -> bool:
+    if isinstance(literal, int):
+        return type(value) is int and value == literal
+    return isinstance(value, (list, tuple)) and isinstance(literal, (list, tuple)) and list(value) == list(literal)

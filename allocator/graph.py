@@ -1,0 +1,279 @@
+"""The channel graph: which slots make up a neuron, what each costs, and where branches meet."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import nn
+
+from . import adapters
+from .analysis import run_rules
+from .cost import CostModel, cost_terms
+from .flow import FROZEN, Facts, Flow, Slots
+from .inputs import Inputs
+from .skeleton import tensor_names
+from .trace import ForwardError, record, trace_forward
+
+BRANCHES, INNER, ALL = 0, 1, 2
+SCOPES = {"branches": BRANCHES, "inner": INNER, "all": ALL}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How channels are followed.
+
+    Attributes:
+        groups: "whole" removes whole groups of a grouped convolution, "width" the same places of every group.
+        norms: "exact" keeps channels under a norm over channels, "loose" lets them go.
+        exclude: module or parameter name patterns, or module classes, that stay as they are.
+        tied_parts: modules whose split parts must stay equal (found by tracing).
+        frozen_ops: (module, operator name) whose neurons stay (found by tracing).
+    """
+
+    groups: str = "whole"
+    norms: str = "exact"
+    exclude: tuple[str | type, ...] = ()
+    tied_parts: frozenset[str] = frozenset()
+    frozen_ops: frozenset[tuple[str, str]] = frozenset()
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """Everything that has to go together.
+
+    Attributes:
+        index: position in `ChannelGraph.neurons`.
+        members: (parameter or buffer name, dim, index).
+        scope: "branches", "inner" or "all": the narrowest scope that may remove it.
+    """
+
+    index: int
+    members: tuple[tuple[str, int, int], ...]
+    scope: str
+
+
+@dataclass
+class ChannelGraph:
+    """Neurons of one model, with all that planning needs; holds no weights.
+
+    Attributes:
+        flow: labels of the eval-mode forward.
+        training_flow: labels of the train-mode forward, where parts of the model run only there.
+        slots: numbers of all parameters' indices.
+        facts: what the operator rules noted.
+        inputs: the inputs it was traced with.
+        options: how channels were followed.
+        unit_of_slot: neuron of each slot, or -1 where it must stay.
+        size: number of neurons.
+        notes: what was assumed.
+    """
+
+    flow: Flow
+    training_flow: Flow | None
+    slots: Slots
+    facts: Facts
+    inputs: Inputs
+    options: Options
+    optional: dict[str, tuple[str, ...]]
+    unit_of_slot: np.ndarray = field(repr=False)
+    size: int
+    notes: list[str]
+
+    @property
+    def example_inputs(self) -> Inputs:
+        """What the model was traced with."""
+        return self.inputs
+
+    @property
+    def assumptions(self) -> list[str]:
+        """What was inferred because the caller left it out."""
+        return self.notes
+
+    @property
+    def unsupported(self) -> dict[str, list[str]]:
+        """Operators without a rule, each with the modules that call it; what they touch stays."""
+        return self.facts.refused
+
+    @cached_property
+    def cost(self) -> CostModel:
+        """FLOPs as a function of the kept neurons."""
+        return CostModel(cost_terms(self.flow), self.unit_of_slot, self.size)
+
+    @cached_property
+    def flops(self) -> int:
+        """The model's own FLOPs for the example inputs, as fvcore counts them."""
+        return self.cost.flops(np.ones(self.size, dtype=bool))
+
+    @cached_property
+    def branch_of(self) -> np.ndarray:
+        """Per neuron, the index of the branch (the first parameter dim) that writes it."""
+        branch = np.full(self.size, -1)
+        for i, (label, _) in enumerate(self.facts.produced):
+            units = self.units(label)
+            branch[units[branch[units] < 0]] = i
+        return branch
+
+    @cached_property
+    def scope_of(self) -> np.ndarray:
+        """Per neuron, the narrowest scope that may remove it: BRANCHES, INNER or ALL."""
+        scope = np.full(self.size, INNER)
+        for kinds, level in ((("sum",), ALL), (("concat", "groups"), BRANCHES)):
+            for join in self.flow.joins:
+                if join.kind in kinds:
+                    for value in join.inputs:
+                        scope[self.units(self.flow.labels(value)[join.dim])] = level
+        return scope
+
+    @cached_property
+    def pool_of(self) -> np.ndarray:
+        """Per neuron, the pool it competes in: its aggregation block, else its own layer.
+
+        The last concatenation comes first, so that one that grows step by step (DenseNet) is one pool.
+        """
+        pool = np.full(self.size, -1)
+        following = 0
+        for kind in ("concat", "groups"):
+            for join in reversed(self.flow.joins):
+                if join.kind == kind:
+                    units = np.concatenate([self.units(self.flow.labels(v)[join.dim]) for v in join.inputs])
+                    free = units[pool[units] < 0]
+                    pool[free] = following
+                    following += len(free) > 0
+        rest = pool < 0
+        pool[rest] = following + self.branch_of[rest]
+        return pool
+
+    def units(self, label: np.ndarray | None) -> np.ndarray:
+        """Neurons among these slots, in order."""
+        if label is None:
+            return np.zeros(0, dtype=np.int64)
+        units = self.unit_of_slot[label]
+        return units[units >= 0]
+
+    @cached_property
+    def neurons(self) -> list[Neuron]:
+        """All neurons that can be removed, with every parameter index they hold."""
+        order = np.argsort(self.unit_of_slot, kind="stable")
+        order = order[self.unit_of_slot[order] >= 0]
+        table = self.slots.names()
+        starts = np.array([start for start, _, _ in table])
+        where = np.searchsorted(starts, order, side="right") - 1
+        members: list[list[tuple[str, int, int]]] = [[] for _ in range(self.size)]
+        for slot, row in zip(order.tolist(), where.tolist(), strict=True):
+            start, name, dim = table[row]
+            members[self.unit_of_slot[slot]].append((name, dim, slot - start))
+        names = {level: name for name, level in SCOPES.items()}
+        scope = self.scope_of
+        return [Neuron(i, tuple(m), names[int(scope[i])]) for i, m in enumerate(members)]
+
+    def reasons(self) -> list[tuple[str, int]]:
+        """Why channels must stay, with the number of channels per reason, most first."""
+        count: Counter[str] = Counter()
+        for label, module, reason in self.facts.frozen:
+            count[f"{reason} in {module}" if module else reason] += len(label)
+        return count.most_common()
+
+    def share(self) -> float:
+        """Share of all written channels that can be removed."""
+        written = np.unique(np.concatenate([np.zeros(0, int), *(label for label, _ in self.facts.produced)]))
+        return float((self.unit_of_slot[written] >= 0).mean()) if len(written) else 0.0
+
+
+def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None) -> ChannelGraph:
+    """Trace `model` and follow its channels.
+
+    Args:
+        model: any module that can be traced; it is not changed.
+        inputs: example inputs.
+        options: how channels are followed.
+
+    Raises:
+        TraceError: the forward raised.
+    """
+    options = options or Options()
+    trace = trace_forward(model, inputs)
+    tensors = tensor_names(model)
+    slots = Slots.of({name: tuple(t.shape) for name, t in tensors.items()})
+    facts, notes = Facts(), [inputs.assumed] if inputs.assumed else []
+    rules = {"groups": options.groups, "norms": options.norms, "tied_parts": options.tied_parts}
+    flow = run_rules(trace, slots, facts, **rules)
+    training_flow = None
+    unused = set(dict(model.named_parameters())) - {value.name for value in trace.values}
+    if unused and trace.mode == "meta":
+        try:
+            training = record(model, inputs, training=True)
+            training_flow = run_rules(training, slots, facts, **rules)
+        except ForwardError as error:
+            notes.append(f"parameters used in train mode only stay as they are: {error}")
+    _freeze_excluded(model, options, slots, facts)
+    _freeze_found(options, flow, training_flow)
+    unit_of_slot, size = _components(slots, facts)
+    optional = adapters.optional_branches(trace.model)
+    return ChannelGraph(flow, training_flow, slots, facts, inputs, options, optional, unit_of_slot, size, notes)
+
+
+def _freeze_excluded(model: nn.Module, options: Options, slots: Slots, facts: Facts) -> None:
+    classes = tuple(item for item in options.exclude if isinstance(item, type))
+    patterns = [item for item in options.exclude if isinstance(item, str)]
+    modules = [path for path, module in model.named_modules() if classes and isinstance(module, classes)]
+    for name in slots.shapes:
+        owner = name.rpartition(".")[0]
+        if owner in modules or any(_matches(name, owner, pattern) for pattern in patterns):
+            for label in slots.labels(name):
+                if label is not None:
+                    facts.frozen.append((label, "", "excluded by the caller"))
+
+
+def _matches(name: str, owner: str, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(text, p) for text in (name, owner) for p in (pattern, f"{pattern}.*"))
+
+
+def _freeze_found(options: Options, *flows: Flow | None) -> None:
+    for flow in flows:
+        for op in flow.trace.ops if flow and options.frozen_ops else ():
+            if (op.module, op.name) in options.frozen_ops:
+                assert flow is not None
+                for value in (*op.inputs(), *op.outputs):
+                    for label in flow.labels(value):
+                        flow.freeze(label, op, "the rewritten forward did not fit here")
+
+
+def _components(slots: Slots, facts: Facts) -> tuple[np.ndarray, int]:
+    """Number the connected components that hold a written slot and nothing that must stay."""
+    frozen = [np.unique(label) for label, _, _ in facts.frozen]
+    a = [*(t[0].reshape(-1) for t in facts.ties), *frozen]
+    b = [*(t[1].reshape(-1) for t in facts.ties), *(np.full(len(label), FROZEN) for label in frozen)]
+    rows, cols = (np.concatenate(part) if part else np.zeros(0, int) for part in (a, b))
+    data = np.ones(len(rows), dtype=np.int8)
+    links = coo_matrix((data, (rows, cols)), shape=(slots.total, slots.total)).tocsr()
+    _, component = connected_components(links, directed=False)
+    written = np.concatenate([np.zeros(0, int), *(label for label, _ in facts.produced)])
+    first = component[written]
+    first = first[first != component[FROZEN]]
+    unique, position = np.unique(first, return_index=True)
+    number = np.full(component.max() + 1, -1)
+    number[unique[np.argsort(position)]] = np.arange(len(unique))
+    return number[component], len(unique)
+
+
+def kept_of(graph: ChannelGraph, kept: np.ndarray) -> dict[str, list[np.ndarray | None]]:
+    """Per parameter and dim, the indices that stay, or None where all do.
+
+    Args:
+        graph: the model's neurons.
+        kept: (graph.size,) bool, which neurons stay.
+    """
+    stays = np.append(kept, True)[graph.unit_of_slot]
+    result: dict[str, list[np.ndarray | None]] = {}
+    for name, shape in graph.slots.shapes.items():
+        dims = [stays[start : start + n] for start, n in zip(graph.slots.base[name], shape, strict=True)]
+        if not all(dim.all() for dim in dims):
+            result[name] = [None if dim.all() else np.flatnonzero(dim) for dim in dims]
+    return result
+

@@ -1,0 +1,268 @@
+"""Open a pickled model without letting the pickle run code.
+
+A pickle names the globals it wants. They are read without executing it, and admitted only where they turn
+out to be module classes of PyTorch, torchvision, timm or this package's recipes (or one of a few listed
+helpers). Loading itself is ``torch.load(weights_only=True)`` with exactly those on its allow-list, so
+whatever this scan may have misread is refused there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import pickle
+import pickletools
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from .errors import FileError, UnsafeFileError, UnsupportedModelError
+
+_TRUSTED_MODULES = (
+    "torch.nn.modules.",
+    "torch.nn.parallel.data_parallel",
+    "torch.ao.nn.quantized.modules.functional_modules",
+    "torch.ao.quantization.stubs",
+    "torchvision.models.",
+    "torchvision.ops.",
+    "timm.models.",
+    "timm.layers.",
+    "allocator.recipes.",
+)
+# These build modules out of traced graphs, which compiles text.
+_DISTRUSTED_MODULES = ("torchvision.models.feature_extraction", "timm.models._features_fx", "timm.layers._fx")
+
+# Plain data types and pure functions of tensors that ordinary pickled models hold.
+_TRUSTED_HELPERS = frozenset(
+    {
+        "argparse.Namespace",
+        "functools.partial",
+        "torch._C._nn.gelu",
+        "torch._C._nn.hardtanh",
+        "torch.nn.functional.gelu",
+        "torch.nn.functional.hardtanh",
+        "torch.nn.functional.leaky_relu",
+        "torch.nn.functional.relu",
+        "torch.nn.functional.silu",
+        "torch.relu",
+        "torch.sigmoid",
+        "torch.tanh",
+        "timm.layers.format.Format",
+        "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
+        "torchvision.models.detection._utils.BoxCoder",
+        "torchvision.models.detection._utils.BoxLinearCoder",
+        "torchvision.models.detection._utils.Matcher",
+        "torchvision.models.detection._utils.SSDMatcher",
+        "torchvision.models.optical_flow.raft._pass_through_h",
+        "torchvision.ops.boxes.box_iou",
+    }
+)
+_ALWAYS_ALLOWED = ("collections.OrderedDict", "collections.Counter", "builtins.set", "__builtin__.set")
+_LEGACY_PICKLES = 5  # magic number, protocol, system, object, storage keys; then raw bytes
+
+
+def open_pickle(path: Path, *, trust: bool = False) -> Any:
+    """Read a file written by ``torch.save``, on the CPU.
+
+    Args:
+        path: an existing file.
+        trust: unpickle without restrictions, which runs whatever code the file asks for.
+
+    Returns:
+        The object in the file: a module, or plain data such as a state_dict.
+
+    Raises:
+        UnsafeFileError: the pickle asks for something that is not on the allow-list.
+        UnsupportedModelError: a TorchScript or exported program.
+        FileError: empty, truncated, or not a file that ``torch.save`` wrote.
+    """
+    _refuse_programs(path)
+    if trust:
+        return _load(path, weights_only=False)
+    admitted, refused = _admit(globals_in(path))
+    if refused:
+        raise UnsafeFileError(_unsafe(path, refused))
+    with torch.serialization.safe_globals(admitted):
+        return _load(path, weights_only=True)
+
+
+def globals_in(path: Path) -> list[str]:
+    """The globals a pickled file asks for beyond what weights-only loading always allows; nothing is run."""
+    if _is_zip(path):
+        try:
+            return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
+        except pickle.UnpicklingError as error:
+            raise UnsafeFileError(_unsafe(path, [f"(pickle instruction: {error})"])) from error
+        except (RuntimeError, ValueError, EOFError, OSError, LookupError) as error:
+            raise FileError(_damaged(path)) from error
+    if tarfile.is_tarfile(path):
+        raise UnsafeFileError(
+            f"{path} is in PyTorch's oldest (tar) format, which cannot be read without running its pickles: "
+            "open it with --trust (trust=True) if you trust where it came from, and save it again"
+        )
+    return _globals_in_legacy(path)
+
+
+def _globals_in_legacy(path: Path) -> list[str]:
+    names: set[str] = set()
+    with path.open("rb") as file:
+        for count in range(_LEGACY_PICKLES):
+            try:
+                names |= _globals_in_stream(file)
+            except (ValueError, EOFError, LookupError, UnicodeError) as error:
+                if count == 0 and not names:
+                    raise FileError(f"{path} is not a model file: it holds no pickle ({error})") from error
+                break  # a plain pickle ended here
+    default = ("torch._utils.", "torch.FloatStorage", "torch.storage.", "torch.serialization.")
+    return sorted(n for n in names if n not in _ALWAYS_ALLOWED and not _is_default_torch(n, default))
+
+
+def _is_default_torch(name: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether torch itself knows what to do with this name: storages, dtypes and rebuild functions."""
+    is_storage = name.startswith("torch.") and name.count(".") == 1 and name.endswith("Storage")
+    listed = ("torch.nn.parameter.Parameter", "torch.Size", "torch.device", "torch.Tensor")
+    return is_storage or name in listed or name.startswith(prefixes)
+
+
+def _globals_in_stream(file: BinaryIO) -> set[str]:
+    """Globals named by the next pickle of a stream, by disassembling it."""
+    names: set[str] = set()
+    strings: list[str] = []
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("GLOBAL", "INST"):
+            names.add(str(argument).replace(" ", "."))
+        elif opcode.name == "STACK_GLOBAL":
+            names.add(".".join(strings[-2:]))
+        elif isinstance(argument, str):
+            strings.append(argument)
+    return names
+
+
+def _admit(names: list[str]) -> tuple[list[Any], list[str]]:
+    """Split wanted globals into (object, name) pairs that may be loaded, and names that may not."""
+    admitted: list[Any] = []
+    refused: list[str] = []
+    for name in names:
+        found = _resolve(name)
+        if found is None:
+            refused.append(name)
+        else:
+            admitted.append((found, name))
+    return admitted, refused
+
+
+def _resolve(name: str) -> Any | None:
+    """The object of a trusted name, or None. Imports only modules of trusted packages."""
+    is_helper = name in _TRUSTED_HELPERS
+    if not is_helper and not name.startswith(_TRUSTED_MODULES):
+        return None
+    if not all(part.isidentifier() for part in name.split(".")):
+        return None
+    module_name, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute, None)
+    except ModuleNotFoundError as error:
+        top = module_name.partition(".")[0]
+        if error.name == top:
+            raise UnsupportedModelError(
+                f"the model in this file is made of {top}'s modules, and {top} is not installed: "
+                "pip install 'neuron-allocator[zoo]'"
+            ) from error
+        return None
+    if is_helper:
+        return found
+    return found if _is_trusted_module_class(found) else None
+
+
+def _is_trusted_module_class(found: Any) -> bool:
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        return False
+    if issubclass(found, (torch.fx.GraphModule, torch.jit.ScriptModule)):
+        return False
+    home = found.__module__ + "."
+    return home.startswith(_TRUSTED_MODULES) and not home.startswith(_DISTRUSTED_MODULES)
+
+
+def _load(path: Path, *, weights_only: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        if weights_only and not _is_damaged(path):
+            raise UnsafeFileError(_unsafe(path, [_first_line(error)])) from error
+        raise FileError(_damaged(path)) from error
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise FileError(
+            f"{path} was pickled with code that is not here ({_first_line(error)}): make that code "
+            "importable, or save the model's state_dict where it is and load that with an architecture name"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AssertionError) as error:
+        raise FileError(f"{_damaged(path)} ({_first_line(error)})") from error
+
+
+def _refuse_programs(path: Path) -> None:
+    """TorchScript and exported programs are zip files too; tell them by their entries."""
+    if path.suffix == ".onnx":
+        raise UnsupportedModelError(f"{path} is an ONNX graph: give the PyTorch model it was exported from")
+    if not _is_zip(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise FileError(_damaged(path)) from error
+    inner = {entry.partition("/")[2] for entry in entries} | set(entries)
+    if "constants.pkl" in inner or any(entry.startswith("code/") for entry in inner):
+        raise UnsupportedModelError(
+            f"{path} is a TorchScript program, whose modules cannot be rewritten: give the Python model it "
+            "was made from (a pickled module, or a state_dict with an architecture name)"
+        )
+    exported = ("serialized_exported_program.json", "archive_format", "models/model.json")
+    if any(entry in inner for entry in exported):
+        raise UnsupportedModelError(
+            f"{path} is an exported program (torch.export), whose modules cannot be rewritten: give the "
+            "Python model it was made from (a pickled module, or a state_dict with an architecture name)"
+        )
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether a file lacks the frame torch.load needs, so that its error is not about safety."""
+    if _is_zip(path):
+        return not zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        return not _ends_properly(file)
+
+
+def _ends_properly(file: BinaryIO) -> bool:
+    """Whether a stream holds at least the first pickle in full."""
+    try:
+        return any(
+            opcode.name == "STOP" for opcode, _, _ in itertools.islice(pickletools.genops(file), 10**6)
+        )
+    except (ValueError, EOFError, LookupError, UnicodeError):
+        return False
+
+
+def _unsafe(path: Path, names: list[str]) -> str:
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return (
+        f"{path} asks for code that is not on the allow-list: {shown}. It was not opened. If you trust where "
+        "it came from, pass --trust (trust=True), which runs what it asks for; otherwise ask for a state_dict "
+        "or a .safetensors file"
+    )
+
+
+def _damaged(path: Path) -> str:
+    return f"{path} is truncated or damaged, or was not written by torch.save"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,277 @@
+"""Allocated models as data alone: tensors, allocation and the network's name in one ``.safetensors`` file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .build import BUILD_ATTRIBUTE, build
+from .disk import PathLike, atomic_write, existing, shorten
+from .errors import AllocationMismatchError, FileError, UnsafeFileError
+
+if TYPE_CHECKING:
+    from .allocation import Allocation
+
+RESULT_SUFFIX = ".safetensors"
+
+_FORMAT = "neuron-allocator"
+_FORMAT_VERSION = 1
+_SAFE_PREFIXES = ("torchvision:", "timm:", "recipe:")
+# Arguments that would fetch or open something else than the file at hand.
+_UNSAFE_KWARGS = ("pretrained", "weights", "checkpoint", "cache_dir", "file", "url")
+
+
+def save_result(result: Any, path: PathLike) -> None:
+    """Write an allocated model as data alone: tensors, allocation and the name it was built from.
+
+    Args:
+        result: what ``allocator.allocate`` returned, or a pair ``(model, allocation)``, where the allocation
+            leads from a fresh build of the architecture to the model.
+        path: ends in ``.safetensors``.
+
+    Raises:
+        FileError: wrong suffix, unwritable place, or a model with state that is not a tensor.
+        AllocationMismatchError: the allocation does not lead from the named architecture to this model.
+    """
+    from safetensors.torch import save_file
+
+    model, allocation = result if isinstance(result, tuple) else (result.model, result.allocation)
+    if Path(path).suffix != RESULT_SUFFIX:
+        raise FileError(f"cannot save a result as {path}: the name must end in {RESULT_SUFFIX}")
+    recorded = getattr(model, BUILD_ATTRIBUTE, None)
+    if recorded is not None:
+        _check_leads_to(model, recorded, allocation)
+    tensors, aliases = _distinct_tensors(model)
+    metadata = {
+        "format": _FORMAT,
+        "format_version": str(_FORMAT_VERSION),
+        "allocation": json.dumps(allocation.to_dict()),
+        "build": json.dumps(recorded),
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "aliases": json.dumps(aliases),
+        "training": json.dumps(model.training),
+        "versions": json.dumps(_versions()),
+    }
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_result(
+    path: PathLike, *, model: nn.Module | Callable[[], nn.Module] | None = None, trust: bool = False
+) -> nn.Module:
+    """Rebuild an allocated model from what `save_result` wrote.
+
+    Args:
+        path: a ``.safetensors`` file.
+        model: a fresh build of the original architecture, or a function that makes one; needed where the file
+            does not name it. It is not changed.
+        trust: let the file name any ``package.module:factory`` to import and call.
+
+    Returns:
+        The allocated model with its weights, on the CPU.
+
+    Raises:
+        FileError: missing, damaged, not a saved result, from a newer format, or ``model`` is needed.
+        UnsafeFileError: the architecture the file names would be built by code outside the known libraries.
+        AllocationMismatchError: ``model`` is not the architecture the allocation was made for.
+    """
+    metadata, tensors = _read_safetensors(existing(path))
+    allocation = _allocation_of(metadata, path)
+    for alias, name in _parse(metadata, "aliases", path, dict).items():
+        if name not in tensors:
+            raise FileError(f"{path} is damaged: {alias} stands for {name}, which is missing")
+        tensors[alias] = tensors[name]
+    recorded = _parse(metadata, "build", path, (dict, type(None)))
+    if model is not None:
+        fresh = model if isinstance(model, nn.Module) else model()
+        loaded = _assemble(fresh, allocation, tensors, path)
+    elif recorded is None:
+        raise FileError(
+            f"{path} does not say how to build its network (a {metadata.get('class', 'model')}): give a "
+            "fresh one with model=... (or --arch NAME)"
+        )
+    else:
+        loaded = _rebuild(recorded, allocation, tensors, path, trust)
+    return loaded.train(_parse(metadata, "training", path, bool))
+
+
+def load_result_allocation(path: PathLike) -> Allocation:
+    """The allocation inside a saved result."""
+    return _allocation_of(_read_safetensors(existing(path))[0], path)
+
+
+def _rebuild(
+    recorded: dict[str, Any],
+    allocation: Allocation,
+    tensors: dict[str, torch.Tensor],
+    path: PathLike,
+    trust: bool,
+) -> nn.Module:
+    """From the recorded build, without arithmetic on the meta device where the network can live there."""
+    name, kwargs = _build_spec(recorded, path)
+    if not trust:
+        _check_harmless(name, kwargs, path)
+    meta = _build_on_meta(name, kwargs)
+    if meta is not None:
+        loaded = _assemble(meta, allocation, tensors, path)
+        if not _has_meta(loaded):
+            return loaded
+    with torch.random.fork_rng(devices=[]):
+        fresh = build(name, **kwargs)
+    return _assemble(fresh, allocation, tensors, path)
+
+
+def _assemble(
+    fresh: nn.Module, allocation: Allocation, tensors: dict[str, torch.Tensor], path: PathLike
+) -> nn.Module:
+    """Apply the allocation to a fresh build and put the tensors in."""
+    from .api import apply
+
+    small = apply(fresh, allocation)
+    held: dict[int, torch.Tensor] = {}  # one parameter per stored tensor, so that tied weights stay tied
+    state: dict[str, torch.Tensor] = {}
+    parameters = dict(small.named_parameters(remove_duplicate=False))
+    for key, value in tensors.items():
+        if key in parameters:
+            flag = parameters[key].requires_grad
+            state[key] = held.setdefault(id(value), nn.Parameter(value, requires_grad=flag))
+        else:
+            state[key] = value
+    try:
+        small.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise FileError(f"the weights in {path} do not fit its network: {shorten(str(error))}") from error
+    return small
+
+
+def _check_leads_to(model: nn.Module, recorded: dict[str, Any], allocation: Allocation) -> None:
+    """The allocation, applied to the recorded build, must give tensors of the model's shapes."""
+    from .api import apply
+
+    fresh = _build_on_meta(recorded["name"], recorded["kwargs"])
+    if fresh is None:
+        with torch.random.fork_rng(devices=[]):
+            fresh = build(recorded["name"], **recorded["kwargs"])
+    expected = {key: tuple(value.shape) for key, value in apply(fresh, allocation).state_dict().items()}
+    for key, value in model.state_dict().items():
+        if expected.get(key) != tuple(value.shape):
+            raise AllocationMismatchError(
+                f"the allocation does not lead from a fresh {recorded['name']} to this model: {key} has "
+                f"shape {tuple(value.shape)}, expected {expected.get(key)}. After repeated allocation, save the "
+                "composed one: allocator.save((model, first.compose(second)), path)"
+            )
+
+
+def _build_on_meta(name: str, kwargs: dict[str, Any]) -> nn.Module | None:
+    """The network without storage, or None where its constructor needs values."""
+    try:
+        with torch.device("meta"):
+            return build(name, **kwargs)
+    except (NotImplementedError, RuntimeError):  # a copy out of meta tensors, .item() on one
+        return None
+
+
+def _has_meta(model: nn.Module) -> bool:
+    """Whether a tensor without values is left: a buffer that is not saved, or a plain attribute."""
+    for module in model.modules():
+        held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        if any(isinstance(each, torch.Tensor) and each.is_meta for each in held):
+            return True
+    return False
+
+
+def _distinct_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A state_dict with each stored tensor once, and the other names of tied ones."""
+    seen: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise FileError(f"cannot save {name}: it is a {type(value).__name__}, not a tensor; use .pt")
+        identity = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
+        if value.numel() and identity in seen:
+            aliases[name] = seen[identity]
+            continue
+        seen[identity] = name
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+    return tensors, aliases
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    if file.suffix != RESULT_SUFFIX:
+        raise FileError(f"{file} is not a saved result: the name must end in {RESULT_SUFFIX}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = dict(opened.metadata() or {})
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FileError(f"{file} is truncated or damaged: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise FileError(
+            f"{file} holds weights that this package did not save: load them into their network first "
+            "(safetensors.torch.load_model), then save that as .pt"
+        )
+    version = metadata.get("format_version", "")
+    if not version.isdigit() or int(version) > _FORMAT_VERSION:
+        raise FileError(f"{file} has format version {version!r}; this release reads up to {_FORMAT_VERSION}")
+    return metadata, tensors
+
+
+def _allocation_of(metadata: dict[str, str], path: PathLike) -> Allocation:
+    from .allocation import Allocation
+
+    try:
+        return Allocation.from_dict(_parse(metadata, "allocation", path, dict))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{path} is damaged: its allocation cannot be read ({error!r})") from error
+
+
+def _parse(metadata: dict[str, str], key: str, path: PathLike, kind: type | tuple[type, ...]) -> Any:
+    try:
+        value = json.loads(metadata[key])
+    except (KeyError, ValueError) as error:
+        raise FileError(f"{path} is damaged: its {key} cannot be read") from error
+    if not isinstance(value, kind):
+        raise FileError(f"{path} is damaged: its {key} is a {type(value).__name__}")
+    return value
+
+
+def _build_spec(recorded: dict[str, Any], path: PathLike) -> tuple[str, dict[str, Any]]:
+    name, kwargs = recorded.get("name"), recorded.get("kwargs")
+    if not isinstance(name, str) or not isinstance(kwargs, dict):
+        raise FileError(f"{path} is damaged: its build cannot be read")
+    return name, kwargs
+
+
+def _check_harmless(name: str, kwargs: dict[str, Any], path: PathLike) -> None:
+    """A file may name a network of a known library; it may not name code to import, or things to fetch."""
+    prefix, _, model = name.partition(":")
+    known = f"{prefix}:" in _SAFE_PREFIXES and re.fullmatch(r"[\w.-]+", model) is not None
+    fetching = [key for key in kwargs if key != "init_weights" and any(bad in key for bad in _UNSAFE_KWARGS)]
+    if known and not fetching:
+        return
+    what = f"the argument {fetching[0]!r} of {name!r}" if known else repr(name)
+    raise UnsafeFileError(
+        f"{path} asks to build its network from {what}, which could run or fetch something else. Give a "
+        "fresh network with model=... (or --arch NAME), or pass --trust (trust=True) if you trust the file"
+    )
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    names = ("neuron-allocator", "torch", "torchvision", "timm")
+    found: dict[str, str] = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

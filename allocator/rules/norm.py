@@ -1,0 +1,67 @@
+"""Normalisation layers."""
+
+from __future__ import annotations
+
+from ..flow import Flow
+from ..trace import Op
+from .registry import rule
+
+_JOINT = "a norm over the channels mixes them all"
+
+
+@rule(
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+    "_batch_norm_no_update",
+    "_batch_norm_with_update",
+)
+def batch_norm(flow: Flow, op: Op) -> None:
+    """Every channel (dim 1) is normalised alone; its scale and shift, mean and variance go with it."""
+    x = op.inputs()[0]
+    labels = flow.labels(x)
+    weight = op.arg("weight")
+    for ref in (weight, op.arg("bias"), op.arg("running_mean"), op.arg("running_var")):
+        if ref is not None:
+            flow.unify(labels[1], flow.labels(ref.index)[0], op)
+    if weight is not None:
+        flow.note_gamma(labels[1], weight.index)
+    if flow.statistics_from_batch(op):
+        for dim in (0, *range(2, len(labels))):
+            flow.freeze(labels[dim], op, _JOINT)
+    flow.set(op.outputs[0], labels)
+
+
+@rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
+def layer_norm(flow: Flow, op: Op) -> None:
+    """The trailing dims are normalised together, so by default they stay."""
+    labels = list(flow.labels(op.inputs()[0]))
+    rank = len(op.arg("normalized_shape"))
+    for offset, dim in enumerate(range(len(labels) - rank, len(labels))):
+        for name in ("weight", "bias"):
+            ref = op.arg(name)
+            if ref is not None:
+                flow.unify(labels[dim], flow.labels(ref.index)[offset], op)
+        if flow.norms == "exact":
+            flow.freeze(labels[dim], op, _JOINT)
+    flow.set(op.outputs[0], labels)
+
+
+@rule("native_group_norm")
+def group_norm(flow: Flow, op: Op) -> None:
+    """Channels of a group are normalised together: they stay, or every group keeps the same places."""
+    labels = flow.labels(op.inputs()[0])
+    channels = labels[1]
+    for name in ("weight", "bias"):
+        ref = op.arg(name)
+        if ref is not None:
+            flow.unify(channels, flow.labels(ref.index)[0], op)
+    if channels is not None:
+        if flow.norms == "exact":
+            flow.freeze(channels, op, _JOINT)
+        else:
+            grouped = channels.reshape(int(op.arg("group")), -1)
+            flow.tie(grouped, grouped[:1], op)
+    flow.set(op.outputs[0], labels)

@@ -1,0 +1,119 @@
+"""Operators that take a part: split, chunk, slice, select, indexing, padding."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..flow import Flow, Label
+from ..trace import Op
+from .registry import rule
+
+
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "split_copy", "split_with_sizes_copy")
+def split(flow: Flow, op: Op) -> None:
+    """Consecutive parts. Where the module's attributes give the sizes, each part is free to shrink."""
+    source = op.inputs()[0]
+    labels, dim = flow.labels(source), int(op.arg("dim") or 0)
+    parts: list[Label] = [None] * len(op.outputs)
+    label = labels[dim]
+    sizes = [flow.shape(i)[dim] for i in op.outputs]
+    if label is not None:
+        pieces = np.split(label, np.cumsum(sizes)[:-1])
+        parts = [piece if len(piece) > 1 else None for piece in pieces]
+        _free_or_tie(flow, op, label, pieces)
+    for index, part in zip(op.outputs, parts, strict=True):
+        flow.set(index, [*labels[:dim], part, *labels[dim + 1 :]])
+
+
+def _free_or_tie(flow: Flow, op: Op, label: np.ndarray, pieces: list[np.ndarray]) -> None:
+    """Decide what the parts of a split may lose, from where their sizes come."""
+    sizes = [len(piece) for piece in pieces]
+    for piece in pieces:
+        if len(piece) == 1:
+            flow.freeze(piece, op, "a part of size 1")
+    literal = op.args[1] if len(op.args) > 1 else op.kwargs.get("split_size", op.kwargs.get("split_sizes"))
+    if (op.call is None or op.call.name != "chunk") and flow.sized_by_attribute(op, literal, pieces):
+        for piece in pieces:
+            flow.floor(piece, op)
+    elif len(set(sizes)) == 1:
+        for piece in pieces[1:]:
+            flow.tie(piece, pieces[0], op)
+    else:
+        flow.freeze(label, op, f"a split into fixed sizes {sizes}")
+
+
+@rule("slice", "slice_copy")
+def slice_(flow: Flow, op: Op) -> None:
+    """A range of one dim."""
+    source = op.inputs()[0]
+    labels, shape = list(flow.labels(source)), flow.shape(source)
+    dim = int(op.arg("dim") or 0)
+    label = labels[dim]
+    if label is not None:
+        part = label[slice(op.arg("start"), op.arg("end"), op.arg("step"))]
+        labels[dim] = part if len(part) > 1 else None
+        if len(part) == 1:
+            flow.freeze(part, op, "a slice of size 1")
+        elif len(part) and len(part) < shape[dim]:
+            flow.floor(part, op)
+    flow.set(op.outputs[0], labels)
+
+
+@rule("select", "select_copy")
+def select(flow: Flow, op: Op) -> None:
+    """One index of one dim."""
+    labels = list(flow.labels(op.inputs()[0]))
+    flow.freeze(labels.pop(int(op.arg("dim"))), op, "one index is read by number")
+    flow.set(op.outputs[0], labels)
+
+
+@rule("unbind", "unbind_copy")
+def unbind(flow: Flow, op: Op) -> None:
+    """Every index of one dim as a tensor of its own."""
+    labels = list(flow.labels(op.inputs()[0]))
+    flow.freeze(labels.pop(int(op.arg("dim") or 0)), op, "a dim is taken apart index by index")
+    for index in op.outputs:
+        flow.set(index, labels)
+
+
+@rule("index_select", "index")
+def index(flow: Flow, op: Op) -> None:
+    """Indexing by a tensor along one dim; the other dims pass."""
+    source = op.inputs()[0]
+    labels = flow.labels(source)
+    if op.name == "index_select":
+        dims = [int(op.arg("dim"))]
+        rank = 1
+    else:
+        indices = op.arg("indices")
+        dims = [d for d, ref in enumerate(indices) if ref is not None]
+        rank = max((len(flow.shape(indices[d].index)) for d in dims), default=0)
+    if len(dims) != 1:
+        flow.refuse(op, "indexing by several tensors")
+        return
+    (dim,) = dims
+    flow.freeze(labels[dim], op, "channels are picked by an index tensor")
+    flow.set(op.outputs[0], [*labels[:dim], *([None] * rank), *labels[dim + 1 :]])
+
+
+@rule("constant_pad_nd")
+def constant_pad(flow: Flow, op: Op) -> None:
+    """Padding from the last dim backwards; a padded dim must keep its channels."""
+    labels = list(flow.labels(op.inputs()[0]))
+    pads = op.arg("pad")
+    for k in range(len(pads) // 2):
+        dim = len(labels) - 1 - k
+        if pads[2 * k] or pads[2 * k + 1]:
+            flow.freeze(labels[dim], op, "channels are padded")
+            if labels[dim] is not None:
+                labels[dim] = np.zeros(flow.shape(op.outputs[0])[dim], dtype=np.int64)
+    flow.set(op.outputs[0], labels)
+
+
+@rule("roll")
+def roll(flow: Flow, op: Op) -> None:
+    """Dims are rotated; rotated channels stay."""
+    labels = flow.labels(op.inputs()[0])
+    for d in op.arg("dims") or range(len(labels)):
+        flow.freeze(labels[d], op, "channels are rotated")
+    flow.set(op.outputs[0], labels)

@@ -1,0 +1,327 @@
+"""One recorded forward: every ATen call with its tensors by identity, its literals and its module."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .errors import TraceError
+from .inputs import Inputs
+from .skeleton import skeleton, tensor_names
+
+# Functions that fvcore counts as a whole, or whose meaning is lost in their parts.
+COMPOSITES = frozenset(
+    {
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "adaptive_max_pool2d",
+        "chunk",
+        "einsum",
+        "instance_norm",
+        "matmul",
+        "rmatmul",
+        "scaled_dot_product_attention",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A tensor in a recorded call: an index into `Trace.values`."""
+
+    index: int
+
+
+@dataclass(slots=True)
+class Value:
+    """A tensor that was seen.
+
+    Attributes:
+        shape: its sizes.
+        dtype: its dtype.
+        name: the name of the parameter or buffer it is, or None for an activation.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    name: str | None = None
+
+
+@dataclass(slots=True)
+class Call:
+    """A call seen above the dispatcher, kept because it counts or flows as one."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Op:
+    """One ATen call.
+
+    Attributes:
+        index: position in `Trace.ops`.
+        target: the overload, such as `aten.convolution.default`.
+        args, kwargs: as called, with a `Ref` in place of every tensor.
+        outputs: indices into `Trace.values`.
+        module: path of the innermost module that was running, "" for the model itself.
+        call: the composite call it is part of, or None.
+    """
+
+    index: int
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[int, ...]
+    module: str
+    call: Call | None
+
+    @property
+    def name(self) -> str:
+        """Operator name without namespace or overload, such as `convolution`."""
+        return self.target._schema.name.split("::")[1]
+
+    def arg(self, name: str) -> Any:
+        """An argument by its name in the schema, or its default."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        for position, argument in enumerate(self.target._schema.arguments):
+            if argument.name == name:
+                return self.args[position] if position < len(self.args) else argument.default_value
+        return None
+
+    def inputs(self) -> list[int]:
+        """Indices of all tensors it read, in order."""
+        leaves = tree_flatten((self.args, self.kwargs))[0]
+        return [leaf.index for leaf in leaves if isinstance(leaf, Ref)]
+
+    def __str__(self) -> str:
+        return f"{self.target} in {self.module or 'the model'}"
+
+
+@dataclass(slots=True)
+class Trace:
+    """A recorded forward.
+
+    Attributes:
+        ops: all ATen calls in order.
+        values: all tensors; `outputs` and `Op.outputs` index into it.
+        outputs: tensors that the model returned.
+        calls: composite calls in order.
+        model: the copy that ran; it holds no weights unless `mode` is "real".
+        mode: "meta", "fake" or "real": what the tensors were.
+        training: whether the model was in train mode.
+    """
+
+    ops: list[Op]
+    values: list[Value]
+    outputs: list[int]
+    calls: list[Call]
+    model: nn.Module
+    mode: str
+    training: bool = False
+    modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        lines = [f"{op.index:5d} {op.target} {[self.values[i].shape for i in op.outputs]}" for op in self.ops]
+        return "\n".join(lines)
+
+
+class ForwardError(Exception):
+    """A recorded forward raised; carries what had been recorded until then."""
+
+    def __init__(self, cause: Exception, module: str, partial: Trace):
+        super().__init__(str(cause))
+        self.cause, self.module, self.partial = cause, module, partial
+
+
+def trace_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Trace:
+    """Record one forward of a copy of `model`, on meta tensors where that can be done.
+
+    Args:
+        model: any module; neither run nor changed.
+        inputs: example inputs.
+        training: record in train mode instead of eval mode; then only on meta tensors.
+
+    Raises:
+        TraceError: the forward raised on meta, fake and real tensors alike.
+    """
+    modes = ["meta"] if training else ["meta", "fake", "real"]
+    errors = []
+    for mode in modes:
+        try:
+            return record(model, inputs, mode, training=training)
+        except ForwardError as error:
+            errors.append(error)
+    last = errors[-1]
+    where = f"in {last.module}" if last.module else "in the model's own forward"
+    raise TraceError(
+        f"the forward raised {type(last.cause).__name__} {where} with {inputs.describe()}: {last.cause}; "
+        "check that model(*example_inputs) runs, or pass other example_inputs"
+    ) from last.cause
+
+
+def record(model: nn.Module, inputs: Inputs, mode: str = "meta", *, training: bool = False) -> Trace:
+    """Record one forward in the given mode; `ForwardError` if it raises."""
+    with contextlib.ExitStack() as stack:
+        convert = _converter(mode, stack)
+        copied = skeleton(model, convert).train(training)
+        args, kwargs = tree_map(
+            lambda leaf: convert("", leaf) if isinstance(leaf, torch.Tensor) else leaf,
+            (inputs.batch(2 if training else 1)),
+        )
+        recorder = _Recorder(copied)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(recorder.hooks())
+        stack.enter_context(_Functions(recorder))
+        stack.enter_context(recorder)
+        try:
+            output = copied(*args, **kwargs)
+        except Exception as error:
+            raise ForwardError(error, recorder.path, recorder.compact(None, mode, training)) from error
+    return recorder.compact(output, mode, training)
+
+
+def _converter(mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    if mode == "meta":
+        return lambda _, t: torch.empty_like(t, device="meta")
+    if mode == "fake":
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        stack.enter_context(fake)
+        return lambda _, t: fake.from_tensor(t.detach())
+    return lambda _, t: t if isinstance(t, nn.Parameter) else t.clone()
+
+
+class _Recorder(TorchDispatchMode):
+    """Collects raw calls; `compact` turns them into a `Trace` once the forward is over."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.raw: list[tuple[Any, Any, Any, Any, str, Call | None]] = []
+        self.calls: list[Call] = []
+        self.call: Call | None = None
+        self.stack: list[str] = [""]
+        self.modules = dict(model.named_modules())
+
+    @property
+    def path(self) -> str:
+        return self.stack[-1]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        entry = len(self.raw)
+        self.raw.append((func, args, kwargs, None, self.stack[-1], self.call))
+        out = func(*args, **kwargs)
+        self.raw[entry] = (func, args, kwargs, out, self.stack[-1], self.call)
+        return out
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        handles = []
+        for path, module in self.modules.items():
+            if path:
+                handles.append(module.register_forward_pre_hook(self._enter(path), prepend=True))
+                handles.append(module.register_forward_hook(self._leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, path: str) -> Callable[..., None]:
+        def enter(module: nn.Module, args: Any) -> None:
+            self.stack.append(path)
+
+        return enter
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.stack.pop()
+
+    def compact(self, output: Any, mode: str, training: bool) -> Trace:
+        names = {id(tensor): name for name, tensor in tensor_names(self.model).items()}
+        values: list[Value] = []
+        index: dict[int, int] = {}
+
+        def ref(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            known = index.get(id(leaf))
+            if known is None:
+                known = index[id(leaf)] = len(values)
+                values.append(Value(tuple(leaf.shape), leaf.dtype, names.get(id(leaf))))
+            return Ref(known)
+
+        def outputs(tree: Any) -> tuple[int, ...]:
+            return tuple(r.index for r in map(ref, tree_flatten(tree)[0]) if isinstance(r, Ref))
+
+        for call in self.calls:
+            call.args, call.kwargs = _replace(call.args, ref), _replace(call.kwargs, ref)
+            call.outputs = outputs(call.outputs)
+        ops = [
+            Op(i, func, _replace(args, ref), _replace(kwargs, ref), outputs(out), module, call)
+            for i, (func, args, kwargs, out, module, call) in enumerate(self.raw)
+        ]
+        returned = list(outputs(_tensors_in(output)))
+        return Trace(ops, values, returned, self.calls, self.model, mode, training, self.modules)
+
+
+class _Functions(TorchFunctionMode):
+    """Notes which ATen calls belong to one composite function."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "").strip("_")
+        if name not in COMPOSITES or self.recorder.call is not None:
+            return func(*args, **kwargs)
+        call = Call(name, args, kwargs)
+        self.recorder.calls.append(call)
+        self.recorder.call = call
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.recorder.call = None
+        call.outputs = out
+        return out
+
+
+def _replace(tree: Any, ref: Callable[[Any], Any]) -> Any:
+    """`tree_map` for the few containers that ATen arguments use; several times faster."""
+    if isinstance(tree, (list, tuple)):
+        return tuple(_replace(item, ref) for item in tree)
+    if isinstance(tree, dict):
+        return {key: _replace(item, ref) for key, item in tree.items()}
+    return ref(tree)
+
+
+def _tensors_in(output: Any) -> list[torch.Tensor]:
+    """Tensors in a model's output, through containers, dataclasses and plain objects."""
+    found: list[torch.Tensor] = []
+    queue = [output]
+    while queue:
+        item = queue.pop(0)
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        elif isinstance(item, dict):
+            queue.extend(item.values())
+        elif isinstance(item, (list, tuple, set)):
+            queue.extend(item)
+        elif hasattr(item, "__dict__") and not isinstance(item, (nn.Module, type)):
+            queue.extend(vars(item).values())
+    return found

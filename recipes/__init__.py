@@ -1,0 +1,54 @@
+"""Networks by name: data plus one small function each, imported only when asked for."""
+
+from __future__ import annotations
+
+import difflib
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from allocator.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["build", "names"]
+
+# name -> (module of this package, function in it, arguments it is called with)
+_RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "scalenet50-light": ("scalenet", "scalenet50_light", {}),
+    "scalenet50": ("scalenet", "scalenet50", {}),
+    "scalenet101": ("scalenet", "scalenet101", {}),
+    "scalenet152": ("scalenet", "scalenet152", {}),
+    "scalenet50-seed": ("scalenet", "scalenet_seed", {"depth": 50}),
+    "scalenet101-seed": ("scalenet", "scalenet_seed", {"depth": 101}),
+    "scalenet152-seed": ("scalenet", "scalenet_seed", {"depth": 152}),
+    "scalenet-small": ("scalenet", "scalenet_small", {}),
+    "scalenet-small-seed": ("scalenet", "scalenet_small_seed", {}),
+}
+
+
+def names() -> list[str]:
+    """The names `build` knows, in the order of the list."""
+    return list(_RECIPES)
+
+
+def build(name: str, **kwargs: Any) -> nn.Module:
+    """Build the network called `name` with fresh weights from torch's random state.
+
+    Args:
+        name: one of `names()`; case and underscores do not matter.
+        kwargs: passed to the recipe, such as `num_classes=10`.
+
+    Raises:
+        UnknownNameError: there is no such recipe; the message names the nearest ones.
+    """
+    key = name.lower().replace("_", "-")
+    if key not in _RECIPES:
+        near = difflib.get_close_matches(key, _RECIPES, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_RECIPES)}"
+        raise UnknownNameError(f"no recipe is called {name!r}; {hint}")
+    module, function, fixed = _RECIPES[key]
+    factory = getattr(import_module(f"{__name__}.{module}"), function)
+    model: nn.Module = partial(factory, **fixed)(**kwargs)
+    return model
