@@ -15,7 +15,7 @@ PathLike = str | os.PathLike[str]
 
 
 @contextlib.contextmanager
-def atomic_write(path: PathLike) -> Iterator[Path]:
+def write_atomically(path: PathLike) -> Iterator[Path]:
     """A temporary file beside ``path``: put in its place if the block ends well, removed if it does not.
 
     Yields:
@@ -58,7 +58,7 @@ def check_writable(path: PathLike) -> None:
 
 def write_text(path: PathLike, text: str) -> None:
     """Write a text file in one piece."""
-    with atomic_write(path) as temporary:
+    with write_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

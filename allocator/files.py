@@ -10,7 +10,6 @@ Reading never runs code from a file, and writing is all or nothing. Three kinds 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from .build import build
-from .disk import PathLike, atomic_write, check_writable, existing, shorten, write_text
+from .disk import PathLike, check_writable, existing, shorten, write_atomically, write_text
 from .errors import FileError
 from .pickles import open_pickle
 from .results import RESULT_SUFFIX, load_result, load_result_allocation, save_result
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PICKLE_SUFFIXES",
     "RESULT_SUFFIX",
-    "atomic_write",
+    "write_atomically",
     "check_writable",
     "load_allocation",
     "load_model",
@@ -52,7 +51,7 @@ def save_model(model: nn.Module, path: PathLike) -> None:
     """
     if Path(path).suffix not in (".pt", ".pth"):
         raise FileError(f"cannot save a model as {path}: use .pt or .pth, or .safetensors for a result")
-    with atomic_write(path) as temporary:
+    with write_atomically(path) as temporary:
         try:
             torch.save(model, temporary)
         except OSError:
@@ -143,9 +142,4 @@ def load_allocation(path: PathLike) -> Allocation:
         return load_result_allocation(file)
     if file.suffix != ".json":
         raise FileError(f"{path} is not an allocation: it is read from a .json or {RESULT_SUFFIX} file")
-    try:
-        return Allocation.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except FileError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(f"{path} is not an allocation: {error!r}") from error
+    return Allocation.load(file)

@@ -2,7 +2,7 @@
 
 A label is the number of a *slot*, one index of one dim of one parameter or buffer; slot 0 stands for
 "must stay". A tensor has one array of labels per dim, or None for a dim without channels (batch, pixels,
-tokens, dims of size 1). Rules pass labels on and note which slots must go together.
+tokens). Rules pass labels on and note which slots must go together.
 """
 
 from __future__ import annotations
@@ -47,12 +47,9 @@ class Slots:
         return cls(base, dict(shapes), following)
 
     def labels(self, name: str) -> Labels:
-        """Labels of a parameter or buffer: its own slots; none where a dim has size 1."""
+        """Labels of a parameter or buffer: its own slots."""
         sizes = self.shapes[name]
-        return tuple(
-            np.arange(start, start + n) if n > 1 else None
-            for start, n in zip(self.base[name], sizes, strict=True)
-        )
+        return tuple(np.arange(start, start + n) for start, n in zip(self.base[name], sizes, strict=True))
 
     def names(self) -> list[tuple[int, str, int]]:
         """(first slot, tensor name, dim) in ascending order, for looking a slot up by bisection."""
@@ -160,11 +157,12 @@ class Flow:
     # Writing ------------------------------------------------------------------------------------
 
     def set(self, index: int, labels: Sequence[Label]) -> None:
-        """Set the labels of a value; dims of size 1 never have any."""
+        """Set the labels of a value, one entry per dim."""
         shape = self.shape(index)
-        if len(labels) != len(shape):
-            raise AssertionError(f"a rule gave {len(labels)} dims for a tensor of shape {shape}")
-        self._labels[index] = tuple(lab if n > 1 else None for lab, n in zip(labels, shape, strict=True))
+        sizes = [n if label is None else len(label) for label, n in zip(labels, shape, strict=False)]
+        if tuple(sizes) != shape or len(labels) != len(shape):
+            raise AssertionError(f"a rule gave labels of sizes {sizes} for a tensor of shape {shape}")
+        self._labels[index] = tuple(labels)
         self.uniform.discard(index)
 
     def tie(self, a: np.ndarray, b: np.ndarray, op: Op) -> None:

@@ -9,7 +9,6 @@ whatever this scan may have misread is refused there.
 from __future__ import annotations
 
 import importlib
-import itertools
 import pickle
 import pickletools
 import tarfile
@@ -62,6 +61,7 @@ _TRUSTED_HELPERS = frozenset(
     }
 )
 _ALWAYS_ALLOWED = ("collections.OrderedDict", "collections.Counter", "builtins.set", "__builtin__.set")
+_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number
 _LEGACY_PICKLES = 5  # magic number, protocol, system, object, storage keys; then raw bytes
 
 
@@ -86,6 +86,8 @@ def open_pickle(path: Path, *, trust: bool = False) -> Any:
     admitted, refused = _admit(globals_in(path))
     if refused:
         raise UnsafeFileError(_unsafe(path, refused))
+    if any(isinstance(found, type) and issubclass(found, nn.Module) for found, _ in admitted):
+        _refuse_legacy_modules(path)
     with torch.serialization.safe_globals(admitted):
         return _load(path, weights_only=True)
 
@@ -108,17 +110,23 @@ def globals_in(path: Path) -> list[str]:
 
 
 def _globals_in_legacy(path: Path) -> list[str]:
+    """The same for files that are not zip archives: PyTorch's format before 1.6, or a bare pickle."""
     names: set[str] = set()
     with path.open("rb") as file:
-        for count in range(_LEGACY_PICKLES):
-            try:
-                names |= _globals_in_stream(file)
-            except (ValueError, EOFError, LookupError, UnicodeError) as error:
-                if count == 0 and not names:
-                    raise FileError(f"{path} is not a model file: it holds no pickle ({error})") from error
-                break  # a plain pickle ended here
-    default = ("torch._utils.", "torch.FloatStorage", "torch.storage.", "torch.serialization.")
-    return sorted(n for n in names if n not in _ALWAYS_ALLOWED and not _is_default_torch(n, default))
+        is_torch = file.read(len(_LEGACY_START)) == _LEGACY_START
+        file.seek(0)
+        for _ in range(_LEGACY_PICKLES if is_torch else 1):
+            if not _read_globals(file, names):
+                raise (
+                    FileError(_damaged(path))
+                    if is_torch or not names
+                    else UnsafeFileError(_unsafe(path, sorted(names)))
+                )
+    default = ("torch._utils._rebuild_", "torch.storage.", "torch.serialization._get_layout")
+    wanted = sorted(n for n in names if n not in _ALWAYS_ALLOWED and not _is_default_torch(n, default))
+    if not is_torch and not wanted:
+        raise FileError(_damaged(path))
+    return wanted
 
 
 def _is_default_torch(name: str, prefixes: tuple[str, ...]) -> bool:
@@ -128,18 +136,20 @@ def _is_default_torch(name: str, prefixes: tuple[str, ...]) -> bool:
     return is_storage or name in listed or name.startswith(prefixes)
 
 
-def _globals_in_stream(file: BinaryIO) -> set[str]:
-    """Globals named by the next pickle of a stream, by disassembling it."""
-    names: set[str] = set()
+def _read_globals(file: BinaryIO, names: set[str]) -> bool:
+    """Add the globals that a stream's next pickle names, by disassembling it; False where it breaks off."""
     strings: list[str] = []
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in ("GLOBAL", "INST"):
-            names.add(str(argument).replace(" ", "."))
-        elif opcode.name == "STACK_GLOBAL":
-            names.add(".".join(strings[-2:]))
-        elif isinstance(argument, str):
-            strings.append(argument)
-    return names
+    try:
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name in ("GLOBAL", "INST"):
+                names.add(str(argument).replace(" ", "."))
+            elif opcode.name == "STACK_GLOBAL":
+                names.add(".".join(strings[-2:]))
+            elif isinstance(argument, str):
+                strings.append(argument)
+    except (ValueError, EOFError, LookupError, UnicodeError):
+        return False
+    return True
 
 
 def _admit(names: list[str]) -> tuple[list[Any], list[str]]:
@@ -191,8 +201,8 @@ def _load(path: Path, *, weights_only: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=weights_only)
     except pickle.UnpicklingError as error:
-        if weights_only and not _is_damaged(path):
-            raise UnsafeFileError(_unsafe(path, [_first_line(error)])) from error
+        if weights_only:
+            raise UnsafeFileError(_unsafe(path, [_refusal(error)])) from error
         raise FileError(_damaged(path)) from error
     except (ModuleNotFoundError, AttributeError) as error:
         raise FileError(
@@ -233,35 +243,33 @@ def _is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _is_damaged(path: Path) -> bool:
-    """Whether a file lacks the frame torch.load needs, so that its error is not about safety."""
-    if _is_zip(path):
-        return not zipfile.is_zipfile(path)
-    with path.open("rb") as file:
-        return not _ends_properly(file)
-
-
-def _ends_properly(file: BinaryIO) -> bool:
-    """Whether a stream holds at least the first pickle in full."""
-    try:
-        return any(
-            opcode.name == "STOP" for opcode, _, _ in itertools.islice(pickletools.genops(file), 10**6)
+def _refuse_legacy_modules(path: Path) -> None:
+    """Outside the zip format, weights-only loading takes weights and no modules."""
+    if not _is_zip(path):
+        raise UnsafeFileError(
+            f"{path} holds a module in PyTorch's format from before version 1.6, which cannot be read "
+            "without running its pickle: open it with --trust (trust=True) if you trust where it came from, "
+            "and save it again"
         )
-    except (ValueError, EOFError, LookupError, UnicodeError):
-        return False
 
 
 def _unsafe(path: Path, names: list[str]) -> str:
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return (
         f"{path} asks for code that is not on the allow-list: {shown}. It was not opened. If you trust where "
-        "it came from, pass --trust (trust=True), which runs what it asks for; otherwise ask for a state_dict "
-        "or a .safetensors file"
+        "it came from, pass --trust (trust=True), which runs what it asks for; otherwise ask for a "
+        "state_dict or a .safetensors file"
     )
 
 
 def _damaged(path: Path) -> str:
     return f"{path} is truncated or damaged, or was not written by torch.save"
+
+
+def _refusal(error: Exception) -> str:
+    """What the weights-only unpickler objected to, out of torch's long explanation."""
+    text = " ".join(str(error).partition("WeightsUnpickler error:")[2].split())
+    return text.partition(" Please use ")[0].partition(" Check the documentation")[0] or _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

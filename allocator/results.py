@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .build import BUILD_ATTRIBUTE, build
-from .disk import PathLike, atomic_write, existing, shorten
+from .disk import PathLike, existing, shorten, write_atomically
 from .errors import AllocationMismatchError, FileError, UnsafeFileError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def save_result(result: Any, path: PathLike) -> None:
         "training": json.dumps(model.training),
         "versions": json.dumps(_versions()),
     }
-    with atomic_write(path) as temporary:
+    with write_atomically(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 
@@ -164,8 +164,8 @@ def _check_leads_to(model: nn.Module, recorded: dict[str, Any], allocation: Allo
         if expected.get(key) != tuple(value.shape):
             raise AllocationMismatchError(
                 f"the allocation does not lead from a fresh {recorded['name']} to this model: {key} has "
-                f"shape {tuple(value.shape)}, expected {expected.get(key)}. After repeated allocation, save the "
-                "composed one: allocator.save((model, first.compose(second)), path)"
+                f"shape {tuple(value.shape)}, expected {expected.get(key)}. After repeated allocation, save "
+                "the composed one: allocator.save((model, first.compose(second)), path)"
             )
 
 

@@ -274,7 +274,7 @@ class _Recorder(TorchDispatchMode):
             Op(i, func, _replace(args, ref), _replace(kwargs, ref), outputs(out), module, call)
             for i, (func, args, kwargs, out, module, call) in enumerate(self.raw)
         ]
-        returned = list(outputs(_tensors_in(output)))
+        returned = list(outputs(tensors_in(output)))
         return Trace(ops, values, returned, self.calls, self.model, mode, training, self.modules)
 
 
@@ -310,7 +310,7 @@ def _replace(tree: Any, ref: Callable[[Any], Any]) -> Any:
     return ref(tree)
 
 
-def _tensors_in(output: Any) -> list[torch.Tensor]:
+def tensors_in(output: Any) -> list[torch.Tensor]:
     """Tensors in a model's output, through containers, dataclasses and plain objects."""
     found: list[torch.Tensor] = []
     queue = [output]

@@ -102,7 +102,7 @@ class ScaleBlock(nn.Module):
     def _scales(self, x: Tensor) -> list[Tensor]:
         size = (x.shape[2], x.shape[3])
         features = []
-        for rate, conv, norm in zip(self.rates, self.conv2, self.bn2, strict=True):
+        for rate, conv, norm in zip(self.rates, _entries(self.conv2), _entries(self.bn2), strict=True):
             if conv is None or norm is None:
                 continue
             y = conv(shrink(x, rate))
@@ -111,7 +111,7 @@ class ScaleBlock(nn.Module):
 
     def row(self) -> list[int]:
         """Neurons of each scale as the block is now, then its side."""
-        convs = cast(Iterator[nn.Conv2d | None], iter(self.conv2))
+        convs = cast(Iterator[nn.Conv2d | None], _entries(self.conv2))
         return [0 if conv is None else conv.out_channels for conv in convs] + [self.side]
 
 
@@ -186,6 +186,11 @@ class ScaleNet(nn.Module):
     def rows(self) -> list[list[int]]:
         """The allocation as it stands, one row per block: neurons per scale, then side."""
         return [block.row() for block in self.scale_blocks()]
+
+
+def _entries(modules: nn.ModuleList) -> Iterator[nn.Module | None]:
+    """The list's entries; torch allows absent ones, though its types do not say so."""
+    return iter(modules)
 
 
 def _scale_conv(planes: int, count: int, reduced_side: float) -> nn.Conv2d | None:
@@ -352,9 +357,7 @@ def scalenet_small_seed(
     if first >> (len(blocks) - 1) == 0:
         raise InputError(f"{len(blocks)} stages halve images of {image_side} pixels to nothing")
     rows = _even_rows(blocks, _per_stage(neurons_per_scale, planes), [first >> i for i in range(len(blocks))])
-    return ScaleNet(
-        rows, blocks, planes, num_classes=num_classes, in_channels=in_channels, small_stem=stride
-    )
+    return ScaleNet(rows, blocks, planes, num_classes=num_classes, in_channels=in_channels, small_stem=stride)
 
 
 def scalenet_small(image_side: int = 32, num_classes: int = 10, in_channels: int = 1) -> ScaleNet:

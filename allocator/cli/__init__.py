@@ -1,3 +1,114 @@
-"""The command line."""
-def main() -> int:
-    return 0
+"""The command line, ``allocator-cli``: one module per subcommand.
+
+Exit status: 0 done, 1 the job failed (the reason is on stderr), 2 bad usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from ..errors import AllocatorError, BudgetError
+from . import allocate, apply, report, verify
+from .common import UsageError
+
+_DESCRIPTION = """\
+Learn how many neurons each branch of a PyTorch vision model gets, under a FLOPs budget, and write out the
+smaller network with a certificate.
+
+MODEL is a file (.pt, .pth, .safetensors) or a name: torchvision:resnet50, timm:res2net50_26w_4s,
+recipe:scalenet50, hf:ResNetConfig or package.module:factory. FLOPs are counted as fvcore counts them: one
+multiply-add is one FLOP."""
+
+_EPILOG = """\
+examples:
+  allocator-cli report torchvision:googlenet
+  allocator-cli allocate model.pt --flops 60% -o small.pt --allocation alloc.json
+  allocator-cli verify model.pt small.pt alloc.json
+
+Each command has its own --help."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments without the program's name; those of the process if left out.
+
+    Returns:
+        The exit status.
+    """
+    args = _parser().parse_args(argv)
+    _end_cleanly_on_sigterm()
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; say no more
+        return 1
+    except KeyboardInterrupt:
+        print("allocator-cli: interrupted; unfinished files were removed", file=sys.stderr)
+        return 130
+    except UsageError as error:
+        print(f"allocator-cli {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        return _failed(args, error)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="allocator-cli",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in (report, allocate, apply, verify):
+        module.register(commands)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib import metadata
+
+        print(f"neuron-allocator {metadata.version('neuron-allocator')}")
+        parser.exit(0)
+
+
+def _failed(args: argparse.Namespace, error: Exception) -> int:
+    """Report an error on stderr, and for machines on stdout as well."""
+    if args.debug:
+        traceback.print_exc()
+    known = isinstance(error, AllocatorError)
+    said = str(error) if known else f"unexpected {type(error).__name__}: {error}"
+    hint = "" if known or args.debug else " (run again with --debug for the traceback)"
+    print(f"allocator-cli {args.command}: {said}{hint}", file=sys.stderr)
+    if args.json:
+        facts: dict[str, Any] = {"error": type(error).__name__, "message": str(error)}
+        if isinstance(error, BudgetError):
+            facts |= {"asked": error.asked, "reachable": error.reachable}
+        print(json.dumps(facts, indent=2))
+    return 1
+
+
+def _end_cleanly_on_sigterm() -> None:
+    """Let a polite kill unwind the stack, so that half-written files are removed."""
+
+    def leave(*_: Any) -> NoReturn:
+        raise SystemExit(143)
+
+    with contextlib.suppress(ValueError):  # not in the main thread: its owner decides
+        signal.signal(signal.SIGTERM, leave)

@@ -22,7 +22,6 @@ def convolution(flow: Flow, op: Op) -> None:
     else:
         written = _grouped(flow, op, x, weight, groups, transposed)
     shape = flow.shape(op.outputs[0])
-    written = written if shape[1] > 1 else None
     flow.produce(written, op, weight)
     if op.arg("bias") is not None:
         flow.unify(written, flow.labels(op.arg("bias").index)[0], op)
@@ -143,7 +142,7 @@ def _add_bias(flow: Flow, op: Op, bias: int) -> None:
     out = flow.labels(op.outputs[0])
     shape, own = flow.shape(op.outputs[0]), flow.shape(bias)
     for back in range(1, len(own) + 1):
-        if own[-back] == shape[-back] and own[-back] > 1:
+        if own[-back] == shape[-back]:
             flow.unify(out[-back], flow.labels(bias)[-back], op)
 
 

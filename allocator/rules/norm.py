@@ -32,6 +32,9 @@ def batch_norm(flow: Flow, op: Op) -> None:
         for dim in (0, *range(2, len(labels))):
             flow.freeze(labels[dim], op, _JOINT)
     flow.set(op.outputs[0], labels)
+    for index in op.outputs[1:]:
+        if flow.shape(index) == flow.shape(op.inputs()[0])[1:2]:
+            flow.set(index, [labels[1]])
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm")

@@ -17,7 +17,7 @@ _PRODUCTS = frozenset({"mul", "mul_"})
     "relu6", "hardswish", "hardsigmoid", "hardtanh", "rrelu_with_noise", "lerp", "clamp", "threshold", "softplus",
 )  # fmt: skip
 def pointwise(flow: Flow, op: Op) -> None:
-    """Broadcast the operands: on every dim, those that are not of size 1 must keep the same indices.
+    """Broadcast the operands: on every dim, those that are not repeated must keep the same indices.
 
     Any operator that torch tags as pointwise takes this rule.
     """
@@ -26,9 +26,6 @@ def pointwise(flow: Flow, op: Op) -> None:
     operands = [i for i in inputs if i not in flow.uniform] or inputs
     result: list[Label] = []
     for dim, size in enumerate(out):
-        if size == 1:
-            result.append(None)
-            continue
         present = []
         for i in operands:
             own = dim - len(out) + len(flow.shape(i))

@@ -19,7 +19,7 @@ def split(flow: Flow, op: Op) -> None:
     sizes = [flow.shape(i)[dim] for i in op.outputs]
     if label is not None:
         pieces = np.split(label, np.cumsum(sizes)[:-1])
-        parts = [piece if len(piece) > 1 else None for piece in pieces]
+        parts = list(pieces)
         _free_or_tie(flow, op, label, pieces)
     for index, part in zip(op.outputs, parts, strict=True):
         flow.set(index, [*labels[:dim], part, *labels[dim + 1 :]])
@@ -28,9 +28,6 @@ def split(flow: Flow, op: Op) -> None:
 def _free_or_tie(flow: Flow, op: Op, label: np.ndarray, pieces: list[np.ndarray]) -> None:
     """Decide what the parts of a split may lose, from where their sizes come."""
     sizes = [len(piece) for piece in pieces]
-    for piece in pieces:
-        if len(piece) == 1:
-            flow.freeze(piece, op, "a part of size 1")
     literal = op.args[1] if len(op.args) > 1 else op.kwargs.get("split_size", op.kwargs.get("split_sizes"))
     if (op.call is None or op.call.name != "chunk") and flow.sized_by_attribute(op, literal, pieces):
         for piece in pieces:
@@ -51,10 +48,8 @@ def slice_(flow: Flow, op: Op) -> None:
     label = labels[dim]
     if label is not None:
         part = label[slice(op.arg("start"), op.arg("end"), op.arg("step"))]
-        labels[dim] = part if len(part) > 1 else None
-        if len(part) == 1:
-            flow.freeze(part, op, "a slice of size 1")
-        elif len(part) and len(part) < shape[dim]:
+        labels[dim] = part
+        if 0 < len(part) < shape[dim]:
             flow.floor(part, op)
     flow.set(op.outputs[0], labels)
 

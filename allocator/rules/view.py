@@ -26,7 +26,7 @@ def identity(flow: Flow, op: Op) -> None:
         flow.uniform.update(op.outputs)
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy", "unsqueeze", "squeeze")
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
 def view(flow: Flow, op: Op) -> None:
     """Merged dims repeat their labels; a dim that is split keeps every factor but one whole."""
     source, out = op.inputs()[0], op.outputs[0]
@@ -72,6 +72,7 @@ def factor_groups(shape: Shape, target: Shape) -> list[tuple[list[int], list[int
 def _merge(flow: Flow, op: Op, labels: Sequence[Label], sizes: Sequence[int]) -> Label:
     """Labels of the flattened dims; only one of them may lose indices."""
     labelled = [k for k, label in enumerate(labels) if label is not None]
+    labelled = [k for k in labelled if sizes[k] > 1] or labelled[:1]
     for k in labelled[1:]:
         flow.freeze(labels[k], op, "two dims with neurons are flattened into one")
     if not labelled:
@@ -86,11 +87,13 @@ def _merge(flow: Flow, op: Op, labels: Sequence[Label], sizes: Sequence[int]) ->
 
 def unflatten(flow: Flow, op: Op, label: np.ndarray, sizes: Sequence[int]) -> list[Label]:
     """Split labels over several dims; the last that varies may lose indices, the others stay whole."""
-    if not sizes:
-        return []
+    if len(sizes) < 2:
+        return [label][: len(sizes)]
     grid = label.reshape(sizes)
     varying = [d for d, n in enumerate(sizes) if n > 1 and not _constant(grid, d)]
     result: list[Label] = [None] * len(sizes)
+    if len(label) == 1:
+        varying = [len(sizes) - 1]
     if not varying:
         flow.freeze(label, op, "a view leaves no dim for these neurons")
         return result
@@ -104,6 +107,30 @@ def unflatten(flow: Flow, op: Op, label: np.ndarray, sizes: Sequence[int]) -> li
 
 def _constant(grid: np.ndarray, dim: int) -> bool:
     return bool((grid == grid.take([0], axis=dim)).all())
+
+
+@rule("unsqueeze")
+def unsqueeze(flow: Flow, op: Op) -> None:
+    """A new dim of size 1."""
+    labels = list(flow.labels(op.inputs()[0]))
+    dim = int(op.arg("dim"))
+    labels.insert(dim if dim >= 0 else dim + len(labels) + 1, None)
+    flow.set(op.outputs[0], labels)
+    if op.inputs()[0] in flow.uniform:
+        flow.uniform.add(op.outputs[0])
+
+
+@rule("squeeze")
+def squeeze(flow: Flow, op: Op) -> None:
+    """Dims of size 1 go: all of them, or those named."""
+    source = op.inputs()[0]
+    shape, labels = flow.shape(source), flow.labels(source)
+    dims = op.arg("dim")
+    named = range(len(shape)) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {d % len(shape) for d in named if shape[d] == 1}
+    for d in gone:
+        flow.freeze(labels[d], op, "a dim of size 1 is dropped")
+    flow.set(op.outputs[0], [label for d, label in enumerate(labels) if d not in gone])
 
 
 @rule("permute")
@@ -131,9 +158,14 @@ def transpose(flow: Flow, op: Op) -> None:
 @rule("expand", "expand_copy")
 def expand(flow: Flow, op: Op) -> None:
     """Dims of size 1 grow, and so have no labels; new dims come first."""
-    labels = flow.labels(op.inputs()[0])
-    rank = len(flow.shape(op.outputs[0]))
-    flow.set(op.outputs[0], [None] * (rank - len(labels)) + list(labels))
+    source, out = op.inputs()[0], flow.shape(op.outputs[0])
+    shape, labels = flow.shape(source), list(flow.labels(source))
+    fresh = len(out) - len(shape)
+    for d, size in enumerate(shape):
+        if out[fresh + d] != size:
+            flow.freeze(labels[d], op, "a dim of size 1 is repeated")
+            labels[d] = None
+    flow.set(op.outputs[0], [None] * fresh + labels)
 
 
 @rule("repeat")
@@ -165,9 +197,7 @@ def pixel_shuffle(flow: Flow, op: Op) -> None:
     if channels is not None:
         grid = channels.reshape(-1, factor)
         flow.tie(grid, grid[:, :1], op)
-        labels[-3] = grid[:, 0] if len(grid) > 1 else None
-        if len(grid) == 1:
-            flow.freeze(channels, op, "the only output channel of a pixel shuffle")
+        labels[-3] = grid[:, 0]
     flow.set(op.outputs[0], labels)
 
 

@@ -1,0 +1,162 @@
+"""An allocation: which neurons of a model stay, as plain data that can be saved, read and composed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from .disk import write_text
+from .errors import AllocationMismatchError, FileError
+from .skeleton import tensor_names
+
+FORMAT = 1
+Indices = list[Any]
+"""Original indices kept of one dim, in order; one row per output for a grouped weight's dim 1."""
+
+
+@dataclass
+class Allocation:
+    """Neurons to keep, and what modules have to be told.
+
+    Attributes:
+        kept: per parameter or buffer that changes, one entry per dim: the original indices that stay, or
+            None where the dim is untouched. Dim 1 of a grouped weight that loses columns has one row of
+            indices per output that stays.
+        attributes: per module path, attributes and their new values.
+        absent: paths of layers that are gone.
+        architecture: hash of the names and shapes of the model it was made for.
+        flops_asked, flops_before, flops_after: FLOPs as fvcore counts them.
+        policy, criterion, scope, groups: how it was made.
+        blocks: per aggregation block its name, kind and branches with channels before and after.
+        input_shapes: the shapes that the FLOPs hold for.
+    """
+
+    kept: dict[str, list[Indices | None]] = field(default_factory=dict)
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
+    architecture: str = ""
+    flops_asked: float = 0
+    flops_before: int = 0
+    flops_after: int = 0
+    policy: str = ""
+    criterion: str = ""
+    scope: str = ""
+    groups: str = "whole"
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    input_shapes: list[list[int]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, with the format version."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Allocation:
+        """Read what `to_dict` gave.
+
+        Raises:
+            FileError: not an allocation, or of a format this version does not know.
+        """
+        if not isinstance(data, dict) or "kept" not in data:
+            raise FileError("this is not an allocation: it has no field 'kept'")
+        if data.get("format") != FORMAT:
+            raise FileError(
+                f"the allocation has format {data.get('format')!r}, this version reads {FORMAT}: "
+                "install the version of neuron-allocator that wrote it"
+            )
+        known = {f.name for f in fields(cls)}
+        allocation = cls(**{key: value for key, value in data.items() if key in known})
+        allocation._check_types()
+        return allocation
+
+    def _check_types(self) -> None:
+        for name, dims in self.kept.items():
+            if not isinstance(dims, list) or not all(d is None or isinstance(d, list) for d in dims):
+                raise FileError(f"the allocation's entry for {name} is not a list of index lists")
+        for path, values in self.attributes.items():
+            if not isinstance(values, dict):
+                raise FileError(f"the allocation's attributes of {path} are not a mapping")
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, moved into place when complete.
+
+        Raises:
+            FileError: the path cannot be written.
+        """
+        write_text(path, json.dumps(self.to_dict(), separators=(",", ":"), allow_nan=False))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Allocation:
+        """Read an allocation from a JSON file.
+
+        Raises:
+            FileError: missing, not JSON, or not an allocation.
+        """
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:
+            raise FileError(f"{path} is not a JSON file: {error}") from error
+        return cls.from_dict(data)
+
+    def compose(self, second: Allocation) -> Allocation:
+        """The allocation that leads from this one's original model to the second one's result.
+
+        Args:
+            second: an allocation of the model that this one gives.
+
+        Raises:
+            AllocationMismatchError: the second one indexes beyond what this one keeps.
+        """
+        kept = dict(self.kept)
+        for name, dims in second.kept.items():
+            kept[name] = [
+                _compose(name, a, b) for a, b in zip(self.kept.get(name, [None] * len(dims)), dims, strict=True)
+            ]
+        merged = {path: dict(values) for path, values in self.attributes.items()}
+        for path, values in second.attributes.items():
+            merged.setdefault(path, {}).update(values)
+        absent = sorted({*self.absent, *second.absent})
+        rest = {**second.to_dict(), "kept": kept, "attributes": merged, "absent": absent}
+        rest |= {"architecture": self.architecture, "flops_before": self.flops_before}
+        rest["blocks"] = _compose_blocks(self.blocks, second.blocks)
+        return Allocation.from_dict(rest)
+
+
+def _compose(name: str, first: Indices | None, second: Indices | None) -> Indices | None:
+    if first is None or second is None:
+        return second if first is None else first
+    a, b = np.asarray(first), np.asarray(second)
+    if b.size and b.max() >= a.shape[-1]:
+        raise AllocationMismatchError(f"{name}: index {b.max()} of the second allocation, {a.shape[-1]} are kept")
+    if a.ndim == 2 or b.ndim == 2:
+        a = np.broadcast_to(a, (len(b), a.shape[-1])) if a.ndim == 1 else a[: len(b)]
+        b = np.broadcast_to(b, (len(a), b.shape[-1]))
+        return list(np.take_along_axis(a, b, axis=1).tolist())
+    return list(a[b].tolist())
+
+
+def _compose_blocks(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    before = {(b["name"], r["name"]): r["before"] for b in first for r in b["branches"]}
+    return [
+        {**b, "branches": [{**r, "before": before.get((b["name"], r["name"]), r["before"])} for r in b["branches"]]}
+        for b in second
+    ]
+
+
+def architecture_hash(model: nn.Module) -> str:
+    """Hash of the names and shapes of all parameters and buffers."""
+    lines = (f"{name} {tuple(t.shape)}" for name, t in sorted(tensor_names(model).items()))
+    return _digest(lines)
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

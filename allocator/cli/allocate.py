@@ -1,0 +1,118 @@
+"""``allocator-cli allocate``: a smaller model under a FLOPs budget."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .common import (
+    MODEL_SUFFIXES,
+    Talk,
+    UsageError,
+    add_command,
+    add_input_options,
+    add_model_options,
+    add_output_options,
+    check_outputs,
+    check_suffix,
+    example_inputs,
+    open_model,
+    parse_flops,
+    write_model,
+)
+
+_EXAMPLE = """\
+  allocator-cli allocate torchvision:resnet50 --flops 60% -o small.pt
+  allocator-cli allocate model.pt --flops 4.2e9 -o small.safetensors --allocation alloc.json"""
+
+
+def register(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = add_command(commands, "allocate", "allocate a model's neurons under a FLOPs budget", _EXAMPLE)
+    parser.add_argument("model", metavar="MODEL", help="a file or a name")
+    parser.add_argument(
+        "--flops", required=True, type=parse_flops, metavar="N", help="the budget: 4.2e9, 4.2G or 60%%"
+    )
+    add_output_options(parser)
+    parser.add_argument("--allocation", metavar="FILE", help="also write the allocation, as .json")
+    _add_plan_options(parser.add_argument_group("plan"))
+    add_input_options(parser)
+    add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_plan_options(group: Any) -> None:
+    group.add_argument(
+        "--policy",
+        default="per_block",
+        choices=("per_block", "global", "uniform"),
+        help="who competes with whom: branches of a block, all neurons, or none (default: per_block)",
+    )
+    group.add_argument("--criterion", default="bn_scale", metavar="NAME", help="default: bn_scale")
+    group.add_argument(
+        "--scope",
+        default="auto",
+        choices=("auto", "branches", "inner", "all"),
+        help="which neurons may go (default: auto, the narrowest that can meet the budget)",
+    )
+    group.add_argument("--groups", default="whole", metavar="HOW", help="default: whole")
+    group.add_argument("--exclude", action="append", default=[], metavar="NAME", help="leave a module alone")
+    group.add_argument("--no-fill", action="store_true", help="keep plain shares; do not fill the budget up")
+    group.add_argument("--weights", default="keep", choices=("keep", "reset"), help="default: keep")
+    group.add_argument("--no-certificate", action="store_true", help="leave out the numeric certificate")
+    group.add_argument("--seed", type=int, default=0, help="for ties (default: 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Allocate, write the files, print the report."""
+    if args.output is None and args.allocation is None:
+        raise UsageError("nothing to write: give -o OUT, --allocation FILE or both")
+    check_suffix(args.output, MODEL_SUFFIXES, "the model (-o)")
+    check_suffix(args.allocation, (".json",), "the allocation (--allocation)")
+    check_outputs(args, args.output, args.allocation)
+    talk = Talk(args)
+    model = open_model(args.model, args, talk)
+    result = _allocate(model, args, talk)
+    written = {}
+    if args.output is not None:
+        with talk.stage(f"writing {args.output}"):
+            write_model(result.model, result.allocation, args.output)
+        written["model"] = args.output
+    if args.allocation is not None:
+        result.allocation.save(args.allocation)
+        written["allocation"] = args.allocation
+    _show(args, talk, result, written)
+    return 0
+
+
+def _allocate(model: Any, args: argparse.Namespace, talk: Talk) -> Any:
+    from ..api import allocate
+
+    with talk.stage("allocating"):
+        result = allocate(
+            model,
+            flops=args.flops,
+            example_inputs=example_inputs(args),
+            policy=args.policy,
+            criterion=args.criterion,
+            scope=args.scope,
+            fill=not args.no_fill,
+            groups=args.groups,
+            exclude=tuple(args.exclude),
+            weights=args.weights,
+            certify=not args.no_certificate,
+            seed=args.seed,
+        )
+    talk.times(result.timings)
+    for note in result.notes:
+        talk.note(note)
+    return result
+
+
+def _show(args: argparse.Namespace, talk: Talk, result: Any, written: dict[str, str]) -> None:
+    from rich.console import Group
+    from rich.text import Text
+
+    report = result.report()
+    lines = [Text(f"{kind} written to {path}") for kind, path in written.items()]
+    talk.result(Group(report, *lines), {"model": args.model, **report.to_dict(), "files": written})

@@ -1,0 +1,74 @@
+"""``allocator-cli apply``: a saved allocation on a fresh model."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .common import (
+    MODEL_SUFFIXES,
+    Talk,
+    UsageError,
+    add_command,
+    add_model_options,
+    add_output_options,
+    check_outputs,
+    check_suffix,
+    open_model,
+    write_model,
+)
+
+_EXAMPLE = """\
+  allocator-cli apply torchvision:resnet50 alloc.json -o fresh_small.pt"""
+
+
+def register(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = add_command(commands, "apply", "apply a saved allocation to a fresh model", _EXAMPLE)
+    parser.add_argument("model", metavar="MODEL", help="a file or a name of the original network")
+    parser.add_argument("allocation", metavar="ALLOCATION", help="alloc.json, or a saved .safetensors result")
+    add_output_options(parser)
+    add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Apply, write the model, print what changed."""
+    if args.output is None:
+        raise UsageError("nothing to write: give -o OUT")
+    check_suffix(args.output, MODEL_SUFFIXES, "the model (-o)")
+    check_outputs(args, args.output)
+    from ..files import load_allocation
+
+    talk = Talk(args)
+    allocation = load_allocation(args.allocation)
+    model = open_model(args.model, args, talk)
+    from ..api import apply
+
+    with talk.stage("applying"):
+        small = apply(model, allocation)
+    with talk.stage(f"writing {args.output}"):
+        write_model(small, allocation, args.output)
+    facts = {
+        "model": args.model,
+        "allocation": args.allocation,
+        "flops_before": allocation.flops_before,
+        "flops_after": allocation.flops_after,
+        "parameters_before": _parameters(model),
+        "parameters_after": _parameters(small),
+        "files": {"model": args.output},
+    }
+    talk.result(_lines(facts), facts)
+    return 0
+
+
+def _parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _lines(facts: dict[str, Any]) -> str:
+    return (
+        f"FLOPs       {facts['flops_before']:,} -> {facts['flops_after']:,}\n"
+        f"parameters  {facts['parameters_before']:,} -> {facts['parameters_after']:,}\n"
+        f"model written to {facts['files']['model']}"
+    )

@@ -1,0 +1,60 @@
+"""``allocator-cli verify``: is this model the original minus what its allocation removed?"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .common import Talk, UsageError, add_command, add_model_options, open_model
+
+_EXAMPLE = """\
+  allocator-cli verify model.pt small.pt alloc.json
+  allocator-cli verify model.pt small.safetensors"""
+
+
+def register(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = add_command(
+        commands, "verify", "check that a smaller model is the original minus the removed neurons", _EXAMPLE
+    )
+    parser.add_argument("model", metavar="MODEL", help="the original: a file or a name")
+    parser.add_argument("small", metavar="SMALL", help="the smaller model's file")
+    parser.add_argument(
+        "allocation", metavar="ALLOCATION", nargs="?", help="alloc.json; a .safetensors SMALL holds its own"
+    )
+    add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verify, and print the certificate; status 1 where it does not hold."""
+    source = args.allocation or (args.small if Path(args.small).suffix == ".safetensors" else None)
+    if source is None:
+        raise UsageError("ALLOCATION is needed: only a .safetensors SMALL holds its own")
+    from ..files import load_allocation, load_model
+
+    talk = Talk(args)
+    allocation = load_allocation(source)
+    model = open_model(args.model, args, talk)
+    with talk.stage(f"reading {args.small}"):
+        small = load_model(args.small, trust=args.trust)
+    from ..api import verify
+
+    with talk.stage("verifying"):
+        certificate = verify(model, small, allocation)
+    facts = {"model": args.model, "small": args.small, **certificate.to_dict(), "ok": bool(certificate.ok)}
+    talk.result(_lines(certificate), facts)
+    return 0 if certificate.ok else 1
+
+
+def _lines(certificate: Any) -> str:
+    error = certificate.relative_error
+    numeric = "not computed" if error is None else f"relative error {error:.3g}"
+    if error is not None and not certificate.exact:
+        numeric += " (inexact by nature: a norm over channels)"
+    structure = "holds" if certificate.structural else "BROKEN"
+    verdict = "the original minus the removed neurons"
+    if not certificate.ok:
+        verdict = f"NOT {verdict}"
+    return f"structure  {structure}\nnumbers    {numeric}\nverdict    {verdict}"

@@ -1,0 +1,57 @@
+"""fvcore's own count, the measure that every budget is held against."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .inputs import Inputs
+from .skeleton import skeleton
+
+
+def fvcore_flops(model: nn.Module, inputs: Inputs) -> tuple[int, dict[str, int]]:
+    """FLOPs of one eval-mode forward by `fvcore.nn.FlopCountAnalysis`.
+
+    Args:
+        model: any module; a copy of its structure that shares the weights is run.
+        inputs: positional example inputs.
+
+    Returns:
+        (total FLOPs, operators that fvcore does not count with the number of their calls).
+    """
+    from fvcore.nn import FlopCountAnalysis
+
+    shared = skeleton(model, lambda _, t: t).eval()
+    args = tuple(inputs.args)
+    with torch.no_grad(), _quiet():
+        analysis = FlopCountAnalysis(shared if not inputs.kwargs else _Bound(shared, inputs.kwargs), args)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        total = int(analysis.total())
+        return total, dict(analysis.unsupported_ops())
+
+
+class _Bound(nn.Module):
+    """A module with its keyword arguments set, since fvcore passes positional ones only."""
+
+    def __init__(self, model: nn.Module, kwargs: dict[str, object]) -> None:
+        super().__init__()
+        self.model, self.kwargs = model, kwargs
+
+    def forward(self, *args: object) -> object:
+        return self.model(*args, **self.kwargs)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """fvcore logs what it skips; the report lists it instead."""
+    logger = logging.getLogger("fvcore.nn.jit_analysis")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,158 @@
+"""Materialising an allocation: a copy of the model with fewer neurons, same classes, same names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .allocation import Allocation, Indices, architecture_hash
+from .errors import AllocationMismatchError
+from .skeleton import skeleton
+
+Slice = Callable[[torch.Tensor, Sequence[Indices | None]], torch.Tensor]
+
+
+def sliced(tensor: torch.Tensor, kept: Sequence[Indices | None]) -> torch.Tensor:
+    """The part of a tensor that stays.
+
+    Args:
+        tensor: any tensor.
+        kept: per dim the indices that stay, None for all; for dim 1 possibly one row per output that stays.
+    """
+    result = tensor.detach()
+    for dim, indices in enumerate(kept):
+        if indices is None:
+            continue
+        index = torch.as_tensor(np.asarray(indices, dtype=np.int64), device=tensor.device)
+        if index.dim() == 1:
+            result = result.index_select(dim, index)
+        else:
+            shape = (*index.shape, *result.shape[2:])
+            index = index.reshape(*index.shape, *([1] * (result.dim() - 2))).expand(shape)
+            result = result.gather(1, index)
+    if result.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return result.contiguous(memory_format=torch.channels_last)
+    return result
+
+
+def sliced_on_meta(tensor: torch.Tensor, kept: Sequence[Indices | None]) -> torch.Tensor:
+    """A meta tensor of the size that `sliced` would give."""
+    sizes = [
+        n if indices is None else np.asarray(indices).shape[-1]
+        for n, indices in zip(tensor.shape, kept, strict=True)
+    ]
+    return torch.empty(sizes, dtype=tensor.dtype, device="meta")
+
+
+def materialise(model: nn.Module, allocation: Allocation, cut: Slice = sliced) -> nn.Module:
+    """Copy `model` with every tensor cut as the allocation says, and the modules' attributes set.
+
+    Untouched tensors are copied too, so that training the result leaves the original as it is.
+    """
+
+    def replace(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        kept = allocation.kept.get(name)
+        if kept is None:
+            return tensor.detach().clone() if cut is sliced else torch.empty_like(tensor, device="meta")
+        return cut(tensor, kept)
+
+    small = skeleton(model, replace)
+    for path in allocation.absent:
+        owner, _, name = path.rpartition(".")
+        small.get_submodule(owner)._modules[name] = None
+    for path, values in allocation.attributes.items():
+        module = small.get_submodule(path)
+        for name, value in values.items():
+            current = getattr(module, name, None)
+            setattr(module, name, tuple(value) if isinstance(current, tuple) else value)
+    return small
+
+
+def check_fits(model: nn.Module, allocation: Allocation) -> None:
+    """Raise AllocationMismatchError unless the allocation was made for a model of this architecture."""
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    for name, dims in allocation.kept.items():
+        if name not in tensors:
+            raise AllocationMismatchError(f"the allocation names {name}, which {type(model).__name__} does not have")
+        shape = tuple(tensors[name].shape)
+        if len(dims) != len(shape):
+            raise AllocationMismatchError(f"{name}: the allocation expects {len(dims)} dims, the model has {shape}")
+        for dim, indices in enumerate(dims):
+            if indices is not None and np.size(indices) and not _within(indices, shape[dim]):
+                raise AllocationMismatchError(
+                    f"{name}, dim {dim}: the allocation keeps index {np.max(indices)}, the model has {shape[dim]}"
+                )
+    if allocation.architecture and allocation.architecture != architecture_hash(model):
+        raise AllocationMismatchError(
+            f"the allocation was made for another architecture ({allocation.architecture}, "
+            f"this {type(model).__name__} is {architecture_hash(model)}): build the model as it was then"
+        )
+
+
+def _within(indices: Indices, size: int) -> bool:
+    array = np.asarray(indices)
+    return bool(array.min() >= 0 and array.max() < size)
+
+
+def standard_attributes(
+    model: nn.Module, shapes: dict[str, Sequence[int]], groups: dict[str, int], absent: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """What torch's own layers say of themselves, wherever it changes with the sizes of their tensors.
+
+    Args:
+        model: the original model.
+        shapes: new sizes of the parameters and buffers that change.
+        groups: new number of groups per weight of a grouped convolution.
+        absent: paths of layers that are gone.
+    """
+    owners = {name.rpartition(".")[0] for name in (*shapes, *groups)}
+    changed: dict[str, dict[str, Any]] = {}
+    for path in sorted(owners):
+        if any(path == gone or path.startswith(f"{gone}.") for gone in absent):
+            continue
+        module = model.get_submodule(path)
+
+        def size(name: str, dim: int, path: str = path, module: nn.Module = module) -> int:
+            full = f"{path}.{name}".lstrip(".")
+            tensor = getattr(module, name)
+            return int(shapes[full][dim] if full in shapes else tensor.shape[dim])
+
+        new = _describe(module, size, groups.get(f"{path}.weight".lstrip(".")))
+        differs = {key: value for key, value in new.items() if getattr(module, key) != value}
+        if differs:
+            changed[path] = differs
+    return changed
+
+
+def _describe(module: nn.Module, size: Callable[[str, int], int], groups: int | None) -> dict[str, Any]:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        groups = module.groups if groups is None else groups
+        a, b = size("weight", 0), size("weight", 1) * groups
+        out, read = (b, a) if module.transposed else (a, b)
+        return {"out_channels": out, "in_channels": read, "groups": groups}
+    if isinstance(module, nn.Linear):
+        return {"out_features": size("weight", 0), "in_features": size("weight", 1)}
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        name = next((n for n in ("weight", "running_mean") if getattr(module, n, None) is not None), None)
+        return {"num_features": size(name, 0)} if name else {}
+    if isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+        return {"normalized_shape": tuple(size("weight", d) for d in range(len(module.normalized_shape)))}
+    if isinstance(module, nn.GroupNorm) and module.affine:
+        return {"num_channels": size("weight", 0)}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": size("weight", 1)}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": size("weight", 0)}
+    return {}
+
+
+def reset_parameters(model: nn.Module) -> None:
+    """Give every layer that knows how fresh weights, as for training from scratch."""
+    for module in model.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()

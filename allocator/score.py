@@ -1,0 +1,135 @@
+"""Criteria: one number per neuron, the higher the more it matters."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .errors import CriterionError, UninformativeScoresWarning, UnknownNameError
+from .graph import ChannelGraph
+
+Weights = Callable[[str], torch.Tensor]
+Criterion = Callable[[ChannelGraph, Weights], np.ndarray]
+CRITERIA: dict[str, Criterion] = {}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Importance of every neuron.
+
+    Attributes:
+        criterion: the name it was ranked by.
+        values: (neurons,) float64; NaN where the criterion has nothing to say, and the neuron stays.
+    """
+
+    criterion: str
+    values: np.ndarray
+
+
+def criterion(name: str) -> Callable[[Criterion], Criterion]:
+    """Register a criterion: a function of the graph and of a look-up of tensors by name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(function: Criterion) -> Criterion:
+        if name in CRITERIA:
+            raise ValueError(f"criterion {name} is registered already")
+        CRITERIA[name] = function
+        return function
+
+    return register
+
+
+def score(graph: ChannelGraph, criterion: str, weights: Weights) -> Scores:
+    """Rank all neurons.
+
+    Args:
+        graph: the model's neurons.
+        criterion: a registered name: "bn_scale", "magnitude" or "random".
+        weights: gives a parameter of the model by name.
+
+    Raises:
+        UnknownNameError: no such criterion.
+        CriterionError: it has nothing to rank this model by.
+    """
+    if criterion not in CRITERIA:
+        near = difflib.get_close_matches(criterion, CRITERIA, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UnknownNameError(f"no criterion {criterion!r}{hint} (there are {', '.join(sorted(CRITERIA))})")
+    values = CRITERIA[criterion](graph, weights)
+    ranked = values[~np.isnan(values)]
+    if not np.isfinite(ranked).all():
+        raise CriterionError(f"criterion {criterion!r} gave infinite scores: the model's weights are not finite")
+    if len(ranked) > 1 and np.ptp(ranked) == 0:
+        warnings.warn(
+            f"all {len(ranked)} scores of criterion {criterion!r} are {ranked[0]:g}, so the ranking carries no "
+            "information (an untrained model?); neurons are dropped evenly over the branches",
+            UninformativeScoresWarning,
+            stacklevel=3,
+        )
+    return Scores(criterion, values)
+
+
+def _mean_per_unit(graph: ChannelGraph, rows: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Mean over all (slots, values) rows that fall on a neuron; NaN where none does."""
+    total, count = np.zeros(graph.size), np.zeros(graph.size)
+    for slots, values in rows:
+        units = graph.unit_of_slot[slots]
+        free = units >= 0
+        np.add.at(total, units[free], values[free])
+        np.add.at(count, units[free], 1)
+    return np.divide(total, count, out=np.full(graph.size, np.nan), where=count > 0)
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return np.asarray(tensor.detach().to("cpu", torch.float64).numpy())
+
+
+@criterion("bn_scale")
+def bn_scale(graph: ChannelGraph, weights: Weights) -> np.ndarray:
+    """Mean |gamma| of the batch norms that scale a neuron (Liu et al., ICCV 2017; Li et al., CVPR 2019)."""
+    gammas = {name: slots for slots, name in graph.facts.gammas}
+    if not gammas:
+        raise CriterionError(
+            "the model has no batch norm with a scale to rank neurons by (never had one, or it was folded "
+            "into the convolutions): pass criterion='magnitude'"
+        )
+    return _mean_per_unit(graph, [(slots, np.abs(_array(weights(name)))) for name, slots in gammas.items()])
+
+
+@criterion("magnitude")
+def magnitude(graph: ChannelGraph, weights: Weights) -> np.ndarray:
+    """Root mean square of the weights that write a neuron, relative to its layer's (Li et al., ICLR 2017)."""
+    table = {int(slots[0]): (name, dim, slots) for name, dim, slots in _written(graph)}
+    rows = []
+    for name, dim, slots in table.values():
+        tensor = weights(name).detach()
+        other = [d for d in range(tensor.dim()) if d != dim]
+        norms = _array(torch.linalg.vector_norm(tensor.to(torch.float64), dim=other))
+        mean = norms.mean()
+        rows.append((slots, norms / mean if mean > 0 else norms))
+    return _mean_per_unit(graph, rows)
+
+
+def _written(graph: ChannelGraph) -> list[tuple[str, int, np.ndarray]]:
+    """(parameter, dim, its slots) of everything that writes neurons."""
+    start_of = {start: (name, dim) for start, name, dim in graph.slots.names()}
+    found = []
+    for label, _ in graph.facts.produced:
+        known = start_of.get(int(label[0]))
+        if known is not None:
+            found.append((*known, label))
+    return found
+
+
+@criterion("random")
+def random(graph: ChannelGraph, weights: Weights) -> np.ndarray:
+    """A fixed random order: the control that any other criterion has to beat."""
+    return np.random.default_rng(0).random(graph.size)

@@ -1,0 +1,269 @@
+"""From a plan to an allocation that runs: set attributes, trace the result, freeze what does not fit, again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from .allocation import Allocation, architecture_hash
+from .analysis import run_rules
+from .errors import NothingToAllocateError, RewriteError
+from .flow import Attribute, Facts, Flow, Slots
+from .graph import ChannelGraph, Options, build_graph, kept_of
+from .plan import Plan
+from .rewrite import materialise, sliced_on_meta, standard_attributes
+from .skeleton import tensor_names
+from .structure import Image, Mismatch, compare
+from .trace import ForwardError, Op, Trace, record, trace_forward
+
+MAX_ROUNDS = 24
+Planner = Callable[[ChannelGraph], Plan]
+
+
+@dataclass
+class Settled:
+    """A plan whose rewritten forward was traced and found to be the image of the original.
+
+    Attributes:
+        graph: the neurons, with those frozen that did not fit.
+        plan: the choice.
+        allocation: the choice as data.
+        notes: what had to be frozen or set on the way.
+    """
+
+    graph: ChannelGraph
+    plan: Plan
+    allocation: Allocation
+    notes: list[str]
+
+
+def settle(model: nn.Module, graph: ChannelGraph, planner: Planner) -> Settled:
+    """Plan, trace the rewritten model on meta tensors, repair, until the structural check passes.
+
+    Where the forward no longer fits, a module attribute that equals the old size is set to the new one for
+    all modules of that class; failing that, the parts of a split are made equal; failing that, the neurons
+    at the operator are frozen in all modules of that class, and the plan is made again.
+
+    Raises:
+        RewriteError: no plan was found that runs.
+    """
+    mends: dict[tuple[str, str], tuple[np.ndarray, ...]] = {}
+    notes: list[str] = []
+    for _ in range(MAX_ROUNDS):
+        try:
+            plan = planner(graph)
+        except NothingToAllocateError as error:
+            error.reasons[:0] = notes
+            raise
+        allocation = describe(model, graph, plan, mends)
+        mismatch = check_structure(model, graph, plan.kept, allocation)
+        if mismatch is None:
+            return Settled(graph, plan, allocation, notes)
+        graph = _repair(model, graph, plan, mismatch, mends, notes)
+    raise RewriteError(
+        f"the rewritten forward did not fit after {MAX_ROUNDS} plans; the last time at {mismatch}: "
+        "exclude this module with exclude=[...], or register an adapter for its class"
+    )
+
+
+def describe(
+    model: nn.Module,
+    graph: ChannelGraph,
+    plan: Plan,
+    mends: dict[tuple[str, str], tuple[np.ndarray, ...]] | None = None,
+) -> Allocation:
+    """A plan as an allocation: indices per tensor, attributes per module."""
+    indices = kept_of(graph, plan.kept)
+    stays = np.append(plan.kept, True)[graph.unit_of_slot]
+    shapes = {
+        name: [n if i is None else len(i) for n, i in zip(graph.slots.shapes[name], dims, strict=True)]
+        for name, dims in indices.items()
+    }
+    groups = {name: int(stays[slots].sum()) for name, slots in graph.facts.groups.items() if name in indices}
+    absent = [
+        other
+        for layer, together in graph.optional.items()
+        if shapes.get(f"{layer}.weight", [1])[0] == 0
+        for other in together
+    ]
+    attributes = standard_attributes(model, shapes, groups, absent)
+    found = [Attribute(path, name, pieces) for (path, name), pieces in (mends or {}).items()]
+    for attribute in (*graph.facts.attributes, *found):
+        current = getattr(model.get_submodule(attribute.module), attribute.name)
+        value = _attribute_value(current, [int(stays[piece].sum()) for piece in attribute.pieces])
+        if value != (list(current) if isinstance(current, tuple) else current):
+            attributes.setdefault(attribute.module, {})[attribute.name] = value
+    kept = {
+        name: [None if d is None else d.tolist() for d in dims]
+        for name, dims in indices.items()
+        if not any(name.startswith(f"{layer}.") for layer in absent)
+    }
+    _add_rows(model, kept, groups)
+    return Allocation(
+        kept=kept,
+        attributes=attributes,
+        absent=absent,
+        architecture=architecture_hash(model),
+        flops_asked=float(plan.asked),
+        flops_before=graph.flops,
+        flops_after=plan.flops,
+        policy=plan.policy,
+        criterion=plan.criterion,
+        scope=plan.scope,
+        groups=graph.options.groups,
+        input_shapes=[list(t.shape) for t in graph.inputs.tensors()],
+    )
+
+
+def _attribute_value(current: Any, sizes: list[int]) -> Any:
+    if isinstance(current, int) and len(set(sizes)) == 1:
+        return sizes[0]
+    return sizes
+
+
+def _add_rows(model: nn.Module, kept: dict[str, list[Any]], groups: dict[str, int]) -> None:
+    """Dim 1 of a grouped weight is written out as one row of columns per output that stays."""
+    for path, module in model.named_modules():
+        name = f"{path}.weight".lstrip(".")
+        if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and not module.transposed:
+            dims = kept.get(name)
+            if dims is not None and dims[1] is not None:
+                rows = module.weight.shape[0] if dims[0] is None else len(dims[0])
+                dims[1] = [dims[1]] * rows
+
+
+def check_structure(
+    model: nn.Module, graph: ChannelGraph, kept: np.ndarray, allocation: Allocation
+) -> Mismatch | None:
+    """Trace the rewritten model on meta tensors and compare; None where it is the image of the original."""
+    small = materialise(model, allocation, sliced_on_meta)
+    return compare_models(graph, kept, small)
+
+
+def compare_models(graph: ChannelGraph, kept: np.ndarray, small: nn.Module) -> Mismatch | None:
+    """Trace a rewritten model and compare it with the original, in eval and, where it differs, train mode."""
+    slots = Slots.of({name: tuple(t.shape) for name, t in tensor_names(small).items()})
+    image = Image(graph, kept, kept_of(graph, kept), slots)
+    rules = {"groups": graph.options.groups, "norms": graph.options.norms, "tied_parts": graph.options.tied_parts}
+    for flow in (graph.flow, graph.training_flow):
+        if flow is None:
+            continue
+        try:
+            trace = _trace_like(flow.trace, small, graph)
+        except ForwardError as error:
+            return _culprit(flow, error)
+        new = run_rules(trace, slots, Facts(), **rules)
+        mismatch = compare(flow, new, image, graph.facts.groups)
+        if mismatch is not None:
+            return mismatch
+    return None
+
+
+def _trace_like(original: Trace, small: nn.Module, graph: ChannelGraph) -> Trace:
+    if original.mode == "real" and any(t.is_meta for t in small.parameters()):
+        return trace_forward(small, graph.inputs)
+    return record(small, graph.inputs, original.mode, training=original.training)
+
+
+def _culprit(flow: Flow, error: ForwardError) -> Mismatch:
+    """The original call at which the rewritten forward raised."""
+    done = len(error.partial.ops)
+    ops = flow.trace.ops
+    what = f"the rewritten forward raised {type(error.cause).__name__}: {error.cause}"
+    for op in ops[max(done - 1, 0) :]:
+        if any(label is not None for i in (*op.inputs(), *op.outputs) for label in flow.labels(i)):
+            return Mismatch(op, what)
+    return Mismatch(ops[-1], what)
+
+
+def _repair(
+    model: nn.Module,
+    graph: ChannelGraph,
+    plan: Plan,
+    mismatch: Mismatch,
+    mends: dict[tuple[str, str], tuple[np.ndarray, ...]],
+    notes: list[str],
+) -> ChannelGraph:
+    """Set an attribute, tie parts, or freeze; returns the graph to plan on."""
+    op = mismatch.op
+    flow = graph.flow if any(op is other for other in graph.flow.trace.ops) else graph.training_flow
+    assert flow is not None
+    alike = _same_class(model, op.module)
+    found = _attribute_of_size(model, flow, op, plan, graph)
+    if found is not None:
+        attribute, _ = found
+        fresh = False
+        for other in _alike(flow, op, alike):
+            again = _attribute_of_size(model, flow, other, plan, graph, attribute)
+            if again is not None and (other.module, attribute) not in mends:
+                mends[other.module, attribute] = (again[1],)
+                fresh = True
+        if fresh:
+            notes.append(f"{attribute!r} of {_class_name(model, op.module)} follows the kept channels")
+            return graph
+    options = graph.options
+    if "split" in op.name and not alike <= options.tied_parts:
+        notes.append(f"the parts of {op} stay equal: {mismatch.what}")
+        options = replace(options, tied_parts=options.tied_parts | alike)
+    else:
+        notes.append(f"the neurons at {op} stay: {mismatch.what}")
+        options = _freeze(flow, options, op, alike, plan, graph)
+    for path in alike:
+        for key in [key for key in mends if key[0] == path]:
+            del mends[key]
+    return build_graph(model, graph.inputs, options)
+
+
+def _freeze(
+    flow: Flow, options: Options, op: Op, alike: set[str], plan: Plan, graph: ChannelGraph
+) -> Options:
+    more = {(path, op.name) for path in alike}
+    if more <= options.frozen_ops:
+        following = [
+            other
+            for other in flow.trace.ops[op.index :]
+            if (other.module, other.name) not in options.frozen_ops
+            and any(len(graph.units(label)) for i in other.inputs() for label in flow.labels(i))
+        ]
+        if not following:
+            raise RewriteError(f"the rewritten forward does not fit at {op}, though all its neurons stay")
+        more = {(following[0].module, following[0].name)}
+    return replace(options, frozen_ops=options.frozen_ops | more)
+
+
+def _alike(flow: Flow, op: Op, paths: set[str]) -> list[Op]:
+    return [other for other in flow.trace.ops if other.module in paths and other.name == op.name]
+
+
+def _attribute_of_size(
+    model: nn.Module, flow: Flow, op: Op, plan: Plan, graph: ChannelGraph, only: str | None = None
+) -> tuple[str, np.ndarray] | None:
+    """An int attribute of the running module that equals the old size of a dim that shrinks."""
+    fields = vars(model.get_submodule(op.module))
+    stays = np.append(plan.kept, True)[graph.unit_of_slot]
+    taken = {(a.module, a.name) for a in graph.facts.attributes}
+    for value in (*op.inputs(), *op.outputs):
+        for label in flow.labels(value):
+            if label is None or stays[label].all():
+                continue
+            for name, current in fields.items():
+                plain = type(current) is int and current == len(label) and name not in _STRUCTURAL
+                if plain and (only is None or name == only) and (op.module, name) not in taken:
+                    return name, label
+    return None
+
+
+_STRUCTURAL = frozenset({"groups", "num_heads", "stride", "padding", "dilation", "kernel_size", "training"})
+
+
+def _same_class(model: nn.Module, path: str) -> set[str]:
+    cls = type(model.get_submodule(path))
+    return {other for other, module in model.named_modules() if type(module) is cls}
+
+
+def _class_name(model: nn.Module, path: str) -> str:
+    return type(model.get_submodule(path)).__name__

@@ -1,0 +1,215 @@
+"""The structural check: the rewritten forward is the image of the original one, index by index.
+
+The rewritten model is traced and its labels are computed by the same rules. Every call must be the same
+call on the images of the same tensors, with the same numbers; every dim must hold exactly the kept indices,
+in their order. Shapes alone would not notice a shuffle that kept the wrong order, nor a scale 1/sqrt(d)
+that changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .flow import FROZEN, Flow, Label, Slots
+from .graph import ChannelGraph
+from .trace import Op, Ref, Trace
+
+# Calls that take sizes as integers; what they give is checked by its shape and labels.
+_SIZED = frozenset(
+    ["view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "expand", "repeat", "slice", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "rand", "randn", "native_group_norm", "native_layer_norm", "convolution", "channel_shuffle", "empty_strided", "new_empty_strided"]
+)
+_SPLITS = frozenset({"split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"})
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Where the rewritten forward stops being the image of the original.
+
+    Attributes:
+        op: the original call.
+        what: what differs, with got and expected.
+    """
+
+    op: Op
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.what}"
+
+
+class Image:
+    """Maps slots of the rewritten model to slots of the original.
+
+    Args:
+        graph: the original's neurons.
+        kept: (neurons,) bool.
+        kept_indices: per tensor and dim the indices kept, None for all.
+        slots: slots of the rewritten model.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        kept: np.ndarray,
+        kept_indices: dict[str, list[np.ndarray | None]],
+        slots: Slots,
+    ) -> None:
+        self.stays = np.append(kept, True)[graph.unit_of_slot]
+        self.origin = np.full(slots.total, -1)
+        self.origin[FROZEN] = FROZEN
+        for name, shape in slots.shapes.items():
+            old_base = graph.slots.base[name]
+            for dim, (start, size) in enumerate(zip(slots.base[name], shape, strict=True)):
+                indices = kept_indices[name][dim] if name in kept_indices else None
+                own = np.arange(size) if indices is None else indices
+                if len(own) == size:
+                    self.origin[start : start + size] = old_base[dim] + own
+        self._sizes: dict[int, int] = {}
+        self._same: set[tuple[int, int]] = set()
+
+    def size(self, label: np.ndarray) -> int:
+        """How many of these labels of the original stay."""
+        known = self._sizes.get(id(label))
+        if known is None:
+            known = self._sizes[id(label)] = int(self.stays[label].sum())
+        return known
+
+    def holds(self, old: Label, new: Label) -> bool:
+        """Whether the new labels are the old ones that stay, in order."""
+        if old is None or new is None:
+            return old is None and new is None
+        key = (id(old), id(new))
+        if key not in self._same:
+            if not np.array_equal(old[self.stays[old]], self.origin[new]):
+                return False
+            self._same.add(key)
+        return True
+
+
+def compare(old: Flow, new: Flow, image: Image, groups: dict[str, np.ndarray]) -> Mismatch | None:
+    """The first place where two flows differ beyond the removed neurons, or None where there is none.
+
+    Args:
+        old: labels of the original.
+        new: labels of the rewritten model.
+        image: how their slots correspond.
+        groups: per weight of a grouped convolution that loses whole groups, one slot per group.
+    """
+    gone = _gone(old, image)
+    before, after = _live(old.trace, gone), _live(new.trace, set())
+    values: dict[int, int] = {}
+    for a, b in zip(before, after, strict=False):
+        what = _compare_call(old, new, a, b, values, gone, image, groups)
+        if what:
+            return Mismatch(a, what)
+    if len(before) != len(after):
+        last = before[min(len(before), len(after)) - 1]
+        return Mismatch(last, f"{len(after)} calls follow, expected {len(before)}")
+    outputs = [values.get(i) for i in old.trace.outputs]
+    if outputs != new.trace.outputs:
+        return Mismatch(before[-1], "the model returns other tensors")
+    return None
+
+
+def _gone(flow: Flow, image: Image) -> set[int]:
+    """Values of the original with a dim that lost all its indices."""
+    return {
+        i
+        for i in range(len(flow.trace.values))
+        if any(label is not None and image.size(label) == 0 for label in flow.labels(i))
+    }
+
+
+def _live(trace: Trace, gone: set[int]) -> list[Op]:
+    """Calls that the outputs depend on, without those that only serve values that are gone."""
+    wanted = set(trace.outputs)
+    live = []
+    for op in reversed(trace.ops):
+        if not wanted.isdisjoint(op.outputs) and gone.isdisjoint(op.outputs):
+            live.append(op)
+            wanted.update(i for i in op.inputs() if i not in gone)
+    return live[::-1]
+
+
+def _compare_call(
+    old: Flow,
+    new: Flow,
+    a: Op,
+    b: Op,
+    values: dict[int, int],
+    gone: set[int],
+    image: Image,
+    groups: dict[str, np.ndarray],
+) -> str | None:
+    same = a.target is b.target or (a.name in _SPLITS and b.name in _SPLITS)
+    if not same or a.module != b.module:
+        return f"became {b}"
+    if len(a.outputs) != len(b.outputs):
+        return f"gives {len(b.outputs)} tensors, expected {len(a.outputs)}"
+    what = _compare_arguments(old, new, a, b, values, gone) or _compare_groups(old, a, b, image, groups)
+    if what:
+        return what
+    for i, j in zip(a.outputs, b.outputs, strict=True):
+        values[i] = j
+        what = _compare_value(old, new, i, j, image)
+        if what:
+            return what
+    return None
+
+
+def _compare_value(old: Flow, new: Flow, i: int, j: int, image: Image) -> str | None:
+    shape, labels = old.shape(i), old.labels(i)
+    expected = tuple(n if lab is None else image.size(lab) for n, lab in zip(shape, labels, strict=True))
+    if new.shape(j) != expected:
+        return f"shape {new.shape(j)}, expected {expected}"
+    for dim, (a, b) in enumerate(zip(labels, new.labels(j), strict=True)):
+        if not image.holds(a, b):
+            return f"dim {dim} holds other channels, or in another order"
+    return None
+
+
+def _compare_arguments(old: Flow, new: Flow, a: Op, b: Op, values: dict[int, int], gone: set[int]) -> str | None:
+    refs_a = [i for i in a.inputs() if i not in gone]
+    refs_b = b.inputs()
+    if len(refs_a) != len(refs_b):
+        return f"reads {len(refs_b)} tensors, expected {len(refs_a)}"
+    for i, j in zip(refs_a, refs_b, strict=True):
+        name, other = old.trace.values[i].name, new.trace.values[j].name
+        if values.setdefault(i, j) != j or name != other:
+            return f"reads {other or 'another tensor'}, expected {name or 'the same as before'}"
+    if a.target is not b.target:
+        return None
+    return _compare_numbers(a, b)
+
+
+def _compare_numbers(a: Op, b: Op) -> str | None:
+    for x, y in zip(_numbers((a.args, a.kwargs)), _numbers((b.args, b.kwargs)), strict=False):
+        size = a.name in _SIZED and type(x) is int and type(y) is int
+        if x != y and not size and not (x != x and y != y):
+            return f"has the number {y}, expected {x}"
+    return None
+
+
+def _numbers(tree: Any) -> list[Any]:
+    if isinstance(tree, tuple):
+        return [leaf for item in tree for leaf in _numbers(item)]
+    if isinstance(tree, dict):
+        return [leaf for item in tree.values() for leaf in _numbers(item)]
+    return [] if isinstance(tree, Ref) else [tree]
+
+
+def _compare_groups(old: Flow, a: Op, b: Op, image: Image, groups: dict[str, np.ndarray]) -> str | None:
+    """A convolution's integers other than its groups are the same; its groups are those that stay."""
+    if a.name != "convolution":
+        return None
+    for name in ("stride", "padding", "dilation", "output_padding", "transposed"):
+        if a.arg(name) != b.arg(name):
+            return f"has {name} {b.arg(name)}, expected {a.arg(name)}"
+    weight = old.trace.values[a.inputs()[1]].name
+    expected = image.size(groups[weight]) if weight in groups else a.arg("groups")
+    if b.arg("groups") != expected:
+        return f"has {b.arg('groups')} groups, expected {expected}"
+    return None
