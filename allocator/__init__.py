@@ -1,0 +1,78 @@
+"""Learn how many channels each branch of a network should have, under an exact FLOPs budget, and prove it.
+
+>>> result = allocator.allocate(model, flops=4.2e9)  # doctest: +SKIP
+>>> result.model, result.allocation, result.certificate  # doctest: +SKIP
+"""
+
+from .allocation import Allocation
+from .api import Result, allocate, apply, plan, rewrite, score, trace, verify
+from .blocks import Block, Branch
+from .build import build
+from .certificate import Certificate
+from .errors import (
+    AllocationMismatchError,
+    AllocatorError,
+    AllocatorWarning,
+    BudgetError,
+    BudgetNotBindingWarning,
+    CertificateError,
+    CostMismatchError,
+    CriterionError,
+    FileError,
+    InputError,
+    NothingToAllocateError,
+    RewriteError,
+    TraceError,
+    UninformativeScoresWarning,
+    UnknownNameError,
+    UnsafeFileError,
+    UnsupportedModelError,
+    ValueDependentTraceWarning,
+)
+from .files import load_model, save_model
+from .graph import ChannelGraph, Neuron
+from .results import load_result as load
+from .results import save_result as save
+from .criteria import Scores, criterion
+
+__all__ = [
+    "Allocation",
+    "AllocationMismatchError",
+    "AllocatorError",
+    "AllocatorWarning",
+    "Block",
+    "Branch",
+    "BudgetError",
+    "BudgetNotBindingWarning",
+    "Certificate",
+    "CertificateError",
+    "ChannelGraph",
+    "CostMismatchError",
+    "CriterionError",
+    "FileError",
+    "InputError",
+    "Neuron",
+    "NothingToAllocateError",
+    "Result",
+    "RewriteError",
+    "Scores",
+    "TraceError",
+    "UninformativeScoresWarning",
+    "UnknownNameError",
+    "UnsafeFileError",
+    "UnsupportedModelError",
+    "ValueDependentTraceWarning",
+    "allocate",
+    "apply",
+    "build",
+    "criterion",
+    "load",
+    "load_model",
+    "plan",
+    "rewrite",
+    "save",
+    "save_model",
+    "score",
+    "trace",
+    "verify",
+]

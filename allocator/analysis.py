@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .flow import Facts, Flow, Slots
 from .rules import find_rule
-from .trace import Trace
+from .tracing import Trace
 
 
 def run_rules(trace: Trace, slots: Slots, facts: Facts, **options: object) -> Flow:

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from .flow import Flow, Label
-from .trace import Call, Op, Ref
+from .tracing import Call, Op, Ref
 
 
 @dataclass(frozen=True)

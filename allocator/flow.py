@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .trace import Op, Trace, Value
+from .tracing import Op, Trace, Value
 
 Label = np.ndarray | None
 Labels = tuple[Label, ...]
@@ -269,4 +269,8 @@ class Flow:
 def _same_sizes(value: object, literal: object) -> bool:
     if isinstance(literal, int):
         return type(value) is int and value == literal
-    return isinstance(value, (list, tuple)) and isinstance(literal, (list, tuple)) and list(value) == list(literal)
+    return (
+        isinstance(value, (list, tuple))
+        and isinstance(literal, (list, tuple))
+        and list(value) == list(literal)
+    )

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import networkx as nx
 import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -14,11 +15,12 @@ from torch import nn
 
 from . import adapters
 from .analysis import run_rules
+from .blocks import Block, call_graph, find_blocks
 from .cost import CostModel, cost_terms
 from .flow import FROZEN, Facts, Flow, Slots
 from .inputs import Inputs
 from .skeleton import tensor_names
-from .trace import ForwardError, record, trace_forward
+from .tracing import ForwardError, record, trace_forward
 
 BRANCHES, INNER, ALL = 0, 1, 2
 SCOPES = {"branches": BRANCHES, "inner": INNER, "all": ALL}
@@ -60,20 +62,24 @@ class Neuron:
 
 @dataclass
 class ChannelGraph:
-    """Neurons of one model, with all that planning needs; holds no weights.
+    """Neurons of one model, with all that planning needs; holds no weights of its own.
 
     Attributes:
+        model: the model it was made for, by reference.
         flow: labels of the eval-mode forward.
         training_flow: labels of the train-mode forward, where parts of the model run only there.
         slots: numbers of all parameters' indices.
         facts: what the operator rules noted.
         inputs: the inputs it was traced with.
         options: how channels were followed.
+        optional: layers that the forward can do without, each with all that goes with it.
+        component: connected component of each slot.
         unit_of_slot: neuron of each slot, or -1 where it must stay.
         size: number of neurons.
         notes: what was assumed.
     """
 
+    model: nn.Module = field(repr=False)
     flow: Flow
     training_flow: Flow | None
     slots: Slots
@@ -81,6 +87,7 @@ class ChannelGraph:
     inputs: Inputs
     options: Options
     optional: dict[str, tuple[str, ...]]
+    component: np.ndarray = field(repr=False)
     unit_of_slot: np.ndarray = field(repr=False)
     size: int
     notes: list[str]
@@ -104,6 +111,15 @@ class ChannelGraph:
     def cost(self) -> CostModel:
         """FLOPs as a function of the kept neurons."""
         return CostModel(cost_terms(self.flow), self.unit_of_slot, self.size)
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """Aggregation blocks, in the order of their aggregation."""
+        return find_blocks(self)
+
+    def to_networkx(self) -> nx.DiGraph:
+        """Calls as nodes with an `op` attribute, tensors as edges with `value` and `shape`; -1 is the input."""
+        return call_graph(self.flow)
 
     @cached_property
     def flops(self) -> int:
@@ -213,9 +229,22 @@ def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None
             notes.append(f"parameters used in train mode only stay as they are: {error}")
     _freeze_excluded(model, options, slots, facts)
     _freeze_found(options, flow, training_flow)
-    unit_of_slot, size = _components(slots, facts)
+    component, unit_of_slot, size = _components(slots, facts)
     optional = adapters.optional_branches(trace.model)
-    return ChannelGraph(flow, training_flow, slots, facts, inputs, options, optional, unit_of_slot, size, notes)
+    return ChannelGraph(
+        model,
+        flow,
+        training_flow,
+        slots,
+        facts,
+        inputs,
+        options,
+        optional,
+        component,
+        unit_of_slot,
+        size,
+        notes,
+    )
 
 
 def _freeze_excluded(model: nn.Module, options: Options, slots: Slots, facts: Facts) -> None:
@@ -244,7 +273,7 @@ def _freeze_found(options: Options, *flows: Flow | None) -> None:
                         flow.freeze(label, op, "the rewritten forward did not fit here")
 
 
-def _components(slots: Slots, facts: Facts) -> tuple[np.ndarray, int]:
+def _components(slots: Slots, facts: Facts) -> tuple[np.ndarray, np.ndarray, int]:
     """Number the connected components that hold a written slot and nothing that must stay."""
     frozen = [np.unique(label) for label, _, _ in facts.frozen]
     a = [*(t[0].reshape(-1) for t in facts.ties), *frozen]
@@ -259,7 +288,7 @@ def _components(slots: Slots, facts: Facts) -> tuple[np.ndarray, int]:
     unique, position = np.unique(first, return_index=True)
     number = np.full(component.max() + 1, -1)
     number[unique[np.argsort(position)]] = np.arange(len(unique))
-    return number[component], len(unique)
+    return component, number[component], len(unique)
 
 
 def kept_of(graph: ChannelGraph, kept: np.ndarray) -> dict[str, list[np.ndarray | None]]:
@@ -276,4 +305,3 @@ def kept_of(graph: ChannelGraph, kept: np.ndarray) -> dict[str, list[np.ndarray 
         if not all(dim.all() for dim in dims):
             result[name] = [None if dim.all() else np.flatnonzero(dim) for dim in dims]
     return result
-

@@ -116,12 +116,11 @@ def _globals_in_legacy(path: Path) -> list[str]:
         is_torch = file.read(len(_LEGACY_START)) == _LEGACY_START
         file.seek(0)
         for _ in range(_LEGACY_PICKLES if is_torch else 1):
-            if not _read_globals(file, names):
-                raise (
-                    FileError(_damaged(path))
-                    if is_torch or not names
-                    else UnsafeFileError(_unsafe(path, sorted(names)))
-                )
+            if _read_globals(file, names):
+                continue
+            if names and not is_torch:
+                raise UnsafeFileError(_unsafe(path, sorted(names)))
+            raise FileError(_damaged(path))
     default = ("torch._utils._rebuild_", "torch.storage.", "torch.serialization._get_layout")
     wanted = sorted(n for n in names if n not in _ALWAYS_ALLOWED and not _is_default_torch(n, default))
     if not is_torch and not wanted:

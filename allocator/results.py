@@ -89,6 +89,7 @@ def load_result(
             raise FileError(f"{path} is damaged: {alias} stands for {name}, which is missing")
         tensors[alias] = tensors[name]
     recorded = _parse(metadata, "build", path, (dict, type(None)))
+    training = _parse(metadata, "training", path, bool)
     if model is not None:
         fresh = model if isinstance(model, nn.Module) else model()
         loaded = _assemble(fresh, allocation, tensors, path)
@@ -99,7 +100,7 @@ def load_result(
         )
     else:
         loaded = _rebuild(recorded, allocation, tensors, path, trust)
-    return loaded.train(_parse(metadata, "training", path, bool))
+    return loaded.train(training)
 
 
 def load_result_allocation(path: PathLike) -> Allocation:

@@ -14,11 +14,11 @@ from .analysis import run_rules
 from .errors import NothingToAllocateError, RewriteError
 from .flow import Attribute, Facts, Flow, Slots
 from .graph import ChannelGraph, Options, build_graph, kept_of
-from .plan import Plan
-from .rewrite import materialise, sliced_on_meta, standard_attributes
+from .planning import Plan
+from .rewriting import materialise, sliced_on_meta, standard_attributes
 from .skeleton import tensor_names
 from .structure import Image, Mismatch, compare
-from .trace import ForwardError, Op, Trace, record, trace_forward
+from .tracing import ForwardError, Op, Trace, record, trace_forward
 
 MAX_ROUNDS = 24
 Planner = Callable[[ChannelGraph], Plan]
@@ -148,7 +148,11 @@ def compare_models(graph: ChannelGraph, kept: np.ndarray, small: nn.Module) -> M
     """Trace a rewritten model and compare it with the original, in eval and, where it differs, train mode."""
     slots = Slots.of({name: tuple(t.shape) for name, t in tensor_names(small).items()})
     image = Image(graph, kept, kept_of(graph, kept), slots)
-    rules = {"groups": graph.options.groups, "norms": graph.options.norms, "tied_parts": graph.options.tied_parts}
+    rules = {
+        "groups": graph.options.groups,
+        "norms": graph.options.norms,
+        "tied_parts": graph.options.tied_parts,
+    }
     for flow in (graph.flow, graph.training_flow):
         if flow is None:
             continue

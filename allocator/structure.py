@@ -15,11 +15,40 @@ import numpy as np
 
 from .flow import FROZEN, Flow, Label, Slots
 from .graph import ChannelGraph
-from .trace import Op, Ref, Trace
+from .tracing import Op, Ref, Trace
 
 # Calls that take sizes as integers; what they give is checked by its shape and labels.
 _SIZED = frozenset(
-    ["view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "expand", "repeat", "slice", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "rand", "randn", "native_group_norm", "native_layer_norm", "convolution", "channel_shuffle", "empty_strided", "new_empty_strided"]
+    [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "_reshape_alias",
+        "view_copy",
+        "expand",
+        "repeat",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "unsafe_split",
+        "unsafe_split_with_sizes",
+        "zeros",
+        "ones",
+        "full",
+        "empty",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+        "rand",
+        "randn",
+        "native_group_norm",
+        "native_layer_norm",
+        "convolution",
+        "channel_shuffle",
+        "empty_strided",
+        "new_empty_strided",
+    ]
 )
 _SPLITS = frozenset({"split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"})
 
@@ -171,7 +200,9 @@ def _compare_value(old: Flow, new: Flow, i: int, j: int, image: Image) -> str | 
     return None
 
 
-def _compare_arguments(old: Flow, new: Flow, a: Op, b: Op, values: dict[int, int], gone: set[int]) -> str | None:
+def _compare_arguments(
+    old: Flow, new: Flow, a: Op, b: Op, values: dict[int, int], gone: set[int]
+) -> str | None:
     refs_a = [i for i in a.inputs() if i not in gone]
     refs_b = b.inputs()
     if len(refs_a) != len(refs_b):

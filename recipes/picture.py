@@ -10,7 +10,7 @@ from allocator.recipes.scalenet import RATES, Rows
 
 _COLOURS = ("#264653", "#2a9d8f", "#e9c46a", "#e76f51")
 _INK = ("white", "white", "#222222", "white")
-_SMALLEST_LABELLED = 0.06
+_SMALLEST_LABELLED = 0.05
 
 
 def draw_shares(

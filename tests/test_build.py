@@ -18,7 +18,7 @@ from allocator.errors import FileError, UnknownNameError, UnsupportedModelError
 
 def test_torchvision_by_name_with_an_argument() -> None:
     model = build("torchvision:resnet18", num_classes=7)
-    assert model.fc.out_features == 7
+    assert model.get_submodule("fc").out_features == 7
     assert getattr(model, BUILD_ATTRIBUTE) == {"name": "torchvision:resnet18", "kwargs": {"num_classes": 7}}
 
 
@@ -43,7 +43,7 @@ def test_detectors_do_not_fetch_a_backbone(monkeypatch: pytest.MonkeyPatch) -> N
 def test_timm_by_name() -> None:
     with torch.device("meta"):
         model = build("timm:res2net50_26w_4s", num_classes=3)
-    assert model.get_classifier().out_features == 3
+    assert model.get_submodule("fc").out_features == 3
     assert getattr(model, BUILD_ATTRIBUTE)["name"] == "timm:res2net50_26w_4s"
 
 

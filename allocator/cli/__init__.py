@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     _end_cleanly_on_sigterm()
     try:
-        status: int = args.run(args)
+        status = _run(args)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; say no more
@@ -56,12 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("allocator-cli: interrupted; unfinished files were removed", file=sys.stderr)
         return 130
+    return status
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        return int(args.run(args))
+    except BrokenPipeError:
+        raise
     except UsageError as error:
         print(f"allocator-cli {args.command}: error: {error}", file=sys.stderr)
         return 2
     except Exception as error:
         return _failed(args, error)
-    return status
 
 
 def _parser() -> argparse.ArgumentParser:

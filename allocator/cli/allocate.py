@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .common import (
     MODEL_SUFFIXES,
@@ -20,6 +20,11 @@ from .common import (
     parse_flops,
     write_model,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..api import Result
 
 _EXAMPLE = """\
   allocator-cli allocate torchvision:resnet50 --flops 60% -o small.pt
@@ -48,19 +53,46 @@ def _add_plan_options(group: Any) -> None:
         choices=("per_block", "global", "uniform"),
         help="who competes with whom: branches of a block, all neurons, or none (default: per_block)",
     )
-    group.add_argument("--criterion", default="bn_scale", metavar="NAME", help="default: bn_scale")
+    group.add_argument(
+        "--criterion",
+        default="bn_scale",
+        metavar="NAME",
+        help="what ranks neurons, such as bn_scale or magnitude (default: bn_scale)",
+    )
     group.add_argument(
         "--scope",
         default="auto",
         choices=("auto", "branches", "inner", "all"),
         help="which neurons may go (default: auto, the narrowest that can meet the budget)",
     )
-    group.add_argument("--groups", default="whole", metavar="HOW", help="default: whole")
-    group.add_argument("--exclude", action="append", default=[], metavar="NAME", help="leave a module alone")
+    group.add_argument(
+        "--groups",
+        default="whole",
+        choices=("whole", "width"),
+        help="in grouped convolutions, drop whole groups or narrow all of them (default: whole)",
+    )
+    group.add_argument(
+        "--norms",
+        default="exact",
+        choices=("exact", "loose"),
+        help="keep channels under a norm over channels, or let them go (default: exact)",
+    )
+    group.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave modules of this name alone, as in 'layer4*' (repeat for more)",
+    )
     group.add_argument("--no-fill", action="store_true", help="keep plain shares; do not fill the budget up")
-    group.add_argument("--weights", default="keep", choices=("keep", "reset"), help="default: keep")
+    group.add_argument(
+        "--weights",
+        default="keep",
+        choices=("keep", "reset"),
+        help="keep them, or start afresh to train the result from scratch (default: keep)",
+    )
     group.add_argument("--no-certificate", action="store_true", help="leave out the numeric certificate")
-    group.add_argument("--seed", type=int, default=0, help="for ties (default: 0)")
+    group.add_argument("--seed", type=int, default=0, help="of the certificate's input (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,10 +117,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _allocate(model: Any, args: argparse.Namespace, talk: Talk) -> Any:
+def _allocate(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
     from ..api import allocate
 
-    with talk.stage("allocating"):
+    with talk.stage("allocating") as update:
         result = allocate(
             model,
             flops=args.flops,
@@ -98,10 +130,12 @@ def _allocate(model: Any, args: argparse.Namespace, talk: Talk) -> Any:
             scope=args.scope,
             fill=not args.no_fill,
             groups=args.groups,
+            norms=args.norms,
             exclude=tuple(args.exclude),
             weights=args.weights,
             certify=not args.no_certificate,
             seed=args.seed,
+            progress=update,
         )
     talk.times(result.timings)
     for note in result.notes:
@@ -109,7 +143,7 @@ def _allocate(model: Any, args: argparse.Namespace, talk: Talk) -> Any:
     return result
 
 
-def _show(args: argparse.Namespace, talk: Talk, result: Any, written: dict[str, str]) -> None:
+def _show(args: argparse.Namespace, talk: Talk, result: Result, written: dict[str, str]) -> None:
     from rich.console import Group
     from rich.text import Text
 

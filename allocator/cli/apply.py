@@ -28,6 +28,12 @@ def register(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="a file or a name of the original network")
     parser.add_argument("allocation", metavar="ALLOCATION", help="alloc.json, or a saved .safetensors result")
     add_output_options(parser)
+    parser.add_argument(
+        "--weights",
+        default="keep",
+        choices=("keep", "reset"),
+        help="keep the model's, or start afresh (default: keep)",
+    )
     add_model_options(parser)
     parser.set_defaults(run=run)
 
@@ -46,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from ..api import apply
 
     with talk.stage("applying"):
-        small = apply(model, allocation)
+        small = apply(model, allocation, args.weights)
     with talk.stage(f"writing {args.output}"):
         write_model(small, allocation, args.output)
     facts = {

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,14 +146,17 @@ def _is_name(spec: str) -> bool:
     return bool(colon and rest) and all(part.isidentifier() for part in prefix.split("."))
 
 
-def example_inputs(args: argparse.Namespace) -> tuple[torch.Tensor, ...] | None:
-    """Random inputs of the sizes asked for, or None to take them from the model."""
-    if not args.input_size:
+def example_inputs(
+    args: argparse.Namespace, allocation: Allocation | None = None
+) -> tuple[torch.Tensor, ...] | None:
+    """Random inputs of the sizes asked for, else of those an allocation was made with, else None."""
+    sizes = args.input_size or (allocation.input_shapes if allocation is not None else None)
+    if not sizes:
         return None
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(size, generator=generator) for size in args.input_size)
+    return tuple(torch.randn(tuple(size), generator=generator) for size in sizes)
 
 
 # ---------------------------------------------------------------------------------------------- outputs
@@ -207,12 +210,16 @@ class Talk:
         self.notes: list[str] = []
 
     @contextlib.contextmanager
-    def stage(self, title: str) -> Iterator[None]:
-        """Show a spinner while a stage runs, collect its warnings as notes, and time it."""
+    def stage(self, title: str) -> Iterator[Callable[[str], None]]:
+        """Show a spinner while a stage runs, collect its warnings as notes, and time it.
+
+        Yields:
+            A function that changes the spinner's text.
+        """
         start = time.perf_counter()
-        with warnings.catch_warnings(record=True) as caught, self._spinner(title):
+        with warnings.catch_warnings(record=True) as caught, self._spinner(title) as update:
             warnings.simplefilter("always")
-            yield
+            yield update
         self.timings[title] = time.perf_counter() - start
         if self.verbose:
             print(f"{self.timings[title]:8.3f} s  {title}", file=sys.stderr)
@@ -249,14 +256,15 @@ class Talk:
             stdout_console().print(renderable)
 
     @contextlib.contextmanager
-    def _spinner(self, title: str) -> Iterator[None]:
+    def _spinner(self, title: str) -> Iterator[Callable[[str], None]]:
         if self.quiet or not sys.stderr.isatty():
-            yield
+            yield lambda _: None
             return
         from rich.console import Console
+        from rich.markup import escape
 
-        with Console(stderr=True).status(f"{title} ..."):
-            yield
+        with Console(stderr=True).status(escape(f"{title} ...")) as status:
+            yield lambda part: status.update(escape(f"{title}: {part} ..."))
 
 
 def stdout_console() -> Console:

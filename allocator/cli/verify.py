@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .common import Talk, UsageError, add_command, add_model_options, open_model
+from .common import (
+    Talk,
+    UsageError,
+    add_command,
+    add_input_options,
+    add_model_options,
+    example_inputs,
+    open_model,
+)
+
+if TYPE_CHECKING:
+    from ..certificate import Certificate
 
 _EXAMPLE = """\
   allocator-cli verify model.pt small.pt alloc.json
@@ -23,6 +34,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "allocation", metavar="ALLOCATION", nargs="?", help="alloc.json; a .safetensors SMALL holds its own"
     )
+    add_input_options(parser)
     add_model_options(parser)
     parser.set_defaults(run=run)
 
@@ -42,13 +54,13 @@ def run(args: argparse.Namespace) -> int:
     from ..api import verify
 
     with talk.stage("verifying"):
-        certificate = verify(model, small, allocation)
-    facts = {"model": args.model, "small": args.small, **certificate.to_dict(), "ok": bool(certificate.ok)}
+        certificate = verify(model, small, allocation, example_inputs=example_inputs(args, allocation))
+    facts = {"model": args.model, "small": args.small, **certificate.to_dict()}
     talk.result(_lines(certificate), facts)
     return 0 if certificate.ok else 1
 
 
-def _lines(certificate: Any) -> str:
+def _lines(certificate: Certificate) -> str:
     error = certificate.relative_error
     numeric = "not computed" if error is None else f"relative error {error:.3g}"
     if error is not None and not certificate.exact:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..flow import Flow, Label
-from ..trace import Op
+from ..tracing import Op
 from .registry import rule
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..flow import Flow, Label
-from ..trace import Op
+from ..tracing import Op
 from .registry import rule
 
 
@@ -16,7 +16,9 @@ def concatenate(flow: Flow, op: Op) -> None:
     out = flow.shape(op.outputs[0])
     dim = int(op.arg("dim") or 0) % len(out)
     result = [
-        _joined(flow, op, inputs, dim) if d == dim else flow.unify_all([flow.labels(i)[d] for i in inputs], op)
+        _joined(flow, op, inputs, dim)
+        if d == dim
+        else flow.unify_all([flow.labels(i)[d] for i in inputs], op)
         for d in range(len(out))
     ]
     flow.set(op.outputs[0], result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..flow import Flow
-from ..trace import Op
+from ..tracing import Op
 from .registry import rule
 
 _JOINT = "a norm over the channels mixes them all"

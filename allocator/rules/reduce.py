@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..flow import Flow, Label
-from ..trace import Op
+from ..tracing import Op
 from .registry import rule
 
 
@@ -30,7 +30,17 @@ def reduce(flow: Flow, op: Op) -> None:
         flow.set(index, kept)
 
 
-@rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "sort", "logcumsumexp")
+@rule(
+    "_softmax",
+    "_log_softmax",
+    "_safe_softmax",
+    "softmax",
+    "log_softmax",
+    "cumsum",
+    "cumprod",
+    "sort",
+    "logcumsumexp",
+)
 def along_dim(flow: Flow, op: Op) -> None:
     """Every result along the dim depends on all its indices, so they stay."""
     labels = flow.labels(op.inputs()[0])

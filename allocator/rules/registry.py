@@ -9,7 +9,7 @@ import torch
 
 if TYPE_CHECKING:
     from ..flow import Flow
-    from ..trace import Op
+    from ..tracing import Op
 
 Rule = Callable[["Flow", "Op"], None]
 R = TypeVar("R", bound=Rule)

@@ -5,11 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from ..flow import Flow, Label
-from ..trace import Op
+from ..tracing import Op
 from .registry import rule
 
 
-@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "split_copy", "split_with_sizes_copy")
+@rule(
+    "split",
+    "split_with_sizes",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+    "split_copy",
+    "split_with_sizes_copy",
+)
 def split(flow: Flow, op: Op) -> None:
     """Consecutive parts. Where the module's attributes give the sizes, each part is free to shrink."""
     source = op.inputs()[0]

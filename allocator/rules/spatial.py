@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from ..flow import Flow
-from ..trace import Op
+from ..tracing import Op
 from .registry import rule
 
 

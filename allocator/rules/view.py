@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..flow import Flow, Label
-from ..trace import Op
+from ..tracing import Op
 from .registry import rule
 
 Shape = tuple[int, ...]

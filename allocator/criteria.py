@@ -12,6 +12,7 @@ import torch
 
 from .errors import CriterionError, UninformativeScoresWarning, UnknownNameError
 from .graph import ChannelGraph
+from .skeleton import tensor_names
 
 Weights = Callable[[str], torch.Tensor]
 Criterion = Callable[[ChannelGraph, Weights], np.ndarray]
@@ -47,13 +48,12 @@ def criterion(name: str) -> Callable[[Criterion], Criterion]:
     return register
 
 
-def score(graph: ChannelGraph, criterion: str, weights: Weights) -> Scores:
+def score(graph: ChannelGraph, criterion: str) -> Scores:
     """Rank all neurons.
 
     Args:
         graph: the model's neurons.
         criterion: a registered name: "bn_scale", "magnitude" or "random".
-        weights: gives a parameter of the model by name.
 
     Raises:
         UnknownNameError: no such criterion.
@@ -63,10 +63,12 @@ def score(graph: ChannelGraph, criterion: str, weights: Weights) -> Scores:
         near = difflib.get_close_matches(criterion, CRITERIA, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UnknownNameError(f"no criterion {criterion!r}{hint} (there are {', '.join(sorted(CRITERIA))})")
-    values = CRITERIA[criterion](graph, weights)
+    values = CRITERIA[criterion](graph, tensor_names(graph.model).__getitem__)
     ranked = values[~np.isnan(values)]
     if not np.isfinite(ranked).all():
-        raise CriterionError(f"criterion {criterion!r} gave infinite scores: the model's weights are not finite")
+        raise CriterionError(
+            f"criterion {criterion!r} gave infinite scores: the model's weights are not finite"
+        )
     if len(ranked) > 1 and np.ptp(ranked) == 0:
         warnings.warn(
             f"all {len(ranked)} scores of criterion {criterion!r} are {ranked[0]:g}, so the ranking carries no "

@@ -77,10 +77,14 @@ def check_fits(model: nn.Module, allocation: Allocation) -> None:
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
     for name, dims in allocation.kept.items():
         if name not in tensors:
-            raise AllocationMismatchError(f"the allocation names {name}, which {type(model).__name__} does not have")
+            raise AllocationMismatchError(
+                f"the allocation names {name}, which {type(model).__name__} does not have"
+            )
         shape = tuple(tensors[name].shape)
         if len(dims) != len(shape):
-            raise AllocationMismatchError(f"{name}: the allocation expects {len(dims)} dims, the model has {shape}")
+            raise AllocationMismatchError(
+                f"{name}: the allocation expects {len(dims)} dims, the model has {shape}"
+            )
         for dim, indices in enumerate(dims):
             if indices is not None and np.size(indices) and not _within(indices, shape[dim]):
                 raise AllocationMismatchError(

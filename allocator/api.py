@@ -1,0 +1,422 @@
+"""The public functions: the whole flow in one call, and its stages one by one."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from .allocation import Allocation
+from .blocks import describe_blocks
+from .certificate import Certificate, numeric_error, require
+from .checks import check_model
+from .errors import (
+    BudgetNotBindingWarning,
+    CostMismatchError,
+    InputError,
+    TraceError,
+    UnknownNameError,
+    ValueDependentTraceWarning,
+)
+from .fvcore_count import fvcore_flops
+from .graph import ChannelGraph, Options, build_graph
+from .inputs import Inputs, as_inputs, infer_inputs
+from .planning import Plan, make_plan, parse_budget
+from .report import Report
+from .rewriting import check_fits, materialise, reset_parameters
+from .criteria import Scores
+from .criteria import score as score_graph
+from .settle import Settled, compare_models, settle
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Result:
+    """What `allocate` gives.
+
+    Attributes:
+        model: the smaller network; same classes, same parameter names.
+        allocation: which neurons it kept, as data.
+        certificate: proof that it is the original minus the others.
+        graph: the original's neurons and blocks.
+        flops_asked, flops_before, flops_after: FLOPs as fvcore counts them.
+        next_cost: FLOPs of the cheapest further neuron, None if all are kept.
+        uncounted: operators that fvcore does not count, with the number of their calls.
+        notes: what was assumed, set or frozen on the way.
+        timings: seconds per stage.
+    """
+
+    model: nn.Module
+    allocation: Allocation
+    certificate: Certificate
+    graph: ChannelGraph
+    flops_asked: float
+    flops_before: int
+    flops_after: int
+    next_cost: int | None
+    uncounted: dict[str, int]
+    notes: list[str]
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def report(self) -> Report:
+        """A table of blocks and branches before and after: printable with rich, `to_dict()` for machines."""
+        return Report(self)
+
+
+def allocate(
+    model: nn.Module,
+    flops: float | str,
+    *,
+    example_inputs: Any = None,
+    policy: str = "per_block",
+    criterion: str = "bn_scale",
+    scope: str = "auto",
+    fill: bool = True,
+    groups: str = "whole",
+    norms: str = "exact",
+    exclude: Sequence[str | type] = (),
+    weights: str = "keep",
+    certify: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Make a smaller network under a FLOPs budget, and prove it.
+
+    Args:
+        model: the trained network; not changed. It is measured and proven in eval mode.
+        flops: the budget as fvcore counts it (one multiply-add is one FLOP), or a share such as "60%".
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None to infer one image.
+        policy: "per_block", "global" or "uniform"; see `plan`.
+        criterion: what ranks neurons: "bn_scale", "magnitude" or "random".
+        scope: "branches" (neurons that enter a concatenation or a grouped convolution), "inner" (all but
+            residual streams), "all", or "auto" for the narrowest of them that can meet the budget.
+        fill: spend the rest of the budget on the next best neurons.
+        groups: "whole" drops whole groups of grouped convolutions, "width" narrows all groups alike.
+        norms: "exact" keeps channels under a norm over channels, "loose" lets them go.
+        exclude: name patterns (`"layer1.*"`) or module classes that stay as they are.
+        weights: "keep", or "reset" to train the result from scratch.
+        certify: run the float64 comparison too; the structural check always runs.
+        seed: of the certificate's input.
+        progress: called with the name of each stage.
+
+    Raises:
+        BudgetError: the budget is no positive number, or cannot be met; says what can.
+        NothingToAllocateError: no neuron can be removed; says why.
+        CriterionError: the criterion has nothing to rank this model by.
+        UnsupportedModelError, InputError, TraceError: the model cannot be traced; says what to pass instead.
+        CertificateError, CostMismatchError: the result failed its own checks, and is not returned.
+    """
+    _check_choice("weights", weights, ("keep", "reset"))
+    clock = _Clock(progress)
+    with clock("trace"):
+        graph = trace(model, example_inputs, groups=groups, norms=norms, exclude=exclude)
+    with clock("score and plan"):
+        budget = parse_budget(flops, graph.flops)
+        notes = list(graph.notes)
+        settled = _settle(graph, criterion, budget, policy, scope, fill)
+        notes += settled.notes
+    return _finish(model, settled, notes, weights, certify, seed, clock)
+
+
+def _finish(
+    model: nn.Module,
+    settled: Settled,
+    notes: list[str],
+    weights: str,
+    certify: bool,
+    seed: int,
+    clock: _Clock,
+) -> Result:
+    graph, plan, allocation = settled.graph, settled.plan, settled.allocation
+    with clock("rewrite"):
+        small = materialise(model, allocation)
+        small.train(model.training)
+    with clock("fvcore"):
+        counted, uncounted = fvcore_flops(small, graph.inputs)
+        if counted != plan.flops:
+            raise CostMismatchError(
+                f"fvcore counts {counted:,} FLOPs in the result, the cost model {plan.flops:,}; please report the model"
+            )
+    with clock("certificate"):
+        error, outputs = None, 0
+        if certify:
+            error, outputs = numeric_error(model, small, graph, plan.kept, graph.inputs, seed)
+        certificate = require(_certificate(graph, True, error, outputs, seed), "the result")
+    if weights == "reset":
+        reset_parameters(small)
+        notes.append("weights were reset after the certificate was made")
+    return Result(
+        model=small,
+        allocation=allocation,
+        certificate=certificate,
+        graph=graph,
+        flops_asked=plan.asked,
+        flops_before=graph.flops,
+        flops_after=counted,
+        next_cost=plan.next_cost,
+        uncounted=uncounted,
+        notes=notes,
+        timings=clock.seconds,
+    )
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    groups: str = "whole",
+    norms: str = "exact",
+    exclude: Sequence[str | type] = (),
+) -> ChannelGraph:
+    """Find a model's neurons, blocks and cost, without running or copying its weights.
+
+    Args:
+        model, example_inputs, groups, norms, exclude: as for `allocate`.
+
+    Raises:
+        UnsupportedModelError: not a plain module; says what to pass instead.
+        InputError: the inputs don't fit the model.
+        TraceError: the model's forward raised.
+    """
+    check_model(model)
+    _check_choice("groups", groups, ("whole", "width"))
+    _check_choice("norms", norms, ("exact", "loose"))
+    inputs = as_inputs(example_inputs, model)
+    options = Options(groups=groups, norms=norms, exclude=_as_patterns(exclude))
+    try:
+        graph = build_graph(model, inputs, options)
+    except TraceError as error:
+        raise _input_error(model, inputs, error) or error from error.__cause__
+    _check_dtypes(graph)
+    if graph.flow.trace.mode == "real":
+        message = "the forward needs values: the trace holds for inputs that take the same path"
+        warnings.warn(message, ValueDependentTraceWarning, stacklevel=3)
+        graph.notes.append(message)
+    return graph
+
+
+def score(graph: ChannelGraph, criterion: str = "bn_scale") -> Scores:
+    """Rank the neurons of a traced model; see `allocate` for the criteria."""
+    return score_graph(graph, criterion)
+
+
+def plan(
+    graph: ChannelGraph,
+    scores: Scores | None = None,
+    flops: float | str = "50%",
+    policy: str = "per_block",
+    *,
+    scope: str = "auto",
+    fill: bool = True,
+) -> Allocation:
+    """Choose the neurons to keep under a budget, and check that the rewritten forward fits.
+
+    Args:
+        graph: from `trace`.
+        scores: from `score`; None for the default criterion.
+        flops: the budget, or a share such as "60%".
+        policy: "per_block" (one width multiplier, the best in each block; branches compete), "global" (one
+            ranking) or "uniform" (every branch the same share).
+        scope, fill: as for `allocate`.
+
+    Raises:
+        BudgetError, NothingToAllocateError: as for `allocate`.
+    """
+    scores = scores or score(graph)
+    budget = parse_budget(flops, graph.flops)
+    return _settle(graph, scores.criterion, budget, policy, scope, fill, scores).allocation
+
+
+def rewrite(model: nn.Module, allocation: Allocation, weights: str = "keep") -> nn.Module:
+    """Copy `model` with only the neurons that the allocation keeps.
+
+    Args:
+        model: the network that the allocation was made for, or a fresh build of it; not changed.
+        allocation: what to keep.
+        weights: "keep", or "reset" to train from scratch.
+
+    Raises:
+        AllocationMismatchError: the allocation was made for another architecture.
+    """
+    _check_choice("weights", weights, ("keep", "reset"))
+    check_fits(check_model(model), allocation)
+    small = materialise(model, allocation).train(model.training)
+    if weights == "reset":
+        reset_parameters(small)
+    return small
+
+
+def apply(model: nn.Module, allocation: Allocation | str | Path, weights: str = "keep") -> nn.Module:
+    """`rewrite` with an allocation that may also be the path of its file.
+
+    Raises:
+        FileError: the file cannot be read.
+        AllocationMismatchError: the allocation was made for another architecture.
+    """
+    if not isinstance(allocation, Allocation):
+        allocation = Allocation.load(allocation)
+    return rewrite(model, allocation, weights)
+
+
+def verify(
+    model: nn.Module,
+    small: nn.Module,
+    allocation: Allocation | str | Path,
+    *,
+    example_inputs: Any = None,
+    numeric: bool = True,
+    seed: int = 0,
+) -> Certificate:
+    """Check that `small` is `model` minus the neurons that the allocation drops.
+
+    Args:
+        model: the original network.
+        small: the rewritten one.
+        allocation: what it should have kept.
+        example_inputs: as for `allocate`.
+        numeric: compare outputs in float64 too.
+        seed: of the input they are compared on.
+
+    Returns:
+        The certificate; its `ok` says whether all checks passed.
+
+    Raises:
+        AllocationMismatchError: the allocation was made for another architecture.
+    """
+    if not isinstance(allocation, Allocation):
+        allocation = Allocation.load(allocation)
+    check_fits(check_model(model), allocation)
+    check_model(small)
+    graph = trace(model, example_inputs, groups=allocation.groups)
+    kept = kept_by(graph, allocation)
+    if kept is None or compare_models(graph, kept, small) is not None:
+        return _certificate(graph, False, None, 0, seed)
+    error, outputs = numeric_error(model, small, graph, kept, graph.inputs, seed) if numeric else (None, 0)
+    return _certificate(graph, True, error, outputs, seed)
+
+
+def kept_by(graph: ChannelGraph, allocation: Allocation) -> np.ndarray | None:
+    """(neurons,) bool that an allocation keeps; None where it keeps a neuron in part."""
+    stays = np.ones(graph.slots.total, dtype=bool)
+    known = np.ones(graph.slots.total, dtype=bool)
+    for name, dims in allocation.kept.items():
+        starts, shape = graph.slots.base[name], graph.slots.shapes[name]
+        for start, size, indices in zip(starts, shape, dims, strict=True):
+            rows = None if indices is None else np.atleast_2d(np.asarray(indices, dtype=np.int64))
+            if rows is None:
+                continue
+            if not (rows == rows[0]).all():
+                return None
+            stays[start : start + size] = False
+            stays[start + rows[0]] = True
+    for path in allocation.absent:
+        for name, shape in graph.slots.shapes.items():
+            if name.startswith(f"{path}."):
+                first = graph.slots.base[name][0] if shape else 0
+                size = shape[0] if shape else 0
+                known[first : first + int(np.sum(shape))] = False
+                known[first : first + size] = True
+                stays[first : first + size] = False
+    free = (graph.unit_of_slot >= 0) & known
+    units = graph.unit_of_slot[free]
+    count = np.bincount(units, minlength=graph.size)
+    kept = np.bincount(units, weights=stays[free], minlength=graph.size)
+    fixed = (graph.unit_of_slot < 0) & known
+    if ((kept != 0) & (kept != count)).any() or not stays[fixed].all():
+        return None
+    return kept > 0
+
+
+def _settle(
+    graph: ChannelGraph,
+    criterion: str,
+    budget: float,
+    policy: str,
+    scope: str,
+    fill: bool,
+    scores: Scores | None = None,
+) -> Settled:
+    if budget >= graph.flops:
+        warnings.warn(
+            f"the budget of {budget:,.0f} FLOPs is not below the model's own {graph.flops:,}: nothing is dropped",
+            BudgetNotBindingWarning,
+            stacklevel=3,
+        )
+        everything = np.ones(graph.size, dtype=bool)
+        whole = Plan(everything, budget, graph.flops, "none", policy, criterion, None)
+        settled = settle(graph.model, graph, lambda _: whole)
+    else:
+        known = {id(graph): scores or score_graph(graph, criterion)}
+
+        def planner(current: ChannelGraph) -> Plan:
+            ranked = known.get(id(current)) or score_graph(current, criterion)
+            return make_plan(current, ranked, budget, policy=policy, scope=scope, fill=fill)
+
+        settled = settle(graph.model, graph, planner)
+    settled.allocation.blocks = describe_blocks(settled.graph, settled.plan.kept)
+    return settled
+
+
+def _certificate(
+    graph: ChannelGraph, structural: bool, error: float | None, outputs: int, seed: int
+) -> Certificate:
+    shapes = tuple(tuple(t.shape) for t in graph.inputs.tensors())
+    return Certificate(structural, error, graph.options.norms == "exact", seed, shapes, outputs)
+
+
+def _input_error(model: nn.Module, inputs: Inputs, error: TraceError) -> InputError | None:
+    """If the model runs with inputs inferred from itself, the caller's are to blame."""
+    if inputs.assumed:
+        return None
+    try:
+        usual = infer_inputs(model)
+        build_graph(model, usual)
+    except (InputError, TraceError):
+        return None
+    return InputError(f"example_inputs do not fit: {error}; the model runs with {usual.describe()}")
+
+
+def _check_dtypes(graph: ChannelGraph) -> None:
+    trace_ = graph.flow.trace
+    for op in trace_.ops:
+        if op.name in ("convolution", "mm", "addmm", "bmm", "linear"):
+            x, weight = op.inputs()[-2:] if op.name == "addmm" else op.inputs()[:2]
+            a, b = trace_.values[x].dtype, trace_.values[weight].dtype
+            if a != b:
+                raise InputError(
+                    f"example_inputs do not fit: {op} gets {a} from {graph.inputs.describe()}, its weight is {b}; "
+                    f"convert one of them, for example example_inputs.to({b})"
+                )
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UnknownNameError(f"no {name} {value!r} (there are {', '.join(choices)})")
+
+
+def _as_patterns(exclude: Sequence[str | type] | str | type) -> tuple[str | type, ...]:
+    return (exclude,) if isinstance(exclude, (str, type)) else tuple(exclude)
+
+
+class _Clock:
+    """Seconds per stage, and word of each to the caller."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        if self.progress is not None:
+            self.progress(stage)
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start

@@ -1,0 +1,237 @@
+"""Allocated models as .safetensors: what comes back, and that a file cannot make anything run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from allocator.allocation import Allocation
+from allocator.api import Result, allocate, verify
+from allocator.build import BUILD_ATTRIBUTE, build
+from allocator.errors import AllocationMismatchError, FileError, UnsafeFileError
+from allocator.files import load_allocation, load_model
+from allocator.results import load_result, save_result
+
+IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+
+
+def _randomise(model: nn.Module) -> nn.Module:
+    torch.manual_seed(5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.2, 1.5)
+            nn.init.normal_(module.running_mean)  # type: ignore[arg-type]
+    return model.eval()
+
+
+def _allocated(name: str, flops: str = "60%", **kwargs: Any) -> tuple[nn.Module, Result]:
+    model = _randomise(build(name, **kwargs))
+    return model, allocate(model, flops=flops, example_inputs=IMAGE, certify=False)
+
+
+def _homemade() -> nn.Module:
+    return _randomise(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("torchvision:resnet18", {"num_classes": 10}),
+        ("torchvision:googlenet", {"num_classes": 10}),
+        ("timm:res2net50_26w_4s", {"num_classes": 10}),
+        ("torchvision:regnet_y_400mf", {}),  # cannot be built without values
+    ],
+)
+def test_a_result_comes_back_from_its_file_alone(tmp_path: Path, name: str, kwargs: dict[str, Any]) -> None:
+    model, result = _allocated(name, **kwargs)
+    save_result(result, tmp_path / "s.safetensors")
+    loaded = load_model(tmp_path / "s.safetensors")
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    expected = result.model.state_dict()
+    assert list(loaded.state_dict()) == list(expected)
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
+    assert torch.equal(loaded(IMAGE), result.model(IMAGE))
+    assert all(not value.is_meta for value in (*loaded.parameters(), *loaded.buffers()))
+    assert load_allocation(tmp_path / "s.safetensors").to_dict() == json.loads(
+        json.dumps(result.allocation.to_dict())
+    )
+
+
+def test_the_loaded_model_passes_verification_and_trains(tmp_path: Path) -> None:
+    model, result = _allocated("torchvision:resnet18")
+    save_result(result, tmp_path / "s.safetensors")
+    loaded = load_result(tmp_path / "s.safetensors")
+    certificate = verify(model, loaded, load_allocation(tmp_path / "s.safetensors"), example_inputs=IMAGE)
+    assert certificate.ok
+    loaded.train()(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(p.grad is not None for p in loaded.parameters())
+
+
+def test_the_file_holds_no_pickle_and_keeps_dtype_and_mode(tmp_path: Path) -> None:
+    _, result = _allocated("torchvision:resnet18")
+    half = result.model.to(torch.bfloat16).train()
+    save_result((half, result.allocation), tmp_path / "s.safetensors")
+    loaded = load_result(tmp_path / "s.safetensors")
+    assert loaded.training
+    assert next(loaded.parameters()).dtype is torch.bfloat16
+    with safe_open(tmp_path / "s.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "neuron-allocator"
+    assert json.loads(metadata["build"]) == {"name": "torchvision:resnet18", "kwargs": {}}
+    assert "torch" in json.loads(metadata["versions"])
+
+
+def test_loading_does_not_disturb_the_random_state(tmp_path: Path) -> None:
+    _, result = _allocated("torchvision:regnet_y_400mf")
+    save_result(result, tmp_path / "s.safetensors")
+    before = torch.random.get_rng_state()
+    load_result(tmp_path / "s.safetensors")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_network_of_ones_own_needs_a_fresh_build(tmp_path: Path) -> None:
+    result = allocate(_homemade(), flops="60%", example_inputs=IMAGE, certify=False)
+    save_result(result, tmp_path / "s.safetensors")
+    with pytest.raises(FileError, match=r"does not say how to build .*Sequential.*model="):
+        load_result(tmp_path / "s.safetensors")
+    for fresh in (_homemade, _homemade()):
+        loaded = load_result(tmp_path / "s.safetensors", model=fresh)
+        assert torch.equal(loaded(IMAGE), result.model(IMAGE))
+
+
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+
+    model, empty = Tied(), Allocation()
+    save_result((model, empty), tmp_path / "s.safetensors")
+    loaded = load_result(tmp_path / "s.safetensors", model=Tied)
+    assert isinstance(loaded, Tied)
+    assert loaded.a.weight is loaded.b.weight
+    assert torch.equal(loaded.a.weight, model.a.weight)
+    assert loaded.a.bias is not loaded.b.bias
+
+
+def test_repeated_allocation_saves_the_composed_one(tmp_path: Path) -> None:
+    _, first = _allocated("torchvision:resnet18", "80%")
+    second = allocate(first.model, flops="70%", example_inputs=IMAGE, certify=False)
+    with pytest.raises(AllocationMismatchError):
+        save_result(second, tmp_path / "s.safetensors")
+    assert not (tmp_path / "s.safetensors").exists()
+    save_result((second.model, first.allocation.compose(second.allocation)), tmp_path / "s.safetensors")
+    assert torch.equal(load_result(tmp_path / "s.safetensors")(IMAGE), second.model(IMAGE))
+
+
+def test_the_allocation_must_fit_the_given_model(tmp_path: Path) -> None:
+    _, result = _allocated("torchvision:resnet18")
+    save_result(result, tmp_path / "s.safetensors")
+    with pytest.raises(AllocationMismatchError):
+        load_result(tmp_path / "s.safetensors", model=build("torchvision:resnet34"))
+
+
+# ------------------------------------------------------------------------------------------ hostile, broken
+
+
+def _forge(path: Path, build_spec: Any, **changes: str) -> None:
+    metadata = {
+        "format": "neuron-allocator",
+        "format_version": "1",
+        "allocation": json.dumps(Allocation().to_dict()),
+        "build": json.dumps(build_spec),
+        "aliases": "{}",
+        "training": "false",
+        "versions": "{}",
+    }
+    save_file({"w": torch.zeros(1)}, path, metadata=metadata | changes)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "subprocess:getoutput", "kwargs": {"cmd": "touch ran"}},
+        {"name": "os:system", "kwargs": {"command": "touch ran"}},
+        {"name": "evil_module:factory", "kwargs": {}},
+        {"name": "hf:.", "kwargs": {}},
+        {"name": "hf:ResNetConfig", "kwargs": {}},
+        {"name": "timm:hf-hub:someone/something", "kwargs": {}},
+        {"name": "timm:local-dir:.", "kwargs": {}},
+        {"name": "timm:resnet18", "kwargs": {"pretrained": True}},
+        {"name": "timm:resnet18", "kwargs": {"checkpoint_path": "x.pth"}},
+        {"name": "timm:resnet18", "kwargs": {"pretrained_cfg": {"file": "x.pth"}}},
+        {"name": "torchvision:resnet18", "kwargs": {"weights": "DEFAULT"}},
+        {"name": "torchvision:fcn_resnet50", "kwargs": {"weights_backbone": "DEFAULT"}},
+    ],
+)
+def test_a_file_cannot_name_code_to_run_or_things_to_fetch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil_module.py").write_text("open('ran', 'w')\n")
+    _forge(tmp_path / "s.safetensors", spec)
+    with pytest.raises(UnsafeFileError, match="--trust"):
+        load_result(tmp_path / "s.safetensors")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format": "other"}, "did not save"),
+        ({"format_version": "99"}, "format version '99'"),
+        ({"format_version": "new"}, "format version 'new'"),
+        ({"allocation": "{"}, "its allocation cannot be read"),
+        ({"allocation": "{}"}, "allocation"),
+        ({"build": "[1]"}, "its build is a list"),
+        ({"build": '{"name": 3, "kwargs": {}}'}, "its build cannot be read"),
+        ({"aliases": '{"a": "b"}'}, "which is missing"),
+        ({"training": "7"}, "its training is a int"),
+    ],
+)
+def test_damaged_metadata_is_named(tmp_path: Path, changes: dict[str, str], said: str) -> None:
+    _forge(tmp_path / "s.safetensors", {"name": "torchvision:resnet18", "kwargs": {}}, **changes)
+    with pytest.raises(FileError, match=said):
+        load_result(tmp_path / "s.safetensors")
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    _forge(tmp_path / "s.safetensors", {"name": "torchvision:resnet18", "kwargs": {}})
+    with pytest.raises(FileError, match="do not fit"):
+        load_result(tmp_path / "s.safetensors")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_results_are_said_to_be_so(tmp_path: Path, share: float) -> None:
+    _, result = _allocated("torchvision:resnet18")
+    file = tmp_path / "s.safetensors"
+    save_result(result, file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(FileError, match=r"truncated|is empty"):
+        load_result(file)
+
+
+def test_wrong_names_and_state(tmp_path: Path) -> None:
+    model = _homemade()
+    with pytest.raises(FileError, match="must end in"):
+        save_result((model, Allocation()), tmp_path / "s.pt")
+    type_with_state = type("Stateful", (nn.Module,), {"get_extra_state": lambda self: {"x": 1}})
+    with pytest.raises(FileError, match="not a tensor"):
+        save_result((type_with_state(), Allocation()), tmp_path / "s.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_build_survives_allocation() -> None:
+    _, result = _allocated("torchvision:resnet18", num_classes=4)
+    assert getattr(result.model, BUILD_ATTRIBUTE)["kwargs"] == {"num_classes": 4}
