@@ -9,6 +9,7 @@ from .api import Result, allocate, apply, plan, rewrite, score, trace, verify
 from .blocks import Block, Branch
 from .build import build
 from .certificate import Certificate
+from .criteria import Scores, criterion
 from .errors import (
     AllocationMismatchError,
     AllocatorError,
@@ -33,7 +34,6 @@ from .files import load_model, save_model
 from .graph import ChannelGraph, Neuron
 from .results import load_result as load
 from .results import save_result as save
-from .criteria import Scores, criterion
 
 __all__ = [
     "Allocation",

@@ -119,8 +119,7 @@ class Allocation:
         kept = dict(self.kept)
         for name, dims in second.kept.items():
             kept[name] = [
-                _compose(name, a, b)
-                for a, b in zip(self.kept.get(name, [None] * len(dims)), dims, strict=True)
+                _compose(name, a, b) for a, b in zip(self.kept.get(name, [None] * len(dims)), dims, strict=True)
             ]
         merged = {path: dict(values) for path, values in self.attributes.items()}
         for path, values in second.attributes.items():
@@ -137,9 +136,7 @@ def _compose(name: str, first: Indices | None, second: Indices | None) -> Indice
         return second if first is None else first
     a, b = np.asarray(first), np.asarray(second)
     if b.size and b.max() >= a.shape[-1]:
-        raise AllocationMismatchError(
-            f"{name}: index {b.max()} of the second allocation, {a.shape[-1]} are kept"
-        )
+        raise AllocationMismatchError(f"{name}: index {b.max()} of the second allocation, {a.shape[-1]} are kept")
     if a.ndim == 2 or b.ndim == 2:
         a = np.broadcast_to(a, (len(b), a.shape[-1])) if a.ndim == 1 else a[: len(b)]
         b = np.broadcast_to(b, (len(a), b.shape[-1]))
@@ -152,9 +149,7 @@ def _compose_blocks(first: list[dict[str, Any]], second: list[dict[str, Any]]) -
     return [
         {
             **b,
-            "branches": [
-                {**r, "before": before.get((b["name"], r["name"]), r["before"])} for r in b["branches"]
-            ],
+            "branches": [{**r, "before": before.get((b["name"], r["name"]), r["before"])} for r in b["branches"]],
         }
         for b in second
     ]

@@ -17,6 +17,8 @@ from .allocation import Allocation
 from .blocks import describe_blocks
 from .certificate import Certificate, numeric_error, require
 from .checks import check_model
+from .criteria import Scores
+from .criteria import score as score_graph
 from .errors import (
     BudgetNotBindingWarning,
     CostMismatchError,
@@ -31,8 +33,6 @@ from .inputs import Inputs, as_inputs, infer_inputs
 from .planning import Plan, make_plan, parse_budget
 from .report import Report
 from .rewriting import check_fits, materialise, reset_parameters
-from .criteria import Scores
-from .criteria import score as score_graph
 from .settle import Settled, compare_models, settle
 
 Progress = Callable[[str], None]
@@ -365,9 +365,7 @@ def _settle(
     return settled
 
 
-def _certificate(
-    graph: ChannelGraph, structural: bool, error: float | None, outputs: int, seed: int
-) -> Certificate:
+def _certificate(graph: ChannelGraph, structural: bool, error: float | None, outputs: int, seed: int) -> Certificate:
     shapes = tuple(tuple(t.shape) for t in graph.inputs.tensors())
     return Certificate(structural, error, graph.options.norms == "exact", seed, shapes, outputs)
 

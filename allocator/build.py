@@ -107,9 +107,7 @@ def _build_transformers(name: str, kwargs: dict[str, Any]) -> nn.Module:
             f"hf:{name} is neither a config class such as hf:ResNetConfig nor a folder with a config.json; "
             "nothing is downloaded by this prefix"
         )
-    config = transformers.AutoConfig.from_pretrained(
-        name, local_files_only=True, trust_remote_code=False, **kwargs
-    )
+    config = transformers.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False, **kwargs)
     model_class = _transformers_class(transformers, type(config))
     if pretrained:
         return model_class.from_pretrained(name, config=config, local_files_only=True, use_safetensors=True)

@@ -61,9 +61,7 @@ class Certificate:
             return f"structural check {'passed' if self.structural else 'FAILED'}, numeric check not made"
         verdict = "passed" if self.ok else "FAILED"
         nature = "" if self.exact else ", inexact by nature: a norm runs over dropped channels"
-        return (
-            f"{verdict}: every index accounted for, float64 outputs within {self.relative_error:.1e}{nature}"
-        )
+        return f"{verdict}: every index accounted for, float64 outputs within {self.relative_error:.1e}{nature}"
 
 
 def numeric_error(

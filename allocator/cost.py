@@ -181,7 +181,8 @@ _COMPOSITES: dict[str, Callable[[Flow, Call], list[tuple[int, Sequence[Label]]]]
 class CostModel:
     """FLOPs of a model for any choice of kept neurons.
 
-    Terms with the same axes are added up. A count is `fixed + sum of kept[unit] * multiplicity` per axis.
+    An axis is a dim of some tensor: the number of its kept indices is linear in the kept neurons, and the FLOPs
+    of a call are a constant times the product over its axes.
 
     Args:
         terms: counted calls.
@@ -214,8 +215,8 @@ class CostModel:
         self._factor = np.array([term.factor for term in terms], dtype=np.int64)
         one = len(members)
         self._axes = np.full((len(terms), degree), one, dtype=np.int64)
-        for i, row in enumerate(ids):
-            self._axes[i, : len(row)] = row
+        for i, chosen in enumerate(ids):
+            self._axes[i, : len(chosen)] = chosen
         self.terms = list(terms)
 
     def counts(self, kept: np.ndarray) -> np.ndarray:

@@ -66,9 +66,7 @@ def score(graph: ChannelGraph, criterion: str) -> Scores:
     values = CRITERIA[criterion](graph, tensor_names(graph.model).__getitem__)
     ranked = values[~np.isnan(values)]
     if not np.isfinite(ranked).all():
-        raise CriterionError(
-            f"criterion {criterion!r} gave infinite scores: the model's weights are not finite"
-        )
+        raise CriterionError(f"criterion {criterion!r} gave infinite scores: the model's weights are not finite")
     if len(ranked) > 1 and np.ptp(ranked) == 0:
         warnings.warn(
             f"all {len(ranked)} scores of criterion {criterion!r} are {ranked[0]:g}, so the ranking carries no "

@@ -81,9 +81,7 @@ def load_model(path: PathLike, *, arch: str | None = None, trust: bool = False) 
     if file.suffix == RESULT_SUFFIX:
         return load_result(file, model=build(arch) if arch else None, trust=trust)
     if file.suffix not in PICKLE_SUFFIXES + PROGRAM_SUFFIXES:
-        raise FileError(
-            f"{path}: unknown kind of file {file.suffix!r}; a model is read from .pt, .pth or .safetensors"
-        )
+        raise FileError(f"{path}: unknown kind of file {file.suffix!r}; a model is read from .pt, .pth or .safetensors")
     found = _unwrap(open_pickle(file, trust=trust))
     if isinstance(found, nn.Module):
         return found

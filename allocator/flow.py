@@ -269,8 +269,4 @@ class Flow:
 def _same_sizes(value: object, literal: object) -> bool:
     if isinstance(literal, int):
         return type(value) is int and value == literal
-    return (
-        isinstance(value, (list, tuple))
-        and isinstance(literal, (list, tuple))
-        and list(value) == list(literal)
-    )
+    return isinstance(value, (list, tuple)) and isinstance(literal, (list, tuple)) and list(value) == list(literal)

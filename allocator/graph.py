@@ -13,7 +13,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from . import adapters
+from allocator import adapters
+
 from .analysis import run_rules
 from .blocks import Block, call_graph, find_blocks
 from .cost import CostModel, cost_terms

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .criteria import Scores
 from .errors import BudgetError, NothingToAllocateError, UnknownNameError
 from .graph import SCOPES, ChannelGraph
-from .criteria import Scores
 
 POLICIES = ("per_block", "global", "uniform")
 
@@ -122,9 +122,7 @@ def _nothing(graph: ChannelGraph, scores: Scores, scope: str) -> NothingToAlloca
         reasons.insert(0, f"{unscored} neurons have no score under criterion {scores.criterion!r}")
     if graph.size and scope not in ("auto", "all"):
         reasons.insert(0, f"{graph.size} neurons can only be removed in a wider scope than {scope!r}")
-    listed = (
-        "; ".join(reasons[:5]) or "the model has no convolution or linear layer whose outputs stay inside it"
-    )
+    listed = "; ".join(reasons[:5]) or "the model has no convolution or linear layer whose outputs stay inside it"
     return NothingToAllocateError(f"no neuron of the model can be removed: {listed}", reasons=reasons)
 
 
@@ -173,18 +171,14 @@ def _rank_within(group: np.ndarray, values: np.ndarray, tie: np.ndarray | None =
     return rank
 
 
-def _cut(
-    graph: ChannelGraph, threshold: np.ndarray, forced: np.ndarray, budget: float, fill: bool
-) -> np.ndarray:
+def _cut(graph: ChannelGraph, threshold: np.ndarray, forced: np.ndarray, budget: float, fill: bool) -> np.ndarray:
     """Keep neurons by ascending threshold while the budget lasts."""
     order = np.argsort(np.where(forced, -1.0, threshold), kind="stable")
     first = int(forced.sum())
     low, high = first, len(order)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (
-            (middle, high) if graph.cost.flops(_prefix(order, middle)) <= budget else (low, middle - 1)
-        )
+        low, high = (middle, high) if graph.cost.flops(_prefix(order, middle)) <= budget else (low, middle - 1)
     if fill:
         return _fill(graph, order, _prefix(order, low), budget)
     while first < low < len(order) and threshold[order[low]] == threshold[order[low - 1]]:

@@ -129,9 +129,7 @@ def _rebuild(
     return _assemble(fresh, allocation, tensors, path)
 
 
-def _assemble(
-    fresh: nn.Module, allocation: Allocation, tensors: dict[str, torch.Tensor], path: PathLike
-) -> nn.Module:
+def _assemble(fresh: nn.Module, allocation: Allocation, tensors: dict[str, torch.Tensor], path: PathLike) -> nn.Module:
     """Apply the allocation to a fresh build and put the tensors in."""
     from .api import apply
 

@@ -42,8 +42,7 @@ def sliced(tensor: torch.Tensor, kept: Sequence[Indices | None]) -> torch.Tensor
 def sliced_on_meta(tensor: torch.Tensor, kept: Sequence[Indices | None]) -> torch.Tensor:
     """A meta tensor of the size that `sliced` would give."""
     sizes = [
-        n if indices is None else np.asarray(indices).shape[-1]
-        for n, indices in zip(tensor.shape, kept, strict=True)
+        n if indices is None else np.asarray(indices).shape[-1] for n, indices in zip(tensor.shape, kept, strict=True)
     ]
     return torch.empty(sizes, dtype=tensor.dtype, device="meta")
 
@@ -77,14 +76,10 @@ def check_fits(model: nn.Module, allocation: Allocation) -> None:
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
     for name, dims in allocation.kept.items():
         if name not in tensors:
-            raise AllocationMismatchError(
-                f"the allocation names {name}, which {type(model).__name__} does not have"
-            )
+            raise AllocationMismatchError(f"the allocation names {name}, which {type(model).__name__} does not have")
         shape = tuple(tensors[name].shape)
         if len(dims) != len(shape):
-            raise AllocationMismatchError(
-                f"{name}: the allocation expects {len(dims)} dims, the model has {shape}"
-            )
+            raise AllocationMismatchError(f"{name}: the allocation expects {len(dims)} dims, the model has {shape}")
         for dim, indices in enumerate(dims):
             if indices is not None and np.size(indices) and not _within(indices, shape[dim]):
                 raise AllocationMismatchError(

@@ -1,8 +1,8 @@
-"""From a plan to an allocation that runs: set attributes, trace the result, freeze what does not fit, again."""
+"""From a plan to an allocation that runs: set attributes, trace the result, freeze what does not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,7 +79,7 @@ def describe(
     """A plan as an allocation: indices per tensor, attributes per module."""
     indices = kept_of(graph, plan.kept)
     stays = np.append(plan.kept, True)[graph.unit_of_slot]
-    shapes = {
+    shapes: dict[str, Sequence[int]] = {
         name: [n if i is None else len(i) for n, i in zip(graph.slots.shapes[name], dims, strict=True)]
         for name, dims in indices.items()
     }
@@ -136,15 +136,14 @@ def _add_rows(model: nn.Module, kept: dict[str, list[Any]], groups: dict[str, in
                 dims[1] = [dims[1]] * rows
 
 
-def check_structure(
-    model: nn.Module, graph: ChannelGraph, kept: np.ndarray, allocation: Allocation
-) -> Mismatch | None:
+def check_structure(model: nn.Module, graph: ChannelGraph, kept: np.ndarray, allocation: Allocation) -> Mismatch | None:
     """Trace the rewritten model on meta tensors and compare; None where it is the image of the original."""
     small = materialise(model, allocation, sliced_on_meta)
-    return compare_models(graph, kept, small)
+    copied = graph.flow.trace.mode == "meta" and graph.training_flow is None
+    return compare_models(graph, kept, small, copied=copied)
 
 
-def compare_models(graph: ChannelGraph, kept: np.ndarray, small: nn.Module) -> Mismatch | None:
+def compare_models(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, *, copied: bool = False) -> Mismatch | None:
     """Trace a rewritten model and compare it with the original, in eval and, where it differs, train mode."""
     slots = Slots.of({name: tuple(t.shape) for name, t in tensor_names(small).items()})
     image = Image(graph, kept, kept_of(graph, kept), slots)
@@ -157,7 +156,7 @@ def compare_models(graph: ChannelGraph, kept: np.ndarray, small: nn.Module) -> M
         if flow is None:
             continue
         try:
-            trace = _trace_like(flow.trace, small, graph)
+            trace = _trace_like(flow.trace, small, graph, copied)
         except ForwardError as error:
             return _culprit(flow, error)
         new = run_rules(trace, slots, Facts(), **rules)
@@ -167,10 +166,10 @@ def compare_models(graph: ChannelGraph, kept: np.ndarray, small: nn.Module) -> M
     return None
 
 
-def _trace_like(original: Trace, small: nn.Module, graph: ChannelGraph) -> Trace:
+def _trace_like(original: Trace, small: nn.Module, graph: ChannelGraph, copied: bool) -> Trace:
     if original.mode == "real" and any(t.is_meta for t in small.parameters()):
         return trace_forward(small, graph.inputs)
-    return record(small, graph.inputs, original.mode, training=original.training)
+    return record(small, graph.inputs, original.mode, training=original.training, copied=copied)
 
 
 def _culprit(flow: Flow, error: ForwardError) -> Mismatch:
@@ -222,9 +221,7 @@ def _repair(
     return build_graph(model, graph.inputs, options)
 
 
-def _freeze(
-    flow: Flow, options: Options, op: Op, alike: set[str], plan: Plan, graph: ChannelGraph
-) -> Options:
+def _freeze(flow: Flow, options: Options, op: Op, alike: set[str], plan: Plan, graph: ChannelGraph) -> Options:
     more = {(path, op.name) for path in alike}
     if more <= options.frozen_ops:
         following = [

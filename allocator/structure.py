@@ -200,9 +200,7 @@ def _compare_value(old: Flow, new: Flow, i: int, j: int, image: Image) -> str | 
     return None
 
 
-def _compare_arguments(
-    old: Flow, new: Flow, a: Op, b: Op, values: dict[int, int], gone: set[int]
-) -> str | None:
+def _compare_arguments(old: Flow, new: Flow, a: Op, b: Op, values: dict[int, int], gone: set[int]) -> str | None:
     refs_a = [i for i in a.inputs() if i not in gone]
     refs_b = b.inputs()
     if len(refs_a) != len(refs_b):

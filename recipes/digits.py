@@ -64,9 +64,7 @@ def load(
     order = torch.randperm(len(digits), generator=generator)
     held_out = round(test_share * len(digits))
     if not 0 < held_out < len(digits) or min(copies) < 1:
-        raise InputError(
-            f"expected both splits to hold images, got test_share={test_share} and copies={copies}"
-        )
+        raise InputError(f"expected both splits to hold images, got test_share={test_share} and copies={copies}")
     splits = []
     for sources, repeats in ((order[held_out:], copies[0]), (order[:held_out], copies[1])):
         chosen = sources.repeat(repeats)
@@ -101,9 +99,7 @@ def _source_digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
-            "the digits come with scikit-learn: pip install 'neuron-allocator[demo]'"
-        ) from error
+        raise ImportError("the digits come with scikit-learn: pip install 'neuron-allocator[demo]'") from error
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
     return images, torch.from_numpy(bunch.target).long()

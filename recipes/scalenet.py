@@ -216,14 +216,11 @@ def check_rows(rows: Rows, blocks: Sequence[int], scales: int = len(RATES)) -> N
     names = [f"layer{i + 1}.{j}" for i, count in enumerate(blocks) for j in range(count)]
     for name, row in zip(names, rows, strict=True):
         if len(row) != scales + 1:
-            raise AllocationMismatchError(
-                f"block {name}: expected {scales} neuron counts and a side, got {list(row)}"
-            )
+            raise AllocationMismatchError(f"block {name}: expected {scales} neuron counts and a side, got {list(row)}")
         whole = all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in row)
         if not whole or sum(row[:-1]) == 0 or row[-1] == 0:
             raise AllocationMismatchError(
-                f"block {name}: expected at least one neuron and a side above 0, in whole numbers, "
-                f"got {list(row)}"
+                f"block {name}: expected at least one neuron and a side above 0, in whole numbers, got {list(row)}"
             )
 
 

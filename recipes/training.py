@@ -156,9 +156,7 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 256) -> float:
     try:
         right = sum(
             int((model(images.to(device)).argmax(1).cpu() == labels.cpu()).sum())
-            for images, labels in zip(
-                data.images.split(batch_size), data.labels.split(batch_size), strict=True
-            )
+            for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True)
         )
     finally:
         model.train(was_training)

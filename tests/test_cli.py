@@ -266,7 +266,10 @@ def test_allocate_apply_and_verify(output: str, capsys: pytest.CaptureFixture[st
     assert main(["apply", *fresh]) == 0
     assert json.loads(capsys.readouterr().out)["flops_after"] == allocation.flops_after
     small, again = load_model(output), load_model("fresh.pt")
-    assert [p.shape for p in small.parameters()] == [p.shape for p in again.parameters()]
+    assert all(torch.equal(p, q) for p, q in zip(small.parameters(), again.parameters(), strict=True))
+    allocation_file = [] if output.endswith(".safetensors") else ["a.json"]
+    assert main(["verify", name, output, *allocation_file, "--set", "num_classes=10"]) == 0
+    assert "verdict    the original minus" in capsys.readouterr().out
 
 
 def test_verify_tells_right_from_wrong(capsys: pytest.CaptureFixture[str]) -> None:

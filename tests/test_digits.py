@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from fvcore.nn import FlopCountAnalysis
 from rich.console import Console
 from torch import Tensor, nn
 
+import allocator
 from allocator.errors import InputError
-from allocator.recipes import digits
+from allocator.recipes import demo, digits
 from allocator.recipes.digits import Split, load, place
 from allocator.recipes.picture import draw_shares
+from allocator.recipes.scalenet import ScaleNet, scalenet_small_seed
 from allocator.recipes.training import NonFiniteLossError, cosine, evaluate, train
 
 
@@ -213,3 +216,24 @@ def test_the_picture_is_written(tmp_path: Path) -> None:
     draw_shares([("learned", ["1.0", "2.0"], rows), ("even", ["1.0", "2.0"], rows)], path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 5000
+
+
+def test_the_demo_does_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--quick", "--out", str(tmp_path / "new")]) == 0
+    printed = capsys.readouterr().out
+    for part in ("seed", "learned, fine-tuned", "even, fine-tuned", "6,919,428,096", "under the budget"):
+        assert part in printed
+    names = {"scalenet-digits.safetensors", "allocation.json", "shares.png"}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == names
+    assert all(name in printed for name in names)
+
+    torch.manual_seed(5)
+    fresh = scalenet_small_seed(48, blocks=(2, 2, 2)).eval()
+    small = allocator.apply(fresh, tmp_path / "new" / "allocation.json")
+    assert isinstance(small, ScaleNet)
+    example = torch.zeros(1, 1, 48, 48)
+    halved = FlopCountAnalysis(small.eval(), example).unsupported_ops_warnings(False).total()
+    full = FlopCountAnalysis(fresh, example).unsupported_ops_warnings(False).total()
+    assert 0.495 * full <= halved <= 0.5 * full
+    # Learned shares are uneven: not all scales of a block have the same number of neurons.
+    assert any(len(set(row[:-1])) > 1 for row in small.rows())

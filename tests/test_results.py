@@ -89,6 +89,12 @@ def test_the_file_holds_no_pickle_and_keeps_dtype_and_mode(tmp_path: Path) -> No
     assert "torch" in json.loads(metadata["versions"])
 
 
+def test_a_saved_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    save_result((_homemade(), Allocation()), tmp_path / "s.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "s.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_loading_does_not_disturb_the_random_state(tmp_path: Path) -> None:
     _, result = _allocated("torchvision:regnet_y_400mf")
     save_result(result, tmp_path / "s.safetensors")

@@ -35,9 +35,7 @@ def register(commands: Any) -> None:
     """Add the subcommand."""
     parser = add_command(commands, "allocate", "allocate a model's neurons under a FLOPs budget", _EXAMPLE)
     parser.add_argument("model", metavar="MODEL", help="a file or a name")
-    parser.add_argument(
-        "--flops", required=True, type=parse_flops, metavar="N", help="the budget: 4.2e9, 4.2G or 60%%"
-    )
+    parser.add_argument("--flops", required=True, type=parse_flops, metavar="N", help="the budget: 4.2e9, 4.2G or 60%%")
     add_output_options(parser)
     parser.add_argument("--allocation", metavar="FILE", help="also write the allocation, as .json")
     _add_plan_options(parser.add_argument_group("plan"))
@@ -138,8 +136,6 @@ def _allocate(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
             progress=update,
         )
     talk.times(result.timings)
-    for note in result.notes:
-        talk.note(note)
     return result
 
 

@@ -137,6 +137,9 @@ def open_model(spec: str, args: argparse.Namespace, talk: Talk) -> nn.Module:
         raise UsageError("--arch goes with a file of weights, not with a named model")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # so that package.module:factory finds the user's own code
+    import torch
+
+    torch.manual_seed(0)  # a name stands for the same weights every time, so that verify can build it again
     with talk.stage(f"building {spec}"):
         return build(spec, **dict(args.set))
 
@@ -146,9 +149,7 @@ def _is_name(spec: str) -> bool:
     return bool(colon and rest) and all(part.isidentifier() for part in prefix.split("."))
 
 
-def example_inputs(
-    args: argparse.Namespace, allocation: Allocation | None = None
-) -> tuple[torch.Tensor, ...] | None:
+def example_inputs(args: argparse.Namespace, allocation: Allocation | None = None) -> tuple[torch.Tensor, ...] | None:
     """Random inputs of the sizes asked for, else of those an allocation was made with, else None."""
     sizes = args.input_size or (allocation.input_shapes if allocation is not None else None)
     if not sizes:

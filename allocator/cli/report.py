@@ -34,9 +34,7 @@ _BRANCH_FACTS = (
 
 def register(commands: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(
-        commands, "report", "list a model's blocks, branches, scales, neurons and FLOPs", _EXAMPLE
-    )
+    parser = add_command(commands, "report", "list a model's blocks, branches, scales, neurons and FLOPs", _EXAMPLE)
     parser.add_argument("model", metavar="MODEL", help="a file or a name")
     add_input_options(parser)
     add_model_options(parser)

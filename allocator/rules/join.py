@@ -16,9 +16,7 @@ def concatenate(flow: Flow, op: Op) -> None:
     out = flow.shape(op.outputs[0])
     dim = int(op.arg("dim") or 0) % len(out)
     result = [
-        _joined(flow, op, inputs, dim)
-        if d == dim
-        else flow.unify_all([flow.labels(i)[d] for i in inputs], op)
+        _joined(flow, op, inputs, dim) if d == dim else flow.unify_all([flow.labels(i)[d] for i in inputs], op)
         for d in range(len(out))
     ]
     flow.set(op.outputs[0], result)

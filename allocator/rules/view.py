@@ -88,7 +88,7 @@ def _merge(flow: Flow, op: Op, labels: Sequence[Label], sizes: Sequence[int]) ->
 def unflatten(flow: Flow, op: Op, label: np.ndarray, sizes: Sequence[int]) -> list[Label]:
     """Split labels over several dims; the last that varies may lose indices, the others stay whole."""
     if len(sizes) < 2:
-        return [label][: len(sizes)]
+        return [label] if sizes else []
     grid = label.reshape(sizes)
     varying = [d for d, n in enumerate(sizes) if n > 1 and not _constant(grid, d)]
     result: list[Label] = [None] * len(sizes)
