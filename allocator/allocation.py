@@ -33,7 +33,7 @@ class Allocation:
         absent: paths of layers that are gone.
         architecture: hash of the names and shapes of the model it was made for.
         flops_asked, flops_before, flops_after: FLOPs as fvcore counts them.
-        policy, criterion, scope, groups: how it was made.
+        policy, criterion, scope, groups, norms: how it was made.
         blocks: per aggregation block its name, kind and branches with channels before and after.
         input_shapes: the shapes that the FLOPs hold for.
     """
@@ -49,6 +49,7 @@ class Allocation:
     criterion: str = ""
     scope: str = ""
     groups: str = "whole"
+    norms: str = "exact"
     blocks: list[dict[str, Any]] = field(default_factory=list)
     input_shapes: list[list[int]] = field(default_factory=list)
 

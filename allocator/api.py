@@ -295,7 +295,7 @@ def verify(
         allocation = Allocation.load(allocation)
     check_fits(check_model(model), allocation)
     check_model(small)
-    graph = trace(model, example_inputs, groups=allocation.groups)
+    graph = trace(model, example_inputs, groups=allocation.groups, norms=allocation.norms)
     kept = kept_by(graph, allocation)
     if kept is None or compare_models(graph, kept, small) is not None:
         return _certificate(graph, False, None, 0, seed)

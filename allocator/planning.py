@@ -11,6 +11,9 @@ from .criteria import Scores
 from .errors import BudgetError, NothingToAllocateError, UnknownNameError
 from .graph import SCOPES, ChannelGraph
 
+CLOSE = 0.995
+"""A plan that uses less of its budget than this is too coarse, and a wider scope is tried."""
+
 POLICIES = ("per_block", "global", "uniform")
 
 
@@ -76,7 +79,8 @@ def make_plan(
         budget: FLOPs at most.
         policy: "per_block" (one width multiplier, top-k in each block), "global" (one ranking) or
             "uniform" (every branch the same share).
-        scope: "branches", "inner", "all", or "auto" for the narrowest of them that can meet the budget.
+        scope: "branches", "inner", "all", or "auto" for the narrowest of them that can meet the budget and come
+            within 0.5 % of it (where none comes so close, the narrowest that can meet it).
         fill: spend what is left on the next best neurons that fit.
 
     Raises:
@@ -88,21 +92,27 @@ def make_plan(
         raise UnknownNameError(f"no policy {policy!r} (there are {', '.join(POLICIES)})")
     if scope not in (*SCOPES, "auto"):
         raise UnknownNameError(f"no scope {scope!r} (there are auto, {', '.join(SCOPES)})")
-    smallest: int | None = None
-    any_free = False
+    least: list[int] = []
+    coarse: list[Plan] = []
     for name in SCOPES if scope == "auto" else (scope,):
         free = _free(graph, scores, name)
-        any_free |= bool(free.any())
+        if not free.any():
+            continue
         forced = ~free | _floors(graph, scores, free)
-        least = graph.cost.flops(forced)
-        smallest = least if smallest is None else min(smallest, least)
-        if free.any() and least <= budget:
-            kept = _cut(graph, _thresholds(graph, scores, forced, policy), forced, budget, fill)
-            cost = graph.cost.flops(kept)
-            return Plan(kept, budget, cost, name, policy, scores.criterion, _next_cost(graph, kept))
-    if not any_free:
+        least.append(graph.cost.flops(forced))
+        if least[-1] > budget:
+            continue
+        kept = _cut(graph, _thresholds(graph, scores, forced, policy), forced, budget, fill)
+        cost = graph.cost.flops(kept)
+        plan = Plan(kept, budget, cost, name, policy, scores.criterion, _next_cost(graph, kept))
+        if cost >= CLOSE * budget or not fill:
+            return plan
+        coarse.append(plan)
+    if coarse:
+        return coarse[0]
+    if not least:
         raise _nothing(graph, scores, scope)
-    assert smallest is not None
+    smallest = min(least)
     raise BudgetError(
         f"{budget:,.0f} FLOPs cannot be met with scope={scope!r}: the smallest that can be reached is "
         f"{smallest:,} FLOPs, {100 * smallest / graph.flops:.1f}% of the model's {graph.flops:,}",

@@ -115,6 +115,7 @@ def describe(
         criterion=plan.criterion,
         scope=plan.scope,
         groups=graph.options.groups,
+        norms=graph.options.norms,
         input_shapes=[list(t.shape) for t in graph.inputs.tensors()],
     )
 

@@ -62,6 +62,8 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
         new = memo[id(value)] = type(value).__new__(type(value))
         vars(new).update((key, _copy(item, memo)) for key, item in vars(value).items())
         return new
+    if type(value) is tuple:
+        return tuple(_copy(item, memo) for item in value)
     if type(value) in (dict, OrderedDict):
         mapping = memo[id(value)] = type(value)()
         mapping.update((_copy(key, memo), _copy(item, memo)) for key, item in value.items())
@@ -74,7 +76,7 @@ def _copies_plainly(cls: type) -> bool:
 
 
 _ATOMS = frozenset({int, float, bool, str, type(None)})
-_COPY_HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__")
+_COPY_HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__new__")
 
 
 def _as_parameter(tensor: torch.Tensor, like: nn.Parameter) -> nn.Parameter:

@@ -42,7 +42,7 @@ def draw_shares(
     axes[0].set_ylabel("share of the block's neurons")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
-        handles[::-1], labels[::-1], loc="outside right upper", frameon=False, title="scale", alignment="left"
+        handles[::-1], labels[::-1], loc="outside right upper", frameon=False, title="pooled by", alignment="left"
     )
     figure.savefig(path, dpi=150)
 
@@ -53,7 +53,7 @@ def _draw_panel(axis: Any, title: str, names: Sequence[str], rows: Rows, rates: 
     for scale, rate in enumerate(rates):
         counts = [row[scale] for row in rows]
         shares = [count / sum(row[:-1]) for count, row in zip(counts, rows, strict=True)]
-        label = "full size" if rate == 1 else f"1/{rate}"
+        label = "1 (full size)" if rate == 1 else str(rate)
         axis.bar(places, shares, 0.82, bottoms, color=_COLOURS[scale], edgecolor="white", label=label)
         for place, (count, share) in enumerate(zip(counts, shares, strict=True)):
             if share >= _SMALLEST_LABELLED:

@@ -58,7 +58,7 @@ def make_norm(kind: str, rank: int, channels: int) -> nn.Module:
     if kind == "group":
         return nn.GroupNorm(2 if channels % 2 == 0 else 1, channels)
     if kind == "instance":
-        return nn.Module() if channels < 1 else INSTANCE_NORM[rank](channels, affine=True)
+        return INSTANCE_NORM[rank](channels, affine=True)
     return BATCH_NORM[rank](channels, affine=kind != "plain", track_running_stats=kind != "stats")
 
 
