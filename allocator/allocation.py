@@ -126,6 +126,8 @@ class Allocation:
         for path, values in second.attributes.items():
             merged.setdefault(path, {}).update(values)
         absent = sorted({*self.absent, *second.absent})
+        kept = {name: dims for name, dims in kept.items() if name.rpartition(".")[0] not in absent}
+        merged = {path: values for path, values in merged.items() if path not in absent}
         rest = {**second.to_dict(), "kept": kept, "attributes": merged, "absent": absent}
         rest |= {"architecture": self.architecture, "flops_before": self.flops_before}
         rest["blocks"] = _compose_blocks(self.blocks, second.blocks)

@@ -15,14 +15,16 @@ from torch import nn
 
 from .allocation import Allocation
 from .blocks import describe_blocks
-from .certificate import Certificate, numeric_error, require
-from .checks import check_model
+from .certificate import Certificate, compare_outputs, names_and_shapes_match, require, weights_match
+from .checks import check_model, check_weights
 from .criteria import Scores
 from .criteria import score as score_graph
 from .errors import (
+    BudgetError,
     BudgetNotBindingWarning,
     CostMismatchError,
     InputError,
+    NothingToAllocateError,
     TraceError,
     UnknownNameError,
     ValueDependentTraceWarning,
@@ -30,7 +32,7 @@ from .errors import (
 from .fvcore_count import fvcore_flops
 from .graph import ChannelGraph, Options, build_graph
 from .inputs import Inputs, as_inputs, infer_inputs
-from .planning import Plan, make_plan, parse_budget
+from .planning import Plan, make_plan, parse_budget, unmet
 from .report import Report
 from .rewriting import check_fits, materialise, reset_parameters
 from .settle import Settled, compare_models, settle
@@ -103,7 +105,7 @@ def allocate(
         norms: "exact" keeps channels under a norm over channels, "loose" lets them go.
         exclude: name patterns (`"layer1.*"`) or module classes that stay as they are.
         weights: "keep", or "reset" to train the result from scratch.
-        certify: run the float64 comparison too; the structural check always runs.
+        certify: compare weights and float64 outputs too; the structural check always runs.
         seed: of the certificate's input.
         progress: called with the name of each stage.
 
@@ -115,11 +117,12 @@ def allocate(
         CertificateError, CostMismatchError: the result failed its own checks, and is not returned.
     """
     _check_choice("weights", weights, ("keep", "reset"))
+    check_weights(check_model(model))
     clock = _Clock(progress)
     with clock("trace"):
         graph = trace(model, example_inputs, groups=groups, norms=norms, exclude=exclude)
     with clock("score and plan"):
-        budget = parse_budget(flops, graph.flops)
+        budget = _budget(flops, graph)
         notes = list(graph.notes)
         settled = _settle(graph, criterion, budget, policy, scope, fill)
         notes += settled.notes
@@ -146,10 +149,7 @@ def _finish(
                 f"fvcore counts {counted:,} FLOPs in the result, the cost model {plan.flops:,}; please report the model"
             )
     with clock("certificate"):
-        error, outputs = None, 0
-        if certify:
-            error, outputs = numeric_error(model, small, graph, plan.kept, graph.inputs, seed)
-        certificate = require(_certificate(graph, True, error, outputs, seed), "the result")
+        certificate = require(_certificate(model, small, graph, plan.kept, seed, certify), "the result")
     if weights == "reset":
         reset_parameters(small)
         notes.append("weights were reset after the certificate was made")
@@ -231,7 +231,7 @@ def plan(
         BudgetError, NothingToAllocateError: as for `allocate`.
     """
     scores = scores or score(graph)
-    budget = parse_budget(flops, graph.flops)
+    budget = _budget(flops, graph)
     return _settle(graph, scores.criterion, budget, policy, scope, fill, scores).allocation
 
 
@@ -282,7 +282,8 @@ def verify(
         small: the rewritten one.
         allocation: what it should have kept.
         example_inputs: as for `allocate`.
-        numeric: compare outputs in float64 too.
+        numeric: compare weights and float64 outputs too. A model that was trained since fails both; with
+            False, whether its structure still is the original's can be asked alone.
         seed: of the input they are compared on.
 
     Returns:
@@ -297,14 +298,13 @@ def verify(
     check_model(small)
     graph = trace(model, example_inputs, groups=allocation.groups, norms=allocation.norms)
     kept = kept_by(graph, allocation)
-    if kept is None or compare_models(graph, kept, small) is not None:
-        return _certificate(graph, False, None, 0, seed)
-    error, outputs = numeric_error(model, small, graph, kept, graph.inputs, seed) if numeric else (None, 0)
-    return _certificate(graph, True, error, outputs, seed)
+    if kept is None or not names_and_shapes_match(graph, kept, small) or compare_models(graph, kept, small):
+        return Certificate(False, None, graph.options.norms == "exact", seed, _input_shapes(graph), 0)
+    return _certificate(model, small, graph, kept, seed, numeric)
 
 
 def kept_by(graph: ChannelGraph, allocation: Allocation) -> np.ndarray | None:
-    """(neurons,) bool that an allocation keeps; None where it keeps a neuron in part."""
+    """(neurons,) bool that an allocation keeps; None where it keeps a neuron in part, or in another order."""
     stays = np.ones(graph.slots.total, dtype=bool)
     known = np.ones(graph.slots.total, dtype=bool)
     for name, dims in allocation.kept.items():
@@ -313,7 +313,7 @@ def kept_by(graph: ChannelGraph, allocation: Allocation) -> np.ndarray | None:
             rows = None if indices is None else np.atleast_2d(np.asarray(indices, dtype=np.int64))
             if rows is None:
                 continue
-            if not (rows == rows[0]).all():
+            if not (rows == rows[0]).all() or (np.diff(rows[0]) <= 0).any():
                 return None
             stays[start : start + size] = False
             stays[start + rows[0]] = True
@@ -335,6 +335,13 @@ def kept_by(graph: ChannelGraph, allocation: Allocation) -> np.ndarray | None:
     return kept > 0
 
 
+def _budget(flops: float | str, graph: ChannelGraph) -> float:
+    if not graph.flops:
+        name, inputs = type(graph.model).__name__, graph.inputs.describe()
+        raise NothingToAllocateError(f"{name} has no operator that fvcore counts FLOPs for, with {inputs}")
+    return parse_budget(flops, graph.flops)
+
+
 def _settle(
     graph: ChannelGraph,
     criterion: str,
@@ -354,20 +361,51 @@ def _settle(
         whole = Plan(everything, budget, graph.flops, "none", policy, criterion, None)
         settled = settle(graph.model, graph, lambda _: whole)
     else:
-        known = {id(graph): scores or score_graph(graph, criterion)}
+        ranking = scores or score_graph(graph, criterion)
 
-        def planner(current: ChannelGraph) -> Plan:
-            ranked = known.get(id(current)) or score_graph(current, criterion)
-            return make_plan(current, ranked, budget, policy=policy, scope=scope, fill=fill)
+        def run(flops: float) -> Settled:
+            def planner(current: ChannelGraph) -> Plan:
+                ranked = ranking if current is graph else score_graph(current, criterion)
+                return make_plan(current, ranked, flops, policy=policy, scope=scope, fill=fill)
 
-        settled = settle(graph.model, graph, planner)
+            return settle(graph.model, graph, planner)
+
+        try:
+            settled = run(budget)
+        except BudgetError as error:
+            raise unmet(budget, scope, _seen_to_work(error, run, graph.flops), graph.flops) from None
     settled.allocation.blocks = describe_blocks(settled.graph, settled.plan.kept)
     return settled
 
 
-def _certificate(graph: ChannelGraph, structural: bool, error: float | None, outputs: int, seed: int) -> Certificate:
-    shapes = tuple(tuple(t.shape) for t in graph.inputs.tensors())
-    return Certificate(structural, error, graph.options.norms == "exact", seed, shapes, outputs)
+def _seen_to_work(error: BudgetError, run: Callable[[float], Settled], own: int) -> int:
+    """The smallest FLOPs at which a run succeeds: where neurons turn out to be needed, more than was planned."""
+    figure, tried = error.reachable, set[int]()
+    while figure is not None and figure < own and figure not in tried:
+        tried.add(figure)
+        try:
+            landed = run(figure).plan.flops
+        except BudgetError as higher:
+            figure = higher.reachable
+        else:
+            figure = landed if landed not in tried else figure
+    return own if figure is None else figure
+
+
+def _certificate(
+    model: nn.Module, small: nn.Module, graph: ChannelGraph, kept: np.ndarray, seed: int, numeric: bool
+) -> Certificate:
+    """Of a model that passed the structural check."""
+    exact, shapes = graph.options.norms == "exact", _input_shapes(graph)
+    if not numeric:
+        return Certificate(True, None, exact, seed, shapes, 0)
+    same = weights_match(model, small, graph, kept)
+    found = compare_outputs(model, small, graph, kept, seed)
+    return Certificate(True, found.error, exact, seed, shapes, found.outputs, same, found.effect, found.drawn)
+
+
+def _input_shapes(graph: ChannelGraph) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(t.shape) for t in graph.inputs.tensors())
 
 
 def _input_error(model: nn.Module, inputs: Inputs, error: TraceError) -> InputError | None:

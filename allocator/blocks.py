@@ -258,7 +258,7 @@ class _Finder:
         branches = tuple(
             Branch(
                 name=f"group{i}", channels=len(part), kernels=kernels, dilation=int(dilation.max()), stride=stride,
-                scale=1.0, receptive_field=field_, flops=self.flops[op.index] // groups, gamma=self._gamma(part),
+                scale=1.0, receptive_field=field_, flops=self.flops.get(op.index, 0) // groups, gamma=self._gamma(part),
                 inner=0, label=part,
             )
             for i, part in enumerate(np.split(label, groups))

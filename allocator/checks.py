@@ -10,10 +10,10 @@ from .errors import UnsupportedModelError
 
 _QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 _WRAPPERS = {
-    "DataParallel": "pass model.module",
-    "DistributedDataParallel": "pass model.module, and wrap the result again",
-    "FullyShardedDataParallel": "allocate before sharding",
-    "OptimizedModule": "pass the module that was compiled (model._orig_mod), and compile the result",
+    "DataParallel": "its .module",
+    "DistributedDataParallel": "its .module, and wrap the result again",
+    "FullyShardedDataParallel": "the module before sharding",
+    "OptimizedModule": "the module that was compiled (its ._orig_mod), and compile the result",
 }
 
 
@@ -21,32 +21,54 @@ def check_model(model: object) -> nn.Module:
     """Return `model` if it can be traced as it is.
 
     Raises:
-        UnsupportedModelError: not a module, or one that is wrapped, compiled, lazy, quantised or TorchScript;
-            the message says what to pass instead.
+        UnsupportedModelError: not a module, or one that is or holds one that is wrapped, compiled, lazy,
+            quantised or TorchScript; the message says what to pass instead.
     """
     if not isinstance(model, nn.Module):
-        kind = type(model).__name__
-        hint = "pass exported_program.module()" if kind == "ExportedProgram" else "pass a torch.nn.Module"
-        if isinstance(model, dict):
-            hint = "this looks like a state_dict: build the model and load it first"
-        raise UnsupportedModelError(f"a {kind} is not a torch.nn.Module: {hint}")
-    name = type(model).__name__
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedModelError(
-            f"{name} is TorchScript, which cannot be rewritten: pass the Python module it was made from"
-        )
-    if name in _WRAPPERS:
-        raise UnsupportedModelError(f"the model is wrapped in {name}: {_WRAPPERS[name]}")
+        raise UnsupportedModelError(f"the model is of type {type(model).__name__}: {_instead_of(model)}")
     for path, module in model.named_modules():
-        if type(module).__module__.startswith(_QUANTISED):
-            raise UnsupportedModelError(
-                f"{path or name} is quantised ({type(module).__name__}): allocate the float model, then quantise it"
-            )
+        _check_class(module, path or "the model")
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
             raise UnsupportedModelError(
-                f"{path} is lazily initialised: run model(example_inputs) once, so that its shape is known"
+                f"{path} is lazily initialised: run model(*example_inputs) once, so that its shape is known"
             )
         if tensor.is_quantized:
             raise UnsupportedModelError(f"{path} is quantised: allocate the float model, then quantise it")
     return model
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise UnsupportedModelError where a parameter or buffer has a shape but no values."""
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise UnsupportedModelError(
+                f"{path} lies on the meta device and has no values: build the model on a real device and load "
+                "its weights first"
+            )
+
+
+def _check_class(module: nn.Module, where: str) -> None:
+    kind = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedModelError(
+            f"{where} is TorchScript ({kind}), which cannot be rewritten: pass the Python module it was made from"
+        )
+    for base in type(module).__mro__:
+        if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
+            verb = "pass" if where == "the model" else "replace it by"
+            raise UnsupportedModelError(f"{where} is wrapped in {base.__name__}: {verb} {_WRAPPERS[base.__name__]}")
+    if type(module).__module__.startswith(_QUANTISED):
+        raise UnsupportedModelError(f"{where} is quantised ({kind}): allocate the float model, then quantise it")
+
+
+def _instead_of(thing: object) -> str:
+    if type(thing).__name__ == "ExportedProgram":
+        return "pass exported_program.module()"
+    if isinstance(thing, dict):
+        return "this looks like a state_dict: build the model, load it, and pass the model"
+    if isinstance(thing, str):
+        return f"pass a torch.nn.Module, such as allocator.build({thing!r}) or allocator.load_model({thing!r}) gives"
+    if isinstance(thing, type) and issubclass(thing, nn.Module):
+        return f"this is the class {thing.__name__}: pass an instance of it"
+    return "pass a torch.nn.Module"

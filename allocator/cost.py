@@ -6,6 +6,7 @@ dims, so the cost of a plan needs no forward. Calls that fvcore does not count h
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,17 +53,27 @@ def counted(*names: str) -> Callable[[Counter], Counter]:
 
 
 def cost_terms(flow: Flow) -> list[Term]:
-    """All counted calls of a trace in order; composite calls are counted once, as fvcore sees them."""
+    """All counted calls of a trace in order; composite calls are counted once, as fvcore sees them.
+
+    fvcore counts no call that the outputs do not depend on: its trace has lost them.
+    """
     terms: list[Term] = []
     seen: set[int] = set()
-    for op in flow.trace.ops:
+    for op in flow.trace.live():
         if op.call is not None and op.call.name in _COMPOSITES:
             if id(op.call) not in seen:
                 seen.add(id(op.call))
                 terms += _terms(op, _COMPOSITES[op.call.name](flow, op.call))
-        elif op.name in _COUNTERS:
+        elif op.name in _COUNTERS and not _inside_attention(op):
             terms += _terms(op, _COUNTERS[op.name](flow, op))
     return terms
+
+
+def _inside_attention(op: Op) -> bool:
+    """Products of a `multi_head_attention_forward` that calls `scaled_dot_product_attention`, which does not count."""
+    call = op.call
+    fused = call is not None and call.name == "multi_head_attention_forward" and not call.kwargs.get("need_weights", True)
+    return fused and op.name in ("bmm", "baddbmm")
 
 
 def _terms(op: Op, products: Sequence[tuple[int, Sequence[Label]]]) -> list[Term]:
@@ -210,6 +221,7 @@ class CostModel:
         self.fixed = np.bincount(rows[~free], minlength=len(members)).astype(np.int64)
         ones = np.ones(int(free.sum()), dtype=np.int64)
         self.incidence = csr_matrix((ones, (rows[free], cols[free])), shape=(len(members), units))
+        self.incidence.sum_duplicates()
         self._transpose = self.incidence.T.tocsr()
         degree = max((len(row) for row in ids), default=0)
         self._factor = np.array([term.factor for term in terms], dtype=np.int64)
@@ -218,6 +230,7 @@ class CostModel:
         for i, chosen in enumerate(ids):
             self._axes[i, : len(chosen)] = chosen
         self.terms = list(terms)
+        self._share()
 
     def counts(self, kept: np.ndarray) -> np.ndarray:
         """Kept indices per axis, with a final 1 that stands for no axis."""
@@ -238,12 +251,36 @@ class CostModel:
         more[unit] = True
         return self.flops(more) - self.flops(kept)
 
-    def slopes(self, kept: np.ndarray) -> np.ndarray:
-        """A lower bound of what each further unit costs; exact where it touches one axis of a call."""
-        counts = self.counts(kept)
-        grid = counts[self._axes]
-        gradient = np.zeros(len(counts), dtype=np.int64)
+    def added_each(self, kept: np.ndarray) -> np.ndarray:
+        """FLOPs that each single further unit would cost; exact where a call has no more than two axes."""
+        grid = self.counts(kept)[self._axes]
+        slope = np.zeros(len(self.fixed) + 1, dtype=np.int64)
         for d in range(self._axes.shape[1]):
             others = np.delete(grid, d, axis=1).prod(axis=1)
-            np.add.at(gradient, self._axes[:, d], self._factor * others)
-        return np.asarray(self._transpose @ gradient[:-1])
+            np.add.at(slope, self._axes[:, d], self._factor * others)
+        both = np.array(
+            [self._factor[t] * np.delete(grid[t], dims).prod() for t, dims in self._shared_terms], dtype=np.int64
+        )
+        return np.asarray(self._transpose @ slope[:-1] + self._shared @ both)
+
+    def _share(self) -> None:
+        """Units that lie on two axes of one call (a convolution within a stream): their counts multiply."""
+        self._shared_terms: list[tuple[int, tuple[int, int]]] = []
+        products: list[tuple[np.ndarray, np.ndarray]] = []
+        pointer, units, times = (getattr(self.incidence, name) for name in ("indptr", "indices", "data"))
+        for t, axes in enumerate(self._axes):
+            for dims in itertools.combinations(range(len(axes)), 2):
+                i, j = (int(axes[d]) for d in dims)
+                if max(i, j) == len(self.fixed):
+                    continue
+                a, b = (slice(pointer[k], pointer[k + 1]) for k in (i, j))
+                common, at, bt = np.intersect1d(units[a], units[b], assume_unique=True, return_indices=True)
+                if len(common):
+                    products.append((common, times[a][at] * times[b][bt]))
+                    self._shared_terms.append((t, dims))
+        cols = np.repeat(np.arange(len(products)), [len(c) for c, _ in products])
+        empty = np.zeros(0, dtype=np.int64)
+        rows = np.concatenate([empty, *(common for common, _ in products)])
+        data = np.concatenate([empty, *(product for _, product in products)])
+        shape = (self.incidence.shape[1], len(products))
+        self._shared = csr_matrix((data, (rows, cols)), shape=shape)

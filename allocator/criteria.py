@@ -124,7 +124,7 @@ def _written(graph: ChannelGraph) -> list[tuple[str, int, np.ndarray]]:
     found = []
     for label, _ in graph.facts.produced:
         known = start_of.get(int(label[0]))
-        if known is not None:
+        if known is not None and len(label) == graph.slots.shapes[known[0]][known[1]]:
             found.append((*known, label))
     return found
 

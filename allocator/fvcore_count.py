@@ -27,7 +27,7 @@ def fvcore_flops(model: nn.Module, inputs: Inputs) -> tuple[int, dict[str, int]]
 
     shared = skeleton(model, lambda _, t: t).eval()
     args = tuple(inputs.args)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _attention_in_parts():
         analysis = FlopCountAnalysis(shared if not inputs.kwargs else _Bound(shared, inputs.kwargs), args)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         total = int(analysis.total())
@@ -43,6 +43,17 @@ class _Bound(nn.Module):
 
     def forward(self, *args: object) -> object:
         return self.model(*args, **self.kwargs)
+
+
+@contextlib.contextmanager
+def _attention_in_parts() -> Iterator[None]:
+    """Without gradients torch fuses multi-head attention into one call that fvcore can't see into."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextlib.contextmanager

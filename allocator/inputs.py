@@ -75,7 +75,7 @@ def as_inputs(example_inputs: Any, model: nn.Module) -> Inputs:
         model: the model they are for.
 
     Raises:
-        InputError: they can't be inferred, or lie on another device than the model.
+        InputError: they can't be inferred, hold no or empty tensors, or lie on another device than the model.
     """
     if isinstance(example_inputs, Inputs):
         return example_inputs
@@ -87,17 +87,36 @@ def as_inputs(example_inputs: Any, model: nn.Module) -> Inputs:
         inputs = Inputs((), example_inputs)
     else:
         inputs = Inputs((example_inputs,))
+    _check_tensors(inputs)
     _check_device(inputs, model)
     return inputs
+
+
+def _check_tensors(inputs: Inputs) -> None:
+    given = (*inputs.args, *inputs.kwargs.values())
+    if given and all(type(item) is int for item in given):
+        size = ", ".join(map(str, given))
+        raise InputError(f"example_inputs are plain numbers, not tensors: pass torch.zeros({size})")
+    if given and not inputs.tensors():
+        kinds = ", ".join(type(item).__name__ for item in given)
+        raise InputError(
+            f"example_inputs hold no tensor, only {kinds}: pass a tensor, a tuple of arguments, or a dict of "
+            "keyword arguments, for example torch.zeros(1, 3, 224, 224)"
+        )
+    if given and all(tensor.numel() == 0 for tensor in inputs.tensors()):
+        raise InputError(f"example_inputs are empty ({inputs.describe()}): pass a batch of 1")
 
 
 def _check_device(inputs: Inputs, model: nn.Module) -> None:
     device = device_of(model)
     for tensor in inputs.tensors():
-        if tensor.device != device and "meta" not in (tensor.device.type, device.type):
+        if tensor.device != device and device.type != "meta":
             raise InputError(
                 f"example_inputs lie on {tensor.device}, the model on {device}: "
                 f"move one of them, for example example_inputs.to('{device}')"
+                if not tensor.is_meta
+                else f"example_inputs lie on meta, the model on {device}: make them there, for example "
+                f"torch.zeros({tuple(tensor.shape)}, device='{device}')"
             )
 
 

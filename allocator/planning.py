@@ -112,12 +112,16 @@ def make_plan(
         return coarse[0]
     if not least:
         raise _nothing(graph, scores, scope)
-    smallest = min(least)
-    raise BudgetError(
+    raise unmet(budget, scope, min(least), graph.flops)
+
+
+def unmet(budget: float, scope: str, reachable: int, own: int) -> BudgetError:
+    """The error for a budget that cannot be met, with the smallest FLOPs that can."""
+    return BudgetError(
         f"{budget:,.0f} FLOPs cannot be met with scope={scope!r}: the smallest that can be reached is "
-        f"{smallest:,} FLOPs, {100 * smallest / graph.flops:.1f}% of the model's {graph.flops:,}",
+        f"{reachable:,} FLOPs, {100 * reachable / own:.1f}% of the model's {own:,}",
         asked=budget,
-        reachable=smallest,
+        reachable=reachable,
     )
 
 
@@ -210,7 +214,7 @@ def _fill(graph: ChannelGraph, order: np.ndarray, kept: np.ndarray, budget: floa
     left = budget - graph.cost.flops(kept)
     tried = kept.copy()
     while True:
-        cheap = graph.cost.slopes(kept) <= left
+        cheap = graph.cost.added_each(kept) <= left
         candidates = order[(cheap & ~tried)[order]]
         if not len(candidates):
             return kept
@@ -226,11 +230,5 @@ def _next_cost(graph: ChannelGraph, kept: np.ndarray) -> int | None:
     dropped = np.flatnonzero(~kept)
     if not len(dropped):
         return None
-    slopes = graph.cost.slopes(kept)[dropped]
-    best: int | None = None
-    for position in np.argsort(slopes, kind="stable"):
-        if best is not None and slopes[position] >= best:
-            break
-        cost = graph.cost.added(kept, int(dropped[position]))
-        best = cost if best is None else min(best, cost)
-    return best
+    cheapest = int(dropped[np.argmin(graph.cost.added_each(kept)[dropped])])
+    return graph.cost.added(kept, cheapest)

@@ -223,17 +223,21 @@ def _repair(
 
 
 def _freeze(flow: Flow, options: Options, op: Op, alike: set[str], plan: Plan, graph: ChannelGraph) -> Options:
-    more = {(path, op.name) for path in alike}
-    if more <= options.frozen_ops:
-        following = [
-            other
-            for other in flow.trace.ops[op.index :]
-            if (other.module, other.name) not in options.frozen_ops
-            and any(len(graph.units(label)) for i in other.inputs() for label in flow.labels(i))
-        ]
-        if not following:
+    """Keep the neurons at a call; where it loses none (a number in it changed), those at the last before it."""
+    stays = np.append(plan.kept, True)[graph.unit_of_slot]
+
+    def loses(other: Op) -> bool:
+        labels = [label for i in (*other.inputs(), *other.outputs) for label in flow.labels(i)]
+        return any(label is not None and not stays[label].all() for label in labels)
+
+    ops = flow.trace.ops
+    if loses(op):
+        more = {(path, op.name) for path in alike}
+    else:
+        nearest = next((other for other in (*ops[: op.index][::-1], *ops[op.index :]) if loses(other)), None)
+        if nearest is None:
             raise RewriteError(f"the rewritten forward does not fit at {op}, though all its neurons stay")
-        more = {(following[0].module, following[0].name)}
+        more = {(nearest.module, nearest.name)}
     return replace(options, frozen_ops=options.frozen_ops | more)
 
 

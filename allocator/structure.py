@@ -8,7 +8,7 @@ that changed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,12 @@ _SIZED = frozenset(
         "new_empty_strided",
     ]
 )
-_SPLITS = frozenset({"split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"})
+# Calls that stand for one another: which of them runs depends on how large a dim is and how it lies in memory.
+_ALIKE = [
+    frozenset({"split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"}),
+    frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy"}),
+]
+_COPIES = frozenset({"clone", "contiguous", "alias", "detach"})
 
 
 @dataclass(frozen=True)
@@ -128,19 +133,32 @@ def compare(old: Flow, new: Flow, image: Image, groups: dict[str, np.ndarray]) -
         groups: per weight of a grouped convolution that loses whole groups, one slot per group.
     """
     gone = _gone(old, image)
-    before, after = _live(old.trace, gone), _live(new.trace, set())
+    before, returned = _without_copies(old.trace, gone)
+    after, expected = _without_copies(new.trace, set())
     values: dict[int, int] = {}
     for a, b in zip(before, after, strict=False):
         what = _compare_call(old, new, a, b, values, gone, image, groups)
         if what:
-            return Mismatch(a, what)
+            return Mismatch(old.trace.ops[a.index], what)
     if len(before) != len(after):
         last = before[min(len(before), len(after)) - 1]
-        return Mismatch(last, f"{len(after)} calls follow, expected {len(before)}")
-    outputs = [values.get(i) for i in old.trace.outputs]
-    if outputs != new.trace.outputs:
-        return Mismatch(before[-1], "the model returns other tensors")
+        return Mismatch(old.trace.ops[last.index], f"{len(after)} calls follow, expected {len(before)}")
+    if [values.get(i) for i in returned] != expected:
+        return Mismatch(old.trace.ops[before[-1].index], "the model returns other tensors")
     return None
+
+
+def _without_copies(trace: Trace, gone: set[int]) -> tuple[list[Op], list[int]]:
+    """Live calls other than plain copies, which are read as what they copy, and the values that are returned."""
+    origin: dict[int, int] = {}
+    calls = []
+    for op in trace.live(gone):
+        reads = tuple(origin.get(i, i) for i in op.reads)
+        if op.name in _COPIES:
+            origin[op.outputs[0]] = reads[0]
+        else:
+            calls.append(op if reads == op.reads else replace(op, reads=reads))
+    return calls, [origin.get(i, i) for i in trace.outputs]
 
 
 def _gone(flow: Flow, image: Image) -> set[int]:
@@ -150,17 +168,6 @@ def _gone(flow: Flow, image: Image) -> set[int]:
         for i in range(len(flow.trace.values))
         if any(label is not None and image.size(label) == 0 for label in flow.labels(i))
     }
-
-
-def _live(trace: Trace, gone: set[int]) -> list[Op]:
-    """Calls that the outputs depend on, without those that only serve values that are gone."""
-    wanted = set(trace.outputs)
-    live = []
-    for op in reversed(trace.ops):
-        if not wanted.isdisjoint(op.outputs) and gone.isdisjoint(op.outputs):
-            live.append(op)
-            wanted.update(i for i in op.inputs() if i not in gone)
-    return live[::-1]
 
 
 def _compare_call(
@@ -173,7 +180,7 @@ def _compare_call(
     image: Image,
     groups: dict[str, np.ndarray],
 ) -> str | None:
-    same = a.target is b.target or (a.name in _SPLITS and b.name in _SPLITS)
+    same = a.target is b.target or any(a.name in names and b.name in names for names in _ALIKE)
     if not same or a.module != b.module:
         return f"became {b}"
     if len(a.outputs) != len(b.outputs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +29,13 @@ COMPOSITES = frozenset(
         "einsum",
         "instance_norm",
         "matmul",
+        "multi_head_attention_forward",
         "rmatmul",
         "scaled_dot_product_attention",
     }
 )
+# Functions recorded as one ATen call, because their parts depend on how large a dim is and how it lies in memory.
+_WHOLE = {torch.nn.functional.linear: torch.ops.aten.linear.default}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,16 @@ class Trace:
     training: bool = False
     modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
+    def live(self, gone: Collection[int] = frozenset()) -> list[Op]:
+        """Calls that the outputs depend on, in order; those that only serve values in `gone` do not count."""
+        wanted = set(self.outputs)
+        live = []
+        for op in reversed(self.ops):
+            if not wanted.isdisjoint(op.outputs) and not any(i in gone for i in op.outputs):
+                live.append(op)
+                wanted.update(i for i in op.inputs() if i not in gone)
+        return live[::-1]
+
     def __str__(self) -> str:
         lines = [f"{op.index:5d} {op.target} {[self.values[i].shape for i in op.outputs]}" for op in self.ops]
         return "\n".join(lines)
@@ -224,6 +237,7 @@ class _Recorder(TorchDispatchMode):
         self.raw: list[tuple[Any, Any, Any, Any, str, Call | None]] = []
         self.calls: list[Call] = []
         self.call: Call | None = None
+        self.paused = False
         self.stack: list[str] = [""]
         self.modules = dict(model.named_modules())
 
@@ -232,12 +246,25 @@ class _Recorder(TorchDispatchMode):
         return self.stack[-1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **(kwargs or {}))
+        return self.note(func, args, kwargs or {}, self.shortcut)
+
+    def note(self, target: Any, args: Any, kwargs: Any, run: Callable[[Any, Any, Any], Any]) -> Any:
+        """Record a call to `target`, entered before `run` makes it, so that one that raises is seen too."""
         entry = len(self.raw)
-        self.raw.append((func, args, kwargs, None, self.stack[-1], self.call))
-        out = self.shortcut(func, args, kwargs)
-        self.raw[entry] = (func, args, kwargs, out, self.stack[-1], self.call)
+        self.raw.append((target, args, kwargs, None, self.stack[-1], self.call))
+        out = run(target, args, kwargs)
+        self.raw[entry] = (target, args, kwargs, out, self.stack[-1], self.call)
         return out
+
+    def whole(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run a call without recording its parts."""
+        self.paused = True
+        try:
+            return target(*args, **kwargs)
+        finally:
+            self.paused = False
 
     def shortcut(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a call; a batch norm in eval mode on meta tensors is spared its decomposition, half of all time."""
@@ -307,6 +334,8 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _WHOLE and not self.recorder.paused:
+            return self.recorder.note(_WHOLE[func], args, kwargs, self.recorder.whole)
         name = getattr(func, "__name__", "").strip("_")
         if name not in COMPOSITES or self.recorder.call is not None:
             return func(*args, **kwargs)

@@ -8,6 +8,7 @@ module, or from a number in the code.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -211,7 +212,7 @@ class Split(nn.Module):
         if self.how == "chunk":
             return tuple(x.chunk(self.parts, dim=1))
         bounds = [sum(self.literal[:i]) for i in range(self.parts + 1)]
-        return tuple(x[:, a:b] for a, b in zip(bounds, bounds[1:], strict=False))
+        return tuple(x[:, a:b] for a, b in pairwise(bounds))
 
 
 class Hierarchy(nn.Module):

@@ -109,11 +109,7 @@ def oracle(state: Mapping[str, Tensor], x: Tensor, stem_pool: bool = True, stem_
     if stem_pool:
         y = F.pad(y, (1, 1, 1, 1)).unfold(2, 3, 2).unfold(3, 3, 2).amax((-2, -1))
     blocks = sorted(
-        {
-            tuple(int(part) for part in key.removeprefix("layer").split(".")[:2])
-            for key in state
-            if "layer" in key
-        }
+        {tuple(int(part) for part in key.removeprefix("layer").split(".")[:2]) for key in state if "layer" in key}
     )
     for stage, index in blocks:
         y = block(y, f"layer{stage}.{index}", 2 if stage > 1 and index == 0 else 1)
@@ -319,9 +315,7 @@ def test_unknown_names_and_depths() -> None:
         recipes.build("scalnet50")
     with pytest.raises(UnknownNameError, match="known: scalenet50-light"):
         recipes.build("qqq")
-    with pytest.raises(
-        UnknownNameError, match=r"no ScaleNet has 34 layers; there are 50, 101, 152 \(nearest: 50\)"
-    ):
+    with pytest.raises(UnknownNameError, match=r"no ScaleNet has 34 layers; there are 50, 101, 152 \(nearest: 50\)"):
         scalenet_seed(34)
     with pytest.raises(UnknownNameError, match="no released allocation is called 'scalenet77'"):
         scalenet(50, "scalenet77")

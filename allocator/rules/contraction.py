@@ -54,7 +54,7 @@ def _grouped(flow: Flow, op: Op, x: int, weight: int, groups: int, transposed: b
         return np.repeat(rows[:, 0], per_out) if transposed else w0
     flow.tie(inputs, inputs[:1], op)
     if transposed:
-        flow.tie(rows, inputs, op)
+        flow.contract(source, w0, op, weight)
         return None if w1 is None else np.tile(w1, groups)
     flow.contract(inputs[0], w1, op, weight)
     flow.tie(rows, rows[:1], op)
@@ -78,10 +78,16 @@ def biased_matrix_product(flow: Flow, op: Op) -> None:
 
 def _product(flow: Flow, op: Op, a: int, b: int) -> None:
     (rows, inner_a), (inner_b, columns) = flow.labels(a), flow.labels(b)
-    flow.contract(inner_a, inner_b, op, b if b not in flow.active else a)
+    _contract(flow, op, (a, inner_a), (b, inner_b))
     flow.produce(columns, op, b)
     flow.produce(rows, op, a)
     flow.set(op.outputs[0], [rows, columns])
+
+
+def _contract(flow: Flow, op: Op, a: tuple[int, Label], b: tuple[int, Label]) -> None:
+    """Sum over one dim of two operands, on either side of which a parameter may stand and read neurons."""
+    (_, x), (weight_value, weight) = (b, a) if b[0] in flow.active else (a, b)
+    flow.contract(x, weight, op, weight_value)
 
 
 @rule("linear")
@@ -114,7 +120,7 @@ def biased_batched_product(flow: Flow, op: Op) -> None:
 def _batched(flow: Flow, op: Op, a: int, b: int) -> None:
     (batch_a, rows, inner_a), (batch_b, inner_b, columns) = flow.labels(a), flow.labels(b)
     batch = flow.unify_all([batch_a, batch_b], op)
-    flow.contract(inner_a, inner_b, op, b if b not in flow.active else a)
+    _contract(flow, op, (a, inner_a), (b, inner_b))
     flow.produce(columns, op, b)
     flow.produce(rows, op, a)
     flow.set(op.outputs[0], [batch, rows, columns])
@@ -125,7 +131,7 @@ def matrix_vector(flow: Flow, op: Op) -> None:
     """(n, k) @ (k)."""
     a, b = op.inputs()
     rows, inner = flow.labels(a)
-    flow.contract(inner, flow.labels(b)[0], op, b if b not in flow.active else a)
+    _contract(flow, op, (a, inner), (b, flow.labels(b)[0]))
     flow.produce(rows, op, a)
     flow.set(op.outputs[0], [rows])
 
@@ -134,7 +140,7 @@ def matrix_vector(flow: Flow, op: Op) -> None:
 def inner_product(flow: Flow, op: Op) -> None:
     """(k) @ (k)."""
     a, b = op.inputs()
-    flow.contract(flow.labels(a)[0], flow.labels(b)[0], op, b if b not in flow.active else a)
+    _contract(flow, op, (a, flow.labels(a)[0]), (b, flow.labels(b)[0]))
     flow.set(op.outputs[0], [])
 
 

@@ -33,9 +33,10 @@ def pointwise(flow: Flow, op: Op) -> None:
                 present.append((i, flow.labels(i)[own]))
         result.append(flow.unify_all([label for _, label in present], op))
         _note_join(flow, op, dim, present)
+    uniform = bool(inputs) and flow.uniform.issuperset(inputs)
     for index in op.outputs:
         flow.set(index, result)
-    if inputs and all(i in flow.uniform for i in inputs):
+    if uniform:
         flow.uniform.update(op.outputs)
 
 

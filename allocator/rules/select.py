@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from ..flow import Flow, Label
 from ..tracing import Op
@@ -20,7 +21,8 @@ from .registry import rule
 def split(flow: Flow, op: Op) -> None:
     """Consecutive parts. Where the module's attributes give the sizes, each part is free to shrink."""
     source = op.inputs()[0]
-    labels, dim = flow.labels(source), int(op.arg("dim") or 0)
+    labels = flow.labels(source)
+    dim = int(op.arg("dim") or 0) % len(labels)
     parts: list[Label] = [None] * len(op.outputs)
     label = labels[dim]
     sizes = [flow.shape(i)[dim] for i in op.outputs]
@@ -80,22 +82,22 @@ def unbind(flow: Flow, op: Op) -> None:
 
 @rule("index_select", "index")
 def index(flow: Flow, op: Op) -> None:
-    """Indexing by a tensor along one dim; the other dims pass."""
-    source = op.inputs()[0]
+    """Indexing by a tensor along one dim; the other dims pass, and so do those of an activation as index."""
+    source, *indices = op.inputs()
     labels = flow.labels(source)
     if op.name == "index_select":
-        dims = [int(op.arg("dim"))]
-        rank = 1
+        dim = int(op.arg("dim")) % len(labels)
     else:
-        indices = op.arg("indices")
-        dims = [d for d, ref in enumerate(indices) if ref is not None]
-        rank = max((len(flow.shape(indices[d].index)) for d in dims), default=0)
-    if len(dims) != 1:
+        dim = next((d for d, ref in enumerate(op.arg("indices")) if ref is not None), 0)
+    picks = flow.trace.values[indices[0]]
+    mask = picks.dtype in (torch.bool, torch.uint8)
+    if len(indices) > 1 or (mask and len(picks.shape) > 1):
         flow.refuse(op, "indexing by several tensors")
         return
-    (dim,) = dims
+    follow = indices[0] in flow.active and not mask
+    picked = flow.labels(indices[0]) if follow else (None,) * len(picks.shape)
     flow.freeze(labels[dim], op, "channels are picked by an index tensor")
-    flow.set(op.outputs[0], [*labels[:dim], *([None] * rank), *labels[dim + 1 :]])
+    flow.set(op.outputs[0], [*labels[:dim], *picked, *labels[dim + 1 :]])
 
 
 @rule("constant_pad_nd")

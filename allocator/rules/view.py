@@ -20,10 +20,20 @@ Shape = tuple[int, ...]
 def identity(flow: Flow, op: Op) -> None:
     """The same indices in the same places."""
     source = op.inputs()[0]
+    uniform = source in flow.uniform
     for index in op.outputs:
         flow.set(index, flow.labels(source))
-    if source in flow.uniform:
+    if uniform:
         flow.uniform.update(op.outputs)
+
+
+@rule("as_strided")
+def as_strided(flow: Flow, op: Op) -> None:
+    """Other strides for the same sizes (a change of memory format) keep all in place; anything else is refused."""
+    if flow.shape(op.inputs()[0]) == flow.shape(op.outputs[0]):
+        identity(flow, op)
+    else:
+        flow.refuse(op, "reads memory by strides")
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
@@ -193,6 +203,7 @@ def pixel_shuffle(flow: Flow, op: Op) -> None:
     """(C r r, H, W) to (C, H r, W r): a channel's r*r inputs go together."""
     labels = list(flow.labels(op.inputs()[0]))
     factor = int(op.arg("upscale_factor")) ** 2
+    _resample(flow, op, labels)
     channels = labels[-3]
     if channels is not None:
         grid = channels.reshape(-1, factor)
@@ -205,10 +216,18 @@ def pixel_shuffle(flow: Flow, op: Op) -> None:
 def pixel_unshuffle(flow: Flow, op: Op) -> None:
     """(C, H r, W r) to (C r r, H, W)."""
     labels = list(flow.labels(op.inputs()[0]))
+    _resample(flow, op, labels)
     channels = labels[-3]
     if channels is not None:
         labels[-3] = np.repeat(channels, int(op.arg("downscale_factor")) ** 2)
     flow.set(op.outputs[0], labels)
+
+
+def _resample(flow: Flow, op: Op, labels: list[Label]) -> None:
+    """Pixels change places with channels: the last two dims stay, and carry nothing further."""
+    for d in (-2, -1):
+        flow.freeze(labels[d], op, "this dim is resampled")
+        labels[d] = None
 
 
 @rule("channel_shuffle", "native_channel_shuffle")

@@ -1,0 +1,1 @@
+"""Scripts that measure what this project promises; run from the repository's root as `python -m benchmarks.…`."""

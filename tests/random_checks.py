@@ -1,0 +1,333 @@
+"""What must hold for any network and any request; shares no code with what it checks.
+
+Models are compared with a reference of our own: the original in float64, in which every convolution and
+linear layer reads zero wherever the allocation says that its input was dropped.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from random_layers import NonLocal
+from random_networks import Spec, build
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import allocator
+from allocator.api import kept_by
+
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and a request.
+
+    Attributes:
+        spec: the network.
+        share: the budget over the network's own FLOPs.
+        policy, scope, groups, criterion, fill: as for `allocator.allocate`.
+        again: the budget of a second allocation over the FLOPs of the first one's result.
+    """
+
+    spec: Spec
+    share: float
+    policy: str = "per_block"
+    scope: str = "auto"
+    groups: str = "whole"
+    criterion: str = "bn_scale"
+    fill: bool = True
+    again: float = 0.8
+
+    def allocate(self, model: nn.Module, x: Tensor, flops: float) -> allocator.Result:
+        """The request, at a budget in FLOPs."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", allocator.AllocatorWarning)
+            return allocator.allocate(
+                model, flops, example_inputs=x, policy=self.policy, scope=self.scope, groups=self.groups,
+                criterion=self.criterion, fill=self.fill,
+            )  # fmt: skip
+
+
+def check(case: Case) -> str:
+    """Hold every promise against one case; returns "result", "budget" or "nothing"."""
+    return check_model(build(case.spec), build(case.spec), example(case.spec.shape), case)
+
+
+def example(shape: tuple[int, ...], batch: int = 1) -> Tensor:
+    """A fixed standard normal input."""
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(11))
+
+
+def check_model(model: nn.Module, fresh: nn.Module, x: Tensor, case: Case) -> str:
+    """`check` for a model at hand; `fresh` is the same model built a second time."""
+    before, given = Snapshot(model), x.clone()
+    own = count(model, x)
+    budget = case.share * own
+    outcome = "result"
+    try:
+        result = case.allocate(model, x, budget)
+    except allocator.NothingToAllocateError as error:
+        before.require_same()
+        assert error.reasons
+        return "nothing"
+    except allocator.BudgetError as error:
+        before.require_same()
+        assert error.asked == budget
+        assert error.reachable is not None
+        assert budget < error.reachable <= own
+        budget, outcome = float(error.reachable), "budget"
+        result = case.allocate(model, x, budget)
+        assert result.flops_after == budget, "a run at the reachable figure lands elsewhere"
+    before.require_same()
+    assert torch.equal(x, given), "the example input was changed"
+    assert result.flops_before == own
+    check_budget(result, x, budget, case.fill)
+    check_result(model, result, x)
+    check_repeated(fresh, result, x, case, budget)
+    check_composed(model, fresh, result, x, case)
+    before.require_same()
+    return outcome
+
+
+class Snapshot:
+    """Everything a caller could see of a model, to be held against it later."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.seen = self._look()
+        self.values = {name: value.clone() for name, value in _tensors(model).items()}
+
+    def _look(self) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for name, value in _tensors(self.model).items():
+            facts = (id(value), value.data_ptr(), value._version, value.requires_grad, value.grad is None)
+            seen[name] = facts
+        for path, module in self.model.named_modules():
+            seen[f"{path}()"] = id(module), type(module), copy.deepcopy(_plain(module))
+        return seen
+
+    def require_same(self) -> None:
+        """Fail unless the model is bit for bit as it was."""
+        now = self._look()
+        assert now.keys() == self.seen.keys()
+        for key, value in self.seen.items():
+            assert now[key] == value, f"{key} was changed"
+        for name, value in _tensors(self.model).items():
+            assert torch.equal(value, self.values[name]), f"{name} was changed"
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    found = dict(model.named_parameters(remove_duplicate=False))
+    found.update(model.named_buffers(remove_duplicate=False))
+    return found
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """Attributes that are plain values, and how many hooks there are."""
+    kinds = (bool, int, float, str, tuple, list, type(None))
+    plain = {key: value for key, value in vars(module).items() if isinstance(value, kinds)}
+    return plain | {key: len(value) for key, value in vars(module).items() if key.endswith("_hooks")}
+
+
+def count(model: nn.Module, x: Tensor) -> int:
+    """fvcore's own count of an eval-mode forward, on a copy."""
+    analysis = FlopCountAnalysis(copy.deepcopy(model).eval(), (x.clone(),))
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    with torch.no_grad():
+        return int(analysis.total())
+
+
+def check_budget(result: allocator.Result, x: Tensor, budget: float, fill: bool) -> None:
+    """fvcore's count is what the result says, under the budget, with no room for one more neuron."""
+    counted = count(result.model, x)
+    assert counted == result.flops_after == result.allocation.flops_after
+    assert counted <= budget
+    graph = result.graph
+    kept = kept_by(graph, result.allocation)
+    assert kept is not None
+    costs = []
+    for unit in (~kept).nonzero()[0]:
+        more = kept.copy()
+        more[unit] = True
+        costs.append(graph.cost.flops(more) - counted)
+    assert result.next_cost == min(costs, default=None)
+    if fill and costs:
+        assert counted + min(costs) > budget, "a further neuron fits into the budget"
+
+
+def check_result(model: nn.Module, result: allocator.Result, x: Tensor) -> None:
+    """The result is the original minus what its allocation drops, and a model like any other."""
+    small, allocation = result.model, result.allocation
+    assert result.certificate.ok
+    assert result.certificate.relative_error is not None
+    assert result.certificate.relative_error <= TOLERANCE
+    assert type(small) is type(model)
+    assert small.training == model.training
+    check_tensors(model, small, allocation)
+    check_attributes(small)
+    check_outputs(model, small, allocation, x)
+    assert allocator.verify(model, small, allocation, example_inputs=x).ok
+    check_training(model, small, x)
+
+
+def check_tensors(model: nn.Module, small: nn.Module, allocation: allocator.Allocation) -> None:
+    """Every tensor of the result is the part of the original's that the allocation names, in a memory of its own."""
+    old, new = _tensors(model), _tensors(small)
+    assert old.keys() == new.keys()
+    assert list(model.state_dict()) == list(small.state_dict())
+    first = {id(tensor): name for name, tensor in reversed(old.items())}
+    for name, tensor in old.items():
+        expected = tensor.detach()
+        for dim, indices in enumerate(allocation.kept.get(first[id(tensor)], [])):
+            if indices is None:
+                continue
+            if indices and isinstance(indices[0], list):
+                expected = torch.stack([row[torch.tensor(ids)] for row, ids in zip(expected, indices)])
+            else:
+                expected = expected.index_select(dim, torch.tensor(indices, dtype=torch.long))
+        assert torch.equal(new[name], expected), f"{name} is not the part that was kept"
+        assert not tensor.numel() or new[name].data_ptr() != tensor.data_ptr(), f"{name} is shared"
+        assert new[name].requires_grad == tensor.requires_grad
+    for name, tensor in old.items():
+        assert (new[name] is new[first[id(tensor)]]) == (tensor is old[first[id(tensor)]]), f"{name}: a tie is gone"
+
+
+def check_attributes(small: nn.Module) -> None:
+    """What layers say of themselves is what their tensors are."""
+    for path, module in small.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            shape = module.weight.shape
+            a, b = shape[0], shape[1] * module.groups
+            said = (module.in_channels, module.out_channels)
+            assert said == ((a, b) if module.transposed else (b, a)), f"{path}: {module} with a weight of {shape}"
+        elif isinstance(module, nn.Linear):
+            assert (module.out_features, module.in_features) == tuple(module.weight.shape), path
+        elif isinstance(module, nn.modules.batchnorm._NormBase) and module.weight is not None:
+            assert module.num_features == len(module.weight), path
+        elif isinstance(module, nn.PReLU):
+            assert module.num_parameters == len(module.weight), path
+
+
+def reference(model: nn.Module, allocation: allocator.Allocation) -> nn.Module:
+    """The original in float64, reading zero wherever its input was dropped."""
+    ref = copy.deepcopy(model).double()
+    names = {id(parameter): name for name, parameter in ref.named_parameters()}
+
+    def dims(tensor: Tensor) -> list[Any]:
+        return allocation.kept.get(names[id(tensor)], [None] * tensor.dim())
+
+    for module in ref.modules():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            kept = dims(module.weight)
+            _zero_columns(module.weight.data, kept, 0 if getattr(module, "transposed", False) else 1)
+        elif isinstance(module, NonLocal):  # no weight reads queries and keys
+            for layer in (module.query, module.key):
+                for tensor in (layer.weight, layer.bias):
+                    _zero_columns(tensor.data, [dims(tensor)[0], *[None] * (tensor.dim() - 1)], 0)
+        elif isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return ref
+
+
+def _zero_columns(weight: Tensor, kept: list[Any], dim: int) -> None:
+    indices = kept[dim]
+    if indices is None:
+        return
+    mask = torch.zeros_like(weight)
+    if indices and isinstance(indices[0], list):
+        rows = range(len(weight)) if kept[0] is None else kept[0]
+        for row, columns in zip(rows, indices, strict=True):
+            mask[row, columns] = 1
+    else:
+        mask.index_fill_(dim, torch.tensor(indices, dtype=torch.long), 1)
+    weight.mul_(mask)
+
+
+def check_outputs(model: nn.Module, small: nn.Module, allocation: allocator.Allocation, x: Tensor) -> None:
+    """Reference and result agree in eval mode, and in train mode on a batch of two (auxiliary heads included)."""
+    ref, own = reference(model, allocation), copy.deepcopy(small).double()
+    for module in own.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for training, batch in ((False, 1), (True, 2)):
+        drawn = example(tuple(x.shape[1:]), batch).double()
+        with torch.no_grad():
+            expected = tree_leaves(ref.train(training)(drawn.clone()))
+            found = tree_leaves(own.train(training)(drawn.clone()))
+        assert [t.shape for t in found] == [t.shape for t in expected]
+        for a, b in zip(found, expected, strict=True):
+            error = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-300)
+            assert error <= TOLERANCE, f"outputs differ by {error:.1e}, training={training}"
+
+
+def check_training(model: nn.Module, small: nn.Module, x: Tensor) -> None:
+    """Where the original trains a step, so does the result."""
+    if _train_step(copy.deepcopy(model), x) is not None:
+        return
+    error = _train_step(copy.deepcopy(small), x)
+    assert error is None, f"the result does not train: {error}"
+
+
+def _train_step(model: nn.Module, x: Tensor) -> Exception | None:
+    model.train()
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
+    try:
+        outputs = tree_leaves(model(torch.cat([x, x + 1])))
+        torch.stack([t.square().mean() for t in outputs]).sum().backward()  # type: ignore[no-untyped-call]
+    except (RuntimeError, ValueError) as error:
+        return error
+    optimiser.step()
+    return None
+
+
+def check_repeated(fresh: nn.Module, result: allocator.Result, x: Tensor, case: Case, budget: float) -> None:
+    """The same request on a fresh build gives the same allocation, which can be saved, read and applied."""
+    again = case.allocate(fresh, x, budget)
+    assert again.allocation == result.allocation
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "alloc.json"
+        result.allocation.save(path)
+        assert allocator.Allocation.load(path) == result.allocation
+        applied = allocator.apply(fresh, path)
+    require_equal(applied, result.model, x)
+
+
+def require_equal(a: nn.Module, b: nn.Module, x: Tensor) -> None:
+    """Fail unless two models have the same tensors, attributes and outputs."""
+    left, right = _tensors(a), _tensors(b)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    for (path, one), (_, other) in zip(a.named_modules(), b.named_modules(), strict=True):
+        assert _plain(one) == _plain(other), path
+    with torch.no_grad():
+        outputs = [tree_leaves(copy.deepcopy(m).eval()(x.clone())) for m in (a, b)]
+    assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
+
+
+def check_composed(
+    model: nn.Module, fresh: nn.Module, result: allocator.Result, x: Tensor, case: Case
+) -> None:
+    """Allocating the result again works, and both allocations in one give the same network."""
+    first = Snapshot(result.model)
+    request = replace(case, share=case.again)
+    try:
+        second = request.allocate(result.model, x, case.again * result.flops_after)
+    except (allocator.BudgetError, allocator.NothingToAllocateError):
+        first.require_same()
+        return
+    first.require_same()
+    check_result(result.model, second, x)
+    both = result.allocation.compose(second.allocation)
+    require_equal(allocator.apply(fresh, both), second.model, x)
+    assert both.flops_before == result.flops_before
+    assert both.flops_after == second.flops_after
+    check_tensors(model, second.model, both)
+    assert allocator.verify(model, second.model, both, example_inputs=x).ok
