@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from .allocation import Allocation
@@ -31,7 +32,7 @@ from .errors import (
 )
 from .fvcore_count import fvcore_flops
 from .graph import ChannelGraph, Options, build_graph
-from .inputs import Inputs, as_inputs, infer_inputs
+from .inputs import Inputs, as_inputs, device_of, dtype_of, infer_inputs
 from .planning import Plan, make_plan, parse_budget, unmet
 from .report import Report
 from .rewriting import check_fits, materialise, reset_parameters
@@ -281,7 +282,7 @@ def verify(
         model: the original network.
         small: the rewritten one.
         allocation: what it should have kept.
-        example_inputs: as for `allocate`.
+        example_inputs: as for `allocate`; None for one tensor of the size that the allocation was made for.
         numeric: compare weights and float64 outputs too. A model that was trained since fails both; with
             False, whether its structure still is the original's can be asked alone.
         seed: of the input they are compared on.
@@ -296,11 +297,23 @@ def verify(
         allocation = Allocation.load(allocation)
     check_fits(check_model(model), allocation)
     check_model(small)
+    for each in (model, small) if numeric else ():
+        check_weights(each)
+    if example_inputs is None:
+        example_inputs = _inputs_like(allocation, model)
     graph = trace(model, example_inputs, groups=allocation.groups, norms=allocation.norms)
     kept = kept_by(graph, allocation)
     if kept is None or not names_and_shapes_match(graph, kept, small) or compare_models(graph, kept, small):
         return Certificate(False, None, graph.options.norms == "exact", seed, _input_shapes(graph), 0)
     return _certificate(model, small, graph, kept, seed, numeric)
+
+
+def _inputs_like(allocation: Allocation, model: nn.Module) -> torch.Tensor | None:
+    """A tensor of the size that the allocation was made for; None where there were several, or a vector."""
+    shapes = allocation.input_shapes
+    if len(shapes) != 1 or len(shapes[0]) < 3:
+        return None
+    return torch.zeros(shapes[0], dtype=dtype_of(model), device=device_of(model))
 
 
 def kept_by(graph: ChannelGraph, allocation: Allocation) -> np.ndarray | None:

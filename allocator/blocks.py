@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 INPUT = -1
 _SPLITS = frozenset({"split", "split_with_sizes", "unsafe_split", "unbind"})
+_WINDOWED = frozenset(
+    {"convolution", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"}
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Branch:
         kernels: kernel sizes of its convolutions, in order.
         dilation: largest dilation of its convolutions.
         stride: how much smaller its features are at its end than at its start; below 1 where they grow.
-        scale: the block's output size over the smallest feature size within the branch (4: works at a quarter).
+        scale: how much coarser its coarsest features are than the block's output (4: works at a quarter).
         receptive_field: pixels of its start that one pixel of its end sees, per axis.
         flops: FLOPs of its own calls, as fvcore counts them.
         gamma: (mean, smallest, largest) |gamma| over its channels, or None without batch norm.
@@ -137,6 +140,7 @@ class _Finder:
         per_term = graph.cost.per_term(np.ones(graph.size, dtype=bool))
         for term, flops in zip(graph.cost.terms, per_term.tolist(), strict=True):
             self.flops[term.op] = self.flops.get(term.op, 0) + flops
+        self.rank = next((len(op.arg("stride")) for op in self.flow.trace.ops if op.name == "convolution"), 2)
         self.written: dict[int, np.ndarray] = {
             op.index: label for op in self.flow.trace.ops if (label := self._label_written(op)) is not None
         }
@@ -162,35 +166,34 @@ class _Finder:
         op = self.flow.trace.ops[join.op]
         entry = self.dominator.get(join.op, INPUT)
         ends = {writer for _, writer in inputs}
-        out = self.flow.shape(inputs[0][0] if join.kind == "stack" else op.outputs[0])
         branches = []
         for value, writer in inputs:
             label = self.flow.labels(value)[join.dim]
             if label is None:
                 label = np.zeros(self.flow.shape(value)[join.dim], dtype=np.int64)
             stops = (ends | {entry, INPUT}) - {writer}
-            branches.append(self._branch(op, label, writer, stops if writer != entry else {entry}, out[2:]))
+            branches.append(self._branch(op, label, writer, stops if writer != entry else {entry}))
         kind = join.kind
         if kind == "concat" and entry != INPUT and self.flow.trace.ops[entry].name in _SPLITS:
             kind = "split"
         channels = sum(len(b.label) for b in branches) if join.kind == "concat" else len(branches[0].label)
         return Block(op.module or "model", kind, channels, tuple(branches), self._text(entry))
 
-    def _branch(self, join: Op, label: np.ndarray, end: int, stops: set[int], out: Sequence[int]) -> Branch:
+    def _branch(self, join: Op, label: np.ndarray, end: int, stops: set[int]) -> Branch:
         ops = [] if end in stops else self._between(end, stops)
         convs = [op for op in ops if op.name == "convolution"]
         writers = [op for op in ops if op.index in self.written]
-        start, smallest = self._sizes(ops, out)
-        final = self.flow.shape(ops[-1].outputs[0])[2:] if ops else tuple(out)
+        field_, jump, coarsest = self._geometry(ops)
+        start, out = self._start(ops), self._pixels(self.flow.shape(join.outputs[0]))
         inner = tuple(self.written[op.index] for op in writers[:-1])
         return Branch(
             name=_relative(writers[-1].module, join.module) if writers else "identity",
             channels=len(label),
             kernels=tuple(self.flow.shape(op.inputs()[1])[2:] for op in convs),
             dilation=max((max(op.arg("dilation")) for op in convs), default=1),
-            stride=_ratio(start, final),
-            scale=_ratio(tuple(out), smallest),
-            receptive_field=self._receptive_field(ops, len(out)),
+            stride=_mean(jump),
+            scale=_mean(coarsest / _stride(start, out)) if ops and len(out) else 1.0,
+            receptive_field=tuple(int(n) for n in field_),
             flops=sum(self.flops.get(op.index, 0) for op in ops),
             gamma=self._gamma(label),
             inner=sum(len(lab) for lab in inner),
@@ -209,35 +212,39 @@ class _Finder:
                     queue.append(before)
         return [self.flow.trace.ops[i] for i in sorted(seen) if i != INPUT]
 
-    def _sizes(self, ops: Sequence[Op], out: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Spatial sizes where the branch starts, and the smallest within it."""
-        rank = len(out) + 2
-        inside = {op.index for op in ops}
-        start, smallest = tuple(out), tuple(out)
-        for op in reversed(ops):
-            if len(self.flow.shape(op.outputs[0])) == rank:
-                smallest = min(smallest, self.flow.shape(op.outputs[0])[2:], key=math.prod)
-            for before in self.calls.predecessors(op.index):
-                shape = self.calls.edges[before, op.index]["shape"]
-                if before not in inside and len(shape) == rank:
-                    start = shape[2:]
-        return start, smallest
-
-    def _receptive_field(self, ops: Sequence[Op], rank: int) -> tuple[int, ...]:
+    def _geometry(self, ops: Sequence[Op]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Per axis: the receptive field of the branch's end, its stride, and the largest stride on the way."""
+        one = np.ones(self.rank)
+        start = self._start(ops)
         known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        one = (np.ones(rank), np.ones(rank))
+        coarsest = one
         for op in ops:
-            before = [known[i] for i in self.calls.predecessors(op.index) if i in known] or [one]
+            before = [known[i] for i in self.calls.predecessors(op.index) if i in known] or [(one, one)]
             size = np.max([b[0] for b in before], axis=0)
-            jump = np.max([b[1] for b in before], axis=0)
-            kernel, stride, dilation = _window(self.flow, op, rank)
-            a, b = self.flow.shape(op.inputs()[0])[2:], self.flow.shape(op.outputs[0])[2:]
-            size = size + (kernel - 1) * dilation * jump
-            if "upsample" in op.name and len(a) == len(b) == rank:
-                jump = jump * np.array(a) / np.array(b)
-            known[op.index] = (size, jump * stride)
-        final = known[ops[-1].index][0] if ops else np.ones(rank)
-        return tuple(int(n) for n in final)
+            jump = np.min([b[1] for b in before], axis=0)
+            kernel, stride, dilation = _window(self.flow, op, self.rank)
+            size, jump = size + (kernel - 1) * dilation * jump, jump * stride
+            given, made = (self._pixels(self.flow.shape(v)) for v in (op.inputs()[0], op.outputs[0]))
+            if op.name not in _WINDOWED and len(given) == len(made) and (given != made).any():
+                jump = _stride(start, made)
+            known[op.index] = (size, jump)
+            coarsest = np.maximum(coarsest, jump)
+        size, jump = known[ops[-1].index] if ops else (one, one)
+        return size, jump, coarsest
+
+    def _pixels(self, shape: Sequence[int]) -> np.ndarray:
+        """The spatial sizes of a tensor, none where it has too few dims."""
+        return np.array(shape[-self.rank :] if len(shape) >= self.rank + 2 else ())
+
+    def _start(self, ops: Sequence[Op]) -> np.ndarray:
+        """Spatial sizes of what the branch reads."""
+        inside = {op.index for op in ops}
+        for op in ops:
+            for before in self.calls.predecessors(op.index):
+                pixels = self._pixels(self.calls.edges[before, op.index]["shape"])
+                if before not in inside and len(pixels):
+                    return pixels
+        return np.ones(self.rank)
 
     def _gamma(self, label: np.ndarray) -> tuple[float, float, float] | None:
         values = self.gamma[label]
@@ -251,13 +258,13 @@ class _Finder:
         groups = int(op.arg("groups"))
         label = self.flow.labels(op.outputs[0])[1]
         assert label is not None
-        kernel, _, dilation = _window(self.flow, op, len(self.flow.shape(op.outputs[0])) - 2)
-        stride = _ratio(self.flow.shape(op.inputs()[0])[2:], self.flow.shape(op.outputs[0])[2:])
+        kernel, stride, dilation = _window(self.flow, op, self.rank)
         kernels = (tuple(int(k) for k in kernel),)
         field_ = tuple(int(n) for n in 1 + (kernel - 1) * dilation)
         branches = tuple(
             Branch(
-                name=f"group{i}", channels=len(part), kernels=kernels, dilation=int(dilation.max()), stride=stride,
+                name=f"group{i}", channels=len(part), kernels=kernels,
+                dilation=int(dilation.max()), stride=_mean(stride),
                 scale=1.0, receptive_field=field_, flops=self.flops.get(op.index, 0) // groups, gamma=self._gamma(part),
                 inner=0, label=part,
             )
@@ -322,17 +329,21 @@ def _window(flow: Flow, op: Op, rank: int) -> tuple[np.ndarray, np.ndarray, np.n
         kernel = np.array(flow.shape(op.inputs()[1])[2:])
         stride = 1 / np.array(op.arg("stride")) if op.arg("transposed") else np.array(op.arg("stride"))
         return kernel, stride, np.broadcast_to(np.array(op.arg("dilation")), kernel.shape)
-    if "pool" in op.name and op.arg("kernel_size"):
+    if op.name in _WINDOWED:
         kernel = np.broadcast_to(np.array(op.arg("kernel_size")), (rank,))
         stride = np.broadcast_to(np.array(op.arg("stride") or op.arg("kernel_size")), (rank,))
         return kernel, stride, one
     return one, one, one
 
 
-def _ratio(a: Sequence[int], b: Sequence[int]) -> float:
-    if not a or not b or len(a) != len(b) or not math.prod(b):
-        return 1.0
-    return round((math.prod(a) / math.prod(b)) ** (1 / len(a)), 2)
+def _stride(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """How many pixels of `start` one of `end` stands for; whole above 1, whatever padding left of it."""
+    return np.asarray(np.where(start > end, np.round(start / end), start / end))
+
+
+def _mean(strides: np.ndarray) -> float:
+    """The stride of all axes together."""
+    return round(float(np.prod(strides) ** (1 / max(len(strides), 1))), 2)
 
 
 def _relative(path: str, module: str) -> str:

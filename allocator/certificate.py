@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -46,8 +47,8 @@ class Certificate:
         effect: how much the original's outputs change when the dropped neurons are cut, in the same measure
             as `relative_error`: what a mistake would have changed; None if not measured.
         drawn: the outputs were compared on weights drawn from the seed too, and `effect` is theirs: with the
-            model's own, the dropped neurons hardly reach the outputs (an untrained network, or residual
-            branches whose last scale is zero), so that their agreement would show little.
+            model's own, neurons do not reach the outputs (an untrained network whose signal dies away, or
+            residual branches whose last scale is zero), so that their agreement would show little.
     """
 
     structural: bool
@@ -162,8 +163,8 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def compare_outputs(model: nn.Module, small: nn.Module, graph: ChannelGraph, kept: np.ndarray, seed: int) -> Comparison:
     """Compare the two models in float64 on one input drawn from the seed.
 
-    Where the dropped neurons hardly reach the outputs with the model's own weights, weights drawn from the
-    seed are compared as well. A model that needs values is compared on its example inputs alone, since
+    Where neurons do not reach the outputs with the model's own weights, weights drawn from the seed are
+    compared as well. A model that needs values is compared on its example inputs alone, since
     others may take another path.
 
     Args:
@@ -174,12 +175,20 @@ def compare_outputs(model: nn.Module, small: nn.Module, graph: ChannelGraph, kep
         seed: of the input, and of the weights where they are drawn.
     """
     own = _compare(model, small, graph, kept, seed, drawn=False)
-    if own.effect >= MEASURABLE or kept.all() or graph.flow.trace.mode == "real":
+    heard = own.effect >= MEASURABLE and not _silenced(model, graph)
+    if heard or kept.all() or graph.flow.trace.mode == "real":
         return own
     drawn = _compare(model, small, graph, kept, seed, drawn=True)
     if not np.isfinite(drawn.effect):
         return own
     return Comparison(max(own.error, drawn.error), drawn.effect, own.outputs, drawn=True)
+
+
+def _silenced(model: nn.Module, graph: ChannelGraph) -> bool:
+    """Whether a norm's scale or a layer's weight is zero throughout: what it multiplies reaches no output."""
+    scales = {name for _, name in graph.facts.gammas}
+    named = model.named_parameters()
+    return any(not bool(p.any()) for name, p in named if p.numel() and (p.dim() > 1 or name in scales))
 
 
 def _compare(
@@ -240,16 +249,33 @@ def run_float64(
     """Output tensors of an eval-mode forward in float64; weights are converted one call at a time.
 
     Args:
-        model: any module; neither changed nor copied.
+        model: any module; not changed, and only its buffers are copied, since a forward may write into them.
         inputs: converted to float64 like the weights.
         zeroed: per parameter, (dim, indices) that are read as zero.
         draw: gives values to use in place of the model's parameters and running statistics.
     """
-    copied = skeleton(model, lambda _, t: t).eval()
-    with torch.no_grad(), _precise(), _Float64(copied, zeroed or {}, draw) as mode:
+    copied = skeleton(model, lambda _, t: t if isinstance(t, nn.Parameter) else t.clone()).eval()
+    direct = {name: rows for name, rows in (zeroed or {}).items() if not _zero_computed(copied, name, rows)}
+    with torch.no_grad(), _precise(), _Float64(copied, direct, draw) as mode:
         arguments = inputs.map(mode.convert)
         output = copied(*arguments.args, **arguments.kwargs)
     return [t.to("cpu", torch.float64) for t in tensors_in(output)]
+
+
+def _zero_computed(copied: nn.Module, name: str, rows: list[tuple[int, np.ndarray]]) -> bool:
+    """Zero a weight that a parametrisation computes after it was computed; whether there was one to zero."""
+    owner = copied.get_submodule(name.rpartition(".")[0])
+    if not isinstance(owner, ParametrizationList):
+        return False
+
+    def zero(module: nn.Module, args: Any, weight: torch.Tensor) -> torch.Tensor:
+        weight = weight.clone()
+        for dim, indices in rows:
+            weight.index_fill_(dim, torch.as_tensor(indices, device=weight.device), 0)
+        return weight
+
+    owner.register_forward_hook(zero)
+    return True
 
 
 class _Draw:

@@ -157,11 +157,13 @@ def compare_models(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, *, c
         if flow is None:
             continue
         try:
-            trace = _trace_like(flow.trace, small, graph, copied)
-        except ForwardError as error:
-            return _culprit(flow, error)
+            trace, error = _trace_like(flow.trace, small, graph, copied), None
+        except ForwardError as raised:
+            trace, error = raised.partial, raised
         new = run_rules(trace, slots, Facts(), **rules)
-        mismatch = compare(flow, new, image, graph.facts.groups)
+        mismatch = compare(flow, new, image, graph.facts.groups, whole=error is None)
+        if mismatch is None and error is not None:
+            mismatch = _culprit(flow, error)
         if mismatch is not None:
             return mismatch
     return None
@@ -174,11 +176,11 @@ def _trace_like(original: Trace, small: nn.Module, graph: ChannelGraph, copied: 
 
 
 def _culprit(flow: Flow, error: ForwardError) -> Mismatch:
-    """The original call at which the rewritten forward raised."""
+    """The original call at which the rewritten forward raised, where nothing differs until then."""
     done = len(error.partial.ops)
     ops = flow.trace.ops
     what = f"the rewritten forward raised {type(error.cause).__name__}: {error.cause}"
-    for op in ops[max(done - 1, 0) :]:
+    for op in ops[done:]:
         if any(label is not None for i in (*op.inputs(), *op.outputs) for label in flow.labels(i)):
             return Mismatch(op, what)
     return Mismatch(ops[-1], what)

@@ -123,7 +123,9 @@ class Image:
         return True
 
 
-def compare(old: Flow, new: Flow, image: Image, groups: dict[str, np.ndarray]) -> Mismatch | None:
+def compare(
+    old: Flow, new: Flow, image: Image, groups: dict[str, np.ndarray], *, whole: bool = True
+) -> Mismatch | None:
     """The first place where two flows differ beyond the removed neurons, or None where there is none.
 
     Args:
@@ -131,15 +133,18 @@ def compare(old: Flow, new: Flow, image: Image, groups: dict[str, np.ndarray]) -
         new: labels of the rewritten model.
         image: how their slots correspond.
         groups: per weight of a grouped convolution that loses whole groups, one slot per group.
+        whole: compare to the end; False for a forward that raised, of which there is only the beginning.
     """
     gone = _gone(old, image)
-    before, returned = _without_copies(old.trace, gone)
-    after, expected = _without_copies(new.trace, set())
+    before, returned = _without_copies(old.trace, gone, whole)
+    after, expected = _without_copies(new.trace, set(), whole)
     values: dict[int, int] = {}
     for a, b in zip(before, after, strict=False):
         what = _compare_call(old, new, a, b, values, gone, image, groups)
         if what:
             return Mismatch(old.trace.ops[a.index], what)
+    if not whole:
+        return None
     if len(before) != len(after):
         last = before[min(len(before), len(after)) - 1]
         return Mismatch(old.trace.ops[last.index], f"{len(after)} calls follow, expected {len(before)}")
@@ -148,11 +153,14 @@ def compare(old: Flow, new: Flow, image: Image, groups: dict[str, np.ndarray]) -
     return None
 
 
-def _without_copies(trace: Trace, gone: set[int]) -> tuple[list[Op], list[int]]:
-    """Live calls other than plain copies, which are read as what they copy, and the values that are returned."""
+def _without_copies(trace: Trace, gone: set[int], whole: bool) -> tuple[list[Op], list[int]]:
+    """Live calls other than plain copies, which are read as what they copy, and the values that are returned.
+
+    Which calls are live is known at the end only; before that, all of them count.
+    """
     origin: dict[int, int] = {}
     calls = []
-    for op in trace.live(gone):
+    for op in trace.live(gone) if whole else [op for op in trace.ops if gone.isdisjoint(op.outputs)]:
         reads = tuple(origin.get(i, i) for i in op.reads)
         if op.name in _COPIES:
             origin[op.outputs[0]] = reads[0]

@@ -154,7 +154,7 @@ class Trace:
 
 
 class ForwardError(Exception):
-    """A recorded forward raised; carries what had been recorded until then."""
+    """A recorded forward raised; carries the calls that had been made until then, without one that raised."""
 
     def __init__(self, cause: Exception, module: str, partial: Trace):
         super().__init__(str(cause))
@@ -214,6 +214,7 @@ def record(
         try:
             output = running(*args, **kwargs)
         except Exception as error:
+            recorder.drop_unfinished()
             raise ForwardError(error, recorder.path, recorder.compact(None, mode, training)) from error
     return recorder.compact(output, mode, training)
 
@@ -251,12 +252,17 @@ class _Recorder(TorchDispatchMode):
         return self.note(func, args, kwargs or {}, self.shortcut)
 
     def note(self, target: Any, args: Any, kwargs: Any, run: Callable[[Any, Any, Any], Any]) -> Any:
-        """Record a call to `target`, entered before `run` makes it, so that one that raises is seen too."""
+        """Record a call to `target`, entered before `run` makes it, so that calls within it come later."""
         entry = len(self.raw)
         self.raw.append((target, args, kwargs, None, self.stack[-1], self.call))
         out = run(target, args, kwargs)
         self.raw[entry] = (target, args, kwargs, out, self.stack[-1], self.call)
         return out
+
+    def drop_unfinished(self) -> None:
+        """Forget the last call if it gave nothing, as one that raised."""
+        if self.raw and self.raw[-1][3] is None:
+            self.raw.pop()
 
     def whole(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run a call without recording its parts."""

@@ -21,7 +21,6 @@ import networkx as nx
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from allocator import analysis
 from allocator.flow import FROZEN, Attribute, Facts, Flow, Labels, Slots
@@ -30,6 +29,8 @@ from allocator.tracing import Trace, record, tensors_in
 
 Make = Callable[[tuple[int, ...]], torch.Tensor]
 Stays = np.ndarray
+# What an operator raises when sizes do not fit.
+_RAISED = (RuntimeError, IndexError, ValueError, AssertionError)
 
 
 def normal(shape: tuple[int, ...]) -> torch.Tensor:
@@ -112,9 +113,7 @@ class Case:
 class Holder(nn.Module):
     """The module around one operator."""
 
-    def __init__(
-        self, run: Callable[..., Any], weights: Mapping[str, torch.Tensor], attributes: Mapping[str, Any]
-    ):
+    def __init__(self, run: Callable[..., Any], weights: Mapping[str, torch.Tensor], attributes: Mapping[str, Any]):
         super().__init__()
         self.run = run
         for name, value in weights.items():
@@ -169,9 +168,7 @@ def claim(case: Case, *, inference: bool = False, training: bool = False) -> Cla
     """Trace a case, run the rules, and read off what they say."""
     data, weights = _values(case)
     with torch.inference_mode(inference):
-        trace = record(
-            Holder(case.run, weights, case.attributes), Inputs(tuple(data)), case.mode, training=training
-        )
+        trace = record(Holder(case.run, weights, case.attributes), Inputs(tuple(data)), case.mode, training=training)
     shapes = {f"x{i}": tuple(x.shape) for i, x in enumerate(data)}
     slots = Slots.of({**shapes, **{name: tuple(w.shape) for name, w in weights.items()}})
     seeds = [
@@ -255,7 +252,8 @@ class Bench:
         self, data: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], attributes: Any
     ) -> list[torch.Tensor]:
         torch.manual_seed(2)
-        holder = Holder(self.case.twin or self.case.run, weights, attributes).eval()
+        copies = {name: w.clone() for name, w in weights.items()}
+        holder = Holder(self.case.twin or self.case.run, copies, attributes).eval()
         with torch.no_grad():
             return tensors_in(holder(*(x.clone() for x in data.values())))
 
@@ -324,7 +322,7 @@ def _unsound(bench: Bench) -> Iterator[str]:
             everywhere[claimed.classes[k]] = mixed[claimed.classes[k]].any()
         try:
             small = bench.cut(stays)
-        except (RuntimeError, IndexError, ValueError) as error:
+        except _RAISED as error:
             yield f"without neurons {gone} it raises {type(error).__name__}: {str(error).splitlines()[0]}"
             continue
         large = [_image(t, lab, stays) for t, lab in _with_labels(bench.whole(stays, read, everywhere), claimed)]
@@ -402,7 +400,7 @@ def _survives(bench: Bench, gone: Sequence[np.ndarray]) -> bool:
     zeros = ~stays if bench.case.contracts else np.zeros_like(stays)
     try:
         small = bench.cut(stays)
-    except (RuntimeError, IndexError, ValueError):
+    except _RAISED:
         return False
     large = bench.whole(stays, zeros, zeros)
     return len(small) == len(large) and all(
@@ -443,7 +441,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
-    scale = max(float(a.nan_to_num().abs().max()), 1.0) if a.numel() else 1.0
+    scale = float(a.nan_to_num().abs().max()) if a.numel() else 1.0
     return torch.allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True)
 
 

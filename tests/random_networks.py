@@ -90,6 +90,7 @@ class Assembly:
     def __init__(self, shape: Shape) -> None:
         self.modules: list[nn.Module] = []
         self.calls: list[tuple[int, tuple[int, ...], bool]] = []
+        self.channels: list[list[int]] = []
         self.maps = [torch.zeros(1, *shape)]
 
     def add(self, step: Step) -> None:
@@ -100,6 +101,7 @@ class Assembly:
             made = _run(module.eval(), reads, False)
         if index == len(self.modules):
             self.modules.append(module)
+            self.channels.append([x.shape[1] for x in reads])
         self.calls.append((index, step.reads, step.inline))
         self.maps += made
 
@@ -111,6 +113,8 @@ class Assembly:
         options = dict(step.options)
         if step.kind == "again":
             index = self.calls[options["step"]][0]
+            if self.channels[index] != [shape[0] for shape in shapes]:
+                raise ValueError("the module was made for other channels")
             return index, self.modules[index]
         if step.kind == "tied":
             first = self.modules[self.calls[options.pop("step")][0]]
@@ -370,7 +374,8 @@ KINDS: dict[str, Kind] = {
     "standardised": Kind(lambda draw, _: {"out": draw(st.integers(2, 8))}, _sized(Standardised)),
 }
 # How often each kind is drawn.
-_WEIGHTS = {"unit": 6, "depthwise": 2, "join": 7, "split": 2, "hierarchy": 2, "again": 2}
+_WEIGHTS = {"unit": 7, "depthwise": 3, "join": 8, "split": 3, "shuffle": 2, "hierarchy": 3, "excite": 2, "slice": 2}
+_WEIGHTS |= {"resize": 2, "again": 4, "tied": 2, "scale": 1}
 _MENU = [kind for kind in (*KINDS, "again", "tied") for _ in range(_WEIGHTS.get(kind, 1))]
 
 
@@ -400,24 +405,32 @@ def specs(draw: Draw, ranks: tuple[int, ...] = (2, 2, 2, 1, 3), most: int = 9) -
 
 def _draw_step(draw: Draw, steps: list[Step], made: Assembly) -> Step | None:
     kind = draw(st.sampled_from(_MENU))
+    inline = _one_of(draw, False, False, True)
     if kind in ("again", "tied"):
-        step = draw(st.integers(0, len(steps) - 1))
-        if kind == "tied" and steps[step].kind not in ("unit", "depthwise"):
+        return _draw_repeat(draw, kind, steps, made, inline)
+    low, high = KINDS[kind].reads
+    reads = tuple(_draw_map(draw, made) for _ in range(draw(st.integers(low, high))))
+    options = KINDS[kind].options(draw, [made.shape(i) for i in reads])
+    return None if options is None else Step(kind, reads, options, inline)
+
+
+def _draw_repeat(draw: Draw, kind: str, steps: list[Step], made: Assembly, inline: bool) -> Step | None:
+    """A module that is called again, or one that shares its weight, on maps with the same channels."""
+    index = draw(st.integers(0, len(steps) - 1))
+    first = steps[index]
+    options: Options = {"step": index}
+    if kind == "tied":
+        if first.kind not in ("unit", "depthwise", "transposed"):
             return None
-        options = {"step": step}
-        if kind == "tied":
-            options |= {k: v for k, v in steps[step].options.items() if k in ("kernel", "groups", "norm")}
-        count = len(steps[step].reads)
-    else:
-        low, high = KINDS[kind].reads
-        count = draw(st.integers(low, high))
-    reads = tuple(_draw_map(draw, made) for _ in range(count))
-    if kind in KINDS:
-        drawn = KINDS[kind].options(draw, [made.shape(i) for i in reads])
-        if drawn is None:
+        same = ("kernel", "groups", "norm", "transposed", "stride")
+        options |= {key: value for key, value in first.options.items() if key in same}
+    reads = []
+    for source in first.reads:
+        fits = [i for i in range(1, len(made.maps)) if made.shape(i)[0] == made.shape(source)[0]]
+        if not fits:
             return None
-        options = drawn
-    return Step(kind, reads, options, inline=_one_of(draw, False, False, True))
+        reads.append(draw(st.sampled_from(fits[::-1])))
+    return Step(kind, tuple(reads), options, inline)
 
 
 def _draw_map(draw: Draw, made: Assembly) -> int:

@@ -115,7 +115,12 @@ CONTRACTION = {
         )
     ],
     "addmm": [
-        case(lambda m, x: F.linear(x, m.w, m.b), FEATURES, weights={"w": (4, 6), "b": (4,)}, contracts=True),
+        case(
+            lambda m, x: torch.addmm(m.b, x, m.w.t()),
+            FEATURES,
+            weights={"w": (4, 6), "b": (4,)},
+            contracts=True,
+        ),
         case(
             lambda m, x: torch.addmm(m.b, x, m.w),
             FEATURES,
@@ -148,9 +153,7 @@ CONTRACTION = {
             Data((2, 6, 5), (1, 2)),
             contracts=True,
         ),
-        case(
-            lambda m, x: torch.baddbmm(m.b, x, m.w), TOKENS, weights={"w": (2, 6, 4), "b": (4,)}, contracts=True
-        ),
+        case(lambda m, x: torch.baddbmm(m.b, x, m.w), TOKENS, weights={"w": (2, 6, 4), "b": (4,)}, contracts=True),
     ],
     "mv": [
         case(lambda m, x: torch.mv(m.w, x), Data((6,), (0,)), weights={"w": (4, 6)}, contracts=True),
@@ -220,6 +223,11 @@ VIEWS = {
     "reshape": each(lambda x: x.transpose(1, 2).reshape(2, 4, -1), IMAGE),
     "_reshape_alias": each(lambda x: aten._reshape_alias(x, [2, x.shape[1] * 16], [x.stride(0), 1]), IMAGE),
     "_reshape_copy": each(lambda x: aten._reshape_copy(x, [2, -1]), IMAGE),
+    "as_strided": [
+        *each(lambda x: x.as_strided(x.shape, (x.shape[1], 1, x.shape[1], 1)), STRIPES),
+        *each(lambda x: x.as_strided(x.shape, (1, 6)), Data((6, 6), (1,)), refused=True),
+        *each(lambda x: x.as_strided((2, 2, 4, 4), (96, 32, 4, 1)), IMAGE, refused=True),
+    ],
     "view_copy": each(lambda x: aten.view_copy(x, [2, -1, 16]), IMAGE),
     "unsqueeze": [
         *each(lambda x: x.unsqueeze(0), IMAGE),
@@ -468,12 +476,24 @@ def _batch_norm(m: Any, x: torch.Tensor) -> torch.Tensor:
     return F.batch_norm(x, m.mean, m.var, m.g, m.b)
 
 
+def raw_norm(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An ATen batch norm, which reads past the end of parameters that are too short, made to raise instead."""
+
+    def run(m: Any, x: torch.Tensor) -> Any:
+        parameters = list(m.parameters())
+        if any(p.shape != x.shape[1:2] for p in parameters):
+            raise ValueError("parameters of another size")
+        return function(x, *parameters)
+
+    return run
+
+
 NORMS = {
     "native_batch_norm": [
-        *normed(lambda m, x: aten.native_batch_norm(x, m.g, m.b, m.mean, m.var, False, 0.1, 1e-5)[0]),
-        *normed(lambda m, x: aten.native_batch_norm(x, m.g, m.b, m.mean, m.var, True, 0.1, 1e-5)),
-        *normed(lambda m, x: aten.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)[0]),
-        *normed(lambda m, x: aten.native_batch_norm(x, None, None, m.mean, m.var, False, 0.1, 1e-5)[0]),
+        *normed(raw_norm(lambda x, g, b, *m: aten.native_batch_norm(x, g, b, *m, False, 0.1, 1e-5)[0])),
+        *normed(raw_norm(lambda x, g, b, *m: aten.native_batch_norm(x, g, b, *m, True, 0.1, 1e-5))),
+        *normed(lambda m, x: F.batch_norm(x, None, None, training=True)),
+        *normed(lambda m, x: F.batch_norm(x, m.mean, m.var)),
         *normed(_batch_norm, VOLUME, weights=dict.fromkeys(_RUNNING, (4,))),
         *normed(_batch_norm, image(dims=())),
         *normed(_batch_norm, image(dims=(0, 1, 2))),
@@ -481,28 +501,24 @@ NORMS = {
         *normed(lambda m, x: F.instance_norm(x, weight=m.g, bias=m.b), IMAGE),
     ],
     "_native_batch_norm_legit": [
-        *normed(lambda m, x: aten._native_batch_norm_legit(x, m.g, m.b, m.mean, m.var, False, 0.1, 1e-5)[0]),
-        *normed(lambda m, x: aten._native_batch_norm_legit(x, m.g, m.b, True, 0.1, 1e-5), weights=_AFFINE),
+        *normed(raw_norm(lambda x, g, b, *m: aten._native_batch_norm_legit(x, g, b, *m, False, 0.1, 1e-5)[0])),
+        *normed(raw_norm(lambda x, *m: aten._native_batch_norm_legit(x, *m, True, 0.1, 1e-5)), weights=_AFFINE),
     ],
     "_native_batch_norm_legit_no_training": normed(
-        lambda m, x: aten._native_batch_norm_legit_no_training(x, m.g, m.b, m.mean, m.var, 0.1, 1e-5)[0]
+        raw_norm(lambda x, *m: aten._native_batch_norm_legit_no_training(x, *m, 0.1, 1e-5)[0])
     ),
     "cudnn_batch_norm": normed(
-        lambda m, x: aten.cudnn_batch_norm(x, m.g, m.b, m.mean, m.var, False, 0.1, 1e-5)[0], twin=_batch_norm
+        raw_norm(lambda x, *m: aten.cudnn_batch_norm(x, *m, False, 0.1, 1e-5)[0]), twin=_batch_norm
     ),
     "miopen_batch_norm": normed(
-        lambda m, x: aten.miopen_batch_norm(x, m.g, m.b, m.mean, m.var, False, 0.1, 1e-5)[0], twin=_batch_norm
+        raw_norm(lambda x, *m: aten.miopen_batch_norm(x, *m, False, 0.1, 1e-5)[0]), twin=_batch_norm
     ),
-    "_batch_norm_no_update": normed(
-        lambda m, x: aten._batch_norm_no_update(x, m.g, m.b, m.mean, m.var, 0.1, 1e-5)[0]
-    ),
-    "_batch_norm_with_update": normed(
-        lambda m, x: aten._batch_norm_with_update(x, m.g, m.b, m.mean, m.var, 0.1, 1e-5)[:3]
-    ),
+    "_batch_norm_no_update": normed(raw_norm(lambda x, *m: aten._batch_norm_no_update(x, *m, 0.1, 1e-5)[0])),
+    "_batch_norm_with_update": normed(raw_norm(lambda x, *m: aten._batch_norm_with_update(x, *m, 0.1, 1e-5)[:3])),
     "native_layer_norm": [
         *normed(lambda m, x: F.layer_norm(x, x.shape[2:], m.g, m.b), TOKENS, weights=_AFFINE),
         *normed(lambda m, x: F.layer_norm(x, x.shape[2:]), Data((2, 6, 5), (1,)), weights={}),
-        *normed(lambda m, x: F.layer_norm(x, x.shape[1:], m.g, m.b), LEVEL, weights={"g": (6, 5), "b": (6, 5)}),
+        *normed(lambda m, x: F.layer_norm(x, x.shape[1:], m.g, m.b), SIGNAL, weights={"g": (6, 5), "b": (6, 5)}),
         *normed(
             lambda m, x: F.layer_norm(x, x.shape[1:], m.g, m.b),
             LEVEL,
@@ -579,7 +595,7 @@ REDUCTIONS = {
     "argmin": each(lambda x: x.argmin(1), IMAGE) + each(lambda x: x.argmin(2), IMAGE),
     "any": [
         *each(lambda x: x.any(2), _BITS),
-        *each(lambda x: x.any(1), Data((50, 6), (1,), truth), cautious="a reduction over channels freezes"),
+        *each(lambda x: x.any(1), Data((50, 6), (1,), truth)),
     ],
     "all": each(lambda x: x.all(2), _BITS) + each(lambda x: (x > -2).all(1), Data((50, 6), (1,))),
     "median": reduction(torch.median, both=False) + total(torch.median),
@@ -677,20 +693,21 @@ POINTWISE = {
 # -------------------------------------------------------------------------------------------- spatial
 
 
-def resampling(function: Callable[..., Any], rank: int = 2) -> list[Case]:
+def resampling(function: Callable[..., Any], rank: int = 2, cautious: str = "") -> list[Case]:
     """An operator on the last `rank` dims: with channels before them, without a batch, and on them."""
     pixels = (4,) * rank
     return [
         *each(function, Data((2, 6, *pixels), (1,))),
         *each(function, Data((2, 6, *pixels), (0, 1))),
-        *each(function, Data((2, 6, *pixels), (2,)), cautious="resampled dims stay"),
+        *each(function, Data((2, 6, *pixels), (2,)), cautious=cautious),
     ]
 
 
 def resize(mode: str, rank: int, **more: Any) -> list[Case]:
     """Interpolation to twice the size and to a fixed size."""
+    whole = "resampled dims stay, even by a whole factor" if "nearest" in mode else ""
     return [
-        *resampling(lambda x: F.interpolate(x, scale_factor=2, mode=mode, **more), rank),
+        *resampling(lambda x: F.interpolate(x, scale_factor=2, mode=mode, **more), rank, whole),
         *resampling(lambda x: F.interpolate(x, size=(7,) * rank, mode=mode, **more), rank),
     ]
 
@@ -759,16 +776,20 @@ SPATIAL = {
         *each(lambda x: F.unfold(x, 3, padding=1), image(3)),
         *each(lambda x: F.unfold(x, (2, 1)), IMAGE),
         *each(lambda x: F.unfold(x, 2), Data((6, 4, 4), (0,))),
-        *each(lambda x: F.unfold(x, 2), image(dims=(2,)), cautious="resampled dims stay"),
+        *each(lambda x: F.unfold(x, 2), image(dims=(2,))),
     ],
     "grid_sampler_2d": [
         *each(lambda x, g: F.grid_sample(x, g, align_corners=False), IMAGE, Data((2, 3, 3, 2))),
-        *each(lambda x, g: F.grid_sample(x, g, align_corners=False), IMAGE, Data((2, 3, 3, 2), (1, 3))),
+        *each(lambda x, g: F.grid_sample(x, g, align_corners=False), IMAGE, Data((2, 3, 3, 2), (3,))),
+        *each(
+            lambda x, g: F.grid_sample(x, g, align_corners=False),
+            IMAGE,
+            Data((2, 3, 3, 2), (1,)),
+            cautious="places stay, though each is sampled alone",
+        ),
         *each(lambda x, g: F.grid_sample(x, g, align_corners=False), image(dims=(2,)), Data((2, 3, 3, 2))),
     ],
-    "grid_sampler_3d": each(
-        lambda x, g: F.grid_sample(x, g, align_corners=False), VOLUME, Data((2, 3, 3, 3, 3))
-    ),
+    "grid_sampler_3d": each(lambda x, g: F.grid_sample(x, g, align_corners=False), VOLUME, Data((2, 3, 3, 3, 3))),
     "torchvision::roi_align": [
         *each(_roi("roi_align"), IMAGE, _ROIS),
         *each(_roi("roi_align"), image(dims=(2,)), _ROIS),

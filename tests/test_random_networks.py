@@ -20,7 +20,7 @@ def cases(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Case:
         draw(specs()),
         share=draw(st.integers(20, 95)) / 100,
         policy=draw(st.sampled_from(("per_block", "global", "uniform"))),
-        scope=draw(st.sampled_from(("auto", "all", "auto", "inner", "branches"))),
+        scope=draw(st.sampled_from(("auto", "all", "auto", "all", "inner", "branches"))),
         groups=draw(st.sampled_from(("whole", "width"))),
         criterion=draw(st.sampled_from(("bn_scale", "magnitude"))),
         fill=draw(st.sampled_from((True, True, True, False))),

@@ -233,9 +233,9 @@ def test_two_swapped_channels_are_noticed(model: nn.Module, allocated: tuple[Res
 
 @pytest.mark.sweep
 def test_cannot_be_met_names_what_can(model: nn.Module, own: Count) -> None:
-    """Half a per cent of the FLOPs is out of reach everywhere; the figure named instead is not."""
+    """A ten-thousandth of the FLOPs is out of reach everywhere; the figure named instead is not."""
     with pytest.raises(BudgetError, match="smallest that can be reached") as caught:
-        allocator.allocate(model, flops="0.5%")
+        allocator.allocate(model, flops="0.01%")
     reachable = caught.value.reachable
     assert reachable is not None
     result = allocator.allocate(model, flops=reachable)

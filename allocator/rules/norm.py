@@ -67,4 +67,6 @@ def group_norm(flow: Flow, op: Op) -> None:
         else:
             grouped = channels.reshape(int(op.arg("group")), -1)
             flow.tie(grouped, grouped[:1], op)
+    for label in labels[2:]:
+        flow.freeze(label, op, "statistics are taken over this dim")
     flow.set(op.outputs[0], labels)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
-from ..flow import Flow
+from ..flow import Flow, Label
 from ..tracing import Op
 from .registry import rule
 
@@ -26,33 +27,43 @@ def spatial(flow: Flow, op: Op) -> None:
     labels = list(flow.labels(op.inputs()[0]))
     match = re.search(r"([123])d", op.name)
     assert match is not None
-    for d in range(len(labels) - int(match.group(1)), len(labels)):
-        flow.freeze(labels[d], op, "this dim is resampled")
-        labels[d] = None
+    rank = int(match.group(1))
+    _stay(flow, op, labels[-rank:])
+    labels[-rank:] = [None] * rank
     for index in op.outputs:
         flow.set(index, labels)
 
 
 @rule("im2col")
 def unfold(flow: Flow, op: Op) -> None:
-    """(B, C, H, W) to (B, C k k, L): a channel's k*k rows follow one another."""
-    labels = flow.labels(op.inputs()[0])
+    """(B, C, H, W) to (B, C k k, L): a channel's k*k rows follow one another; the batch may be missing."""
+    *batch, channels, height, width = flow.labels(op.inputs()[0])
+    _stay(flow, op, [height, width])
     factor = int(np.prod(op.arg("kernel_size")))
-    channels = None if labels[1] is None else np.repeat(labels[1], factor)
-    flow.set(op.outputs[0], [labels[0], channels, None])
+    rows = None if channels is None else np.repeat(channels, factor)
+    flow.set(op.outputs[0], [*batch, rows, None])
 
 
 @rule("grid_sampler_2d", "grid_sampler_3d")
 def grid_sample(flow: Flow, op: Op) -> None:
-    """Samples every channel at the same places."""
-    labels = flow.labels(op.inputs()[0])
-    rank = len(flow.shape(op.outputs[0]))
-    flow.set(op.outputs[0], [labels[0], labels[1], *([None] * (rank - 2))])
+    """Samples every channel at the same places: (B, C, H, W) by (B, h, w, 2) to (B, C, h, w)."""
+    source, grid = op.inputs()
+    batch, channels, *pixels = flow.labels(source)
+    other, *places = flow.labels(grid)
+    _stay(flow, op, [*pixels, *places])
+    flow.set(op.outputs[0], [flow.unify_all([batch, other], op), channels, *([None] * len(pixels))])
 
 
 @rule("torchvision::roi_align", "torchvision::roi_pool")
 def roi_pool(flow: Flow, op: Op) -> None:
-    """Regions of every channel alike: (B, C, H, W) to (R, C, h, w)."""
-    labels = flow.labels(op.inputs()[0])
+    """Regions of every channel alike: (B, C, H, W) by (R, 5) to (R, C, h, w)."""
+    source, regions = op.inputs()
+    batch, channels, *pixels = flow.labels(source)
+    _stay(flow, op, [batch, *pixels, *flow.labels(regions)])
     for index in op.outputs:
-        flow.set(index, [None, labels[1], None, None])
+        flow.set(index, [None, channels, None, None])
+
+
+def _stay(flow: Flow, op: Op, labels: Sequence[Label]) -> None:
+    for label in labels:
+        flow.freeze(label, op, "this dim is resampled")

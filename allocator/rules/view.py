@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,8 +30,11 @@ def identity(flow: Flow, op: Op) -> None:
 
 @rule("as_strided")
 def as_strided(flow: Flow, op: Op) -> None:
-    """Other strides for the same sizes (a change of memory format) keep all in place; anything else is refused."""
-    if flow.shape(op.inputs()[0]) == flow.shape(op.outputs[0]):
+    """Other strides for dims of size 1 (how pooling marks a memory format) move nothing; all else is refused."""
+    shape, strides = flow.shape(op.inputs()[0]), op.arg("stride")
+    dense = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    moved = [d for d, n in enumerate(shape) if n > 1 and strides[d] != dense[d]]
+    if shape == flow.shape(op.outputs[0]) and not moved:
         identity(flow, op)
     else:
         flow.refuse(op, "reads memory by strides")

@@ -1,0 +1,238 @@
+"""Layers that are shared, computed or run several times: rewritten rightly, or left whole and named; never wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from subjects import IMAGE, Branches, trained, untouched
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import allocator
+from allocator import NothingToAllocateError
+
+pytestmark = [
+    pytest.mark.filterwarnings("error::allocator.AllocatorWarning"),
+    pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning"),
+]
+
+Wrap = Callable[[nn.Module], Any]
+
+
+def allocate(model: nn.Module, flops: str = "60%", **options: Any) -> allocator.Result:
+    return allocator.allocate(model, flops, example_inputs=IMAGE, **options)
+
+
+class Positive(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return F.softplus(weight)
+
+
+def positive(layer: nn.Module) -> nn.Module:
+    return parametrize.register_parametrization(layer, "weight", Positive())
+
+
+def masked(layer: nn.Module) -> nn.Module:
+    return prune.random_unstructured(layer, "weight", 0.5)
+
+
+# Each with the words that name it where it stays whole; None where it can be narrowed.
+COMPUTED: dict[str, tuple[Wrap, str | None]] = {
+    "spectral_norm": (parametrizations.spectral_norm, "a weight is computed from all of these channels"),
+    "weight_norm": (parametrizations.weight_norm, "_weight_norm_interface"),
+    "orthogonal": (parametrizations.orthogonal, "no rule for this operator"),
+    "spectral_norm by hook": (nn.utils.spectral_norm, "a weight is computed from all of these channels"),
+    "weight_norm by hook": (nn.utils.weight_norm, "_weight_norm_interface"),
+    "positive": (positive, None),
+    "masked": (masked, None),
+}
+
+
+def computed(wrap: Wrap, *layers: str) -> Any:
+    model = Branches()
+    for layer in layers:
+        setattr(model, layer, wrap(getattr(model, layer)))
+    return trained(model)
+
+
+def kept_outputs(result: allocator.Result, layer: str) -> list[int]:
+    dims = result.allocation.kept.get(f"{layer}.bias")
+    full = getattr(result.graph.model, layer).bias.numel()
+    return list(range(full)) if dims is None or dims[0] is None else dims[0]
+
+
+def effective(model: nn.Module, layer: str) -> Tensor:
+    """The weight that the layer's convolution reads in eval mode."""
+    seen: list[Tensor] = []
+
+    def hook(module: Any, args: Any, output: Any) -> None:
+        seen.append(module.weight.detach().clone())
+
+    handle = model.get_submodule(layer).register_forward_hook(hook)
+    with torch.no_grad():
+        model.eval()(IMAGE)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+@pytest.mark.parametrize("layer", ["stem", "wide"])
+def test_a_computed_weight_is_cut_rightly_or_left_whole_and_named(kind: str, layer: str) -> None:
+    wrap, stays = COMPUTED[kind]
+    model = computed(wrap, layer)
+    with untouched(model):
+        result = allocate(model, "96%" if stays else "45%", scope="all", criterion="magnitude")
+    assert result.flops_after <= result.flops_asked
+    assert result.certificate.ok
+    rows, columns = kept_outputs(result, layer), list(range(3))
+    if layer == "wide":
+        columns = kept_outputs(result, "stem")
+    expected = effective(model, layer)[rows][:, columns]
+    torch.testing.assert_close(effective(result.model, layer), expected, rtol=1e-6, atol=0)
+    module = result.model.get_submodule(layer)
+    assert (module.out_channels, module.in_channels) == expected.shape[:2]
+    if stays is None:
+        assert len(rows) < len(effective(model, layer))
+    else:
+        assert len(rows) == len(effective(model, layer))
+        reasons = [reason for reason, _ in result.graph.reasons() if reason.split(" in ")[-1].startswith(layer)]
+        assert any(stays in reason for reason in reasons), reasons
+
+
+@pytest.mark.parametrize("kind", [kind for kind in COMPUTED if "norm" in kind])
+def test_nothing_but_computed_weights_says_why(kind: str) -> None:
+    wrap, stays = COMPUTED[kind]
+    model = computed(wrap, "stem", "narrow", "wide")
+    with untouched(model), pytest.raises(NothingToAllocateError) as caught:
+        allocate(model, scope="all", criterion="magnitude")
+    assert stays is not None
+    assert any(stays in reason for reason in caught.value.reasons)
+
+
+@pytest.mark.parametrize("kind", ["spectral_norm", "spectral_norm by hook"])
+def test_power_iteration_does_not_run_in_the_callers_model(kind: str) -> None:
+    model = computed(COMPUTED[kind][0], "wide").train()
+    with untouched(model):
+        result = allocate(model, "96%")
+    assert result.model.training
+    assert result.model.wide.training
+
+
+class SharedWeight(Branches):
+    """A second 1x1 convolution reads the first one's weight; each has its own bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Conv2d(16, 16, 1)
+        self.again.weight = self.narrow.weight
+
+    def features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        narrow = F.relu(self.narrow_norm(self.narrow(x))) + self.again(x)
+        return torch.cat([narrow, F.relu(self.wide_norm(self.wide(x)))], 1)
+
+
+def test_convolutions_that_share_a_weight() -> None:
+    model = trained(SharedWeight())
+    with untouched(model):
+        result = allocate(model, "40%", scope="all", criterion="magnitude")
+    small = result.model
+    assert result.certificate.ok
+    assert small.again.weight is small.narrow.weight
+    assert small.again.out_channels == small.narrow.out_channels == len(small.again.bias) < 16
+    assert small.again.in_channels == small.narrow.in_channels == small.stem.out_channels
+    assert small.state_dict().keys() == model.state_dict().keys()
+    assert kept_outputs(result, "again") == kept_outputs(result, "narrow")
+
+
+class AutoEncoder(nn.Module):
+    """The decoder is the encoder's weight, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.decode = nn.ConvTranspose2d(16, 3, 3, padding=1, bias=False)
+        self.decode.weight = self.encode.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(F.relu(self.norm(self.encode(x))))
+
+
+def test_an_encoder_and_decoder_that_share_a_weight() -> None:
+    model = trained(AutoEncoder())
+    with untouched(model):
+        result = allocate(model, "50%")
+    small = result.model
+    assert result.certificate.ok
+    assert small.decode.weight is small.encode.weight
+    assert small.encode.out_channels == small.decode.in_channels == small.norm.num_features == 8
+    assert small.decode.out_channels == 3
+    text = "ConvTranspose2d(8, 3, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False)"
+    assert str(small.decode) == text
+
+
+class TiedSquare(nn.Module):
+    """Two linear layers share a square weight, so that what one writes the other reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12)
+        self.first, self.second, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.conv(x))).mean((2, 3))
+        return self.head(F.relu(self.second(F.relu(self.first(x)))))
+
+
+def test_a_square_weight_read_twice_keeps_the_same_rows_and_columns() -> None:
+    model = trained(TiedSquare())
+    with untouched(model):
+        result = allocate(model, "50%", criterion="magnitude")
+    small = result.model
+    rows, columns = result.allocation.kept["first.weight"]
+    assert result.certificate.ok
+    assert rows == columns == result.allocation.kept["conv.weight"][0]
+    assert small.first.in_features == small.first.out_features == small.second.in_features == len(rows) < 12
+    assert small.second.weight is small.first.weight
+
+
+class Repeated(nn.Module):
+    """One convolution and norm run three times, one head on two maps; a norm has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 1)
+        self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.same_norm = self.norm
+        self.hidden, self.hidden_norm = nn.Conv2d(16, 24, 1), nn.BatchNorm2d(24)
+        self.out = nn.Conv2d(24, 5, 1)
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(self.hidden_norm(self.hidden(x))))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.stem(x)
+        for norm in (self.norm, self.same_norm, self.norm):
+            x = F.relu(norm(self.conv(x)))
+        return [self.head(x), self.head(F.avg_pool2d(x, 2))]
+
+
+@pytest.mark.parametrize("flops", ["70%", "30%"])
+def test_layers_that_run_several_times(flops: str) -> None:
+    model = trained(Repeated())
+    with untouched(model):
+        result = allocate(model, flops)
+    small, kept = result.model, result.allocation.kept
+    assert result.certificate.ok
+    assert result.certificate.outputs == 2
+    assert result.flops_after <= result.flops_asked
+    assert kept["conv.weight"][0] == kept["conv.weight"][1] == kept["stem.weight"][0] == kept["norm.weight"][0]
+    assert small.same_norm is small.norm
+    assert small.state_dict().keys() == model.state_dict().keys()
+    assert [t.shape for t in small(torch.zeros(2, 3, 8, 8))] == [(2, 5, 8, 8), (2, 5, 4, 4)]
