@@ -36,6 +36,7 @@ class Allocation:
         policy, criterion, scope, groups, norms: how it was made.
         blocks: per aggregation block its name, kind and branches with channels before and after.
         input_shapes: the shapes that the FLOPs hold for.
+        parts: the allocations that it was composed of, first to last; none for one that was planned as a whole.
     """
 
     kept: dict[str, list[Indices | None]] = field(default_factory=dict)
@@ -52,6 +53,7 @@ class Allocation:
     norms: str = "exact"
     blocks: list[dict[str, Any]] = field(default_factory=list)
     input_shapes: list[list[int]] = field(default_factory=list)
+    parts: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, with the format version."""
@@ -119,9 +121,8 @@ class Allocation:
         """
         kept = dict(self.kept)
         for name, dims in second.kept.items():
-            kept[name] = [
-                _compose(name, a, b) for a, b in zip(self.kept.get(name, [None] * len(dims)), dims, strict=True)
-            ]
+            known = self.kept.get(name, [None] * len(dims))
+            kept[name] = [_compose(name, a, b, dims[0]) for a, b in zip(known, dims, strict=True)]
         merged = {path: dict(values) for path, values in self.attributes.items()}
         for path, values in second.attributes.items():
             merged.setdefault(path, {}).update(values)
@@ -131,17 +132,24 @@ class Allocation:
         rest = {**second.to_dict(), "kept": kept, "attributes": merged, "absent": absent}
         rest |= {"architecture": self.architecture, "flops_before": self.flops_before}
         rest["blocks"] = _compose_blocks(self.blocks, second.blocks)
+        rest["parts"] = [part for each in (self, second) for part in each.parts or [each.to_dict()]]
         return Allocation.from_dict(rest)
 
 
-def _compose(name: str, first: Indices | None, second: Indices | None) -> Indices | None:
-    if first is None or second is None:
-        return second if first is None else first
-    a, b = np.asarray(first), np.asarray(second)
+def _compose(name: str, first: Indices | None, second: Indices | None, rows: Indices | None) -> Indices | None:
+    """Indices of one dim; `rows` are those that the second allocation keeps of the first dim's."""
+    if first is None:
+        return second
+    a = np.asarray(first)
+    if a.ndim == 2 and rows is not None:
+        a = a[np.asarray(rows, dtype=np.int64)]
+    if second is None:
+        return list(a.tolist())
+    b = np.asarray(second, dtype=np.int64)
     if b.size and b.max() >= a.shape[-1]:
         raise AllocationMismatchError(f"{name}: index {b.max()} of the second allocation, {a.shape[-1]} are kept")
     if a.ndim == 2 or b.ndim == 2:
-        a = np.broadcast_to(a, (len(b), a.shape[-1])) if a.ndim == 1 else a[: len(b)]
+        a = np.broadcast_to(a, (len(b) if b.ndim == 2 else len(a), a.shape[-1]))
         b = np.broadcast_to(b, (len(a), b.shape[-1]))
         return list(np.take_along_axis(a, b, axis=1).tolist())
     return list(a[b].tolist())

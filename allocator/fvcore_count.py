@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -23,7 +24,9 @@ def fvcore_flops(model: nn.Module, inputs: Inputs) -> tuple[int, dict[str, int]]
     Returns:
         (total FLOPs, operators that fvcore does not count with the number of their calls).
     """
-    from fvcore.nn import FlopCountAnalysis
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its import touches parts of torch that are deprecated
+        from fvcore.nn import FlopCountAnalysis
 
     shared = skeleton(model, lambda _, t: t).eval()
     args = tuple(inputs.args)

@@ -11,7 +11,7 @@ from torch import nn
 
 from .allocation import Allocation, Indices, architecture_hash
 from .errors import AllocationMismatchError
-from .skeleton import skeleton
+from .skeleton import skeleton, tensor_names
 
 Slice = Callable[[torch.Tensor, Sequence[Indices | None]], torch.Tensor]
 
@@ -108,23 +108,30 @@ def standard_attributes(
         groups: new number of groups per weight of a grouped convolution.
         absent: paths of layers that are gone.
     """
-    owners = {name.rpartition(".")[0] for name in (*shapes, *groups)}
+    first = {id(tensor): name for name, tensor in tensor_names(model).items()}
     changed: dict[str, dict[str, Any]] = {}
-    for path in sorted(owners):
-        if any(path == gone or path.startswith(f"{gone}.") for gone in absent):
+    for path, module in model.named_modules():
+        own = {
+            key: first[id(tensor)]
+            for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        }
+        gone = any(path == other or path.startswith(f"{other}.") for other in absent)
+        if gone or not any(name in shapes or name in groups for name in own.values()):
             continue
-        module = model.get_submodule(path)
 
-        def size(name: str, dim: int, path: str = path, module: nn.Module = module) -> int:
-            full = f"{path}.{name}".lstrip(".")
-            tensor = getattr(module, name)
-            return int(shapes[full][dim] if full in shapes else tensor.shape[dim])
+        def size(key: str, dim: int, module: nn.Module = module, own: dict[str, str] = own) -> int:
+            return int(shapes[own[key]][dim] if own[key] in shapes else getattr(module, key).shape[dim])
 
-        new = _describe(module, size, groups.get(f"{path}.weight".lstrip(".")))
+        new = _describe(module, size, groups.get(own.get("weight", "")))
         differs = {key: value for key, value in new.items() if getattr(module, key) != value}
         if differs:
             changed[path] = differs
     return changed
+
+
+def describes_itself(module: nn.Module) -> bool:
+    """Whether a layer's own sizes are known from its tensors, so that no other attribute of it needs to follow."""
+    return bool(_describe(module, lambda name, dim: int(getattr(module, name).shape[dim]), None))
 
 
 def _describe(module: nn.Module, size: Callable[[str, int], int], groups: int | None) -> dict[str, Any]:

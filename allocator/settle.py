@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from .errors import NothingToAllocateError, RewriteError
 from .flow import Attribute, Facts, Flow, Slots
 from .graph import ChannelGraph, Options, build_graph, kept_of
 from .planning import Plan
-from .rewriting import materialise, sliced_on_meta, standard_attributes
+from .rewriting import describes_itself, materialise, sliced_on_meta, standard_attributes
 from .skeleton import tensor_names
 from .structure import Image, Mismatch, compare
 from .tracing import ForwardError, Op, Trace, record, trace_forward
@@ -51,7 +51,7 @@ def settle(model: nn.Module, graph: ChannelGraph, planner: Planner) -> Settled:
     Raises:
         RewriteError: no plan was found that runs.
     """
-    mends: dict[tuple[str, str], tuple[np.ndarray, ...]] = {}
+    mends = _Mends()
     notes: list[str] = []
     for _ in range(MAX_ROUNDS):
         try:
@@ -59,7 +59,7 @@ def settle(model: nn.Module, graph: ChannelGraph, planner: Planner) -> Settled:
         except NothingToAllocateError as error:
             error.reasons[:0] = notes
             raise
-        allocation = describe(model, graph, plan, mends)
+        allocation = describe(model, graph, plan, mends.pieces)
         mismatch = check_structure(model, graph, plan.kept, allocation)
         if mismatch is None:
             return Settled(graph, plan, allocation, notes)
@@ -186,31 +186,47 @@ def _culprit(flow: Flow, error: ForwardError) -> Mismatch:
     return Mismatch(ops[-1], what)
 
 
+@dataclass
+class _Mends:
+    """Module attributes that follow the kept channels, because the forward reads them as sizes.
+
+    Attributes:
+        pieces: per (module, attribute) the labels whose kept count is its value.
+        trial: the last ones, and the place (train mode, index) of the call that they are for.
+        wrong: those that did not help there.
+    """
+
+    pieces: dict[tuple[str, str], tuple[np.ndarray, ...]] = field(default_factory=dict)
+    trial: tuple[tuple[bool, int], list[tuple[str, str]]] | None = None
+    wrong: set[tuple[str, str]] = field(default_factory=set)
+
+    def judge(self, place: tuple[bool, int]) -> None:
+        """Take the last ones back if the forward got no further with them."""
+        if self.trial is not None and place <= self.trial[0]:
+            for key in self.trial[1]:
+                self.pieces.pop(key, None)
+                self.wrong.add(key)
+        self.trial = None
+
+    def forget(self, paths: set[str]) -> None:
+        """Take all of these modules back."""
+        for key in [key for key in self.pieces if key[0] in paths]:
+            del self.pieces[key]
+
+
 def _repair(
-    model: nn.Module,
-    graph: ChannelGraph,
-    plan: Plan,
-    mismatch: Mismatch,
-    mends: dict[tuple[str, str], tuple[np.ndarray, ...]],
-    notes: list[str],
+    model: nn.Module, graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: _Mends, notes: list[str]
 ) -> ChannelGraph:
     """Set an attribute, tie parts, or freeze; returns the graph to plan on."""
     op = mismatch.op
     flow = graph.flow if any(op is other for other in graph.flow.trace.ops) else graph.training_flow
     assert flow is not None
+    mends.judge((flow.trace.training, op.index))
     alike = _same_class(model, op.module)
-    found = _attribute_of_size(model, flow, op, plan, graph)
-    if found is not None:
-        attribute, _ = found
-        fresh = False
-        for other in _alike(flow, op, alike):
-            again = _attribute_of_size(model, flow, other, plan, graph, attribute)
-            if again is not None and (other.module, attribute) not in mends:
-                mends[other.module, attribute] = (again[1],)
-                fresh = True
-        if fresh:
-            notes.append(f"{attribute!r} of {_class_name(model, op.module)} follows the kept channels")
-            return graph
+    attribute = _mend(model, graph, flow, op, alike, plan, mends)
+    if attribute is not None:
+        notes.append(f"{attribute!r} of {_class_name(model, op.module)} follows the kept channels")
+        return graph
     options = graph.options
     if "split" in op.name and not alike <= options.tied_parts:
         notes.append(f"the parts of {op} stay equal: {mismatch.what}")
@@ -218,10 +234,25 @@ def _repair(
     else:
         notes.append(f"the neurons at {op} stay: {mismatch.what}")
         options = _freeze(flow, options, op, alike, plan, graph)
-    for path in alike:
-        for key in [key for key in mends if key[0] == path]:
-            del mends[key]
+    mends.forget(alike)
     return build_graph(model, graph.inputs, options)
+
+
+def _mend(
+    model: nn.Module, graph: ChannelGraph, flow: Flow, op: Op, alike: set[str], plan: Plan, mends: _Mends
+) -> str | None:
+    """Let an attribute of the running module, and of all of its class, follow the kept channels; its name."""
+    found = _attribute_of_size(model, flow, op, plan, graph, mends)
+    if found is None:
+        return None
+    attribute, fresh = found[0], []
+    for other in _alike(flow, op, alike):
+        again = _attribute_of_size(model, flow, other, plan, graph, mends, attribute)
+        if again is not None:
+            mends.pieces[other.module, attribute] = (again[1],)
+            fresh.append((other.module, attribute))
+    mends.trial = (flow.trace.training, op.index), fresh
+    return attribute
 
 
 def _freeze(flow: Flow, options: Options, op: Op, alike: set[str], plan: Plan, graph: ChannelGraph) -> Options:
@@ -248,17 +279,19 @@ def _alike(flow: Flow, op: Op, paths: set[str]) -> list[Op]:
 
 
 def _attribute_of_size(
-    model: nn.Module, flow: Flow, op: Op, plan: Plan, graph: ChannelGraph, only: str | None = None
+    model: nn.Module, flow: Flow, op: Op, plan: Plan, graph: ChannelGraph, mends: _Mends, only: str | None = None
 ) -> tuple[str, np.ndarray] | None:
     """An int attribute of the running module that equals the old size of a dim that shrinks."""
-    fields = vars(model.get_submodule(op.module))
+    module = model.get_submodule(op.module)
     stays = np.append(plan.kept, True)[graph.unit_of_slot]
-    taken = {(a.module, a.name) for a in graph.facts.attributes}
+    taken = {(a.module, a.name) for a in graph.facts.attributes} | mends.pieces.keys() | mends.wrong
+    if describes_itself(module):
+        return None
     for value in (*op.inputs(), *op.outputs):
         for label in flow.labels(value):
             if label is None or stays[label].all():
                 continue
-            for name, current in fields.items():
+            for name, current in vars(module).items():
                 plain = type(current) is int and current == len(label) and name not in _STRUCTURAL
                 if plain and (only is None or name == only) and (op.module, name) not in taken:
                     return name, label

@@ -1,8 +1,8 @@
 """Budgets asked and achieved: every network of the reference set, every policy, 40, 60 and 80 % of its FLOPs.
 
-    python -m benchmarks.budgets                 # everything, into benchmarks/results/budgets.{json,md}
-    python -m benchmarks.budgets --workers 2     # on two processes
-    python -m benchmarks.budgets --models torchvision:googlenet --print   # a part, shown but not written
+python -m benchmarks.budgets                 # everything, into benchmarks/results/budgets.{json,md}
+python -m benchmarks.budgets --workers 2     # on two processes
+python -m benchmarks.budgets --models torchvision:googlenet --print   # a part, shown but not written
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def _allocate(model: Any, name: str, asked: float, policy: str) -> Row:
     try:
         result = allocator.allocate(model, flops=asked, policy=policy)
     except BudgetError as error:
-        assert error.reachable is not None, error
-        row |= {"reachable": error.reachable}
+        row["reachable"] = error.reachable
+        if error.reachable is None:
+            raise
         result = allocator.allocate(model, flops=error.reachable, policy=policy)
     seconds = time.perf_counter() - start
     budget = row["reachable"] or asked

@@ -37,7 +37,7 @@ class Effort:
         test_share: share of the source digits held out for the test.
     """
 
-    copies: tuple[int, int] = (3, 3)
+    copies: tuple[int, int] = (4, 4)
     seed_epochs: int = 4
     tuning_epochs: int = 2
     test_share: float = 0.2

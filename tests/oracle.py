@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from allocator import analysis
-from allocator.flow import FROZEN, Attribute, Facts, Flow, Labels, Slots
+from allocator.flow import FROZEN, Attribute, Facts, Flow, Join, Labels, Slots
 from allocator.inputs import Inputs
 from allocator.tracing import Trace, record, tensors_in
 
@@ -147,6 +147,7 @@ class Claim:
         classes: slots that go together and may go, one array each.
         stuck: the same for slots that must stay.
         facts: what the rules noted.
+        joins: where branches meet.
         total: number of slots.
     """
 
@@ -156,6 +157,7 @@ class Claim:
     classes: list[np.ndarray]
     stuck: list[np.ndarray]
     facts: Facts
+    joins: list[Join]
     total: int
 
     def floors(self) -> list[np.ndarray]:
@@ -190,6 +192,7 @@ def claim(case: Case, *, inference: bool = False, training: bool = False) -> Cla
         classes=classes,
         stuck=stuck,
         facts=facts,
+        joins=flow.joins,
         total=slots.total,
     )
 

@@ -108,7 +108,7 @@ class Resize(nn.Module):
 
 
 class Join(nn.Module):
-    """Several maps become one: "cat", "add", "sub", "mul" or "max"; sizes and channels are made to fit first."""
+    """Several maps become one: "cat", "add", "in place", "sub", "mul" or "max"; sizes and channels are made to fit first."""
 
     def __init__(self, rank: int, sources: list[int], how: str, target: int | None = None) -> None:
         super().__init__()
@@ -125,6 +125,10 @@ class Join(nn.Module):
         maps = tuple(_resized(fit(x), sides) for fit, x in zip(self.fit, maps, strict=True))
         if self.how == "cat":
             joined = torch.cat(maps, dim=1)
+        elif self.how == "in place":
+            joined = maps[0]
+            for other in maps[1:]:
+                joined += other
         else:
             joined = maps[0]
             for other in maps[1:]:
@@ -154,9 +158,7 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, rank: int, channels: int, inner: int, *, linear: bool, pool: str = "module") -> None:
         super().__init__()
-        make: Callable[[int, int], nn.Module] = (
-            nn.Linear if linear else lambda a, b: CONV[rank](a, b, kernel_size=1)
-        )
+        make: Callable[[int, int], nn.Module] = nn.Linear if linear else lambda a, b: CONV[rank](a, b, kernel_size=1)
         self.pool = (GLOBAL_MAX if pool == "max" else GLOBAL_POOL)[rank](1)
         self.mean = pool == "mean"
         self.down, self.up = make(channels, inner), make(inner, channels)
@@ -221,9 +223,7 @@ class Hierarchy(nn.Module):
     def __init__(self, rank: int, channels: int, parts: int, groups: int = 1) -> None:
         super().__init__()
         self.width, self.parts = channels // parts, parts
-        self.units = nn.ModuleList(
-            Unit(rank, self.width, self.width, groups=groups) for _ in range(parts - 1)
-        )
+        self.units = nn.ModuleList(Unit(rank, self.width, self.width, groups=groups) for _ in range(parts - 1))
 
     def forward(self, x: Tensor) -> Tensor:
         pieces = torch.split(x, self.width, 1)
@@ -394,6 +394,48 @@ class Standardised(nn.Module):
         weight = (weight - weight.mean(dims, keepdim=True)) / (weight.std(dims, keepdim=True) + 0.1)
         run = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
         return F.relu(self.norm(run(x, weight, self.conv.bias, padding=1)))
+
+
+class Project(nn.Module):
+    """A matrix over channels that is a bare parameter: multiplied, or by einsum."""
+
+    def __init__(self, channels: int, out: int, how: str) -> None:
+        super().__init__()
+        self.weight, self.how = nn.Parameter(torch.randn(channels, out) / channels**0.5), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "einsum":
+            y = torch.einsum("bcn,cd->bdn", x.flatten(2), self.weight)
+            return y.view(len(x), -1, *x.shape[2:])
+        return (x.movedim(1, -1) @ self.weight).movedim(-1, 1)
+
+
+class Attention(nn.Module):
+    """torch's own multi-head attention over places."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(channels, heads, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        seen = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return x + seen.transpose(1, 2).view_as(x)
+
+
+class Flat(nn.Module):
+    """Channels and pixels become features of a linear layer, and its outputs pixels again."""
+
+    def __init__(self, shape: tuple[int, ...], inner: int) -> None:
+        super().__init__()
+        size = 1
+        for n in shape:
+            size *= n
+        self.down, self.norm, self.up = nn.Linear(size, inner), nn.BatchNorm1d(inner), nn.Linear(inner, size)
+        self.back = nn.Unflatten(1, shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(self.up(F.relu(self.norm(self.down(x.flatten(1))))))
 
 
 class Head(nn.Module):

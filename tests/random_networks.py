@@ -6,6 +6,7 @@ are dead branches; a step may call the module of an earlier step again, or share
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from hypothesis import strategies as st
 from random_layers import (
     ACTIVATIONS,
+    Attention,
+    Flat,
     Gate,
     Head,
     Hierarchy,
@@ -21,6 +24,7 @@ from random_layers import (
     Mixer,
     NonLocal,
     PixelShuffle,
+    Project,
     Reorder,
     Resize,
     Scale,
@@ -69,7 +73,8 @@ class Spec:
         outputs: indices of maps that are returned after the head's logits.
         head: options of the head on the last map, or None for none.
         form: "tensor", "tuple" or "dict": how outputs are returned.
-        extra: "aux" for a head that runs in train mode only, "idle" for a layer that never runs, or "".
+        extra: "aux" for a head that runs in train mode only, "idle" for a layer that never runs, "counter" for
+            a forward that counts its calls, "values" for one that looks at what it computed, or "".
         seed: of the weights.
         training: whether the model is handed over in train mode.
     """
@@ -130,6 +135,8 @@ class Assembly:
 class Network(nn.Module):
     """What a `Spec` describes."""
 
+    counter: Tensor
+
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         made = Assembly(spec.shape)
@@ -140,13 +147,22 @@ class Network(nn.Module):
         self.middle = len(made.maps) // 2
         self.head = None if spec.head is None else Head(made.shape(-1), **spec.head)
         self.aux = Head(made.shape(self.middle), "pool", hidden=3) if spec.extra == "aux" else None
+        self.extra = spec.extra
         if spec.extra == "idle":
             self.idle = nn.Linear(5, 2)
+        elif spec.extra == "counter":
+            self.runs = 0
+            self.register_buffer("counter", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Any:
         maps = [x]
         for index, reads, inline in self.calls:
             maps += _run(self.steps[index], [maps[i] for i in reads], inline)
+        if self.extra == "counter":
+            self.runs += 1
+            self.counter += 1
+        elif self.extra == "values" and float(maps[-1].abs().max()) > 1e9:
+            maps[-1] = maps[-1] * 0
         found = [] if self.head is None else [self.head(maps[-1])]
         found += [maps[i] for i in self.outputs]
         if self.aux is not None and self.training:
@@ -249,7 +265,7 @@ def _build_unit(shapes: list[Shape], options: Options) -> nn.Module:
 
 
 def _join(draw: Draw, shapes: list[Shape]) -> Options | None:
-    how = _one_of(draw, "cat", "add", "cat", "mul", "sub", "max")
+    how = _one_of(draw, "cat", "add", "cat", "mul", "sub", "max", "in place")
     total = sum(shape[0] for shape in shapes) if how == "cat" else shapes[0][0]
     if total > 3 * MAX_CHANNELS:
         return None
@@ -331,12 +347,18 @@ def _pixels(draw: Draw, shapes: list[Shape]) -> Options | None:
 
 
 def _non_local(draw: Draw, shapes: list[Shape]) -> Options | None:
-    pixels = 1
-    for n in shapes[0][1:]:
-        pixels *= n
-    if pixels > 256:
+    if math.prod(shapes[0][1:]) > 256:
         return None
     return {"inner": draw(st.integers(1, 6)), "scaled": _one_of(draw, False, True)}
+
+
+def _attention(draw: Draw, shapes: list[Shape]) -> Options | None:
+    channels, *sides = shapes[0]
+    return {"heads": _one_of(draw, *_divisors(channels))} if math.prod(sides) <= 256 else None
+
+
+def _flat(draw: Draw, shapes: list[Shape]) -> Options | None:
+    return {"inner": draw(st.integers(2, 8))} if math.prod(shapes[0]) <= 1024 else None
 
 
 def _sized(piece: Callable[..., nn.Module], *, rank: bool = True) -> Callable[[list[Shape], Options], nn.Module]:
@@ -370,6 +392,12 @@ KINDS: dict[str, Kind] = {
         _sized(Mixer, rank=False),
     ),
     "non_local": Kind(_non_local, _sized(NonLocal)),
+    "project": Kind(
+        lambda draw, _: {"out": draw(st.integers(2, 8)), "how": _one_of(draw, "matmul", "einsum")},
+        _sized(Project, rank=False),
+    ),
+    "attention": Kind(_attention, _sized(Attention, rank=False)),
+    "flat": Kind(_flat, lambda shapes, options: Flat(shapes[0], **options)),
     "pixels": Kind(_pixels, lambda _, options: PixelShuffle(**options)),
     "standardised": Kind(lambda draw, _: {"out": draw(st.integers(2, 8))}, _sized(Standardised)),
 }
@@ -447,11 +475,8 @@ def _draw_end(draw: Draw, shape: Shape, steps: list[Step], made: Assembly) -> Sp
     if _one_of(draw, False, False, False, True):
         outputs = tuple(_draw_map(draw, made) for _ in range(draw(st.integers(1, 2))))
         head = _one_of(draw, head, None)
-    flat = 1
-    for n in last:
-        flat *= n
-    if head is not None and how == "flatten" and flat > 2048:
+    if head is not None and math.prod(last) > 2048:
         head["how"] = "pool"
     form = _one_of(draw, "tensor", "tuple", "dict")
-    extra = _one_of(draw, "", "", "", "", "aux", "idle")
+    extra = _one_of(draw, "", "", "", "", "aux", "idle", "counter", "values")
     return Spec(shape, tuple(steps), outputs, head, form, extra, draw(st.integers(0, 9)), draw(st.booleans()))

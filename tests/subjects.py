@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 IMAGE = torch.zeros(1, 3, 16, 16)
 
@@ -99,7 +100,7 @@ def _plain(value: Any) -> Any:
 
 def _bits(tensor: Tensor) -> tuple[Any, ...]:
     flags = (id(tensor), tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_leaf, tensor._version)
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.is_meta:
+    if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)) or tensor.is_meta:
         return flags
     shape = (tuple(tensor.shape), tensor.stride(), tensor.data_ptr())
     plain = tensor.int_repr() if tensor.is_quantized else tensor.detach()

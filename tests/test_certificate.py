@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import allocator
 from allocator import Allocation, Certificate, CertificateError, Result, UninformativeScoresWarning
 from allocator.certificate import MEASURABLE, TOLERANCE
-from allocator.rewriting import materialise, sliced
+from allocator.rewriting import materialise
 from allocator.rules.registry import RULES
 
 
@@ -31,24 +31,25 @@ class Shuffled(nn.Module):
         self.right, self.right_norm = nn.Conv2d(16, 16, 3, padding=1, groups=4), nn.BatchNorm2d(16)
         self.last, self.last_norm = nn.Conv2d(32, 16, 1), nn.BatchNorm2d(16)
         self.head = nn.Linear(16, 10)
-        self.groups, self.scale, self.leave_out_relu = 2, 0.25, False
+        self.groups, self.scale, self.linear = 2, 0.25, False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem_norm(self.stem(x)))
-        x = torch.cat([F.relu(self.left_norm(self.left(x))), self.right_norm(self.right(x))], 1)
+        x = F.silu(self.stem_norm(self.stem(x)))
+        x = torch.cat([F.silu(self.left_norm(self.left(x))), self.right_norm(self.right(x))], 1)
         n, c, h, w = x.shape
         x = x.view(n, self.groups, c // self.groups, h, w).transpose(1, 2).reshape(n, c, h, w)
         x = self.last_norm(self.last(x)) * self.scale
-        return self.head((x if self.leave_out_relu else F.relu(x)).mean((2, 3)))
+        return self.head((x if self.linear else F.silu(x)).mean((2, 3)))
 
 
 def allocate(model: nn.Module, flops: str = "50%", **options: Any) -> Result:
     return allocator.allocate(model, flops, example_inputs=IMAGE, **{"scope": "all", **options})
 
 
-@pytest.fixture(scope="module")
-def result() -> Result:
-    return allocate(trained(Shuffled()))
+@pytest.fixture(scope="module", params=["whole", "width"])
+def result(request: pytest.FixtureRequest) -> Result:
+    torch.manual_seed(0)
+    return allocate(trained(Shuffled()), "40%", groups=request.param)
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_right_result_passes_every_check(result: Result) -> None:
     assert found.ok
     assert str(found).startswith("passed: every index accounted for, weights the original's bit for bit, float64")
     kept = result.allocation.kept
-    assert all(kept[f"{name}.weight"][0] for name in ("stem", "left", "right", "last"))
+    assert all(kept[f"{name}.weight"][0] for name in ("stem", "left", "right"))
 
 
 def test_anyone_can_compute_it_again(result: Result, tmp_path: Path) -> None:
@@ -102,11 +103,11 @@ def test_anyone_can_compute_it_again(result: Result, tmp_path: Path) -> None:
 
 def test_its_numbers_are_those_of_a_computation_by_hand() -> None:
     result = allocate(trained())
-    kept = {name: dims for name, dims in result.allocation.kept.items()}
+    kept: dict[str, Any] = result.allocation.kept
     original, cut = (copy.deepcopy(result.graph.model).double() for _ in range(2))
     with torch.no_grad():
         for name in ("narrow", "wide", "head"):
-            weight = cut.get_submodule(name).weight
+            weight = cut.get_parameter(f"{name}.weight")
             gone = [i for i in range(weight.shape[1]) if i not in kept[f"{name}.weight"][1]]
             weight[:, gone] = 0
         x = torch.randn(IMAGE.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -172,7 +173,7 @@ def test_one_wrong_index_is_noticed_wherever_it_is(result: Result) -> None:
         assert not verify(result, small, wrong).structural, "this allocation keeps a neuron in part"
         assert not verify(result, result.model, wrong).structural
         checked += 1
-    assert checked >= 30
+    assert checked >= 20
 
 
 def test_two_kept_indices_in_the_wrong_order_are_noticed(result: Result) -> None:
@@ -200,11 +201,12 @@ def test_an_allocation_that_leaves_a_tensor_out_or_repeats_an_index(result: Resu
 
 
 def test_a_wrong_slice_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    def reversed_rows(tensor: Tensor, kept: Any) -> Tensor:
-        cut = sliced(tensor, kept)
-        return cut.flip(0)
+    def wrongly(model: nn.Module, plan: Allocation) -> Any:
+        small: Any = materialise(model, plan)
+        small.wide.weight.data = small.wide.weight.data.flip(0)
+        return small
 
-    monkeypatch.setattr("allocator.api.materialise", lambda model, plan: materialise(model, plan, reversed_rows))
+    monkeypatch.setattr("allocator.api.materialise", wrongly)
     with pytest.raises(CertificateError, match=r"FAILED: every index.*weights NOT the original's, float64 outputs"):
         allocate(trained())
 
@@ -231,11 +233,11 @@ def test_the_smallest_change_of_any_tensor_is_noticed(name: str, result: Result,
 
 
 def test_bits_are_compared_not_values(result: Result) -> None:
-    model = copy.deepcopy(result.graph.model)
+    model: Any = copy.deepcopy(result.graph.model)
     model.left_norm.bias.data[:] = 0.0
-    small = allocator.rewrite(model, result.allocation)
+    small: Any = allocator.rewrite(model, result.allocation)
     assert allocator.verify(model, small, result.allocation, example_inputs=IMAGE).ok
-    small.left_norm.bias.data[0] = -0.0  # type: ignore[union-attr, operator]
+    small.left_norm.bias.data[0] = -0.0
     found = allocator.verify(model, small, result.allocation, example_inputs=IMAGE)
     assert not differs(found)
     assert found.weights is False
@@ -252,27 +254,24 @@ def _set(path: str, name: str, value: Any) -> Callable[[Any], None]:
     return lambda model: setattr(model.get_submodule(path), name, value)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        _set("", "groups", 4),
-        _set("", "groups", 1),
-        _set("", "scale", 0.5),
-        _set("", "leave_out_relu", True),
-        _set("left_norm", "eps", 1e-4),
-        _set("stem", "padding", (2, 2)),
-        _set("stem", "dilation", (2, 2)),
-        _set("right", "groups", 1),
-        _set("", "stem_norm", nn.Identity()),
-        _set("", "left", nn.Conv2d(5, 6, 1)),
-        _set("", "extra", nn.Linear(2, 2)),
-    ],
-    ids=["shuffle of 4", "no shuffle", "scale", "no relu", "eps", "padding", "dilation", "groups", "norm", "size", "extra"],
-)
-def test_a_changed_forward_is_seen_by_the_structural_check(
-    change: Callable[[Any], None], result: Result, small: Any
-) -> None:
-    change(small)
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "a shuffle of 4": _set("", "groups", 4),
+    "no shuffle": _set("", "groups", 1),
+    "another scale": _set("", "scale", 0.5),
+    "a function left out": _set("", "linear", True),
+    "another eps": _set("left_norm", "eps", 1e-4),
+    "another padding": _set("stem", "padding", (2, 2)),
+    "another dilation": _set("stem", "dilation", (2, 2)),
+    "other groups": _set("right", "groups", 1),
+    "a norm left out": _set("", "stem_norm", nn.Identity()),
+    "a layer of another size": _set("", "left", nn.Conv2d(5, 6, 1)),
+    "a further layer": _set("", "extra", nn.Linear(2, 2)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_forward_is_seen_by_the_structural_check(change: str, result: Result, small: Any) -> None:
+    CHANGES[change](small)
     found = verify(result, small)
     assert not found.structural
     assert not found.ok
@@ -332,9 +331,8 @@ def test_a_network_whose_signal_dies_away_is_compared_on_drawn_weights() -> None
 
 
 def test_residual_branches_that_start_at_zero_are_compared_on_drawn_weights() -> None:
-    model = allocator.build("timm:resnet10t")
-    assert isinstance(model.layer1[0].bn2.weight, Tensor)  # type: ignore[index, union-attr]
-    assert not model.layer1[0].bn2.weight.any()  # type: ignore[index, union-attr]
+    model: Any = allocator.build("timm:resnet10t")
+    assert not model.layer1[0].bn2.weight.any()
     result = allocator.allocate(
         model, "60%", example_inputs=torch.zeros(1, 3, 64, 64), scope="inner", criterion="magnitude"
     )

@@ -93,8 +93,8 @@ def test_a_computed_weight_is_cut_rightly_or_left_whole_and_named(kind: str, lay
         columns = kept_outputs(result, "stem")
     expected = effective(model, layer)[rows][:, columns]
     torch.testing.assert_close(effective(result.model, layer), expected, rtol=1e-6, atol=0)
-    module = result.model.get_submodule(layer)
-    assert (module.out_channels, module.in_channels) == expected.shape[:2]
+    module: Any = result.model.get_submodule(layer)
+    assert (module.out_channels, module.in_channels) == tuple(expected.shape[:2])
     if stays is None:
         assert len(rows) < len(effective(model, layer))
     else:
@@ -118,8 +118,9 @@ def test_power_iteration_does_not_run_in_the_callers_model(kind: str) -> None:
     model = computed(COMPUTED[kind][0], "wide").train()
     with untouched(model):
         result = allocate(model, "96%")
-    assert result.model.training
-    assert result.model.wide.training
+    small: Any = result.model
+    assert small.training
+    assert small.wide.training
 
 
 class SharedWeight(Branches):
@@ -140,7 +141,7 @@ def test_convolutions_that_share_a_weight() -> None:
     model = trained(SharedWeight())
     with untouched(model):
         result = allocate(model, "40%", scope="all", criterion="magnitude")
-    small = result.model
+    small: Any = result.model
     assert result.certificate.ok
     assert small.again.weight is small.narrow.weight
     assert small.again.out_channels == small.narrow.out_channels == len(small.again.bias) < 16
@@ -167,7 +168,7 @@ def test_an_encoder_and_decoder_that_share_a_weight() -> None:
     model = trained(AutoEncoder())
     with untouched(model):
         result = allocate(model, "50%")
-    small = result.model
+    small: Any = result.model
     assert result.certificate.ok
     assert small.decode.weight is small.encode.weight
     assert small.encode.out_channels == small.decode.in_channels == small.norm.num_features == 8
@@ -194,8 +195,9 @@ def test_a_square_weight_read_twice_keeps_the_same_rows_and_columns() -> None:
     model = trained(TiedSquare())
     with untouched(model):
         result = allocate(model, "50%", criterion="magnitude")
-    small = result.model
+    small: Any = result.model
     rows, columns = result.allocation.kept["first.weight"]
+    assert rows is not None
     assert result.certificate.ok
     assert rows == columns == result.allocation.kept["conv.weight"][0]
     assert small.first.in_features == small.first.out_features == small.second.in_features == len(rows) < 12
@@ -228,7 +230,8 @@ def test_layers_that_run_several_times(flops: str) -> None:
     model = trained(Repeated())
     with untouched(model):
         result = allocate(model, flops)
-    small, kept = result.model, result.allocation.kept
+    small: Any = result.model
+    kept = result.allocation.kept
     assert result.certificate.ok
     assert result.certificate.outputs == 2
     assert result.flops_after <= result.flops_asked

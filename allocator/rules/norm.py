@@ -37,7 +37,7 @@ def batch_norm(flow: Flow, op: Op) -> None:
             flow.set(index, [labels[1]])
 
 
-@rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
+@rule("native_layer_norm", "rms_norm", recent=("_fused_rms_norm",))
 def layer_norm(flow: Flow, op: Op) -> None:
     """The trailing dims are normalised together, so by default they stay."""
     labels = list(flow.labels(op.inputs()[0]))

@@ -48,6 +48,19 @@ def _free_or_tie(flow: Flow, op: Op, label: np.ndarray, pieces: list[np.ndarray]
         flow.freeze(label, op, f"a split into fixed sizes {sizes}")
 
 
+@rule("glu")
+def gate(flow: Flow, op: Op) -> None:
+    """The first half of a dim times a gate from its second half: both keep the same places."""
+    labels = list(flow.labels(op.inputs()[0]))
+    dim = int(op.arg("dim"))
+    label = labels[dim]
+    if label is not None:
+        halves = label.reshape(2, -1)
+        flow.tie(halves[1], halves[0], op)
+        labels[dim] = halves[0]
+    flow.set(op.outputs[0], labels)
+
+
 @rule("slice", "slice_copy")
 def slice_(flow: Flow, op: Op) -> None:
     """A range of one dim."""

@@ -1,0 +1,153 @@
+"""Speed and memory, beside Torch-Pruning in one process on one thread.
+
+python -m benchmarks.speed                                   # everything, into results/speed.{json,md}
+python -m benchmarks.speed --parts scaling memory            # these parts anew, the others kept
+python -m benchmarks.speed --parts compare --models torchvision:resnet50 --print   # shown, not written
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from . import memory, peer
+from .common import environment, median, read, timed, write
+from .speed_report import markdown
+from .stages import stages
+
+from reference_set import REFERENCE_SET, fvcore_count, randomised  # isort: skip
+
+import allocator
+
+SHARE = 60
+FAMILIES = {
+    "resnet": [f"torchvision:resnet{depth}" for depth in (18, 34, 50, 101, 152)],
+    "densenet": [f"torchvision:densenet{depth}" for depth in (121, 169, 201)],
+}
+APART = ("fvcore", "certificate")
+
+Data = dict[str, Any]
+Calls = dict[str, Callable[[], Any]]
+
+
+def ours(model: Any) -> tuple[allocator.Result, dict[str, float]]:
+    """One allocation, and its seconds: whole, and without fvcore's count and the certificate.
+
+    The structural check is part of both.
+    """
+    result, seconds = timed(lambda: allocator.allocate(model, flops=f"{SHARE}%"))
+    apart = {stage: result.timings[stage] for stage in APART}
+    core = seconds.wall - sum(apart.values())
+    return result, {"total": seconds.wall, "cpu": seconds.cpu, "core": core, **apart}
+
+
+def interleaved(calls: Calls, repeats: int) -> dict[str, list[Any]]:
+    """Call all in turn, `repeats` times, so that whatever else the machine does meets all of them."""
+    found: dict[str, list[Any]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            found[name].append(call())
+    return found
+
+
+def compare(name: str, repeats: int) -> Data:
+    """Times of one network: ours, Torch-Pruning bisected to the same budget, and its single pass.
+
+    Returns:
+        Medians in seconds; where Torch-Pruning failed, why.
+    """
+    model = randomised(name)
+    own = fvcore_count(model, name).flops
+    row: Data = {"model": name, "own": own, "operators": len(allocator.trace(model).flow.trace.ops)}
+    calls: Calls = {"ours": lambda: ours(model)[1]}
+    try:
+        bisected = peer.prune_to_budget(model, name, own * SHARE / 100)
+        row["peer"] = {"ratio": bisected.flops / own, "tries": bisected.tries, "within": bisected.within}
+        row["peer"]["training"] = peer.broken_in_training(bisected.model, name)
+        calls["bisected"] = lambda: timed(lambda: peer.prune_to_budget(model, name, own * SHARE / 100))[1]._asdict()
+        calls["once"] = lambda: _once(model, name)
+    except Exception as error:  # whatever the peer raises is a result here
+        row["peer"] = {"failed": peer.reason(error)}
+    result, _ = ours(model)
+    row["ratio"] = result.flops_after / own
+    for tool, found in interleaved(calls, repeats).items():
+        row[tool] = {key: median([each[key] for each in found]) for key in found[0]}
+    return row
+
+
+def _once(model: Any, name: str) -> dict[str, float]:
+    """Seconds of one pass of Torch-Pruning; the copy that it changes is made beforehand."""
+    scratch = copy.deepcopy(model)
+    return timed(lambda: peer.prune_once(scratch, name))[1]._asdict()
+
+
+def scaling(name: str, repeats: int) -> Data:
+    """Times of one network by both tools, to be divided by its number of traced operators."""
+    model = randomised(name)
+    row: Data = {"model": name, "operators": len(allocator.trace(model).flow.trace.ops)}
+    ours(model)
+    calls: Calls = {"ours": lambda: ours(model)[1], "once": lambda: _once(model, name)}
+    for tool, found in interleaved(calls, repeats).items():
+        row[tool] = {key: median([each[key] for each in found]) for key in found[0]}
+    return row
+
+
+def memory_row(name: str) -> Data:
+    """Peak memory of one network, per measurement; see `benchmarks.memory`."""
+    return {"model": name, **{what: memory.measure(name, what) for what in memory.WHAT}}
+
+
+def _progress(part: str, rows: list[Data], row: Data) -> None:
+    rows.append(row)
+    print(f"{part}: {row['model']}", flush=True)
+
+
+def measure(parts: Sequence[str], models: Sequence[str], repeats: int) -> Data:
+    """All rows of the parts asked for."""
+    peer.prune_once(randomised(memory.WARM_UP), memory.WARM_UP)
+    ours(randomised(memory.WARM_UP))
+    data: Data = {}
+    for part in parts:
+        rows: list[Data] = []
+        if part == "compare":
+            for name in models:
+                _progress(part, rows, compare(name, repeats))
+        elif part == "scaling":
+            for family, names in FAMILIES.items():
+                for name in names:
+                    _progress(part, rows, {"family": family, **scaling(name, repeats)})
+        elif part == "memory":
+            for name in models:
+                _progress(part, rows, memory_row(name))
+        else:
+            for name in models:
+                _progress(part, rows, {"model": name, "seconds": stages(name, repeats)})
+        data[part] = {"environment": environment(), "repeats": repeats, "rows": rows}
+    return data
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and write."""
+    parts = ("compare", "scaling", "memory", "stages")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.split("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="what to measure")
+    parser.add_argument("--models", nargs="+", default=list(REFERENCE_SET), help="names as for allocator.build")
+    parser.add_argument("--repeats", type=int, default=5, help="calls that a median is taken over (default 5)")
+    parser.add_argument("--print", action="store_true", help="show the tables, write nothing")
+    chosen = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    data = measure(chosen.parts, chosen.models, chosen.repeats)
+    if chosen.print:
+        print(markdown(data))
+        return 0
+    data = {part: found for part in parts if (found := {**read("speed"), **data}.get(part))}
+    write("speed", data, markdown(data))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
