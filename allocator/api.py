@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from .allocation import Allocation
 from .blocks import describe_blocks
 from .certificate import Certificate, compare_outputs, names_and_shapes_match, require, weights_match
-from .checks import check_model, check_weights
+from .checks import check_model, check_weights, unmatched, without_reset
 from .criteria import Scores
 from .criteria import score as score_graph
 from .errors import (
@@ -33,7 +32,7 @@ from .errors import (
 )
 from .fvcore_count import fvcore_flops
 from .graph import ChannelGraph, Options, build_graph
-from .inputs import Inputs, as_inputs, device_of, dtype_of, infer_inputs
+from .inputs import Inputs, as_inputs, infer_inputs, inputs_like
 from .planning import Plan, make_plan, parse_budget, unmet
 from .report import Report
 from .rewriting import check_fits, materialise, reset_parameters
@@ -154,7 +153,7 @@ def _finish(
         certificate = require(_certificate(model, small, graph, plan.kept, seed, certify), "the result")
     if weights == "reset":
         reset_parameters(small)
-        notes.append("weights were reset after the certificate was made")
+        notes.append(f"weights were reset after the certificate was made{without_reset(small)}")
     return Result(
         model=small,
         allocation=allocation,
@@ -198,6 +197,7 @@ def trace(
     except TraceError as error:
         raise _input_error(model, inputs, error) or error from error.__cause__
     _check_dtypes(graph)
+    graph.notes += unmatched(model, options.exclude)
     if graph.flow.trace.mode == "real":
         message = "the forward needs values: the trace holds for inputs that take the same path"
         warnings.warn(message, ValueDependentTraceWarning, stacklevel=3)
@@ -303,7 +303,7 @@ def verify(
     for each in (model, small) if numeric else ():
         check_weights(each)
     if example_inputs is None:
-        example_inputs = _inputs_like(allocation, model)
+        example_inputs = inputs_like(allocation.input_shapes, model)
     graph = trace(model, example_inputs, groups=allocation.groups, norms=allocation.norms)
     kept = kept_by(graph, allocation)
     if kept is None or not names_and_shapes_match(graph, kept, small) or compare_models(graph, kept, small):
@@ -327,14 +327,6 @@ def _verify_parts(
     worst = max(certificates, key=lambda made: (not made.ok, made.relative_error or 0.0))
     structural = same and all(made.structural for made in certificates)
     return replace(worst, structural=structural, exact=all(made.exact for made in certificates))
-
-
-def _inputs_like(allocation: Allocation, model: nn.Module) -> torch.Tensor | None:
-    """A tensor of the size that the allocation was made for; None where there were several, or a vector."""
-    shapes = allocation.input_shapes
-    if len(shapes) != 1 or len(shapes[0]) < 3:
-        return None
-    return torch.zeros(shapes[0], dtype=dtype_of(model), device=device_of(model))
 
 
 def kept_by(graph: ChannelGraph, allocation: Allocation) -> np.ndarray | None:

@@ -93,7 +93,7 @@ class Comparison:
 
     Attributes:
         error: largest difference over all outputs, relative to the largest original output; infinite where an
-            output is missing or not finite.
+            output is missing, or finite in one model alone.
         effect: how much cutting the dropped neurons changes the original's outputs, in the same measure.
         outputs: number of output tensors compared.
         drawn: whether weights drawn from the seed were compared too; then `effect` is theirs.
@@ -207,16 +207,21 @@ def _compare(
 
 
 def _difference(reference: list[torch.Tensor], result: list[torch.Tensor]) -> float:
-    """Largest difference over all outputs, each relative to its largest reference value."""
+    """Largest difference over all outputs, each relative to its largest finite reference value.
+
+    Infinite where shapes differ, or where one output is finite and the other is not.
+    """
     if [t.shape for t in reference] != [t.shape for t in result]:
         return float("inf")
     worst = 0.0
     for a, b in zip(reference, result, strict=True):
-        if not a.numel():
-            continue
-        scale = max(float(a.abs().max()), torch.finfo(torch.float64).tiny)
-        error = float((a - b).abs().max()) / scale
-        worst = max(worst, error if np.isfinite(error) else float("inf"))
+        finite = a.isfinite()
+        if not torch.equal(finite, b.isfinite()):
+            return float("inf")
+        if finite.any():
+            a, b = a[finite], b[finite]
+            scale = max(float(a.abs().max()), torch.finfo(torch.float64).tiny)
+            worst = max(worst, float((a - b).abs().max()) / scale)
     return worst
 
 

@@ -1,6 +1,9 @@
-"""What can be said about a model before it is traced."""
+"""What can be said about a model without tracing it."""
 
 from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -46,6 +49,25 @@ def check_weights(model: nn.Module) -> None:
                 f"{path} lies on the meta device and has no values: build the model on a real device and load "
                 "its weights first"
             )
+
+
+def unmatched(model: nn.Module, exclude: Sequence[str | type]) -> Iterator[str]:
+    """A note for every pattern that excludes nothing, since it may be misspelled."""
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers())]
+    for item in exclude:
+        if isinstance(item, str) and not fnmatch.filter(names, item) and not fnmatch.filter(names, f"{item}.*"):
+            yield f"exclude={item!r} matches no module or parameter"
+
+
+def without_reset(model: nn.Module) -> str:
+    """Words for the modules with weights of their own that `weights="reset"` cannot reach; "" where there are none."""
+    kept = [
+        path or "the model itself"
+        for path, module in model.named_modules()
+        if not callable(getattr(module, "reset_parameters", None))
+        and any(True for _ in module.parameters(recurse=False))
+    ]
+    return f", but not those of {', '.join(kept)}, which have no reset_parameters()" if kept else ""
 
 
 def _check_class(module: nn.Module, where: str) -> None:

@@ -18,7 +18,7 @@ def fvcore_flops(model: nn.Module, inputs: Inputs) -> tuple[int, dict[str, int]]
     """FLOPs of one eval-mode forward by `fvcore.nn.FlopCountAnalysis`.
 
     Args:
-        model: any module; a copy of its structure that shares the weights is run.
+        model: any module; a copy of its structure is run that shares the parameters, and has buffers of its own.
         inputs: positional example inputs.
 
     Returns:
@@ -28,7 +28,8 @@ def fvcore_flops(model: nn.Module, inputs: Inputs) -> tuple[int, dict[str, int]]
         warnings.simplefilter("ignore")  # its import touches parts of torch that are deprecated
         from fvcore.nn import FlopCountAnalysis
 
-    shared = skeleton(model, lambda _, t: t).eval()
+    shared = skeleton(model, lambda _, t: t if isinstance(t, nn.Parameter) else t.clone()).eval()
+    inputs = inputs.map(torch.clone)  # a forward may write into its inputs
     args = tuple(inputs.args)
     with torch.no_grad(), _quiet(), _attention_in_parts():
         analysis = FlopCountAnalysis(shared if not inputs.kwargs else _Bound(shared, inputs.kwargs), args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,6 +150,13 @@ def infer_inputs(model: nn.Module) -> Inputs:
     zeros = torch.zeros((1, *shape), dtype=dtype_of(model), device=device_of(model))
     text = "x".join(map(str, (1, *shape)))
     return Inputs((zeros,), {}, f"input {text}, from {source}")
+
+
+def inputs_like(shapes: Sequence[Sequence[int]], model: nn.Module) -> torch.Tensor | None:
+    """A tensor of zeros of the one shape there is; None where there are several, or where it is not an image's."""
+    if len(shapes) != 1 or len(shapes[0]) < 3:
+        return None
+    return torch.zeros(tuple(shapes[0]), dtype=dtype_of(model), device=device_of(model))
 
 
 def _input_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,10 +15,10 @@ from .errors import NothingToAllocateError, RewriteError
 from .flow import Attribute, Facts, Flow, Slots
 from .graph import ChannelGraph, Options, build_graph, kept_of
 from .planning import Plan
-from .rewriting import describes_itself, materialise, sliced_on_meta, standard_attributes
+from .rewriting import describes_itself, materialise, sliced, sliced_on_meta, standard_attributes
 from .skeleton import tensor_names
 from .structure import Image, Mismatch, compare
-from .tracing import ForwardError, Op, Trace, record, trace_forward
+from .tracing import ForwardError, Op, record
 
 MAX_ROUNDS = 24
 Planner = Callable[[ChannelGraph], Plan]
@@ -62,6 +62,7 @@ def settle(model: nn.Module, graph: ChannelGraph, planner: Planner) -> Settled:
         allocation = describe(model, graph, plan, mends.pieces)
         mismatch = check_structure(model, graph, plan.kept, allocation)
         if mismatch is None:
+            allocation = _leave_alone(model, graph, plan, mends, allocation)
             return Settled(graph, plan, allocation, notes)
         graph = _repair(model, graph, plan, mismatch, mends, notes)
     raise RewriteError(
@@ -70,13 +71,37 @@ def settle(model: nn.Module, graph: ChannelGraph, planner: Planner) -> Settled:
     )
 
 
+def _leave_alone(
+    model: nn.Module, graph: ChannelGraph, plan: Plan, mends: _Mends, allocation: Allocation
+) -> Allocation:
+    """Of the attributes that have the size of a split's parts, change only those that the forward needs changed."""
+    changed = {(path, name) for path, values in allocation.attributes.items() for name in values}
+    doubtful = [(a.module, a.name) for a in graph.facts.attributes if (a.module, a.name) in changed]
+    alone: set[tuple[str, str]] = set()
+    for kind in dict.fromkeys((_class_name(model, path), name) for path, name in doubtful):
+        tried = alone | {(path, name) for path, name in doubtful if (_class_name(model, path), name) == kind}
+        other = describe(model, graph, plan, mends.pieces, tried)
+        if check_structure(model, graph, plan.kept, other) is None:
+            allocation, alone = other, tried
+    return allocation
+
+
 def describe(
     model: nn.Module,
     graph: ChannelGraph,
     plan: Plan,
     mends: dict[tuple[str, str], tuple[np.ndarray, ...]] | None = None,
+    alone: Collection[tuple[str, str]] = (),
 ) -> Allocation:
-    """A plan as an allocation: indices per tensor, attributes per module."""
+    """A plan as an allocation: indices per tensor, attributes per module.
+
+    Args:
+        model: the original model.
+        graph: its neurons.
+        plan: the choice.
+        mends: further attributes that follow the kept channels, with their labels.
+        alone: attributes that stay as they are, though a split has their value for its size.
+    """
     indices = kept_of(graph, plan.kept)
     stays = np.append(plan.kept, True)[graph.unit_of_slot]
     shapes: dict[str, Sequence[int]] = {
@@ -93,6 +118,8 @@ def describe(
     attributes = standard_attributes(model, shapes, groups, absent)
     found = [Attribute(path, name, pieces) for (path, name), pieces in (mends or {}).items()]
     for attribute in (*graph.facts.attributes, *found):
+        if (attribute.module, attribute.name) in alone:
+            continue
         current = getattr(model.get_submodule(attribute.module), attribute.name)
         value = _attribute_value(current, [int(stays[piece].sum()) for piece in attribute.pieces])
         if value != (list(current) if isinstance(current, tuple) else current):
@@ -139,8 +166,9 @@ def _add_rows(model: nn.Module, kept: dict[str, list[Any]], groups: dict[str, in
 
 def check_structure(model: nn.Module, graph: ChannelGraph, kept: np.ndarray, allocation: Allocation) -> Mismatch | None:
     """Trace the rewritten model on meta tensors and compare; None where it is the image of the original."""
-    small = materialise(model, allocation, sliced_on_meta)
-    copied = graph.flow.trace.mode == "meta" and graph.training_flow is None
+    on_meta = graph.flow.trace.mode == "meta"
+    small = materialise(model, allocation, sliced_on_meta if on_meta else sliced)
+    copied = on_meta and graph.training_flow is None
     return compare_models(graph, kept, small, copied=copied)
 
 
@@ -157,7 +185,8 @@ def compare_models(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, *, c
         if flow is None:
             continue
         try:
-            trace, error = _trace_like(flow.trace, small, graph, copied), None
+            mode, training = flow.trace.mode, flow.trace.training
+            trace, error = record(small, graph.inputs, mode, training=training, copied=copied), None
         except ForwardError as raised:
             trace, error = raised.partial, raised
         new = run_rules(trace, slots, Facts(), **rules)
@@ -167,12 +196,6 @@ def compare_models(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, *, c
         if mismatch is not None:
             return mismatch
     return None
-
-
-def _trace_like(original: Trace, small: nn.Module, graph: ChannelGraph, copied: bool) -> Trace:
-    if original.mode == "real" and any(t.is_meta for t in small.parameters()):
-        return trace_forward(small, graph.inputs)
-    return record(small, graph.inputs, original.mode, training=original.training, copied=copied)
 
 
 def _culprit(flow: Flow, error: ForwardError) -> Mismatch:

@@ -8,6 +8,12 @@ from typing import Any
 from .common import short, table, where
 
 COMMAND = "python -m benchmarks.speed"
+REPEATS = {
+    "compare": "Medians of {0} calls.",
+    "scaling": "Medians of {0} calls.",
+    "memory": "One call per process.",
+    "stages": "Means of {0} calls.",
+}
 
 Data = dict[str, Any]
 
@@ -19,7 +25,7 @@ def markdown(data: Data) -> str:
     for part, writer in writers.items():
         if part in data:
             found = data[part]
-            parts += [*writer(found["rows"]), f"Medians of {found['repeats']}. {where(found['environment'])}"]
+            parts += [*writer(found["rows"]), f"{REPEATS[part].format(found['repeats'])} {where(found['environment'])}"]
     return "\n\n".join(parts)
 
 

@@ -48,6 +48,13 @@ def positive(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.rand(shape, dtype=torch.float64) * 0.6 + 0.2
 
 
+def levelled(shape: tuple[int, ...]) -> torch.Tensor:
+    """Every channel holds the same values in another order, so that any of them have the same mean and variance."""
+    values = torch.linspace(-1, 2, shape[2], dtype=torch.float64)
+    rows = [values[torch.randperm(shape[2])] for _ in range(shape[0] * shape[1])]
+    return torch.stack(rows).view(shape)
+
+
 def truth(shape: tuple[int, ...]) -> torch.Tensor:
     """Booleans."""
     return torch.rand(shape) > 0.5
@@ -223,7 +230,7 @@ def _classes(facts: Facts, seeds: Sequence[Labels]) -> tuple[list[np.ndarray], l
 
 def _values(case: Case) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Activations and weights, the same ones on every call."""
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     return [d.make(d.shape) for d in case.data], {n: case.make(s) for n, s in case.weights.items()}
 
 
@@ -254,7 +261,7 @@ class Bench:
     def _run(
         self, data: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], attributes: Any
     ) -> list[torch.Tensor]:
-        torch.manual_seed(2)
+        torch.default_generator.manual_seed(2)
         copies = {name: w.clone() for name, w in weights.items()}
         holder = Holder(self.case.twin or self.case.run, copies, attributes).eval()
         with torch.no_grad():

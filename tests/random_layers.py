@@ -108,7 +108,7 @@ class Resize(nn.Module):
 
 
 class Join(nn.Module):
-    """Several maps become one: "cat", "add", "in place", "sub", "mul" or "max"; sizes and channels are made to fit first."""
+    """Several maps become one: "cat", "add", "in place", "sub", "mul" or "max"; all are made to fit first."""
 
     def __init__(self, rank: int, sources: list[int], how: str, target: int | None = None) -> None:
         super().__init__()

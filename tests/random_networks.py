@@ -102,8 +102,7 @@ class Assembly:
         """Make the step's module and run it; an error leaves all as it was."""
         reads = [self.maps[i] for i in step.reads]
         index, module = self._module(step, [tuple(x.shape[1:]) for x in reads])
-        with torch.no_grad():
-            made = _run(module.eval(), reads, False)
+        made = _run(module.eval(), reads, False)
         if index == len(self.modules):
             self.modules.append(module)
             self.channels.append([x.shape[1] for x in reads])

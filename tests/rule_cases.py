@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from oracle import Case, Data, below, positive, single, truth
+from oracle import Case, Data, below, levelled, positive, single, truth
 from rule_rows import FEATURES, IMAGE, LOOSE, SIGNAL, TOKENS, VOLUME, WHOLE, WIDTH, aten, case, each, image
 
 # -------------------------------------------------------------------------------------- contractions
@@ -148,13 +148,6 @@ CONTRACTION = {
 
 _AFFINE = {"g": (6,), "b": (6,)}
 _RUNNING = {**_AFFINE, "mean": (6,), "var": (6,)}
-
-
-def levelled(shape: tuple[int, ...]) -> torch.Tensor:
-    """Every channel holds the same values in another order, so that any of them have the same mean and variance."""
-    values = torch.linspace(-1, 2, shape[2], dtype=torch.float64)
-    rows = [values[torch.randperm(shape[2])] for _ in range(shape[0] * shape[1])]
-    return torch.stack(rows).view(shape)
 
 
 LEVEL = Data((2, 6, 5), (1,), levelled)
@@ -471,6 +464,17 @@ SPATIAL = {
         *each(lambda x: F.unfold(x, 2), Data((6, 4, 4), (0,))),
         *each(lambda x: F.unfold(x, 2), image(dims=(2,))),
     ],
+    "col2im": [
+        *each(lambda x: F.fold(x, (3, 4), 2), Data((2, 12, 6), (1,))),
+        *each(lambda x: F.fold(x, 4, 2, stride=2), Data((8, 4), (0,))),
+        *each(lambda x: F.fold(x, 4, 2, stride=2), Data((2, 8, 4), (2,))),
+    ],
+    "unfold": [
+        *each(lambda x: x.unfold(2, 2, 1), IMAGE),
+        *each(lambda x: x.unfold(-1, 3, 1).unfold(2, 3, 1), IMAGE),
+        *each(lambda x: x.unfold(1, 2, 2), IMAGE),
+    ],
+    "unfold_copy": each(lambda x: aten.unfold_copy(x, -2, 2, 2), IMAGE),
     "grid_sampler_2d": [
         *each(lambda x, g: F.grid_sample(x, g, align_corners=False), IMAGE, Data((2, 3, 3, 2))),
         *each(lambda x, g: F.grid_sample(x, g, align_corners=False), IMAGE, Data((2, 3, 3, 2), (3,))),

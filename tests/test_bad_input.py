@@ -160,6 +160,16 @@ def test_gammas_that_are_not_finite() -> None:
         allocate(model)
 
 
+def test_weights_that_are_not_numbers_do_not_hide_a_right_result() -> None:
+    model = trained()
+    model.stem.weight.data[5, 1, 0, 0] = math.nan
+    with untouched(model):
+        found = allocate(model).certificate
+    assert found.ok
+    assert found.weights
+    assert found.drawn, "outputs that are all NaN show nothing"
+
+
 # ---------------------------------------------------------------------------------- nothing to allocate
 
 
@@ -168,6 +178,11 @@ def test_everything_excluded() -> None:
     with untouched(model), pytest.raises(NothingToAllocateError, match="excluded by the caller") as caught:
         allocate(model, exclude="*")
     assert any("excluded by the caller" in reason for reason in caught.value.reasons)
+
+
+def test_a_misspelled_exclusion_is_noted() -> None:
+    notes = allocate(trained(), exclude=["stem", "narow.*"]).notes
+    assert notes == ["exclude='narow.*' matches no module or parameter"]
 
 
 @pytest.mark.parametrize("criterion", ["bn_scale", "magnitude", "random"])
@@ -309,6 +324,22 @@ def test_a_forward_that_needs_values_is_allocated_with_a_warning(make: Callable[
     assert result.certificate.ok
     assert result.certificate.relative_error is not None
     assert result.model(image).shape == (1, 10)
+
+
+class Literal(Branches):
+    """Adds a constant made on the CPU, which a meta tensor does not meet, but a fake one does."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return super().features(x) + torch.ones(1, 1, 1, 1)
+
+
+def test_a_forward_that_makes_tensors_on_the_cpu_is_traced_without_its_values() -> None:
+    model = trained(Literal())
+    with untouched(model):
+        result = allocate(model)
+    assert result.graph.flow.trace.mode == "fake"
+    assert result.allocation.kept == allocate(trained()).allocation.kept
+    assert result.certificate.ok
 
 
 class Writes(Branches):

@@ -117,9 +117,7 @@ def test_missing_library_says_what_to_install(
         build(name)
 
 
-def test_factory_whose_import_lacks_a_package_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_factory_whose_import_lacks_a_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "needy.py").write_text("import a_package_nobody_has\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UnsupportedModelError, match="a_package_nobody_has"):

@@ -64,9 +64,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def _save_sequential(path: str) -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 5, 1)
-    ).eval()
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 5, 1)).eval()
     nn.init.uniform_(net[1].weight, 0.2, 1.5)  # type: ignore[arg-type]
     save_model(net, path)
 
@@ -119,9 +117,7 @@ def test_the_main_help_names_every_command(capsys: pytest.CaptureFixture[str]) -
         (["verify", "m.pt", "s.pt"], "ALLOCATION is needed"),
     ],
 )
-def test_bad_usage_ends_with_status_2(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_usage_ends_with_status_2(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _status(arguments) == 2
     printed = capsys.readouterr()
     assert said in printed.err

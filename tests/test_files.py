@@ -240,9 +240,7 @@ def _write_zip_pickle(path: Path, payload: bytes) -> None:
         ("importlib", "import_module"),
     ],
 )
-def test_functions_and_code_makers_of_trusted_packages_are_refused(
-    tmp_path: Path, module: str, name: str
-) -> None:
+def test_functions_and_code_makers_of_trusted_packages_are_refused(tmp_path: Path, module: str, name: str) -> None:
     _write_zip_pickle(tmp_path / "m.pt", _pickle_of_global(module, name))
     with pytest.raises(UnsafeFileError):
         open_pickle(tmp_path / "m.pt")
@@ -252,9 +250,7 @@ def test_functions_and_code_makers_of_trusted_packages_are_refused(
         open_pickle(_as_plain)
 
 
-def test_no_module_outside_the_trusted_packages_is_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_module_outside_the_trusted_packages_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
     _write_zip_pickle(tmp_path / "m.pt", _pickle_of_global("evil_module", "Net"))
@@ -349,9 +345,7 @@ def test_truncated_files_are_said_to_be_so(tmp_path: Path, share: float, zipped:
     assert not isinstance(caught.value, UnsafeFileError)
 
 
-@pytest.mark.parametrize(
-    "content", [b"just some text", b"PK\x03\x04 no zip", b"\x80\x02", struct.pack("<d", 1.5)]
-)
+@pytest.mark.parametrize("content", [b"just some text", b"PK\x03\x04 no zip", b"\x80\x02", struct.pack("<d", 1.5)])
 def test_files_that_hold_something_else(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "m.pt").write_bytes(content)
     with pytest.raises(FileError):

@@ -60,9 +60,7 @@ def test_a_result_comes_back_from_its_file_alone(tmp_path: Path, name: str, kwar
     assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
     assert torch.equal(loaded(IMAGE), result.model(IMAGE))
     assert all(not value.is_meta for value in (*loaded.parameters(), *loaded.buffers()))
-    assert load_allocation(tmp_path / "s.safetensors").to_dict() == json.loads(
-        json.dumps(result.allocation.to_dict())
-    )
+    assert load_allocation(tmp_path / "s.safetensors").to_dict() == json.loads(json.dumps(result.allocation.to_dict()))
 
 
 def test_the_loaded_model_passes_verification_and_trains(tmp_path: Path) -> None:

@@ -35,13 +35,35 @@ def spatial(flow: Flow, op: Op) -> None:
 
 
 @rule("im2col")
-def unfold(flow: Flow, op: Op) -> None:
+def patches(flow: Flow, op: Op) -> None:
     """(B, C, H, W) to (B, C k k, L): a channel's k*k rows follow one another; the batch may be missing."""
     *batch, channels, height, width = flow.labels(op.inputs()[0])
     _stay(flow, op, [height, width])
     factor = int(np.prod(op.arg("kernel_size")))
     rows = None if channels is None else np.repeat(channels, factor)
     flow.set(op.outputs[0], [*batch, rows, None])
+
+
+@rule("col2im")
+def fold(flow: Flow, op: Op) -> None:
+    """(B, C k k, L) to (B, C, H, W): a channel's k*k rows go together; the batch may be missing."""
+    *batch, rows, places = flow.labels(op.inputs()[0])
+    _stay(flow, op, [places])
+    if rows is not None:
+        grid = rows.reshape(-1, int(np.prod(op.arg("kernel_size"))))
+        flow.tie(grid, grid[:, :1], op)
+        rows = grid[:, 0]
+    flow.set(op.outputs[0], [*batch, rows, None, None])
+
+
+@rule("unfold", "unfold_copy")
+def windows(flow: Flow, op: Op) -> None:
+    """Sliding windows over one dim become a new last dim; neither carries anything further."""
+    labels = list(flow.labels(op.inputs()[0]))
+    dim = int(op.arg("dimension"))
+    _stay(flow, op, [labels[dim]])
+    labels[dim] = None
+    flow.set(op.outputs[0], [*labels, None])
 
 
 @rule("grid_sampler_2d", "grid_sampler_3d")
