@@ -144,19 +144,19 @@ def weights_match(model: nn.Module, small: nn.Module, graph: ChannelGraph, kept:
 
 
 def _part(tensor: torch.Tensor, dims: Sequence[np.ndarray | None]) -> torch.Tensor:
-    """The elements at the crossings of the indices of every dim; all of them where there are no dims."""
-    if all(d is None for d in dims):
-        return tensor
-    grid = [np.arange(n) if d is None else d for n, d in zip(tensor.shape, dims, strict=True)]
-    crossings = [torch.as_tensor(g, device=tensor.device) for g in np.ix_(*grid)]
-    return tensor[tuple(crossings)]
+    """The elements at the crossings of the indices of every dim; all of a dim where it has none."""
+    for dim, indices in enumerate(dims):
+        if indices is not None:
+            tensor = tensor[(slice(None),) * dim + (torch.as_tensor(indices, device=tensor.device),)]
+    return tensor
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equality that tells +0 from -0 and holds for NaN."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    flat_a, flat_b = (t.reshape(-1).contiguous().view(torch.uint8) for t in (a, b.to(a.device)))
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(a.element_size(), torch.uint8)
+    flat_a, flat_b = (t.reshape(-1).contiguous().view(bits) for t in (a, b.to(a.device)))
     return torch.equal(flat_a, flat_b)
 
 

@@ -53,11 +53,13 @@ class Value:
         shape: its sizes.
         dtype: its dtype.
         name: the name of the parameter or buffer it is, or None for an activation.
+        base: the value whose memory it is a view of, or None.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     name: str | None = None
+    base: int | None = None
 
 
 @dataclass(slots=True)
@@ -140,13 +142,18 @@ class Trace:
 
     def live(self, gone: Collection[int] = frozenset()) -> list[Op]:
         """Calls that the outputs depend on, in order; those that only serve values in `gone` do not count."""
-        wanted = set(self.outputs)
+        wanted = {self.root(i) for i in self.outputs}
         live = []
         for op in reversed(self.ops):
-            if not wanted.isdisjoint(op.outputs) and not any(i in gone for i in op.outputs):
+            if any(self.root(i) in wanted for i in op.outputs) and not any(i in gone for i in op.outputs):
                 live.append(op)
-                wanted.update(i for i in op.inputs() if i not in gone)
+                wanted.update(self.root(i) for i in op.inputs() if i not in gone)
         return live[::-1]
+
+    def root(self, index: int) -> int:
+        """The value that owns a value's memory, so that a write into a view is a write into what it views."""
+        base = self.values[index].base
+        return index if base is None else base
 
     def __str__(self) -> str:
         lines = [f"{op.index:5d} {op.target} {[self.values[i].shape for i in op.outputs]}" for op in self.ops]
@@ -236,6 +243,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.model = model
         self.raw: list[tuple[Any, Any, Any, Any, str, Call | None]] = []
+        self.before: dict[int, list[tuple[int, ...]]] = {}
         self.calls: list[Call] = []
         self.call: Call | None = None
         self.paused = False
@@ -254,6 +262,8 @@ class _Recorder(TorchDispatchMode):
     def note(self, target: Any, args: Any, kwargs: Any, run: Callable[[Any, Any, Any], Any]) -> Any:
         """Record a call to `target`, entered before `run` makes it, so that calls within it come later."""
         entry = len(self.raw)
+        if torch.Tag.inplace_view in getattr(target, "tags", ()):
+            self.before.setdefault(id(args[0]), []).append(tuple(args[0].shape))
         self.raw.append((target, args, kwargs, None, self.stack[-1], self.call))
         out = run(target, args, kwargs)
         self.raw[entry] = (target, args, kwargs, out, self.stack[-1], self.call)
@@ -313,7 +323,8 @@ class _Recorder(TorchDispatchMode):
             known = index.get(id(leaf))
             if known is None:
                 known = index[id(leaf)] = len(values)
-                values.append(Value(tuple(leaf.shape), leaf.dtype, names.get(id(leaf))))
+                shape = (self.before.get(id(leaf)) or [tuple(leaf.shape)])[0]
+                values.append(Value(shape, leaf.dtype, names.get(id(leaf))))
             return Ref(known)
 
         def outputs(tree: Any) -> tuple[int, ...]:
@@ -324,9 +335,14 @@ class _Recorder(TorchDispatchMode):
             composite.outputs = outputs(composite.outputs)
         ops = []
         for i, (func, args, kwargs, out, module, call) in enumerate(self.raw):
+            reshaped = id(args[0]) if torch.Tag.inplace_view in getattr(func, "tags", ()) else None
             args, kwargs = _replace(args, ref), _replace(kwargs, ref)
             reads = tuple(_refs((args, kwargs)))
+            if reshaped is not None:
+                self.before[reshaped].pop(0)
+                del index[reshaped]
             ops.append(Op(i, func, args, kwargs, reads, outputs(out), module, call))
+            _note_views(ops[-1], values)
         returned = list(outputs(tensors_in(output)))
         return Trace(ops, values, returned, self.calls, self.model, mode, training, self.modules)
 
@@ -363,6 +379,18 @@ def _replace(tree: Any, ref: Callable[[Any], Any]) -> Any:
     if isinstance(tree, dict):
         return {key: _replace(item, ref) for key, item in tree.items()}
     return ref(tree)
+
+
+def _note_views(op: Op, values: list[Value]) -> None:
+    """Where a call gives views of its first tensor, say so in their values."""
+    schema = getattr(op.target, "_schema", None)
+    if schema is None or not op.reads or not any(r.alias_info is not None for r in schema.returns):
+        return
+    source = op.reads[0]
+    base = source if values[source].base is None else values[source].base
+    for index in op.outputs:
+        if index != source and values[index].name is None:
+            values[index].base = base
 
 
 def _refs(tree: Any) -> Iterator[int]:

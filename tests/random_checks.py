@@ -128,7 +128,7 @@ class Snapshot:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    found = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     found.update(model.named_buffers(remove_duplicate=False))
     return found
 
@@ -336,7 +336,7 @@ def _train_step(model: nn.Module, x: Tensor) -> Exception | None:
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
     try:
         outputs = tree_leaves(model(torch.cat([x, x + 1])))
-        torch.stack([t.square().mean() for t in outputs]).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack([t.square().mean() for t in outputs]).sum().backward()
     except (RuntimeError, ValueError) as error:
         return error
     optimiser.step()

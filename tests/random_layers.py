@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -149,7 +149,7 @@ def _resized(x: Tensor, sides: torch.Size) -> Tensor:
         return x
     if x.shape[2] > sides[0]:
         pool = {3: F.adaptive_max_pool1d, 4: F.adaptive_avg_pool2d, 5: F.adaptive_max_pool3d}[x.dim()]
-        return pool(x, list(sides))
+        return cast(Tensor, pool(x, list(sides)))  # type: ignore[operator]
     return F.interpolate(x, size=sides, mode="nearest")
 
 

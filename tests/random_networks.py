@@ -74,7 +74,7 @@ class Spec:
         head: options of the head on the last map, or None for none.
         form: "tensor", "tuple" or "dict": how outputs are returned.
         extra: "aux" for a head that runs in train mode only, "idle" for a layer that never runs, "counter" for
-            a forward that counts its calls, "values" for one that looks at what it computed, or "".
+            a forward that counts its calls, "values" for one that looks at its input's values, or "".
         seed: of the weights.
         training: whether the model is handed over in train mode.
     """
@@ -160,7 +160,7 @@ class Network(nn.Module):
         if self.extra == "counter":
             self.runs += 1
             self.counter += 1
-        elif self.extra == "values" and float(maps[-1].abs().max()) > 1e9:
+        elif self.extra == "values" and float(x.abs().max()) > 1e9:
             maps[-1] = maps[-1] * 0
         found = [] if self.head is None else [self.head(maps[-1])]
         found += [maps[i] for i in self.outputs]
@@ -227,7 +227,7 @@ def _divisors(n: int) -> list[int]:
 
 def _unit(draw: Draw, shapes: list[Shape]) -> Options | None:
     (channels, *sides), options = shapes[0], {}
-    norms = ("batch", "batch", "batch", "none", "plain", "stats", "group", "instance")
+    norms = ("batch", "batch", "batch", "batch", "batch", "batch", "none", "plain", "stats", "group", "instance")
     options["norm"] = _one_of(draw, *norms)
     options["act"] = _one_of(draw, *ACTIVATIONS)
     options["first"] = _one_of(draw, False, False, False, True)
@@ -401,8 +401,9 @@ KINDS: dict[str, Kind] = {
     "standardised": Kind(lambda draw, _: {"out": draw(st.integers(2, 8))}, _sized(Standardised)),
 }
 # How often each kind is drawn.
-_WEIGHTS = {"unit": 7, "depthwise": 3, "join": 8, "split": 3, "shuffle": 2, "hierarchy": 3, "excite": 2, "slice": 2}
-_WEIGHTS |= {"resize": 2, "again": 4, "tied": 2, "scale": 1}
+_WEIGHTS = {"unit": 10, "depthwise": 4, "join": 12, "split": 4, "shuffle": 3, "hierarchy": 4, "excite": 3, "slice": 3}
+_WEIGHTS |= {"resize": 3, "again": 5, "tied": 3, "transposed": 3, "gate": 2, "selective": 2, "mixer": 2, "flat": 2}
+_WEIGHTS |= {"project": 2, "non_local": 2}
 _MENU = [kind for kind in (*KINDS, "again", "tied") for _ in range(_WEIGHTS.get(kind, 1))]
 
 
@@ -419,7 +420,7 @@ def specs(draw: Draw, ranks: tuple[int, ...] = (2, 2, 2, 1, 3), most: int = 9) -
         made = Assembly(shape)
         steps = [Step("unit", (0,), {"out": draw(st.integers(2, 12)), "norm": "batch"})]
         made.add(steps[0])
-        for _ in range(draw(st.integers(0, most))):
+        for _ in range(draw(st.integers(1, most))):
             step = _draw_step(draw, steps, made)
             if step is not None:
                 try:

@@ -13,7 +13,7 @@ from rule_rows import FEATURES, IMAGE, LOOSE, SIGNAL, TOKENS, VOLUME, WHOLE, WID
 # -------------------------------------------------------------------------------------- contractions
 
 
-def _conv(m: Any, x: torch.Tensor) -> torch.Tensor:
+def convolve(m: Any, x: torch.Tensor) -> torch.Tensor:
     run = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
     return run(x, m.w, getattr(m, "b", None), padding=1, groups=m.groups)
 
@@ -33,18 +33,18 @@ def convolutions() -> list[Case]:
     x = image(side=3)
     grouped = {"x": x, "b": 6, "groups": 2}
     return [
-        conv(_conv, x, (4, 6, 3, 3), 4),
-        conv(_conv, x, (4, 6, 1, 1)),
-        conv(_conv, SIGNAL, (4, 6, 3), 4),
-        conv(_conv, VOLUME, (3, 4, 3, 3, 3)),
-        conv(_conv, image(dims=(0, 1)), (4, 6, 3, 3)),
-        conv(_conv, image(dims=()), (4, 6, 3, 3), 4, contracts=True),
-        conv(_conv, image(dims=(2,)), (4, 6, 3, 3), contracts=True),
-        conv(_conv, w=(6, 3, 3, 3), options=WHOLE, **grouped),  # type: ignore[arg-type]
-        conv(_conv, w=(6, 3, 3, 3), options=WIDTH, contracts=True, **grouped),  # type: ignore[arg-type]
-        conv(_conv, x, (6, 1, 3, 3), 6, 6, options=WHOLE),
-        conv(_conv, x, (12, 1, 3, 3), 12, 6, options=WIDTH),
-        conv(_conv, image(dims=()), (6, 3, 3, 3), 6, 2),
+        conv(convolve, x, (4, 6, 3, 3), 4),
+        conv(convolve, x, (4, 6, 1, 1)),
+        conv(convolve, SIGNAL, (4, 6, 3), 4),
+        conv(convolve, VOLUME, (3, 4, 3, 3, 3)),
+        conv(convolve, image(dims=(0, 1)), (4, 6, 3, 3)),
+        conv(convolve, image(dims=()), (4, 6, 3, 3), 4, contracts=True),
+        conv(convolve, image(dims=(2,)), (4, 6, 3, 3), contracts=True),
+        conv(convolve, w=(6, 3, 3, 3), options=WHOLE, **grouped),  # type: ignore[arg-type]
+        conv(convolve, w=(6, 3, 3, 3), options=WIDTH, contracts=True, **grouped),  # type: ignore[arg-type]
+        conv(convolve, x, (6, 1, 3, 3), 6, 6, options=WHOLE),
+        conv(convolve, x, (12, 1, 3, 3), 12, 6, options=WIDTH),
+        conv(convolve, image(dims=()), (6, 3, 3, 3), 6, 2),
         conv(_conv_transposed, x, (6, 4, 2, 2), 4),
         conv(_conv_transposed, w=(6, 3, 2, 2), options=WHOLE, **grouped),  # type: ignore[arg-type]
         conv(_conv_transposed, w=(6, 3, 2, 2), options=WIDTH, contracts=True, **grouped),  # type: ignore[arg-type]
@@ -158,7 +158,7 @@ def normed(run: Callable[..., Any], *data: Data, weights: dict[str, Any] = _RUNN
     return [case(run, x, weights=weights, make=positive, **more) for x in data or (IMAGE, FEATURES)]
 
 
-def _batch_norm(m: Any, x: torch.Tensor) -> torch.Tensor:
+def batch_norm(m: Any, x: torch.Tensor) -> torch.Tensor:
     return F.batch_norm(x, m.mean, m.var, m.g, m.b)
 
 
@@ -180,9 +180,9 @@ NORMS = {
         *normed(raw_norm(lambda x, g, b, *m: aten.native_batch_norm(x, g, b, *m, True, 0.1, 1e-5))),
         *normed(lambda m, x: F.batch_norm(x, None, None, training=True)),
         *normed(lambda m, x: F.batch_norm(x, m.mean, m.var)),
-        *normed(_batch_norm, VOLUME, weights=dict.fromkeys(_RUNNING, (4,))),
-        *normed(_batch_norm, image(dims=())),
-        *normed(_batch_norm, image(dims=(0, 1, 2))),
+        *normed(batch_norm, VOLUME, weights=dict.fromkeys(_RUNNING, (4,))),
+        *normed(batch_norm, image(dims=())),
+        *normed(batch_norm, image(dims=(0, 1, 2))),
         *normed(lambda m, x: F.batch_norm(x, None, None, training=True), image(dims=(0, 1))),
         *normed(lambda m, x: F.instance_norm(x, weight=m.g, bias=m.b), IMAGE),
     ],
@@ -194,10 +194,10 @@ NORMS = {
         raw_norm(lambda x, *m: aten._native_batch_norm_legit_no_training(x, *m, 0.1, 1e-5)[0])
     ),
     "cudnn_batch_norm": normed(
-        raw_norm(lambda x, *m: aten.cudnn_batch_norm(x, *m, False, 0.1, 1e-5)[0]), twin=_batch_norm
+        raw_norm(lambda x, *m: aten.cudnn_batch_norm(x, *m, False, 0.1, 1e-5)[0]), twin=batch_norm
     ),
     "miopen_batch_norm": normed(
-        raw_norm(lambda x, *m: aten.miopen_batch_norm(x, *m, False, 0.1, 1e-5)[0]), twin=_batch_norm
+        raw_norm(lambda x, *m: aten.miopen_batch_norm(x, *m, False, 0.1, 1e-5)[0]), twin=batch_norm
     ),
     "_batch_norm_no_update": normed(raw_norm(lambda x, *m: aten._batch_norm_no_update(x, *m, 0.1, 1e-5)[0])),
     "_batch_norm_with_update": normed(raw_norm(lambda x, *m: aten._batch_norm_with_update(x, *m, 0.1, 1e-5)[:3])),

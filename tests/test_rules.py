@@ -330,7 +330,7 @@ WRONG: dict[str, tuple[str, Callable[[Flow, Op], None], Case, str]] = {
     "groups off by one": (
         "convolution",
         _groups_off_by_one,
-        compute.conv(compute._conv, image(), (6, 3, 3, 3), 6, 2),
+        compute.conv(compute.convolve, image(), (6, 3, 3, 3), 6, 2),
         "output 0 differs",
     ),
     "reader not noted": ("convolution", _columns_not_read, compute.CONTRACTION["convolution"][0], "not noted"),
@@ -339,7 +339,7 @@ WRONG: dict[str, tuple[str, Callable[[Flow, Op], None], Case, str]] = {
     "parameter forgotten": (
         "native_batch_norm",
         _without_running_variance,
-        compute.normed(compute._batch_norm, IMAGE)[0],
+        compute.normed(compute.batch_norm, IMAGE)[0],
         "raises RuntimeError",
     ),
     "index off by one": (
@@ -420,8 +420,8 @@ def test_a_part_leaves_out_indices_of_one_dim_and_keeps_their_order() -> None:
         (each(lambda x: x * x.sigmoid(), IMAGE)[0], []),
         (each(torch.add, IMAGE, image(dims=()))[0], []),
         (case(lambda m, x: x + m.p, IMAGE, weights={"p": (6, 1, 1)}), []),
-        (compute.conv(compute._conv, image(), (6, 3, 3, 3), 6, 2), ["groups"]),
-        (compute.conv(compute._conv, image(), (6, 1, 3, 3), 6, 6), []),
+        (compute.conv(compute.convolve, image(), (6, 3, 3, 3), 6, 2), ["groups"]),
+        (compute.conv(compute.convolve, image(), (6, 1, 3, 3), 6, 6), []),
     ],
 )
 def test_branches_meet(row: Case, kinds: list[str]) -> None:
@@ -429,7 +429,7 @@ def test_branches_meet(row: Case, kinds: list[str]) -> None:
 
 
 def test_a_batch_norm_notes_its_scale() -> None:
-    (row,) = compute.normed(compute._batch_norm, IMAGE)
+    (row,) = compute.normed(compute.batch_norm, IMAGE)
     claimed = claim(row)
     ((label, name),) = claimed.facts.gammas
     assert name == "g"
