@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from .flow import Facts, Flow, Slots
 from .rules import find_rule
-from .tracing import Trace
+from .tracing import Op, Trace
+
+
+class RuleError(Exception):
+    """A rule met shapes that do not go together: meta tensors let through what a real forward would not.
+
+    Attributes:
+        op: the call.
+        flow: labels of all that came before it.
+    """
+
+    def __init__(self, op: Op, flow: Flow, cause: Exception):
+        super().__init__(f"{op}: {cause}")
+        self.op, self.flow = op, flow
 
 
 def run_rules(trace: Trace, slots: Slots, facts: Facts, **options: object) -> Flow:
@@ -15,6 +28,9 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, **options: object) -> Fl
         slots: numbers of the model's parameters and buffers.
         facts: filled in place; pass the same object for several traces of one model.
         options: `groups`, `norms` and `tied_parts` of `Flow`.
+
+    Raises:
+        RuleError: the shapes of a call do not go together.
     """
     flow = Flow(trace, slots, facts, **options)  # type: ignore[arg-type]
     for op in trace.ops:
@@ -24,7 +40,11 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, **options: object) -> Fl
         if known is None:
             flow.refuse(op, "no rule for this operator")
         else:
-            known(flow, op)
+            try:
+                known(flow, op)
+            except ValueError as error:
+                raise RuleError(op, flow, error) from error
+    flow.freeze_computed_weights()
     for index in trace.outputs:
         flow.freeze_output(index)
     return flow

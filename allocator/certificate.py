@@ -262,7 +262,7 @@ def run_float64(
     copied = skeleton(model, lambda _, t: t if isinstance(t, nn.Parameter) else t.clone()).eval()
     direct = {name: rows for name, rows in (zeroed or {}).items() if not _zero_computed(copied, name, rows)}
     with torch.no_grad(), _precise(), _Float64(copied, direct, draw) as mode:
-        arguments = inputs.map(mode.convert)
+        arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs
         output = copied(*arguments.args, **arguments.kwargs)
     return [t.to("cpu", torch.float64) for t in tensors_in(output)]
 

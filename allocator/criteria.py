@@ -96,7 +96,7 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 def bn_scale(graph: ChannelGraph, weights: Weights) -> np.ndarray:
     """Mean |gamma| of the batch norms that scale a neuron (Liu et al., ICCV 2017; Li et al., CVPR 2019)."""
     gammas = {name: slots for slots, name in graph.facts.gammas}
-    if not gammas:
+    if not gammas and graph.size:
         raise CriterionError(
             "the model has no batch norm with a scale to rank neurons by (never had one, or it was folded "
             "into the convolutions): pass criterion='magnitude'"

@@ -134,6 +134,8 @@ class Flow:
         self.uniform: set[int] = set()
         self.joins: list[Join] = []
         self._labels: list[Labels | None] = [None] * len(trace.values)
+        self._used = np.zeros(slots.total, dtype=bool)
+        self._summed_alone: list[tuple[np.ndarray, Op]] = []
 
     # Reading ------------------------------------------------------------------------------------
 
@@ -190,14 +192,35 @@ class Flow:
     def contract(self, x: Label, weight: Label, op: Op, weight_value: int) -> None:
         """Two dims that are summed over in a product."""
         self.unify(x, weight, op)
+        self._note_use(x, op)
+        self._note_use(weight, op)
         if weight is not None:
             (self.facts.mixed if weight_value in self.active else self.facts.read).append(weight)
 
     def produce(self, label: Label, op: Op, weight_value: int) -> None:
         """Labels of neurons that a parameter writes; they are what can be removed."""
+        if not self.active.isdisjoint(op.inputs()):
+            self._note_use(label, op)
         if label is not None and weight_value not in self.active:
             self.facts.produced.append((label, op.module))
             self.facts.floors.append((label, op.module))
+
+    def _note_use(self, label: Label, op: Op) -> None:
+        """Channels that a layer reads or writes, or that are summed over among parameters alone."""
+        if label is not None and self.active.isdisjoint(op.inputs()):
+            self._summed_alone.append((label, op))
+        elif label is not None:
+            self._used[label] = True
+
+    def freeze_computed_weights(self) -> None:
+        """Channels of a layer that a number computed from its weights depends on (spectral norm) must stay.
+
+        Dropping one would change that number, and with it the weights of all others. A small network that
+        makes weights out of constants has channels of its own, which may go.
+        """
+        for label, op in self._summed_alone:
+            if self._used[label].any():
+                self.freeze(label, op, "a weight is computed from all of these channels")
 
     def group(self, op: Op, weight_value: int, representatives: np.ndarray) -> None:
         """A grouped convolution whose groups come and go whole; one slot per group."""

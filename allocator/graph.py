@@ -36,14 +36,15 @@ class Options:
         norms: "exact" keeps channels under a norm over channels, "loose" lets them go.
         exclude: module or parameter name patterns, or module classes, that stay as they are.
         tied_parts: modules whose split parts must stay equal (found by tracing).
-        frozen_ops: (module, operator name) whose neurons stay (found by tracing).
+        frozen_ops: (module, operator name, which of its calls there, or None for all) whose neurons stay (found
+            by tracing).
     """
 
     groups: str = "whole"
     norms: str = "exact"
     exclude: tuple[str | type, ...] = ()
     tied_parts: frozenset[str] = frozenset()
-    frozen_ops: frozenset[tuple[str, str]] = frozenset()
+    frozen_ops: frozenset[tuple[str, str, int | None]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -266,9 +267,13 @@ def _matches(name: str, owner: str, pattern: str) -> bool:
 
 def _freeze_found(options: Options, *flows: Flow | None) -> None:
     for flow in flows:
-        for op in flow.trace.ops if flow and options.frozen_ops else ():
-            if (op.module, op.name) in options.frozen_ops:
-                assert flow is not None
+        if flow is None or not options.frozen_ops:
+            continue
+        seen: Counter[tuple[str, str]] = Counter()
+        for op in flow.trace.ops:
+            which = seen[op.module, op.name]
+            seen[op.module, op.name] += 1
+            if not options.frozen_ops.isdisjoint([(op.module, op.name, which), (op.module, op.name, None)]):
                 for value in (*op.inputs(), *op.outputs):
                     for label in flow.labels(value):
                         flow.freeze(label, op, "the rewritten forward did not fit here")

@@ -53,7 +53,7 @@ def parse_budget(flops: float | str, own: int) -> float:
             value = own * float(text[:-1]) / 100 if text.endswith("%") else float(text)
         else:
             value = float(flops)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BudgetError(
             f"flops={flops!r} is not a number: pass FLOPs such as 4.2e9, or a share such as '60%'"
         ) from None

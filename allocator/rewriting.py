@@ -111,18 +111,12 @@ def standard_attributes(
     first = {id(tensor): name for name, tensor in tensor_names(model).items()}
     changed: dict[str, dict[str, Any]] = {}
     for path, module in model.named_modules():
-        own = {
-            key: first[id(tensor)]
-            for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        }
+        own = {field: first[id(tensor)] for field, tensor in _sources(module).items()}
         gone = any(path == other or path.startswith(f"{other}.") for other in absent)
         if gone or not any(name in shapes or name in groups for name in own.values()):
             continue
-
-        def size(key: str, dim: int, module: nn.Module = module, own: dict[str, str] = own) -> int:
-            return int(shapes[own[key]][dim] if own[key] in shapes else getattr(module, key).shape[dim])
-
-        new = _describe(module, size, groups.get(own.get("weight", "")))
+        sizes = {f: shapes.get(own[f], tuple(tensor.shape)) for f, tensor in _sources(module).items()}
+        new = _describe(module, sizes, groups.get(own.get("weight", "")))
         differs = {key: value for key, value in new.items() if getattr(module, key) != value}
         if differs:
             changed[path] = differs
@@ -131,28 +125,46 @@ def standard_attributes(
 
 def describes_itself(module: nn.Module) -> bool:
     """Whether a layer's own sizes are known from its tensors, so that no other attribute of it needs to follow."""
-    return bool(_describe(module, lambda name, dim: int(getattr(module, name).shape[dim]), None))
+    return bool(_describe(module, {field: tuple(t.shape) for field, t in _sources(module).items()}, None))
 
 
-def _describe(module: nn.Module, size: Callable[[str, int], int], groups: int | None) -> dict[str, Any]:
+def _sources(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameter or buffer of a layer's own size behind its weight, and behind its running mean.
+
+    Looked up where it is stored: reading the field would run a parametrisation (spectral norm then takes a step).
+    """
+    held: dict[str, torch.Tensor | None] = {**module._parameters, **module._buffers}
+    computed = getattr(module, "parametrizations", {})
+    if "weight" in computed:
+        held.update({f"weight_{name}": tensor for name, tensor in computed["weight"]._parameters.items()})
+    # weight_norm keeps a length (original0, weight_g) beside the direction, which has the weight's size.
+    names = ("weight", "weight_original", "weight_orig", "weight_original1", "weight_v")
+    weight = next((held[name] for name in names if held.get(name) is not None), None)
+    found = {"weight": weight, "running_mean": held.get("running_mean")}
+    return {field: tensor for field, tensor in found.items() if tensor is not None}
+
+
+def _describe(module: nn.Module, sizes: dict[str, Sequence[int]], groups: int | None) -> dict[str, Any]:
+    weight = [int(n) for n in sizes.get("weight", ())]
+    if isinstance(module, nn.modules.batchnorm._NormBase) and sizes:
+        return {"num_features": int(next(iter(sizes.values()))[0])}
+    if not weight:
+        return {}
     if isinstance(module, nn.modules.conv._ConvNd):
         groups = module.groups if groups is None else groups
-        a, b = size("weight", 0), size("weight", 1) * groups
+        a, b = weight[0], weight[1] * groups
         out, read = (b, a) if module.transposed else (a, b)
         return {"out_channels": out, "in_channels": read, "groups": groups}
     if isinstance(module, nn.Linear):
-        return {"out_features": size("weight", 0), "in_features": size("weight", 1)}
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        name = next((n for n in ("weight", "running_mean") if getattr(module, n, None) is not None), None)
-        return {"num_features": size(name, 0)} if name else {}
-    if isinstance(module, nn.LayerNorm) and module.elementwise_affine:
-        return {"normalized_shape": tuple(size("weight", d) for d in range(len(module.normalized_shape)))}
-    if isinstance(module, nn.GroupNorm) and module.affine:
-        return {"num_channels": size("weight", 0)}
+        return {"out_features": weight[0], "in_features": weight[1]}
+    if isinstance(module, nn.LayerNorm):
+        return {"normalized_shape": tuple(weight)}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_channels": weight[0]}
     if isinstance(module, nn.Embedding):
-        return {"embedding_dim": size("weight", 1)}
+        return {"embedding_dim": weight[1]}
     if isinstance(module, nn.PReLU):
-        return {"num_parameters": size("weight", 0)}
+        return {"num_parameters": weight[0]}
     return {}
 
 

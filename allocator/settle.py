@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from .allocation import Allocation, architecture_hash
-from .analysis import run_rules
+from .analysis import RuleError, run_rules
 from .errors import NothingToAllocateError, RewriteError
 from .flow import Attribute, Facts, Flow, Slots
 from .graph import ChannelGraph, Options, build_graph, kept_of
@@ -184,29 +184,20 @@ def compare_models(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, *, c
     for flow in (graph.flow, graph.training_flow):
         if flow is None:
             continue
+        error: Exception | None = None
         try:
             mode, training = flow.trace.mode, flow.trace.training
-            trace, error = record(small, graph.inputs, mode, training=training, copied=copied), None
+            trace = record(small, graph.inputs, mode, training=training, copied=copied)
         except ForwardError as raised:
-            trace, error = raised.partial, raised
-        new = run_rules(trace, slots, Facts(), **rules)
-        mismatch = compare(flow, new, image, graph.facts.groups, whole=error is None)
-        if mismatch is None and error is not None:
-            mismatch = _culprit(flow, error)
+            trace, error = raised.partial, raised.cause
+        try:
+            new = run_rules(trace, slots, Facts(), **rules)
+        except RuleError as failed:
+            new, error = failed.flow, failed
+        mismatch = compare(flow, new, image, graph.facts.groups, error)
         if mismatch is not None:
             return mismatch
     return None
-
-
-def _culprit(flow: Flow, error: ForwardError) -> Mismatch:
-    """The original call at which the rewritten forward raised, where nothing differs until then."""
-    done = len(error.partial.ops)
-    ops = flow.trace.ops
-    what = f"the rewritten forward raised {type(error.cause).__name__}: {error.cause}"
-    for op in ops[done:]:
-        if any(label is not None for i in (*op.inputs(), *op.outputs) for label in flow.labels(i)):
-            return Mismatch(op, what)
-    return Mismatch(ops[-1], what)
 
 
 @dataclass
@@ -256,7 +247,7 @@ def _repair(
         options = replace(options, tied_parts=options.tied_parts | alike)
     else:
         notes.append(f"the neurons at {op} stay: {mismatch.what}")
-        options = _freeze(flow, options, op, alike, plan, graph)
+        options = _freeze(flow, options, op, plan, graph)
     mends.forget(alike)
     return build_graph(model, graph.inputs, options)
 
@@ -278,8 +269,11 @@ def _mend(
     return attribute
 
 
-def _freeze(flow: Flow, options: Options, op: Op, alike: set[str], plan: Plan, graph: ChannelGraph) -> Options:
-    """Keep the neurons at a call; where it loses none (a number in it changed), those at the last before it."""
+def _freeze(flow: Flow, options: Options, op: Op, plan: Plan, graph: ChannelGraph) -> Options:
+    """Keep the neurons at a call; where it loses none (a number in it changed), those at the last before it.
+
+    The same call is meant in all modules of the class; where one of them is named a second time, all its calls.
+    """
     stays = np.append(plan.kept, True)[graph.unit_of_slot]
 
     def loses(other: Op) -> bool:
@@ -287,13 +281,13 @@ def _freeze(flow: Flow, options: Options, op: Op, alike: set[str], plan: Plan, g
         return any(label is not None and not stays[label].all() for label in labels)
 
     ops = flow.trace.ops
-    if loses(op):
-        more = {(path, op.name) for path in alike}
-    else:
-        nearest = next((other for other in (*ops[: op.index][::-1], *ops[op.index :]) if loses(other)), None)
-        if nearest is None:
-            raise RewriteError(f"the rewritten forward does not fit at {op}, though all its neurons stay")
-        more = {(nearest.module, nearest.name)}
+    found = next((other for other in (op, *ops[: op.index][::-1], *ops[op.index :]) if loses(other)), None)
+    if found is None:
+        raise RewriteError(f"the rewritten forward does not fit at {op}, though all its neurons stay")
+    calls = [other.index for other in ops if (other.module, other.name) == (found.module, found.name)]
+    known = {(path, name) for path, name, _ in options.frozen_ops}
+    which = None if (found.module, found.name) in known else calls.index(found.index)
+    more = {(path, found.name, which) for path in _same_class(graph.model, found.module)}
     return replace(options, frozen_ops=options.frozen_ops | more)
 
 

@@ -60,7 +60,9 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
         return known
     if isinstance(value, nn.Module) and _copies_plainly(type(value)):
         new = memo[id(value)] = type(value).__new__(type(value))
-        vars(new).update((key, _copy(item, memo)) for key, item in vars(value).items())
+        # A forward compiled in place (Module.compile) stays behind: it would run the original's weights.
+        state = value.__getstate__() if "_compiled_call_impl" in vars(value) else vars(value)
+        vars(new).update((key, _copy(item, memo)) for key, item in state.items())
         return new
     if type(value) is tuple:
         return tuple(_copy(item, memo) for item in value)

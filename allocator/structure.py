@@ -124,7 +124,7 @@ class Image:
 
 
 def compare(
-    old: Flow, new: Flow, image: Image, groups: dict[str, np.ndarray], *, whole: bool = True
+    old: Flow, new: Flow, image: Image, groups: dict[str, np.ndarray], raised: Exception | None = None
 ) -> Mismatch | None:
     """The first place where two flows differ beyond the removed neurons, or None where there is none.
 
@@ -133,24 +133,33 @@ def compare(
         new: labels of the rewritten model.
         image: how their slots correspond.
         groups: per weight of a grouped convolution that loses whole groups, one slot per group.
-        whole: compare to the end; False for a forward that raised, of which there is only the beginning.
+        raised: what ended the rewritten forward early, so that there is only its beginning.
     """
     gone = _gone(old, image)
-    before, returned = _without_copies(old.trace, gone, whole)
-    after, expected = _without_copies(new.trace, set(), whole)
+    before, returned = _without_copies(old.trace, gone, raised is None)
+    after, expected = _without_copies(new.trace, set(), raised is None)
     values: dict[int, int] = {}
     for a, b in zip(before, after, strict=False):
         what = _compare_call(old, new, a, b, values, gone, image, groups)
         if what:
             return Mismatch(old.trace.ops[a.index], what)
-    if not whole:
-        return None
+    if raised is not None:
+        return _first_not_made(old, before, len(after), raised)
     if len(before) != len(after):
         last = before[min(len(before), len(after)) - 1]
         return Mismatch(old.trace.ops[last.index], f"{len(after)} calls follow, expected {len(before)}")
     if [values.get(i) for i in returned] != expected:
         return Mismatch(old.trace.ops[before[-1].index], "the model returns other tensors")
     return None
+
+
+def _first_not_made(old: Flow, before: list[Op], done: int, raised: Exception) -> Mismatch:
+    """The original call on channels that comes next after `done` calls that were right."""
+    what = f"the rewritten forward raised {type(raised).__name__}: {raised}"
+    for op in before[done:]:
+        if any(label is not None for i in (*op.inputs(), *op.outputs) for label in old.labels(i)):
+            return Mismatch(old.trace.ops[op.index], what)
+    return Mismatch(old.trace.ops[-1], what)
 
 
 def _without_copies(trace: Trace, gone: set[int], whole: bool) -> tuple[list[Op], list[int]]:
@@ -162,11 +171,18 @@ def _without_copies(trace: Trace, gone: set[int], whole: bool) -> tuple[list[Op]
     calls = []
     for op in trace.live(gone) if whole else [op for op in trace.ops if gone.isdisjoint(op.outputs)]:
         reads = tuple(origin.get(i, i) for i in op.reads)
-        if op.name in _COPIES:
+        if op.name in _COPIES or _restrides(trace, op):
             origin[op.outputs[0]] = reads[0]
         else:
             calls.append(op if reads == op.reads else replace(op, reads=reads))
     return calls, [origin.get(i, i) for i in trace.outputs]
+
+
+def _restrides(trace: Trace, op: Op) -> bool:
+    """Whether a call gives its input's values other strides, as pooling does to mark a memory format."""
+    if op.name not in ("as_strided", "as_strided_"):
+        return False
+    return trace.values[op.outputs[0]].shape == trace.values[op.reads[0]].shape
 
 
 def _gone(flow: Flow, image: Image) -> set[int]:

@@ -236,6 +236,10 @@ def _converter(mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.T
     return lambda _, t: t if isinstance(t, nn.Parameter) else t.clone()
 
 
+# Fake tensors ask each other where they lie; that reads no values.
+_DEVICE = torch.ops.prim.device.default
+
+
 class _Recorder(TorchDispatchMode):
     """Collects raw calls; `compact` turns them into a `Trace` once the forward is over."""
 
@@ -255,7 +259,7 @@ class _Recorder(TorchDispatchMode):
         return self.stack[-1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.paused:
+        if self.paused or func is _DEVICE:
             return func(*args, **(kwargs or {}))
         return self.note(func, args, kwargs or {}, self.shortcut)
 

@@ -8,19 +8,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from random_checks import Case, check_attributes, check_model, count, example, reference, require_equal
-from random_networks import Spec, Step, build
+from random_checks import Case, check, check_model, count, example, require_equal
+from random_layers import Hierarchy, NonLocal
+from random_networks import Spec, Step
 from torch import Tensor, nn
 
 import allocator
 
 IMAGE = (3, 8, 8)
+X = example(IMAGE)
+Run = Callable[[Any, Tensor], Any]
 
 
 class Net(nn.Module):
     """Layers given by name, and a forward that is given too."""
 
-    def __init__(self, run: Callable[[Any, Tensor], Any], **layers: nn.Module) -> None:
+    def __init__(self, run: Run, **layers: nn.Module) -> None:
         super().__init__()
         self.run = run
         for name, layer in layers.items():
@@ -30,18 +33,10 @@ class Net(nn.Module):
         return self.run(self, x)
 
 
-def _unit(source: int, out: int, kernel: int = 3, **options: Any) -> nn.Sequential:
-    conv = nn.Conv2d(source, out, kernel, padding=kernel // 2, bias=False, **options)
-    return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU())
-
-
-def _head(channels: int, classes: int = 3) -> nn.Sequential:
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
-
-
-def _randomised(make: Callable[[], nn.Module]) -> nn.Module:
+def _net(run: Run, make: Callable[[], dict[str, nn.Module]]) -> nn.Module:
+    """A network with random weights and batch norm statistics, the same at every call."""
     torch.manual_seed(0)
-    model = make()
+    model = Net(run, **make())
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             nn.init.uniform_(module.weight, 0.2, 1.5)
@@ -50,65 +45,248 @@ def _randomised(make: Callable[[], nn.Module]) -> nn.Module:
     return model.eval()
 
 
-def _hold(make: Callable[[], nn.Module], share: float = 0.6, **options: Any) -> str:
-    """Hold all promises against a network."""
-    case = Case(Spec(IMAGE, ()), share, **options)
-    return check_model(_randomised(make), _randomised(make), example(IMAGE), case)
+def _unit(source: int, out: int, groups: int = 1) -> nn.Module:
+    conv = nn.Conv2d(source, out, 3, padding=1, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU())
 
 
-# Dead branches -------------------------------------------------------------------------------------
+def _head(channels: int) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 3))
 
 
-def _with_a_dead_branch() -> nn.Module:
-    def run(net: Any, x: Tensor) -> Tensor:
-        y = net.stem(x)
-        net.dead(y)
-        return net.head(net.body(y))
+def _hold(run: Run, make: Callable[[], dict[str, nn.Module]], share: float = 0.6, **options: Any) -> str:
+    """Hold all promises against a network, at a share of its FLOPs."""
+    return check_model(_net(run, make), _net(run, make), X, Case(Spec(IMAGE, ()), share, **options))
 
-    return Net(run, stem=_unit(3, 8), dead=_unit(8, 8, groups=2), body=_unit(8, 8), head=_head(8))
+
+def _smallest(model: nn.Module, **options: Any) -> allocator.Result:
+    """What comes back at the smallest figure that can be reached."""
+    with pytest.raises(allocator.BudgetError) as caught:
+        allocator.allocate(model, 1, example_inputs=X, **options)
+    assert caught.value.reachable is not None
+    return allocator.allocate(model, caught.value.reachable, example_inputs=X, **options)
+
+
+# Dead branches --------------------------------------------------------------------------------------
+
+
+def _dead_branch(net: Any, x: Tensor) -> Tensor:
+    y = net.stem(x)
+    net.dead(y)
+    return net.head(net.body(y))
+
+
+def _dead_branch_layers() -> dict[str, nn.Module]:
+    return {"stem": _unit(3, 8), "dead": _unit(8, 8, groups=2), "body": _unit(8, 8), "head": _head(8)}
 
 
 def test_a_dead_branch_costs_nothing() -> None:
     """fvcore's trace drops calls that the outputs do not depend on; they were counted."""
-    model, x = _randomised(_with_a_dead_branch), example(IMAGE)
-    assert allocator.trace(model, x).flops == count(model, x)
-    assert _hold(_with_a_dead_branch) == "result"
+    model = _net(_dead_branch, _dead_branch_layers)
+    assert allocator.trace(model, X).flops == count(model, X)
+    assert _hold(_dead_branch, _dead_branch_layers) == "result"
 
 
 def test_the_groups_of_a_dead_convolution_are_a_block_without_cost() -> None:
     """They were looked up among the counted calls."""
-    graph = allocator.trace(_randomised(_with_a_dead_branch), example(IMAGE))
+    graph = allocator.trace(_net(_dead_branch, _dead_branch_layers), X)
     (groups,) = [block for block in graph.blocks if block.kind == "groups"]
     assert [branch.flops for branch in groups.branches] == [0, 0]
 
 
-# What depends on how a tensor lies in memory --------------------------------------------------------
-
-
-def _linear_over_channels() -> nn.Module:
-    def run(net: Any, x: Tensor) -> Tensor:
-        tokens = net.stem(x).movedim(1, -1)
-        return net.head(net.down(F.gelu(net.up(tokens))).movedim(-1, 1))
-
-    return Net(run, stem=_unit(3, 2), up=nn.Linear(2, 6), down=nn.Linear(6, 4), head=_head(4))
+# Calls that depend on how a tensor lies in memory ---------------------------------------------------
 
 
 def test_a_linear_layer_over_the_one_channel_that_is_left() -> None:
     """torch takes it apart in another way where a dim of size 1 makes its input contiguous."""
-    model, x = _randomised(_linear_over_channels), example(IMAGE)
-    result = allocator.allocate(model, "5%", example_inputs=x) if _reaches(model, x, 0.05) else None
-    if result is None:
-        with pytest.raises(allocator.BudgetError) as caught:
-            allocator.allocate(model, "5%", example_inputs=x)
-        assert caught.value.reachable is not None
-        result = allocator.allocate(model, caught.value.reachable, example_inputs=x)
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        tokens = net.stem(x).movedim(1, -1)
+        return net.head(net.down(F.gelu(net.up(tokens))).movedim(-1, 1))
+
+    model = _net(run, lambda: {"stem": _unit(3, 2), "up": nn.Linear(2, 6), "down": nn.Linear(6, 4), "head": _head(4)})
+    result = _smallest(model, criterion="magnitude")
     assert result.model.get_submodule("up").weight.shape == (1, 1)  # type: ignore[union-attr]
-    assert result.notes == []
+    assert not result.notes
 
 
-def _reaches(model: nn.Module, x: Tensor, share: float) -> bool:
-    try:
-        allocator.allocate(model, share * count(model, x), example_inputs=x)
-    except allocator.BudgetError:
-        return False
-    return True
+# Repairs --------------------------------------------------------------------------------------------
+
+
+def _two_slices(net: Any, x: Tensor) -> Tensor:
+    y = net.stem(x)
+    return net.head(net.body(y[:, :4]) + net.other(y[:, 2:]))
+
+
+def _two_slices_layers() -> dict[str, nn.Module]:
+    return {"stem": _unit(3, 8), "body": _unit(4, 8), "other": _unit(6, 8), "head": _head(8)}
+
+
+def test_the_smallest_reachable_figure_was_seen_to_work() -> None:
+    """It was that of a plan whose forward had not been tried: a slice by numbers needs its channels."""
+    assert _hold(_two_slices, _two_slices_layers, share=0.1) == "budget"
+
+
+def test_a_slice_that_became_the_whole_is_where_the_repair_is_made() -> None:
+    """Of two channels `y[:, :4]` is all; the layer that then raised was kept whole instead."""
+    result = allocator.allocate(_net(_two_slices, _two_slices_layers), "60%", example_inputs=X)
+    assert ["slice" in note for note in result.notes] == [True]
+    assert result.model.get_submodule("body.0").weight.shape[0] < 8  # type: ignore[union-attr]
+
+
+def test_a_number_that_is_computed_from_a_size() -> None:
+    """Nothing is lost at the division by the root of the number of keys, and no plan was found that ran."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.attend(net.stem(x)))
+
+    def layers() -> dict[str, nn.Module]:
+        return {"stem": _unit(3, 8), "attend": NonLocal(2, 8, 4, scaled=True), "head": _head(8)}
+
+    small = _smallest(_net(run, layers), criterion="magnitude").model
+    assert small.get_submodule("attend.query").weight.shape[0] == 4  # type: ignore[union-attr]
+    assert _hold(run, layers, share=0.9, criterion="magnitude") in ("result", "budget", "nothing")
+
+
+def test_a_slice_that_comes_up_short_is_where_the_repair_is_made() -> None:
+    """It gives what is there without a word; the linear layer that then raised was kept whole instead."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        y = net.stem(x)
+        return net.head(net.body(y)) + net.linear(y[:, 6:].flatten(1))
+
+    def layers() -> dict[str, nn.Module]:
+        return {"stem": _unit(3, 8), "body": _unit(8, 8), "head": _head(8), "linear": nn.Linear(128, 3)}
+
+    result = allocator.allocate(_net(run, layers), "60%", example_inputs=X, policy="global", scope="all")
+    assert ["slice" in note for note in result.notes] == [True]
+
+
+def test_shapes_that_meta_tensors_let_through() -> None:
+    """On them a transposed convolution takes any number of channels; a rule raised instead of the forward."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.up(net.stem(x)[:, ::2]))
+
+    def layers() -> dict[str, nn.Module]:
+        return {"stem": _unit(3, 8), "up": nn.ConvTranspose2d(4, 8, 2, 2), "head": _head(8)}
+
+    assert _hold(run, layers, share=0.5, criterion="magnitude") in ("result", "budget")
+
+
+def test_an_attribute_that_happens_to_equal_a_width_stays() -> None:
+    """Two parts of two channels each: only the width follows the channels, not the number of parts."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.body(net.stem(x)))
+
+    def layers() -> dict[str, nn.Module]:
+        return {"stem": _unit(3, 4), "body": Hierarchy(2, 4, 2), "head": _head(4)}
+
+    small = _smallest(_net(run, layers)).model.get_submodule("body")
+    assert isinstance(small, Hierarchy)
+    assert (small.parts, small.width) == (2, 1)
+    assert _hold(run, layers, share=0.7) == "result"
+
+
+def test_layers_that_share_a_weight_both_say_its_size() -> None:
+    """The second one went by a name that the allocation does not have."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        y = net.stem(x)
+        return net.head(net.second(net.first(y)) + y)
+
+    def layers() -> dict[str, nn.Module]:
+        first, second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        second.weight = first.weight
+        return {"stem": _unit(3, 8), "first": first, "second": second, "head": _head(8)}
+
+    assert _hold(run, layers) == "result"
+
+
+# Forwards that look at values, or write -------------------------------------------------------------
+
+
+def _simple_layers() -> dict[str, nn.Module]:
+    return {"stem": _unit(3, 8), "body": _unit(8, 8), "head": _head(8)}
+
+
+def test_a_forward_that_looks_at_values() -> None:
+    """The rewritten model was traced without any."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        y = net.body(net.stem(x * 0 if float(x.max()) > 1e9 else x))
+        return net.head(y)
+
+    assert _hold(run, _simple_layers) == "result"
+
+
+def test_a_forward_that_counts_its_calls() -> None:
+    """fvcore's run counted too, and the result's counter was no longer the original's."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        net.stem[1].num_batches_tracked += 1
+        return net.head(net.body(net.stem(x)))
+
+    assert _hold(run, _simple_layers) == "result"
+
+
+def test_a_forward_that_writes_into_its_input() -> None:
+    """fvcore ran on the caller's tensor."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.body(net.stem(x.mul_(2))))
+
+    assert _hold(run, _simple_layers) == "result"
+
+
+# Allocating again -----------------------------------------------------------------------------------
+
+
+def _grouped(net: Any, x: Tensor) -> Tensor:
+    return net.head(net.body(net.stem(x)))
+
+
+def _grouped_layers() -> dict[str, nn.Module]:
+    return {"stem": _unit(3, 8), "body": _unit(8, 8, groups=2), "head": _head(8)}
+
+
+@pytest.mark.parametrize("groups", ["whole", "width"])
+def test_groups_that_became_ordinary_channels_compose(groups: str) -> None:
+    """One group that is left is an ordinary convolution; groups of one channel are a depthwise one.
+
+    What a neuron is changes on the way, so that the two allocations in one were no allocation to `verify`, and
+    their rows for the grouped weight did not go with its outputs.
+    """
+    model = _net(_grouped, _grouped_layers)
+    first = _smallest(model, groups=groups)
+    second = _smallest(first.model, groups="whole")
+    assert second.flops_after < first.flops_after
+    both = first.allocation.compose(second.allocation)
+    require_equal(allocator.apply(model, both), second.model, X)
+    assert allocator.verify(model, second.model, both, example_inputs=X).ok
+    assert not allocator.verify(model, first.model, both, example_inputs=X).ok
+
+
+def test_a_composed_allocation_whose_parts_say_otherwise_fails() -> None:
+    """The parts are what is verified, so they must give the whole."""
+    model = _net(_grouped, _grouped_layers)
+    first = _smallest(model, groups="width")
+    second = _smallest(first.model)
+    both = first.allocation.compose(second.allocation)
+    both.kept["head.2.weight"] = [None, [7 - both.kept["head.2.weight"][1][0]]]  # type: ignore[index]
+    assert not allocator.verify(model, second.model, both, example_inputs=X).ok
+
+
+def test_a_spec_is_checked_like_a_model() -> None:
+    """The checks see a network that has all of it at once."""
+    steps = (
+        Step("unit", (0,), {"out": 8, "norm": "batch"}),
+        Step("hierarchy", (1,), {"parts": 2, "groups": 1}),
+        Step("excite", (2,), {"inner": 3, "linear": True, "pool": "mean"}),
+        Step("join", (1, 3), {"how": "add", "target": None}),
+        Step("join", (4, 2), {"how": "cat", "target": 16}),
+        Step("again", (1,), {"step": 1}),
+        Step("join", (5, 6), {"how": "cat", "target": None}, inline=True),
+    )
+    assert check(Case(Spec(IMAGE, steps, extra="aux", training=True), 0.5)) == "result"
