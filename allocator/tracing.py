@@ -113,6 +113,11 @@ class Op:
         """Indices of all tensors it read, in order."""
         return self.reads
 
+    def writes(self) -> bool:
+        """Whether it changes one of its inputs in place."""
+        schema = getattr(self.target, "_schema", None)
+        return schema is not None and bool(schema.is_mutable)
+
     def __str__(self) -> str:
         return f"{self.target} in {self.module or 'the model'}"
 
@@ -142,12 +147,15 @@ class Trace:
 
     def live(self, gone: Collection[int] = frozenset()) -> list[Op]:
         """Calls that the outputs depend on, in order; those that only serve values in `gone` do not count."""
-        wanted = {self.root(i) for i in self.outputs}
+        wanted = set(self.outputs)
+        memory = {self.root(i) for i in wanted}
         live = []
         for op in reversed(self.ops):
-            if any(self.root(i) in wanted for i in op.outputs) and not any(i in gone for i in op.outputs):
+            written = op.writes() and any(self.root(i) in memory for i in op.outputs)
+            if (written or not wanted.isdisjoint(op.outputs)) and not any(i in gone for i in op.outputs):
                 live.append(op)
-                wanted.update(self.root(i) for i in op.inputs() if i not in gone)
+                wanted.update(i for i in op.inputs() if i not in gone)
+                memory.update(self.root(i) for i in op.inputs() if i not in gone)
         return live[::-1]
 
     def root(self, index: int) -> int:
