@@ -106,7 +106,7 @@ def test_a_linear_layer_over_the_one_channel_that_is_left() -> None:
 
     model = _net(run, lambda: {"stem": _unit(3, 2), "up": nn.Linear(2, 6), "down": nn.Linear(6, 4), "head": _head(4)})
     result = _smallest(model, criterion="magnitude")
-    assert result.model.get_submodule("up").weight.shape == (1, 1)  # type: ignore[union-attr]
+    assert result.model.get_parameter("up.weight").shape == (1, 1)
     assert not result.notes
 
 
@@ -131,7 +131,7 @@ def test_a_slice_that_became_the_whole_is_where_the_repair_is_made() -> None:
     """Of two channels `y[:, :4]` is all; the layer that then raised was kept whole instead."""
     result = allocator.allocate(_net(_two_slices, _two_slices_layers), "60%", example_inputs=X)
     assert ["slice" in note for note in result.notes] == [True]
-    assert result.model.get_submodule("body.0").weight.shape[0] < 8  # type: ignore[union-attr]
+    assert result.model.get_parameter("body.0.weight").shape[0] < 8
 
 
 def test_a_number_that_is_computed_from_a_size() -> None:
@@ -144,7 +144,7 @@ def test_a_number_that_is_computed_from_a_size() -> None:
         return {"stem": _unit(3, 8), "attend": NonLocal(2, 8, 4, scaled=True), "head": _head(8)}
 
     small = _smallest(_net(run, layers), criterion="magnitude").model
-    assert small.get_submodule("attend.query").weight.shape[0] == 4  # type: ignore[union-attr]
+    assert small.get_parameter("attend.query.weight").shape[0] == 4
     assert _hold(run, layers, share=0.9, criterion="magnitude") in ("result", "budget", "nothing")
 
 
