@@ -295,11 +295,12 @@ class _Recorder(TorchDispatchMode):
             self.paused = False
 
     def shortcut(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run a call; a batch norm in eval mode on meta tensors is spared its decomposition, half of all time."""
-        if func is torch.ops.aten.native_batch_norm.default and args[0].is_meta and not args[5]:
-            x = args[0]
+        """Run a call; a batch norm on meta tensors is spared its decomposition, half of all time."""
+        if func is torch.ops.aten.native_batch_norm.default and args[0].is_meta:
+            x, training = args[0], args[5]
+            statistics = x.shape[1] if training else 0
             out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-            return out, x.new_empty(0), x.new_empty(0)
+            return out, x.new_empty(statistics), x.new_empty(statistics)
         return func(*args, **kwargs)
 
     @contextlib.contextmanager
