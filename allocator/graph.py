@@ -139,12 +139,17 @@ class ChannelGraph:
 
     @cached_property
     def scope_of(self) -> np.ndarray:
-        """Per neuron, the narrowest scope that may remove it: BRANCHES, INNER or ALL."""
+        """Per neuron, the narrowest scope that may remove it: BRANCHES, INNER or ALL.
+
+        A group is a branch with what it reads and what it gives, which are neurons of their own where all
+        groups narrow alike.
+        """
         scope = np.full(self.size, INNER)
         for kinds, level in ((("sum",), ALL), (("concat", "groups"), BRANCHES)):
             for join in self.flow.joins:
                 if join.kind in kinds:
-                    for value in join.inputs:
+                    groups_width = self.flow.trace.ops[join.op].outputs if join.kind == "groups" else ()
+                    for value in (*join.inputs, *groups_width):
                         scope[self.units(self.flow.labels(value)[join.dim])] = level
         return scope
 
