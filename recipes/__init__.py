@@ -14,8 +14,22 @@ if TYPE_CHECKING:
 
 __all__ = ["build", "names"]
 
-# name -> (module of this package, function in it, arguments it is called with)
-_RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
+# module of this package, function in it, arguments it is called with
+_Recipe = tuple[str, str, dict[str, Any]]
+
+
+def _family(module: str, function: str, name: str) -> dict[str, _Recipe]:
+    """Standard networks and seeds of 50 and 101 layers, and the small ones."""
+    found: dict[str, _Recipe] = {}
+    for depth in (50, 101):
+        found[f"{name}{depth}"] = (module, function, {"depth": depth})
+        found[f"{name}{depth}-seed"] = (module, f"{function}_seed", {"depth": depth})
+    found[f"{name}-small"] = (module, f"{function}_small", {})
+    found[f"{name}-small-seed"] = (module, f"{function}_small_seed", {})
+    return found
+
+
+_RECIPES: dict[str, _Recipe] = {
     "scalenet50-light": ("scalenet", "scalenet50_light", {}),
     "scalenet50": ("scalenet", "scalenet50", {}),
     "scalenet101": ("scalenet", "scalenet101", {}),
@@ -25,6 +39,12 @@ _RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "scalenet152-seed": ("scalenet", "scalenet_seed", {"depth": 152}),
     "scalenet-small": ("scalenet", "scalenet_small", {}),
     "scalenet-small-seed": ("scalenet", "scalenet_small_seed", {}),
+    **_family("resnet", "resnet", "resnet"),
+    **_family("resnet", "se_resnet", "se-resnet"),
+    **_family("resnext", "resnext", "resnext"),
+    "resnext50-width-seed": ("resnext", "resnext_seed", {"depth": 50, "groups": 32, "width": 8}),
+    "resnext101-width-seed": ("resnext", "resnext_seed", {"depth": 101, "groups": 32, "width": 8}),
+    **_family("res2net", "res2net", "res2net"),
 }
 
 

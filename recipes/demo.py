@@ -19,8 +19,8 @@ from torch import nn
 
 import allocator
 from allocator.recipes import digits
-from allocator.recipes.picture import draw_shares
-from allocator.recipes.scalenet import ScaleNet, scalenet_seed, scalenet_small_seed
+from allocator.recipes.picture import Panel, draw_shares
+from allocator.recipes.scalenet import scalenet_seed, scalenet_small_seed
 from allocator.recipes.training import evaluate, train
 
 FULL_SIZE_BUDGET = 3.84e9
@@ -112,18 +112,13 @@ def _save(console: Console, out: Path, learned: Any, even: Any, accuracies: list
     allocator.save(learned, files[0])
     learned.allocation.save(files[1])
     panels = [
-        (f"{name}: {result.flops_after / 1e6:.2f} MFLOPs, {accuracy:.1%} right", *_bars(result.model))
+        Panel(f"{name}: {result.flops_after / 1e6:.2f} MFLOPs, {accuracy:.1%} right", result.model.parts())
         for name, result, accuracy in (("Learned", learned, accuracies[1]), ("Even", even, accuracies[2]))
     ]
     draw_shares(panels, files[2])
     console.print("\nLeft on disk:")
     for path, what in zip(files, ("the fine-tuned model", "its allocation", "shares per block"), strict=True):
         console.print(f"  {path}  ({what})", soft_wrap=True, highlight=False)
-
-
-def _bars(model: ScaleNet) -> tuple[list[str], list[list[int]]]:
-    names = [f"{stage.removeprefix('layer')}.{i}" for stage in model.stages for i in range(len(getattr(model, stage)))]
-    return names, model.rows()
 
 
 def run_full_size(console: Console) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allocator.errors import AllocationMismatchError, FileError, InputError, UnknownNameError
+from allocator.recipes.residual import initialise
 from allocator.recipes.scalenet_allocations import RELEASED
 
 Rows = Sequence[Sequence[int]]
@@ -114,6 +115,11 @@ class ScaleBlock(nn.Module):
         convs = cast(Iterator[nn.Conv2d | None], _entries(self.conv2))
         return [0 if conv is None else conv.out_channels for conv in convs] + [self.side]
 
+    def parts(self) -> dict[str, int]:
+        """Neurons of each scale by what it is called in a picture."""
+        names = ["full size" if rate == 1 else f"pooled by {rate}" for rate in self.rates]
+        return dict(zip(names, self.row(), strict=False))
+
 
 class ScaleNet(nn.Module):
     """ScaleNet for (N, in_channels, H, W) images of any size; returns (N, num_classes).
@@ -131,6 +137,7 @@ class ScaleNet(nn.Module):
         num_classes: int = 1000,
         in_channels: int = 3,
         rates: Sequence[int] = RATES,
+        image_side: int = 224,
         small_stem: int = 0,
     ):
         """Make a network with fresh weights.
@@ -142,6 +149,7 @@ class ScaleNet(nn.Module):
             num_classes: outputs.
             in_channels: channels of the images.
             rates: pooling of each scale.
+            image_side: side in pixels of the images that it is meant for.
             small_stem: 0 for the 7x7/2 convolution and 3x3/2 pooling; otherwise the stride of a single 3x3
                 convolution, for small images.
 
@@ -150,6 +158,7 @@ class ScaleNet(nn.Module):
         """
         super().__init__()
         check_rows(rows, blocks, len(rates))
+        self.input_size = (in_channels, image_side, image_side)
         self.stem_pools = not small_stem
         width = planes[0]
         if small_stem:
@@ -168,7 +177,7 @@ class ScaleNet(nn.Module):
                 width = plane * ScaleBlock.expansion
             self.add_module(name, stage)
         self.fc = nn.Linear(width, num_classes)
-        _initialise(self)
+        initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -187,6 +196,11 @@ class ScaleNet(nn.Module):
         """The allocation as it stands, one row per block: neurons per scale, then side."""
         return [block.row() for block in self.scale_blocks()]
 
+    def parts(self) -> dict[str, dict[str, int]]:
+        """Neurons of each scale of each block."""
+        names = [f"{name}.{i}" for name in self.stages for i in range(len(getattr(self, name)))]
+        return {name: block.parts() for name, block in zip(names, self.scale_blocks(), strict=True)}
+
 
 def _entries(modules: nn.ModuleList) -> Iterator[nn.Module | None]:
     """The list's entries; torch allows absent ones, though its types do not say so."""
@@ -198,13 +212,6 @@ def _scale_conv(planes: int, count: int, reduced_side: float) -> nn.Conv2d | Non
         return None
     kernel = 3 if reduced_side > 1 else 1
     return nn.Conv2d(planes, count, kernel, padding=kernel // 2, bias=False)
-
-
-def _initialise(model: nn.Module) -> None:
-    """Normal weights of variance 2 / fan-out for convolutions; norms start as the identity."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def check_rows(rows: Rows, blocks: Sequence[int], scales: int = len(RATES)) -> None:
@@ -354,7 +361,15 @@ def scalenet_small_seed(
     if first >> (len(blocks) - 1) == 0:
         raise InputError(f"{len(blocks)} stages halve images of {image_side} pixels to nothing")
     rows = _even_rows(blocks, _per_stage(neurons_per_scale, planes), [first >> i for i in range(len(blocks))])
-    return ScaleNet(rows, blocks, planes, num_classes=num_classes, in_channels=in_channels, small_stem=stride)
+    return ScaleNet(
+        rows,
+        blocks,
+        planes,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        image_side=image_side,
+        small_stem=stride,
+    )
 
 
 def scalenet_small(image_side: int = 32, num_classes: int = 10, in_channels: int = 1) -> ScaleNet:

@@ -16,7 +16,7 @@ import allocator
 from allocator.errors import InputError
 from allocator.recipes import demo, digits
 from allocator.recipes.digits import Split, load, place
-from allocator.recipes.picture import draw_shares
+from allocator.recipes.picture import Panel, draw_shares
 from allocator.recipes.scalenet import ScaleNet, scalenet_small_seed
 from allocator.recipes.training import NonFiniteLossError, cosine, evaluate, train
 
@@ -211,9 +211,9 @@ def test_the_bar_shows_loss_accuracy_and_time_left(splits: tuple[Split, Split]) 
 
 
 def test_the_picture_is_written(tmp_path: Path) -> None:
-    rows = [[4, 2, 2, 0, 8], [1, 1, 1, 1, 4]]
+    parts = {"layer1.0": {"full size": 4, "pooled by 2": 2}, "layer2.0": {"full size": 1, "pooled by 2": 1}}
     path = tmp_path / "shares.png"
-    draw_shares([("learned", ["1.0", "2.0"], rows), ("even", ["1.0", "2.0"], rows)], path)
+    draw_shares([Panel("learned", parts), Panel("even", parts)], path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 5000
 
