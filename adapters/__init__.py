@@ -54,8 +54,11 @@ def optional_branches(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _optional_branches(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
+    known: dict[type, Adapter | None] = {}
     for path, module in model.named_modules():
-        adapter = find(module)
+        if type(module) not in known:
+            known[type(module)] = find(module)
+        adapter = known[type(module)]
         if adapter is None or adapter.optional_branches is None:
             continue
         prefix = f"{path}." if path else ""

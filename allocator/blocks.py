@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import mul, truediv
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .graph import ChannelGraph
 
 INPUT = -1
+Axes = tuple[float, ...]  # a number per spatial axis
 _SPLITS = frozenset({"split", "split_with_sizes", "unsafe_split", "unbind"})
 _WINDOWED = frozenset(
     {"convolution", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"}
@@ -141,6 +143,7 @@ class _Finder:
         for term, flops in zip(graph.cost.terms, per_term.tolist(), strict=True):
             self.flops[term.op] = self.flops.get(term.op, 0) + flops
         self.rank = next((len(op.arg("stride")) for op in self.flow.trace.ops if op.name == "convolution"), 2)
+        self.windows: dict[int, tuple[Axes, Axes, Axes]] = {}
         self.written: dict[int, np.ndarray] = {
             op.index: label for op in self.flow.trace.ops if (label := self._label_written(op)) is not None
         }
@@ -192,7 +195,7 @@ class _Finder:
             kernels=tuple(self.flow.shape(op.inputs()[1])[2:] for op in convs),
             dilation=max((max(op.arg("dilation")) for op in convs), default=1),
             stride=_mean(jump),
-            scale=_mean(coarsest / _stride(start, out)) if ops and len(out) else 1.0,
+            scale=_mean(tuple(map(truediv, coarsest, _stride(start, out)))) if ops and len(out) else 1.0,
             receptive_field=tuple(int(n) for n in field_),
             flops=sum(self.flops.get(op.index, 0) for op in ops),
             gamma=self._gamma(label),
@@ -212,31 +215,38 @@ class _Finder:
                     queue.append(before)
         return [self.flow.trace.ops[i] for i in sorted(seen) if i != INPUT]
 
-    def _geometry(self, ops: Sequence[Op]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _geometry(self, ops: Sequence[Op]) -> tuple[Axes, Axes, Axes]:
         """Per axis: the receptive field of the branch's end, its stride, and the largest stride on the way."""
-        one = np.ones(self.rank)
+        one = (1.0,) * self.rank
         start = self._start(ops)
-        known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        known: dict[int, tuple[Axes, Axes]] = {}
         coarsest = one
         for op in ops:
             before = [known[i] for i in self.calls.predecessors(op.index) if i in known] or [(one, one)]
-            size = np.max([b[0] for b in before], axis=0)
-            jump = np.min([b[1] for b in before], axis=0)
-            kernel, stride, dilation = _window(self.flow, op, self.rank)
-            size, jump = size + (kernel - 1) * dilation * jump, jump * stride
+            size, jump = before[0]
+            for other_size, other_jump in before[1:]:
+                size, jump = tuple(map(max, size, other_size)), tuple(map(min, jump, other_jump))
+            kernel, stride, dilation = self._window(op)
+            size = tuple(n + (k - 1) * d * j for n, k, d, j in zip(size, kernel, dilation, jump, strict=True))
+            jump = tuple(map(mul, jump, stride))
             given, made = (self._pixels(self.flow.shape(v)) for v in (op.inputs()[0], op.outputs[0]))
-            if op.name not in _WINDOWED and len(given) == len(made) and (given != made).any():
+            if op.name not in _WINDOWED and len(given) == len(made) and given != made:
                 jump = _stride(start, made)
             known[op.index] = (size, jump)
-            coarsest = np.maximum(coarsest, jump)
+            coarsest = tuple(map(max, coarsest, jump))
         size, jump = known[ops[-1].index] if ops else (one, one)
         return size, jump, coarsest
 
-    def _pixels(self, shape: Sequence[int]) -> np.ndarray:
-        """The spatial sizes of a tensor, none where it has too few dims."""
-        return np.array(shape[-self.rank :] if len(shape) >= self.rank + 2 else ())
+    def _window(self, op: Op) -> tuple[Axes, Axes, Axes]:
+        if op.index not in self.windows:
+            self.windows[op.index] = _window(self.flow, op, self.rank)
+        return self.windows[op.index]
 
-    def _start(self, ops: Sequence[Op]) -> np.ndarray:
+    def _pixels(self, shape: Sequence[int]) -> Axes:
+        """The spatial sizes of a tensor, none where it has too few dims."""
+        return tuple(shape[-self.rank :]) if len(shape) >= self.rank + 2 else ()
+
+    def _start(self, ops: Sequence[Op]) -> Axes:
         """Spatial sizes of what the branch reads."""
         inside = {op.index for op in ops}
         for op in ops:
@@ -244,7 +254,7 @@ class _Finder:
                 pixels = self._pixels(self.calls.edges[before, op.index]["shape"])
                 if before not in inside and len(pixels):
                     return pixels
-        return np.ones(self.rank)
+        return (1.0,) * self.rank
 
     def _gamma(self, label: np.ndarray) -> tuple[float, float, float] | None:
         values = self.gamma[label]
@@ -258,13 +268,13 @@ class _Finder:
         groups = int(op.arg("groups"))
         label = self.flow.labels(op.outputs[0])[1]
         assert label is not None
-        kernel, stride, dilation = _window(self.flow, op, self.rank)
+        kernel, stride, dilation = self._window(op)
         kernels = (tuple(int(k) for k in kernel),)
-        field_ = tuple(int(n) for n in 1 + (kernel - 1) * dilation)
+        field_ = tuple(int(1 + (k - 1) * d) for k, d in zip(kernel, dilation, strict=True))
         branches = tuple(
             Branch(
                 name=f"group{i}", channels=len(part), kernels=kernels,
-                dilation=int(dilation.max()), stride=_mean(stride),
+                dilation=int(max(dilation)), stride=_mean(stride),
                 scale=1.0, receptive_field=field_, flops=self.flops.get(op.index, 0) // groups, gamma=self._gamma(part),
                 inner=0, label=part,
             )
@@ -320,30 +330,33 @@ def _gamma_of_slot(graph: ChannelGraph) -> np.ndarray:
     return np.asarray(mean[graph.component])
 
 
-def _window(flow: Flow, op: Op, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _window(flow: Flow, op: Op, rank: int) -> tuple[Axes, Axes, Axes]:
     """Kernel, stride and dilation of a convolution or pooling; ones for any other call."""
-    one = np.ones(rank)
-    if len(flow.shape(op.inputs()[0])) != rank + 2:
+    one = (1.0,) * rank
+    if op.name not in _WINDOWED or len(flow.shape(op.inputs()[0])) != rank + 2:
         return one, one, one
     if op.name == "convolution":
-        kernel = np.array(flow.shape(op.inputs()[1])[2:])
-        stride = 1 / np.array(op.arg("stride")) if op.arg("transposed") else np.array(op.arg("stride"))
-        return kernel, stride, np.broadcast_to(np.array(op.arg("dilation")), kernel.shape)
-    if op.name in _WINDOWED:
-        kernel = np.broadcast_to(np.array(op.arg("kernel_size")), (rank,))
-        stride = np.broadcast_to(np.array(op.arg("stride") or op.arg("kernel_size")), (rank,))
-        return kernel, stride, one
-    return one, one, one
+        stride = _axes(op.arg("stride"), rank)
+        if op.arg("transposed"):
+            stride = tuple(1 / n for n in stride)
+        return flow.shape(op.inputs()[1])[2:], stride, _axes(op.arg("dilation"), rank)
+    return _axes(op.arg("kernel_size"), rank), _axes(op.arg("stride") or op.arg("kernel_size"), rank), one
 
 
-def _stride(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+def _axes(value: int | Sequence[int], rank: int) -> Axes:
+    """A number per axis, where torch takes one for all."""
+    sizes = (value,) if isinstance(value, int) else tuple(value)
+    return sizes * rank if len(sizes) == 1 else sizes
+
+
+def _stride(start: Axes, end: Axes) -> Axes:
     """How many pixels of `start` one of `end` stands for; whole above 1, whatever padding left of it."""
-    return np.asarray(np.where(start > end, np.round(start / end), start / end))
+    return tuple(float(round(a / b)) if a > b else a / b for a, b in zip(start, end, strict=True))
 
 
-def _mean(strides: np.ndarray) -> float:
+def _mean(strides: Axes) -> float:
     """The stride of all axes together."""
-    return round(float(np.prod(strides) ** (1 / max(len(strides), 1))), 2)
+    return round(float(math.prod(strides) ** (1 / max(len(strides), 1))), 2)
 
 
 def _relative(path: str, module: str) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .errors import UnsupportedModelError
+from .skeleton import modules_of, tensor_names
 
 _QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 _WRAPPERS = {
@@ -29,9 +30,9 @@ def check_model(model: object) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"the model is of type {type(model).__name__}: {_instead_of(model)}")
-    for path, module in model.named_modules():
+    for path, module in modules_of(model).items():
         _check_class(module, path or "the model")
-    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for path, tensor in tensor_names(model).items():
         if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
             raise UnsupportedModelError(
                 f"{path} is lazily initialised: run model(*example_inputs) once, so that its shape is known"
@@ -43,7 +44,7 @@ def check_model(model: object) -> nn.Module:
 
 def check_weights(model: nn.Module) -> None:
     """Raise UnsupportedModelError where a parameter or buffer has a shape but no values."""
-    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for path, tensor in tensor_names(model).items():
         if tensor.is_meta:
             raise UnsupportedModelError(
                 f"{path} lies on the meta device and has no values: build the model on a real device and load "
@@ -53,7 +54,7 @@ def check_weights(model: nn.Module) -> None:
 
 def unmatched(model: nn.Module, exclude: Sequence[str | type]) -> Iterator[str]:
     """A note for every pattern that excludes nothing, since it may be misspelled."""
-    names = [name for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers())]
+    names = [*modules_of(model), *tensor_names(model)] if exclude else []
     for item in exclude:
         if isinstance(item, str) and not fnmatch.filter(names, item) and not fnmatch.filter(names, f"{item}.*"):
             yield f"exclude={item!r} matches no module or parameter"

@@ -227,7 +227,8 @@ def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None
     rules = {"groups": options.groups, "norms": options.norms, "tied_parts": options.tied_parts}
     flow = run_rules(trace, slots, facts, **rules)
     training_flow = None
-    unused = set(dict(model.named_parameters())) - {value.name for value in trace.values}
+    parameters = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+    unused = parameters - {value.name for value in trace.values}
     if unused and trace.mode == "meta":
         try:
             training = record(model, inputs, training=True)
@@ -310,9 +311,12 @@ def kept_of(graph: ChannelGraph, kept: np.ndarray) -> dict[str, list[np.ndarray 
         kept: (graph.size,) bool, which neurons stay.
     """
     stays = np.append(kept, True)[graph.unit_of_slot]
+    staying = [0, *np.cumsum(stays).tolist()]
     result: dict[str, list[np.ndarray | None]] = {}
     for name, shape in graph.slots.shapes.items():
-        dims = [stays[start : start + n] for start, n in zip(graph.slots.base[name], shape, strict=True)]
-        if not all(dim.all() for dim in dims):
-            result[name] = [None if dim.all() else np.flatnonzero(dim) for dim in dims]
+        ranges = [(start, start + n) for start, n in zip(graph.slots.base[name], shape, strict=True)]
+        whole = [staying[b] - staying[a] == b - a for a, b in ranges]
+        if not all(whole):
+            pairs = zip(ranges, whole, strict=True)
+            result[name] = [None if all_stay else np.flatnonzero(stays[a:b]) for (a, b), all_stay in pairs]
     return result

@@ -11,7 +11,7 @@ from torch import nn
 
 from .allocation import Allocation, Indices, architecture_hash
 from .errors import AllocationMismatchError
-from .skeleton import skeleton, tensor_names
+from .skeleton import modules_of, skeleton, tensor_names
 
 Slice = Callable[[torch.Tensor, Sequence[Indices | None]], torch.Tensor]
 
@@ -110,7 +110,7 @@ def standard_attributes(
     """
     first = {id(tensor): name for name, tensor in tensor_names(model).items()}
     changed: dict[str, dict[str, Any]] = {}
-    for path, module in model.named_modules():
+    for path, module in modules_of(model).items():
         own = {field: first[id(tensor)] for field, tensor in _sources(module).items()}
         gone = any(path == other or path.startswith(f"{other}.") for other in absent)
         if gone or not any(name in shapes or name in groups for name in own.values()):

@@ -16,7 +16,7 @@ from .flow import Attribute, Facts, Flow, Slots
 from .graph import ChannelGraph, Options, build_graph, kept_of
 from .planning import Plan
 from .rewriting import describes_itself, materialise, sliced, sliced_on_meta, standard_attributes
-from .skeleton import tensor_names
+from .skeleton import modules_of, tensor_names
 from .structure import Image, Mismatch, compare
 from .tracing import ForwardError, Op, record
 
@@ -155,7 +155,7 @@ def _attribute_value(current: Any, sizes: list[int]) -> Any:
 
 def _add_rows(model: nn.Module, kept: dict[str, list[Any]], groups: dict[str, int]) -> None:
     """Dim 1 of a grouped weight is written out as one row of columns per output that stays."""
-    for path, module in model.named_modules():
+    for path, module in modules_of(model).items():
         name = f"{path}.weight".lstrip(".")
         if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and not module.transposed:
             dims = kept.get(name)
@@ -168,12 +168,18 @@ def check_structure(model: nn.Module, graph: ChannelGraph, kept: np.ndarray, all
     """Trace the rewritten model on meta tensors and compare; None where it is the image of the original."""
     on_meta = graph.flow.trace.mode == "meta"
     small = materialise(model, allocation, sliced_on_meta if on_meta else sliced)
-    copied = on_meta and graph.training_flow is None
-    return compare_models(graph, kept, small, copied=copied)
+    return compare_models(graph, kept, small, copied=on_meta)
 
 
 def compare_models(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, *, copied: bool = False) -> Mismatch | None:
-    """Trace a rewritten model and compare it with the original, in eval and, where it differs, train mode."""
+    """Trace a rewritten model and compare it with the original, in eval and, where it differs, train mode.
+
+    Args:
+        graph: of the original.
+        kept: (neurons,) bool.
+        small: the rewritten model.
+        copied: `small` is a copy on meta tensors, to be used up.
+    """
     slots = Slots.of({name: tuple(t.shape) for name, t in tensor_names(small).items()})
     image = Image(graph, kept, kept_of(graph, kept), slots)
     rules = {
@@ -181,13 +187,13 @@ def compare_models(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, *, c
         "norms": graph.options.norms,
         "tied_parts": graph.options.tied_parts,
     }
-    for flow in (graph.flow, graph.training_flow):
-        if flow is None:
-            continue
+    flows = [flow for flow in (graph.flow, graph.training_flow) if flow is not None]
+    for flow in flows:
         error: Exception | None = None
+        last = copied and flow is flows[-1]
         try:
             mode, training = flow.trace.mode, flow.trace.training
-            trace = record(small, graph.inputs, mode, training=training, copied=copied)
+            trace = record(small, graph.inputs, mode, training=training, copied=last)
         except ForwardError as raised:
             trace, error = raised.partial, raised.cause
         try:
@@ -320,7 +326,7 @@ _STRUCTURAL = frozenset({"groups", "num_heads", "stride", "padding", "dilation",
 
 def _same_class(model: nn.Module, path: str) -> set[str]:
     cls = type(model.get_submodule(path))
-    return {other for other, module in model.named_modules() if type(module) is cls}
+    return {other for other, module in modules_of(model).items() if type(module) is cls}
 
 
 def _class_name(model: nn.Module, path: str) -> str:

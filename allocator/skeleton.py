@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -15,11 +16,36 @@ from .errors import UnsupportedModelError
 Replace = Callable[[str, torch.Tensor], torch.Tensor]
 
 
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """`dict(model.named_modules())`, without its generator per level for every module."""
+    found: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+    waiting: list[tuple[str, nn.Module | None]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module is not None and module not in seen:
+            seen.add(module)
+            found[path] = module
+            waiting += [(f"{path}.{key}" if path else key, child) for key, child in reversed(module._modules.items())]
+    return found
+
+
 def tensor_names(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and buffer by its first name; a tied tensor appears once."""
-    names: dict[str, torch.Tensor] = dict(model.named_parameters())
-    names.update(model.named_buffers())
-    return names
+    return {name: tensor for _, name, tensor in _tensors(model)}
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, str, torch.Tensor]]:
+    """(field of the module that holds it, name, tensor): parameters, then buffers, as torch names them; one walk."""
+    modules = modules_of(model)
+    found, seen = [], set[int]()
+    for kind in ("_parameters", "_buffers"):
+        for path, module in modules.items():
+            for key, tensor in getattr(module, kind).items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found.append((kind, f"{path}.{key}" if path else key, tensor))
+    return found
 
 
 def skeleton(model: nn.Module, replace: Replace) -> nn.Module:
@@ -37,9 +63,10 @@ def skeleton(model: nn.Module, replace: Replace) -> nn.Module:
         UnsupportedModelError: the module structure cannot be deep-copied.
     """
     memo: dict[int, object] = {}
-    for name, parameter in model.named_parameters():
-        memo[id(parameter)] = _as_parameter(replace(name, parameter), parameter)
-    for name, tensor in (*model.named_buffers(), *_tensor_attributes(model)):
+    for kind, name, tensor in _tensors(model):
+        new = replace(name, tensor)
+        memo[id(tensor)] = _as_parameter(new, tensor) if kind == "_parameters" else new
+    for name, tensor in _tensor_attributes(model):
         if id(tensor) not in memo:
             memo[id(tensor)] = replace(name, tensor)
     try:
@@ -53,35 +80,48 @@ def skeleton(model: nn.Module, replace: Replace) -> nn.Module:
 
 def _copy(value: Any, memo: dict[int, Any]) -> Any:
     """`copy.deepcopy`, with a short way for modules and plain containers: most of a network is these."""
-    if type(value) in _ATOMS:
+    kind: Any = type(value)
+    if kind in _ATOMS:
         return value
+    if kind in _PLAIN and not value:
+        return kind()
     known = memo.get(id(value))
     if known is not None:
         return known
-    if isinstance(value, nn.Module) and _copies_plainly(type(value)):
-        new = memo[id(value)] = type(value).__new__(type(value))
+    if isinstance(value, nn.Module) and _copies_plainly(kind):
+        new = memo[id(value)] = kind.__new__(kind)
         # A forward compiled in place (Module.compile) stays behind: it would run the original's weights.
         state = value.__getstate__() if "_compiled_call_impl" in vars(value) else vars(value)
-        vars(new).update((key, _copy(item, memo)) for key, item in state.items())
+        fields = vars(new)
+        for key, item in state.items():  # most are numbers or empty
+            held = type(item)
+            if held in _ATOMS:
+                fields[key] = item
+            else:
+                fields[key] = held() if held in _PLAIN and not item else _copy(item, memo)
         return new
-    if type(value) is tuple:
+    if kind is tuple:
         return tuple(_copy(item, memo) for item in value)
-    if type(value) in (dict, OrderedDict):
-        mapping = memo[id(value)] = type(value)()
-        mapping.update((_copy(key, memo), _copy(item, memo)) for key, item in value.items())
+    if kind in _MAPPINGS:
+        mapping = memo[id(value)] = kind()
+        for key, item in value.items():
+            mapping[_copy(key, memo)] = _copy(item, memo)
         return mapping
     return copy.deepcopy(value, memo)
 
 
+@functools.cache
 def _copies_plainly(cls: type) -> bool:
     return all(getattr(cls, name, None) is getattr(nn.Module, name, None) for name in _COPY_HOOKS)
 
 
+_MAPPINGS = frozenset({dict, OrderedDict})
+_PLAIN = _MAPPINGS | {set, list}
 _ATOMS = frozenset({int, float, bool, str, type(None)})
 _COPY_HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__new__")
 
 
-def _as_parameter(tensor: torch.Tensor, like: nn.Parameter) -> nn.Parameter:
+def _as_parameter(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
     if isinstance(tensor, nn.Parameter):
         return tensor
     return nn.Parameter(tensor, requires_grad=like.requires_grad)
@@ -89,9 +129,9 @@ def _as_parameter(tensor: torch.Tensor, like: nn.Parameter) -> nn.Parameter:
 
 def _tensor_attributes(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that modules keep as plain attributes, alone or in a list, tuple or dict."""
-    for path, module in model.named_modules():
+    for path, module in modules_of(model).items():
         for key, value in vars(module).items():
-            if key.startswith("_") and key in _MODULE_FIELDS:
+            if type(value) in _ATOMS or key in _MODULE_FIELDS:
                 continue
             items = value if isinstance(value, (list, tuple)) else (value,)
             if isinstance(value, dict):

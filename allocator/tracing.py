@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .errors import TraceError
 from .inputs import Inputs
-from .skeleton import skeleton, tensor_names
+from .skeleton import modules_of, skeleton, tensor_names
 
 # Functions that fvcore counts as a whole, or whose meaning is lost in their parts.
 COMPOSITES = frozenset(
@@ -104,10 +106,8 @@ class Op:
         """An argument by its name in the schema, or its default."""
         if name in self.kwargs:
             return self.kwargs[name]
-        for position, argument in enumerate(self.target._schema.arguments):
-            if argument.name == name:
-                return self.args[position] if position < len(self.args) else argument.default_value
-        return None
+        position, default = _arguments(self.target).get(name, (len(self.args), None))
+        return self.args[position] if position < len(self.args) else default
 
     def inputs(self) -> tuple[int, ...]:
         """Indices of all tensors it read, in order."""
@@ -120,6 +120,12 @@ class Op:
 
     def __str__(self) -> str:
         return f"{self.target} in {self.module or 'the model'}"
+
+
+@functools.cache
+def _arguments(target: Any) -> dict[str, tuple[int, Any]]:
+    """Position and default of each argument of an overload, by its name."""
+    return {a.name: (i, a.default_value) for i, a in enumerate(target._schema.arguments)}
 
 
 @dataclass(slots=True)
@@ -244,6 +250,19 @@ def _converter(mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.T
     return lambda _, t: t if isinstance(t, nn.Parameter) else t.clone()
 
 
+def _like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
+
+
+# Without torch's tag for calls that work number by number, though they do.
+_POINTWISE = frozenset({torch.ops.aten.hardswish.default, torch.ops.aten.hardswish_.default})
+
+
+def _fits(size: int, other: int) -> bool:
+    """Whether a dim of this size broadcasts to the other."""
+    return size in (1, other)
+
+
 # Fake tensors ask each other where they lie; that reads no values.
 _DEVICE = torch.ops.prim.device.default
 
@@ -260,7 +279,9 @@ class _Recorder(TorchDispatchMode):
         self.call: Call | None = None
         self.paused = False
         self.stack: list[str] = [""]
-        self.modules = dict(model.named_modules())
+        self.gives: dict[tuple[Any, torch.dtype], torch.dtype] = {}
+        self.modules = modules_of(model)
+        self.paths = {module: path for path, module in self.modules.items()}
 
     @property
     def path(self) -> str:
@@ -295,40 +316,65 @@ class _Recorder(TorchDispatchMode):
             self.paused = False
 
     def shortcut(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run a call; a batch norm on meta tensors is spared its decomposition, half of all time."""
-        if func is torch.ops.aten.native_batch_norm.default and args[0].is_meta:
-            x, training = args[0], args[5]
-            statistics = x.shape[1] if training else 0
-            out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-            return out, x.new_empty(statistics), x.new_empty(statistics)
+        """Run a call; on meta tensors, those that torch decomposes in Python, most of all time, are spared it."""
+        x = args[0] if args else None
+        if not isinstance(x, torch.Tensor) or not x.is_meta:
+            return func(*args, **kwargs)
+        if func is torch.ops.aten.native_batch_norm.default:
+            statistics = x.shape[1] if args[5] else 0
+            mean, variance = (torch.empty(statistics, dtype=x.dtype, device="meta") for _ in range(2))
+            return _like(x, x.dtype), mean, variance
+        if not kwargs and (torch.Tag.pointwise in func.tags or func in _POINTWISE):
+            return self.pointwise(func, args)
+        if func is torch.ops.aten.mean.dim and x.is_contiguous() and len(args) == 3:
+            dims = {dim % x.dim() for dim in args[1]}
+            kept = [1 if i in dims else n for i, n in enumerate(x.shape) if args[2] or i not in dims]
+            return torch.empty(kept, dtype=x.dtype, device="meta")
         return func(*args, **kwargs)
+
+    def pointwise(self, func: Any, args: Any) -> Any:
+        """Run a call that works number by number; after the first of its kind, its result's dtype is known."""
+        tensors = [item for item in args if isinstance(item, torch.Tensor)]
+        largest, dtype = max(tensors, key=torch.Tensor.numel), tensors[0].dtype
+        plain = dtype.is_floating_point and all(
+            t.is_meta and t.dtype == dtype and t.dim() == largest.dim() and all(map(_fits, t.shape, largest.shape))
+            for t in tensors
+        )
+        if not plain or not all(type(item) in (torch.Tensor, nn.Parameter, float, int) for item in args):
+            return func(*args)
+        if func._schema.is_mutable:
+            return args[0] if args[0].shape == largest.shape else func(*args)
+        if (func, dtype) not in self.gives:
+            out = func(*args)
+            if isinstance(out, torch.Tensor):
+                self.gives[func, dtype] = out.dtype
+            return out
+        return _like(largest, self.gives[func, dtype])
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
-        handles = []
-        for path, module in self.modules.items():
-            if path:
-                handles.append(module.register_forward_pre_hook(self._enter(path), prepend=True))
-                handles.append(module.register_forward_hook(self._leave))
+        """Follow which module runs, by two hooks for all modules instead of two for each."""
+        handles = [register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave)]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, path: str) -> Callable[..., None]:
-        def enter(module: nn.Module, args: Any) -> None:
-            self.stack.append(path)
-
-        return enter
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if module in self.paths:
+            self.stack.append(self.paths[module])
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.stack.pop()
+        if module in self.paths:
+            self.stack.pop()
 
     def compact(self, output: Any, mode: str, training: bool) -> Trace:
         names = {id(tensor): name for name, tensor in tensor_names(self.model).items()}
         values: list[Value] = []
         index: dict[int, int] = {}
+
+        read: list[int] = []
 
         def ref(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
@@ -338,6 +384,7 @@ class _Recorder(TorchDispatchMode):
                 known = index[id(leaf)] = len(values)
                 shape = (self.before.get(id(leaf)) or [tuple(leaf.shape)])[0]
                 values.append(Value(shape, leaf.dtype, names.get(id(leaf))))
+            read.append(known)
             return Ref(known)
 
         def outputs(tree: Any) -> tuple[int, ...]:
@@ -349,8 +396,9 @@ class _Recorder(TorchDispatchMode):
         ops = []
         for i, (func, args, kwargs, out, module, call) in enumerate(self.raw):
             reshaped = id(args[0]) if torch.Tag.inplace_view in getattr(func, "tags", ()) else None
+            read.clear()
             args, kwargs = _replace(args, ref), _replace(kwargs, ref)
-            reads = tuple(_refs((args, kwargs)))
+            reads = tuple(read)
             if reshaped is not None:
                 self.before[reshaped].pop(0)
                 del index[reshaped]
@@ -387,11 +435,16 @@ class _Functions(TorchFunctionMode):
 
 def _replace(tree: Any, ref: Callable[[Any], Any]) -> Any:
     """`tree_map` for the few containers that ATen arguments use; several times faster."""
+    if type(tree) in _LITERALS:
+        return tree
     if isinstance(tree, (list, tuple)):
-        return tuple(_replace(item, ref) for item in tree)
+        return tuple([_replace(item, ref) for item in tree])
     if isinstance(tree, dict):
         return {key: _replace(item, ref) for key, item in tree.items()}
     return ref(tree)
+
+
+_LITERALS = frozenset({int, float, bool, str, type(None)})
 
 
 def _note_views(op: Op, values: list[Value]) -> None:
@@ -404,16 +457,6 @@ def _note_views(op: Op, values: list[Value]) -> None:
     for index in op.outputs:
         if index != source and values[index].name is None:
             values[index].base = base
-
-
-def _refs(tree: Any) -> Iterator[int]:
-    if isinstance(tree, Ref):
-        yield tree.index
-    elif isinstance(tree, tuple):
-        for item in tree:
-            yield from _refs(item)
-    elif isinstance(tree, dict):
-        yield from _refs(tuple(tree.values()))
 
 
 def tensors_in(output: Any) -> list[torch.Tensor]:
