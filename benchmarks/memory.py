@@ -60,7 +60,7 @@ WHAT: dict[str, Callable[[nn.Module, str], object]] = {
     "trace": trace,
     "allocate": allocate,
     "allocate_uncertified": allocate_uncertified,
-    "peer_once": prune_once,
+    "peer_once": lambda model, name: prune_once(model, example(name)),
 }
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from .common import ROOT as ROOT
 
-from reference_set import example, fvcore_count  # isort: skip
+from reference_set import count, example  # isort: skip
 
 FIXED_RATIO = 0.35
 TOLERANCE = 0.01
@@ -43,22 +43,23 @@ class Bisected:
     within: bool
 
 
-def prune_once(model: nn.Module, name: str, ratio: float = FIXED_RATIO) -> nn.Module:
+def prune_once(model: nn.Module, image: torch.Tensor, ratio: float = FIXED_RATIO, classes: int = 1000) -> nn.Module:
     """One pass at a fixed pruning ratio, in place; nothing is counted or checked.
 
     Args:
         model: the network in eval mode; changed.
-        name: as for `allocator.build`; tells the image size.
+        image: (1, C, H, W) that it can take.
         ratio: share of channels to prune, over all layers.
+        classes: outputs of the linear layers that are left alone.
     """
     import torch_pruning as tp
 
-    heads = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 1000]
+    heads = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == classes]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         pruner = tp.pruner.BNScalePruner(
             model,
-            example(name),
+            image,
             importance=tp.importance.BNScaleImportance(),
             global_pruning=True,
             pruning_ratio=ratio,
@@ -68,19 +69,20 @@ def prune_once(model: nn.Module, name: str, ratio: float = FIXED_RATIO) -> nn.Mo
     return model
 
 
-def prune_to_budget(model: nn.Module, name: str, budget: float) -> Bisected:
+def prune_to_budget(model: nn.Module, image: torch.Tensor, budget: float, classes: int = 1000) -> Bisected:
     """Bisect the pruning ratio until fvcore's FLOPs are within 1 % under the budget.
 
     Args:
         model: the network in eval mode; not changed.
-        name: as for `allocator.build`.
+        image: (1, C, H, W) that it can take.
         budget: FLOPs at most.
+        classes: outputs of the linear layers that are left alone.
     """
     low, high = 0.0, 1.0
     for tries in range(1, MOST_TRIES + 1):
         ratio = (low + high) / 2
-        small = prune_once(copy.deepcopy(model), name, ratio)
-        flops = fvcore_count(small, name).flops
+        small = prune_once(copy.deepcopy(model), image, ratio, classes)
+        flops = count(small, image).flops
         within = (1 - TOLERANCE) * budget <= flops <= budget
         if within or tries == MOST_TRIES:
             break

@@ -19,7 +19,7 @@ from .common import environment, median, read, timed, write
 from .speed_report import markdown
 from .stages import stages
 
-from reference_set import REFERENCE_SET, fvcore_count, randomised  # isort: skip
+from reference_set import REFERENCE_SET, example, fvcore_count, randomised  # isort: skip
 
 import allocator
 
@@ -61,14 +61,14 @@ def compare(name: str, repeats: int) -> Data:
         Medians in seconds; where Torch-Pruning failed, why.
     """
     model = randomised(name)
-    own = fvcore_count(model, name).flops
+    image, own = example(name), fvcore_count(model, name).flops
     row: Data = {"model": name, "own": own, "operators": len(allocator.trace(model).flow.trace.ops)}
     calls: Calls = {"ours": lambda: ours(model)[1]}
     try:
-        bisected = peer.prune_to_budget(model, name, own * SHARE / 100)
+        bisected = peer.prune_to_budget(model, image, own * SHARE / 100)
         row["peer"] = {"ratio": bisected.flops / own, "tries": bisected.tries, "within": bisected.within}
         row["peer"]["training"] = peer.broken_in_training(bisected.model, name)
-        calls["bisected"] = lambda: timed(lambda: peer.prune_to_budget(model, name, own * SHARE / 100))[1]._asdict()
+        calls["bisected"] = lambda: timed(lambda: peer.prune_to_budget(model, image, own * SHARE / 100))[1]._asdict()
         calls["once"] = lambda: _once(model, name)
     except Exception as error:  # whatever the peer raises is a result here
         row["peer"] = {"failed": peer.reason(error)}
@@ -81,8 +81,8 @@ def compare(name: str, repeats: int) -> Data:
 
 def _once(model: Any, name: str) -> dict[str, float]:
     """Seconds of one pass of Torch-Pruning; the copy that it changes is made beforehand."""
-    scratch = copy.deepcopy(model)
-    return timed(lambda: peer.prune_once(scratch, name))[1]._asdict()
+    scratch, image = copy.deepcopy(model), example(name)
+    return timed(lambda: peer.prune_once(scratch, image))[1]._asdict()
 
 
 def scaling(name: str, repeats: int) -> Data:
@@ -108,7 +108,7 @@ def _progress(part: str, rows: list[Data], row: Data) -> None:
 
 def measure(parts: Sequence[str], models: Sequence[str], repeats: int) -> Data:
     """All rows of the parts asked for."""
-    peer.prune_once(randomised(memory.WARM_UP), memory.WARM_UP)
+    peer.prune_once(randomised(memory.WARM_UP), example(memory.WARM_UP))
     ours(randomised(memory.WARM_UP))
     data: Data = {}
     for part in parts:

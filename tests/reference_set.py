@@ -49,10 +49,15 @@ def fvcore_count(model: nn.Module, name: str) -> Count:
         model: the network or a rewritten one; put in eval mode.
         name: as for `allocator.build`; tells the size.
     """
+    return count(model, example(name))
+
+
+def count(model: nn.Module, image: torch.Tensor) -> Count:
+    """Count with fvcore alone, in eval mode, on one image."""
     from fvcore.nn import FlopCountAnalysis
 
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
-    analysis = FlopCountAnalysis(model.eval(), example(name))
+    analysis = FlopCountAnalysis(model.eval(), image)
     analysis.uncalled_modules_warnings(False).unsupported_ops_warnings(False).tracer_warnings("none")
     with torch.no_grad():
         return Count(int(analysis.total()), dict(analysis.unsupported_ops()))
