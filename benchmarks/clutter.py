@@ -31,7 +31,7 @@ class Task:
 
     side: int = 64
     sizes: tuple[float, float] = (14.0, 60.0)
-    pieces: int = 6
+    pieces: int = 2
     noise: float = 0.1
     copies: tuple[int, int] = (3, 3)
 

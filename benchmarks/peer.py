@@ -10,7 +10,7 @@ import contextlib
 import copy
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -26,10 +26,10 @@ MOST_TRIES = 14
 
 @dataclass(frozen=True)
 class Bisected:
-    """Where a bisection ended.
+    """Where a bisection ended: the largest model under the budget.
 
     Attributes:
-        model: the last model.
+        model: that model.
         flops: its FLOPs by fvcore.
         ratio: the pruning ratio that gave it.
         tries: how many models were pruned on the way.
@@ -79,15 +79,18 @@ def prune_to_budget(model: nn.Module, image: torch.Tensor, budget: float, classe
         classes: outputs of the linear layers that are left alone.
     """
     low, high = 0.0, 1.0
+    best = Bisected(model, 0, 1.0, 0, False)
     for tries in range(1, MOST_TRIES + 1):
         ratio = (low + high) / 2
         small = prune_once(copy.deepcopy(model), image, ratio, classes)
         flops = count(small, image).flops
         within = (1 - TOLERANCE) * budget <= flops <= budget
-        if within or tries == MOST_TRIES:
+        if best.flops < flops <= budget:
+            best = Bisected(small, flops, ratio, tries, within)
+        if within:
             break
         low, high = (ratio, high) if flops > budget else (low, ratio)
-    return Bisected(small, flops, ratio, tries, within)
+    return replace(best, tries=tries)
 
 
 def broken_in_training(model: nn.Module, name: str) -> str | None:
