@@ -361,12 +361,17 @@ class CostModel:
         self._shared_terms: list[tuple[int, tuple[int, int]]] = []
         products: list[tuple[np.ndarray, np.ndarray]] = []
         pointer, units, times = (getattr(self.incidence, name) for name in ("indptr", "indices", "data"))
+        ranges = [units[a:b] for a, b in itertools.pairwise(pointer)]
+        first = [int(of.min()) if len(of) else self.incidence.shape[1] for of in ranges]
+        last = [int(of.max()) if len(of) else -1 for of in ranges]
         for t, axes in enumerate(self._axes):
             for dims in itertools.combinations(range(len(axes)), 2):
                 i, j = (int(axes[d]) for d in dims)
                 if max(i, j) == len(self.fixed):
                     continue
                 a, b = (slice(pointer[k], pointer[k + 1]) for k in (i, j))
+                if first[i] > last[j] or first[j] > last[i]:
+                    continue
                 common, at, bt = np.intersect1d(units[a], units[b], assume_unique=True, return_indices=True)
                 if len(common):
                     products.append((common, times[a][at] * times[b][bt]))

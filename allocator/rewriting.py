@@ -41,10 +41,14 @@ def sliced(tensor: torch.Tensor, kept: Sequence[Indices | None]) -> torch.Tensor
 
 def sliced_on_meta(tensor: torch.Tensor, kept: Sequence[Indices | None]) -> torch.Tensor:
     """A meta tensor of the size that `sliced` would give."""
-    sizes = [
-        n if indices is None else np.asarray(indices).shape[-1] for n, indices in zip(tensor.shape, kept, strict=True)
-    ]
+    sizes = [n if indices is None else _length(indices) for n, indices in zip(tensor.shape, kept, strict=True)]
     return torch.empty(sizes, dtype=tensor.dtype, device="meta")
+
+
+def _length(indices: Indices) -> int:
+    """How many indices there are, or columns where there is a row of them per output."""
+    first = indices[0] if len(indices) else 0
+    return len(first) if isinstance(first, Sequence) else len(indices)
 
 
 def materialise(model: nn.Module, allocation: Allocation, cut: Slice = sliced) -> nn.Module:

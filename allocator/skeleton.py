@@ -101,7 +101,7 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
                 fields[key] = held() if held in _PLAIN and not item else _copy(item, memo)
         return new
     if kind is tuple:
-        return tuple(_copy(item, memo) for item in value)
+        return value if _ATOMS.issuperset(map(type, value)) else tuple(_copy(item, memo) for item in value)
     if kind in _MAPPINGS:
         mapping = memo[id(value)] = kind()
         for key, item in value.items():

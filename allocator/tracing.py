@@ -250,6 +250,30 @@ def _converter(mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.T
     return lambda _, t: t if isinstance(t, nn.Parameter) else t.clone()
 
 
+def _convolved(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> list[int] | None:
+    """Shape that a plain convolution gives; None where it is of another sort, or does not fit."""
+    plain = not transposed and x.dim() == weight.dim() and x.is_contiguous() and weight.is_contiguous()
+    if not plain or x.dtype != weight.dtype or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        return None
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
+        return None
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=False)
+    sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    if len(sides) != x.dim() - 2 or min(sides, default=0) < 1:
+        return None
+    return [x.shape[0], weight.shape[0], *sides]
+
+
 def _like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
 
@@ -330,7 +354,8 @@ class _Recorder(TorchDispatchMode):
             dims = {dim % x.dim() for dim in args[1]}
             kept = [1 if i in dims else n for i, n in enumerate(x.shape) if args[2] or i not in dims]
             return torch.empty(kept, dtype=x.dtype, device="meta")
-        return func(*args, **kwargs)
+        shape = _convolved(*args) if func is torch.ops.aten.convolution.default else None
+        return func(*args, **kwargs) if shape is None else torch.empty(shape, dtype=x.dtype, device="meta")
 
     def pointwise(self, func: Any, args: Any) -> Any:
         """Run a call that works number by number; after the first of its kind, its result's dtype is known."""
