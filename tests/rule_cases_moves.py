@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from oracle import Case, Data, below
+from oracle import Case, Data, below, truth
 from rule_rows import FEATURES, IMAGE, TOKENS, aten, case, each, image
 
 # ------------------------------------------------------------------------------------------------- views
@@ -51,6 +51,9 @@ VIEWS = {
         *each(lambda x: x.view(-1, 1).view(2, x.shape[1], 16), IMAGE),
         *each(lambda x: x.view(torch.int64), IMAGE),
         *each(lambda x: x.view(-1, 3), Data((1, 3), ())),
+        *each(lambda x: x.view(1, -1, 1, 1), Data((6,), (0,))),
+        *each(lambda x: x.view(1, -1), Data((6,), (0,))),
+        *each(lambda x: x.view(-1, 1, 1), Data((6,), (0,))),
         *each(
             lambda x: x.view(2, -1),
             Data((2, 3, 4), (1, 2)),
@@ -214,10 +217,17 @@ def following(run: Callable[..., Any], data: Data, dim: int, *ends: int) -> list
     return [Case(run, [data], attributes=dict(zip("abc", ends)), counts=counts)]
 
 
+def _written(places: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    fresh = values.new_zeros((4, *values.shape[1:]))
+    fresh[places] = values
+    return fresh
+
+
 def _unbound(x: torch.Tensor) -> torch.Tensor:
     return torch.stack(x.unbind(1), 1)
 
 
+PLACES = Data((3,), (), below(4))
 MASK = Data((4,), (), lambda shape: torch.tensor([True, False, True, True]))
 MASK2 = Data((2, 6), (), lambda shape: torch.arange(12).view(shape) % 3 > 0)
 PICK = Data((3,), (), below(4))
@@ -284,6 +294,27 @@ PARTS = {
         *each(lambda x, i: x[i], Data((4, 6), (1,)), MASK, mode="real"),
         *each(lambda x, i: x[:, i, i], IMAGE, PICK, refused=True),
         *each(lambda x, i: x[i], IMAGE, MASK2, mode="real", refused=True),
+    ],
+    "index_put": [
+        *each(lambda x, i, v: x.index_put((i,), v), Data((4, 6), (1,)), PLACES, Data((3, 6), (1,))),
+        *each(lambda x, i, v: x.index_put((i,), v), Data((4, 6), (1,)), PLACES, Data((6,), (0,))),
+        *each(lambda x, i, v: x.index_put((i,), v), Data((4, 6), (1,)), PLACES, Data((), ())),
+        *each(lambda x, i: x.index_put((i,), x.new_ones(x.shape[1])), Data((4, 6), (1,)), PLACES),
+        *each(lambda x, m: x.index_put((m,), x.new_ones(1)), Data((4, 6), (1,)), MASK),
+        *each(lambda x, i, v: aten.index_put(x, [None, i], v), Data((2, 6), (1,)), PLACES, Data((2, 3), (1,))),
+        *each(_written, PLACES, Data((3, 6, 2), (1,))),
+        *each(lambda i, v: _written(i, v).relu(), PLACES, Data((3, 6, 2), (1,))),
+        *each(lambda x, i: x.index_put((i, i), x.new_ones(1)), Data((4, 6), (1,)), PLACES, refused=True),
+    ],
+    "_index_put_impl": each(
+        lambda x, i, v: aten._index_put_impl(x, [i], v), Data((4, 6), (1,)), PLACES, Data((3, 6), (1,))
+    ),
+    "nonzero": each(torch.nonzero, Data((3, 6), (1,), truth)),
+    "masked_select": each(torch.masked_select, FEATURES, Data((3, 6), (1,), truth)),
+    "topk": [
+        *each(lambda x: x.topk(2, 2), IMAGE),
+        *each(lambda x: x.topk(2), IMAGE),
+        *each(lambda x: x.topk(3, 1), IMAGE),
     ],
     "constant_pad_nd": [
         *each(lambda x: F.pad(x, (1, 1, 2, 0)), IMAGE),

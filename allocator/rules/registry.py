@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -50,6 +50,11 @@ def find_rule(op: Op) -> Rule | None:
     known = RULES.get(name)
     if known is None and name.endswith("_"):
         known = RULES.get(name[:-1])
-    if known is None and torch.Tag.pointwise in op.target.tags:
+    if known is None and torch.Tag.pointwise in op.target.tags and _gives_tensors(op.target):
         return RULES["add"]
     return known
+
+
+def _gives_tensors(target: Any) -> bool:
+    """`equal` is tagged as pointwise, though it gives one bool for all."""
+    return all("Tensor" in str(result.type) for result in target._schema.returns)

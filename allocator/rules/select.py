@@ -113,6 +113,52 @@ def index(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], [*labels[:dim], *picked, *labels[dim + 1 :]])
 
 
+@rule("index_put", "_index_put_impl")
+def put(flow: Flow, op: Op) -> None:
+    """Places along one dim are written; on the other dims what is written is the same channels."""
+    target, *indices, values = op.inputs()
+    labels, shape = list(flow.labels(target)), flow.shape(target)
+    if len(indices) != 1 or len(flow.shape(indices[0])) != 1:
+        flow.refuse(op, "writing to places named by several tensors")
+        return
+    written = [None] * (len(shape) - len(flow.shape(values))) + list(flow.labels(values))
+    sizes = [1] * (len(shape) - len(flow.shape(values))) + list(flow.shape(values))
+    at = next(d for d, ref in enumerate(op.arg("indices")) if ref is not None)
+    for dim, label in enumerate(written):
+        if dim == at:
+            flow.freeze(label, op, "channels are picked by an index tensor")
+            flow.freeze(labels[dim], op, "channels are picked by an index tensor")
+        elif target in flow.uniform:
+            labels[dim] = label if sizes[dim] == shape[dim] else None
+        elif values not in flow.uniform and sizes[dim] == shape[dim]:
+            labels[dim] = flow.unify(labels[dim], label, op) if label is not labels[dim] else label
+    memory = flow.trace.root(op.outputs[0])
+    if memory in flow.uniform and flow.shape(memory) == shape:
+        flow.set(memory, labels)
+    flow.set(op.outputs[0], labels)
+
+
+@rule("nonzero", "masked_select")
+def pick_by_value(flow: Flow, op: Op) -> None:
+    """Which elements are picked depends on their values, so every channel stays."""
+    for value in op.inputs():
+        for label in flow.labels(value):
+            flow.freeze(label, op, "elements are picked by their values")
+    flow.set(op.outputs[0], [None] * len(flow.shape(op.outputs[0])))
+
+
+@rule("topk")
+def largest_along_dim(flow: Flow, op: Op) -> None:
+    """The largest along one dim, which so must stay; the others pass."""
+    labels = list(flow.labels(op.inputs()[0]))
+    if labels:
+        dim = -1 if op.arg("dim") is None else int(op.arg("dim"))
+        flow.freeze(labels[dim], op, "the largest of all channels are picked")
+        labels[dim] = None
+    for value in op.outputs:
+        flow.set(value, labels)
+
+
 @rule("constant_pad_nd")
 def constant_pad(flow: Flow, op: Op) -> None:
     """Padding from the last dim backwards; a padded dim must keep its channels."""

@@ -12,6 +12,9 @@ from ..tracing import Op
 from .registry import rule
 
 Shape = tuple[int, ...]
+# Where a vector of one element becomes one of these many dims, sizes do not tell which of them is its own: it is
+# taken to be the second, as a scale of channels has it. (A wrong guess only keeps neurons.)
+_CHANNELS_SECOND = (2, 4, 5)
 
 
 @rule(
@@ -52,6 +55,8 @@ def view(flow: Flow, op: Op) -> None:
             parts = unflatten(flow, op, merged, [target[d] for d in outs])
             for d, label in zip(outs, parts, strict=True):
                 result[d] = label
+    if shape == (1,) and len(target) in _CHANNELS_SECOND:
+        result[:2] = [None, labels[0]]
     flow.set(out, result)
     if source in flow.uniform:
         flow.uniform.add(out)
