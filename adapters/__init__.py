@@ -5,7 +5,7 @@ An adapter is looked up by the qualified name of a module's class or of one of i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -20,9 +20,11 @@ class Adapter:
     Attributes:
         optional_branches: gives, for a module, the paths (relative to it) of layers that the forward can
             do without, each with all the paths that must be set to None together with it.
+        norm_scale: for a norm that torch does not know as one, the name of the vector that scales its channels.
     """
 
     optional_branches: OptionalBranches | None = None
+    norm_scale: str | None = None
 
 
 _ADAPTERS: dict[str, Adapter] = {}
@@ -66,9 +68,17 @@ def _optional_branches(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]
             yield prefix + layer, tuple(prefix + name for name in together)
 
 
+def norm_scales(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the vectors by which norms that torch does not know as such scale their channels."""
+    found = [(path, find(module)) for path, module in modules.items()]
+    return [f"{path}.{known.norm_scale}".lstrip(".") for path, known in found if known and known.norm_scale]
+
+
 def _present_scales(module: nn.Module) -> dict[str, tuple[str, ...]]:
     names = [name for name, conv in module.get_submodule("conv2")._modules.items() if conv is not None]
     return {f"conv2.{i}": (f"conv2.{i}", f"bn2.{i}") for i in names}
 
 
 register("allocator.recipes.scalenet.ScaleBlock", Adapter(optional_branches=_present_scales))
+for _frozen in ("torchvision.ops.misc.FrozenBatchNorm2d", "timm.layers.norm_act.FrozenBatchNormAct2d"):
+    register(_frozen, Adapter(norm_scale="weight"))

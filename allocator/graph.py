@@ -20,6 +20,7 @@ from .blocks import Block, call_graph, find_blocks
 from .cost import CostModel, cost_terms
 from .flow import FROZEN, Facts, Flow, Slots
 from .inputs import Inputs
+from .largest import downstream, value_sized
 from .skeleton import tensor_names
 from .tracing import ForwardError, record, trace_forward
 
@@ -128,6 +129,14 @@ class ChannelGraph:
         """The model's own FLOPs for the example inputs, as fvcore counts them."""
         return self.cost.flops(np.ones(self.size, dtype=bool))
 
+    def certain_flops(self, kept: np.ndarray) -> int:
+        """FLOPs that do not depend on values when the neurons with `kept` true are kept; all, in most models."""
+        uncertain = downstream(self.flow.trace)
+        per_term = self.cost.per_term(kept)
+        return int(
+            sum(n for n, term in zip(per_term.tolist(), self.cost.terms, strict=True) if term.op not in uncertain)
+        )
+
     @cached_property
     def branch_of(self) -> np.ndarray:
         """Per neuron, the index of the branch (the first parameter dim) that writes it."""
@@ -235,6 +244,11 @@ def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None
             training_flow = run_rules(training, slots, facts, **rules)
         except ForwardError as error:
             notes.append(f"parameters used in train mode only stay as they are: {error}")
+    by_value = sorted({op.name for op in value_sized(trace)})
+    if by_value:
+        notes.append(f"results whose size depends on values count at their largest ({', '.join(by_value)})")
+    scales = [(slots.labels(name)[0], name) for name in adapters.norm_scales(trace.modules)]
+    facts.gammas += [(label, name) for label, name in scales if label is not None]
     _freeze_excluded(model, options, slots, facts)
     _freeze_found(options, flow, training_flow)
     component, unit_of_slot, size = _components(slots, facts)

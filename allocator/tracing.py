@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from .errors import TraceError
 from .inputs import Inputs
+from .largest import largest, one_suppression
 from .skeleton import modules_of, skeleton, tensor_names
 
 # Functions that fvcore counts as a whole, or whose meaning is lost in their parts.
@@ -229,6 +230,8 @@ def record(
         )
         recorder = _Recorder(running)
         stack.enter_context(torch.no_grad())
+        if mode != "real":
+            stack.enter_context(one_suppression())
         stack.enter_context(recorder.hooks())
         stack.enter_context(_Functions(recorder))
         stack.enter_context(recorder)
@@ -314,7 +317,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.paused or func is _DEVICE:
             return func(*args, **(kwargs or {}))
-        return self.note(func, args, kwargs or {}, self.shortcut)
+        return self.note(func, args, kwargs or {}, largest(func) or self.shortcut)
 
     def note(self, target: Any, args: Any, kwargs: Any, run: Callable[[Any, Any, Any], Any]) -> Any:
         """Record a call to `target`, entered before `run` makes it, so that calls within it come later."""
