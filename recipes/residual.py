@@ -175,11 +175,7 @@ class ResidualNet(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        if self.stem_pools:
-            x = F.max_pool2d(x, 3, 2, 1)
-        for name in self.stages:
-            x = getattr(self, name)(x)
+        x = stage_features(self, x)[-1]
         logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
         return logits
 
@@ -196,6 +192,16 @@ class ResidualNet(nn.Module):
     def parts(self) -> dict[str, dict[str, int]]:
         """Neurons of each part of each block."""
         return {name: block.parts() for name, block in self.blocks().items()}
+
+
+def stage_features(network: nn.Module, x: Tensor) -> list[Tensor]:
+    """What the stem and then each stage of a recipe's network gives; one (N, C, H, W) tensor per stage."""
+    stem, stages = cast(bool, network.stem_pools), cast(list[str], network.stages)
+    x = F.relu(network.get_submodule("bn1")(network.get_submodule("conv1")(x)))
+    features = [F.max_pool2d(x, 3, 2, 1) if stem else x]
+    for name in stages:
+        features.append(network.get_submodule(name)(features[-1]))
+    return features[1:]
 
 
 def initialise(model: nn.Module) -> None:

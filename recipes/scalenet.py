@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allocator.errors import AllocationMismatchError, FileError, InputError, UnknownNameError
-from allocator.recipes.residual import initialise
+from allocator.recipes.residual import initialise, stage_features
 from allocator.recipes.scalenet_allocations import RELEASED
 
 Rows = Sequence[Sequence[int]]
@@ -180,11 +180,7 @@ class ScaleNet(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        if self.stem_pools:
-            x = F.max_pool2d(x, 3, 2, 1)
-        for name in self.stages:
-            x = getattr(self, name)(x)
+        x = stage_features(self, x)[-1]
         logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
         return logits
 
