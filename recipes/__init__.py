@@ -12,7 +12,7 @@ from allocator.errors import UnknownNameError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["build", "names"]
+__all__ = ["build", "call", "names"]
 
 # module of this package, function in it, arguments it is called with
 _Recipe = tuple[str, str, dict[str, Any]]
@@ -63,12 +63,26 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     Raises:
         UnknownNameError: there is no such recipe; the message names the nearest ones.
     """
+    module, function, fixed = _find(name)
+    factory = getattr(import_module(f"{__name__}.{module}"), function)
+    model: nn.Module = partial(factory, **fixed)(**kwargs)
+    return model
+
+
+def call(name: str) -> str:
+    """The call that builds a recipe, such as `resnet.resnet_seed(depth=50)`; a module of this package comes first.
+
+    Raises:
+        UnknownNameError: as for `build`.
+    """
+    module, function, fixed = _find(name)
+    return f"{module}.{function}({', '.join(f'{key}={value!r}' for key, value in fixed.items())})"
+
+
+def _find(name: str) -> _Recipe:
     key = name.lower().replace("_", "-")
     if key not in _RECIPES:
         near = difflib.get_close_matches(key, _RECIPES, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_RECIPES)}"
         raise UnknownNameError(f"no recipe is called {name!r}; {hint}")
-    module, function, fixed = _RECIPES[key]
-    factory = getattr(import_module(f"{__name__}.{module}"), function)
-    model: nn.Module = partial(factory, **fixed)(**kwargs)
-    return model
+    return _RECIPES[key]

@@ -1,0 +1,76 @@
+"""``allocator-cli recipes``: the networks that come with the package, with their size."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+from typing import TYPE_CHECKING, Any
+
+from .common import Talk, UsageError, add_command
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_EXAMPLE = """\
+  allocator-cli recipes
+  allocator-cli recipes 'res*50*' --json"""
+
+
+def register(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = add_command(commands, "recipes", "list the recipes with their parameters and FLOPs", _EXAMPLE)
+    parser.add_argument("pattern", metavar="PATTERN", nargs="*", help="only recipes whose name matches, such as '*50*'")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build every recipe without storage, trace it, and print what it costs."""
+    from .. import recipes
+
+    talk = Talk(args)
+    names = [name for name in recipes.names() if _wanted(name, args.pattern)]
+    if not names:
+        raise UsageError(f"no recipe matches {' or '.join(args.pattern)}; without a pattern, all are listed")
+    rows = []
+    with talk.stage("tracing") as update:
+        for name in names:
+            update(name)
+            rows.append(facts(name))
+    talk.result(_table(rows), {"recipes": rows})
+    return 0
+
+
+def facts(name: str) -> dict[str, Any]:
+    """A recipe's parameters and FLOPs (as fvcore counts them, for one image of the stated size) as plain data."""
+    import torch
+
+    from .. import recipes
+    from ..api import trace
+
+    with torch.device("meta"):
+        model = recipes.build(name)
+    graph = trace(model)
+    return {
+        "name": name,
+        "input": list(graph.inputs.tensors()[0].shape),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "flops": graph.flops,
+        "call": recipes.call(name),
+    }
+
+
+def _wanted(name: str, patterns: list[str]) -> bool:
+    return not patterns or any(fnmatch.fnmatchcase(name, pattern.lower().replace("_", "-")) for pattern in patterns)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title, justify in (("recipe", "left"), ("input", "left"), ("parameters", "right"), ("FLOPs", "right")):
+        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    table.add_column("made by", overflow="fold")
+    for row in rows:
+        size = "x".join(map(str, row["input"]))
+        table.add_row(row["name"], size, f"{row['parameters']:,}", f"{row['flops']:,}", row["call"])
+    return table
