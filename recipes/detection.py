@@ -223,7 +223,7 @@ def train_step(
     optimizer.zero_grad()
     backward(total)
     optimizer.step()
-    return {**{name: float(loss) for name, loss in losses.items()}, "loss": float(total)}
+    return {**{name: float(loss.detach()) for name, loss in losses.items()}, "loss": float(total.detach())}
 
 
 @torch.no_grad()
