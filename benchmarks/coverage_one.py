@@ -1,0 +1,137 @@
+"""One network, one tool, in this process: `python -m benchmarks.coverage_one NAME ours|peer` prints one JSON row."""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import sys
+import time
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+import allocator
+from allocator.inputs import as_inputs
+from allocator.tracing import tensors_in
+
+from . import common, peer
+
+SHARE = 60
+Row = dict[str, Any]
+
+
+def built(name: str) -> nn.Module:
+    """The network with random weights, and batch norms that rank something and are not at their start."""
+    torch.manual_seed(0)
+    model = allocator.build(name)
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
+            nn.init.normal_(module.bias, 0, 0.1, generator=generator)
+    return model.eval()
+
+
+def example(model: nn.Module) -> Any:
+    """Example inputs: an image as the model takes it; for a detector, a list of one."""
+    if type(model).__module__.startswith("torchvision.models.detection"):
+        return ([torch.rand(3, 320, 320)],)
+    if type(model).__module__.startswith("torchvision.models.video"):
+        return (torch.rand(1, 3, 16, 112, 112),)
+    if type(model).__module__.startswith("torchvision.models.optical_flow"):
+        return (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
+    return as_inputs(None, model).args
+
+
+def trains(model: nn.Module, inputs: Any) -> bool:
+    """One step in train mode on a batch of two; raises what the model raises."""
+    model = copy.deepcopy(model).train()
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-4)
+    batch = [torch.cat([x, x + 0.1 * torch.randn_like(x)]) if isinstance(x, torch.Tensor) else x for x in inputs]
+    loss = sum(t.float().square().mean() for t in tensors_in(model(*batch)) if t.is_floating_point())
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()
+    optimiser.step()
+    return True
+
+
+def ours(model: nn.Module, inputs: Any) -> Row:
+    """Trace, allocate to 60 %, certify, train a step; as far as it gets."""
+    row: Row = {}
+    graph = allocator.trace(model, inputs)
+    row |= {"traced": graph.flow.trace.mode, "operators": len(graph.flow.trace.ops), "share": graph.share()}
+    row |= {"unsupported": sorted(graph.unsupported), "blocks": dict(Counter(b.kind for b in graph.blocks))}
+    row["criterion"] = "bn_scale" if graph.facts.gammas else "magnitude"
+    start = time.perf_counter()
+    try:
+        result = allocator.allocate(model, f"{SHARE}%", example_inputs=inputs, criterion=row["criterion"])
+    except allocator.BudgetError as error:
+        row["smallest"] = (error.reachable or 0) / graph.flops
+        if not error.reachable or error.reachable >= graph.flops:
+            raise
+        result = allocator.allocate(model, float(error.reachable), example_inputs=inputs, criterion=row["criterion"])
+    row["seconds"] = time.perf_counter() - start
+    row |= {"achieved": result.flops_after / graph.flops, "asked": result.flops_asked / graph.flops}
+    row |= {"scope": result.allocation.scope, "error": result.certificate.relative_error}
+    row |= {"drawn": result.certificate.drawn, "frozen": sum("stay" in note for note in result.notes)}
+    row["train_step"] = _trains_like(model, result.model, inputs, row)
+    return row
+
+
+def _trains_like(model: nn.Module, small: nn.Module, inputs: Any, row: Row) -> bool:
+    """Whether the result trains a step, or fails to as the original does (a detector wants targets)."""
+    try:
+        return trains(small, inputs)
+    except Exception as error:  # whatever it raises is a result here
+        row["train_error"] = peer.reason(error)
+    try:
+        trains(model, inputs)
+    except Exception as error:
+        row["original_train_error"] = peer.reason(error)
+        return True
+    return False
+
+
+def other(model: nn.Module, inputs: Any) -> Row:
+    """Torch-Pruning at a fixed ratio: a forward and a train step of what it leaves."""
+    classes = next((m.out_features for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), 0)
+    start = time.perf_counter()
+    image = inputs[0] if len(inputs) == 1 else tuple(inputs)
+    small = peer.prune_once(model, image, classes=classes)
+    row: Row = {"seconds": time.perf_counter() - start}
+    with torch.no_grad():
+        small.eval()(*inputs)
+    row["forward"] = True
+    row["train_step"] = trains(small, inputs)
+    return row
+
+
+def main(name: str, tool: str) -> int:
+    """Print the row; what failed is in it, as far as it got."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    model = built(name)
+    inputs = example(model)
+    base = _peak()
+    try:
+        row = (ours if tool == "ours" else other)(model, inputs)
+    except Exception as error:  # whatever a tool raises is a result here
+        row = {"failed": peer.reason(error)}
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    row |= {"memory": (_peak() - base) / max(weights, 1), "weights": weights}
+    print(json.dumps(row))
+    return 0
+
+
+def _peak() -> int:
+    """Largest resident size so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    assert common.ROOT
+    sys.exit(main(*sys.argv[1:]))
