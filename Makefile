@@ -57,7 +57,7 @@ unit: $(VENV)/.installed-dev
 sweep: $(VENV)/.installed-dev
 	$(PY) -m pytest -m sweep -n $(WORKERS) --timeout 3600 $(PYTEST_ARGS)
 
-bench: $(VENV)/.installed-dev
+bench: $(VENV)/.installed-bench
 	$(PY) -m benchmarks.run
 
 clean:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .common import read, table, write
+from .common import read, write
 
 
 def classifiers() -> list[str]:
