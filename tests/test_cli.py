@@ -265,7 +265,9 @@ def test_allocate_apply_and_verify(output: str, capsys: pytest.CaptureFixture[st
     assert all(torch.equal(p, q) for p, q in zip(small.parameters(), again.parameters(), strict=True))
     allocation_file = [] if output.endswith(".safetensors") else ["a.json"]
     assert main(["verify", name, output, *allocation_file, "--set", "num_classes=10"]) == 0
-    assert "verdict    the original minus" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "weights    the original's, bit for bit" in said
+    assert "verdict    the original minus" in said
 
 
 def test_verify_tells_right_from_wrong(capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,7 +281,9 @@ def test_verify_tells_right_from_wrong(capsys: pytest.CaptureFixture[str]) -> No
         next(small.parameters())[0] += 1.0
     save_model(small, "wrong.pt")
     assert main(["verify", "m.pt", "wrong.pt", "a.json"]) == 1
-    assert "NOT" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "weights    NOT the original's" in said
+    assert "verdict    NOT the original" in said
 
 
 def test_verbose_shows_times_and_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:

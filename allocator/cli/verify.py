@@ -66,7 +66,9 @@ def _lines(certificate: Certificate) -> str:
     if error is not None and not certificate.exact:
         numeric += " (inexact by nature: a norm over channels)"
     structure = "holds" if certificate.structural else "BROKEN"
+    weights = {None: "not compared", True: "the original's, bit for bit", False: "NOT the original's"}
     verdict = "the original minus the removed neurons"
     if not certificate.ok:
         verdict = f"NOT {verdict}"
-    return f"structure  {structure}\nnumbers    {numeric}\nverdict    {verdict}"
+    lines = [f"structure  {structure}", f"weights    {weights[certificate.weights]}", f"numbers    {numeric}"]
+    return "\n".join([*lines, f"verdict    {verdict}"])
