@@ -238,6 +238,14 @@ def test_the_cost_is_that_of_the_most_boxes_there_can_be() -> None:
     assert flops[20] - flops[10] == 10 * (16 * 49 * 1024 + 1024 * 1024 + 1024 * 25)
 
 
+def test_a_detector_that_finds_nothing_is_not_said_to_be_compared() -> None:
+    detector = small_detector(box_score_thresh=1.0)
+    result = allocator.allocate(detector, flops="90%", example_inputs=([image()],))
+    assert len(predict(result.model, [image()])[0]["boxes"]) == 0
+    assert result.certificate.structural
+    assert result.certificate.effect == 0
+
+
 def test_many_boxes_are_traced_without_values_too() -> None:
     """From 20,000 numbers on torchvision suppresses class by class, in a loop over the classes that it found."""
     network = recipes.build("resnet-small", image_side=64, in_channels=3)
