@@ -114,8 +114,9 @@ def _elements(flow: Flow, value: int, scale: int, dims: slice = slice(None)) -> 
 def _convolution(flow: Flow, op: Op) -> list[Product]:
     x, weight = op.inputs()[:2]
     run = flow.shape(x if op.arg("transposed") else op.outputs[0])
-    factor, labels = _elements(flow, weight, flow.shape(x)[0] * math.prod(run[2:]))
-    return [Product(factor, labels)]
+    batch, images = _elements(flow, x, math.prod(run[2:]), slice(0, 1))
+    factor, labels = _elements(flow, weight, batch)
+    return [Product(factor, [*images, *labels])]
 
 
 @counted("addmm", "mm", "bmm", "linear")

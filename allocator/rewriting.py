@@ -121,7 +121,11 @@ def standard_attributes(
             continue
         sizes = {f: shapes.get(own[f], tuple(tensor.shape)) for f, tensor in _sources(module).items()}
         new = _describe(module, sizes, groups.get(own.get("weight", "")))
-        differs = {key: value for key, value in new.items() if getattr(module, key) != value}
+        differs = {
+            key: list(value) if isinstance(value, tuple) else value  # as it comes back from a file
+            for key, value in new.items()
+            if getattr(module, key) != value
+        }
         if differs:
             changed[path] = differs
     return changed

@@ -191,14 +191,14 @@ class Shuffle(nn.Module):
 
 
 class Split(nn.Module):
-    """One map becomes several; the sizes are an int, a list, two ints, numbers in the code, or a chunk."""
+    """One map becomes several; the sizes are an int, a list, two ints, numbers in the code, or a number of parts."""
 
     def __init__(self, sizes: tuple[int, ...], how: str) -> None:
         super().__init__()
         self.how, self.parts = how, len(sizes)
         self.literal = (*sizes,)
         if how == "int":
-            self.width = sizes[0]
+            self.width = max(sizes)
         elif how == "list":
             self.sizes = list(sizes)
         elif how == "pair":
@@ -213,6 +213,8 @@ class Split(nn.Module):
             return tuple(x.split([self.left, self.right], dim=1))
         if self.how == "chunk":
             return tuple(x.chunk(self.parts, dim=1))
+        if self.how == "tensor_split":
+            return tuple(x.tensor_split(self.parts, dim=1))
         bounds = [sum(self.literal[:i]) for i in range(self.parts + 1)]
         return tuple(x[:, a:b] for a, b in pairwise(bounds))
 
@@ -234,7 +236,7 @@ class Hierarchy(nn.Module):
 
 
 class Slice(nn.Module):
-    """Part of the channels: the first, the last, or every other one."""
+    """Part of the channels: the first, the last, or every other one, in several ways of writing it."""
 
     def __init__(self, channels: int, count: int, how: str) -> None:
         super().__init__()
@@ -245,13 +247,17 @@ class Slice(nn.Module):
             return x[:, : self.count]
         if self.how == "last":
             return x[:, self.rest :]
+        if self.how == "negative":
+            return x[:, -self.count :]
+        if self.how == "list":
+            return x[:, list(range(0, self.count + self.rest, 2))]
         if self.how == "narrow":
             return x.narrow(1, self.rest, self.count)
         return x[:, ::2]
 
 
 class Reorder(nn.Module):
-    """Channels in another order: reversed, rotated, by an index buffer, summed up, padded, or repeated."""
+    """Channels in another order, or mixed: by an index, by views, by sums over them, padded, or repeated."""
 
     order: Tensor
 
@@ -273,8 +279,28 @@ class Reorder(nn.Module):
             "softmax": lambda: x.softmax(1),
             "normalise": lambda: F.normalize(x, dim=1),
             "fft": lambda: torch.fft.fft(x, dim=1).real,
+            "unbind": lambda: torch.stack(x.unbind(1)[::-1], 1),
+            "where": lambda: torch.where(x > 0, x, 0.1 * x.flip(1)),
+            "stack": lambda: torch.stack([x, x.roll(1, 2)]).sum(0),
+            "swap": lambda: x.transpose(1, 2),
+            "maxout": lambda: x.view(len(x), -1, 2, *x.shape[2:]).amax(2),
+            "groups": lambda: x.view(len(x), 2, -1, *x.shape[2:]).softmax(1).flatten(1, 2),
+            "bilinear": lambda: x @ x.mT / x.shape[-1],
+            "crop": lambda: F.pad(x[..., 1:], [0, 1]),
         }
         return table[self.how]()
+
+
+class PerChannel(nn.Module):
+    """One convolution for every channel alone, which are a batch to it."""
+
+    def __init__(self, rank: int, channels: int) -> None:
+        super().__init__()
+        self.conv, self.norm = CONV[rank](1, 1, 3, padding=1), BATCH_NORM[rank](channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x.flatten(0, 1).unsqueeze(1))
+        return self.norm(y.view(len(x), -1, *y.shape[2:]))
 
 
 class Scale(nn.Module):

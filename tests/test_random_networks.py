@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from random_checks import Case, check
-from random_networks import specs
+from random_specs import specs
+from torch import nn
 
 
 @st.composite
@@ -22,8 +23,10 @@ def cases(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Case:
         policy=draw(st.sampled_from(("per_block", "global", "uniform"))),
         scope=draw(st.sampled_from(("auto", "all", "auto", "all", "inner", "branches"))),
         groups=draw(st.sampled_from(("whole", "width"))),
+        norms=draw(st.sampled_from(("exact", "exact", "exact", "loose"))),
         criterion=draw(st.sampled_from(("bn_scale", "magnitude"))),
         fill=draw(st.sampled_from((True, True, True, False))),
+        exclude=draw(st.sampled_from(((), (), (), (), ("steps.1",), (nn.Linear,), ("head",)))),
         again=draw(st.integers(50, 95)) / 100,
     )
 
