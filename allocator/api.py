@@ -33,7 +33,7 @@ from .errors import (
 from .fvcore_count import fvcore_flops
 from .graph import ChannelGraph, Options, build_graph
 from .inputs import Inputs, as_inputs, infer_inputs, inputs_like
-from .planning import Plan, make_plan, parse_budget, unmet
+from .planning import Plan, make_plan, parse_budget, smallest_reachable, unmet
 from .report import Report
 from .rewriting import check_fits, materialise, reset_parameters
 from .settle import Settled, compare_models, settle
@@ -398,24 +398,13 @@ def _settle(
 
         try:
             settled = run(budget)
-        except BudgetError as error:
-            raise unmet(budget, scope, _seen_to_work(error, run, graph.flops), graph.flops) from None
+        except (BudgetError, NothingToAllocateError) as error:
+            figure = smallest_reachable(error, lambda flops: run(flops).plan.flops, budget, graph.flops)
+            if figure is None:
+                raise
+            raise unmet(budget, scope, figure, graph.flops) from None
     settled.allocation.blocks = describe_blocks(settled.graph, settled.plan.kept)
     return settled
-
-
-def _seen_to_work(error: BudgetError, run: Callable[[float], Settled], own: int) -> int:
-    """The smallest FLOPs at which a run succeeds: where neurons turn out to be needed, more than was planned."""
-    figure, tried = error.reachable, set[int]()
-    while figure is not None and figure < own and figure not in tried:
-        tried.add(figure)
-        try:
-            landed = run(figure).plan.flops
-        except BudgetError as higher:
-            figure = higher.reachable
-        else:
-            figure = landed if landed not in tried else figure
-    return own if figure is None else figure
 
 
 def _certificate(

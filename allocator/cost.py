@@ -266,10 +266,13 @@ _COMPOSITES: dict[str, CallCounter] = {
     "adaptive_avg_pool3d": _uncounted,
     "adaptive_max_pool2d": _uncounted,
     "einsum": _einsum,
+    "inner": _uncounted,
     "instance_norm": _instance_norm,
+    "linalg_multi_dot": _uncounted,
     "matmul": _matmul,
     "rmatmul": _matmul,
     "scaled_dot_product_attention": _uncounted,
+    "tensordot": _uncounted,
 }
 
 

@@ -30,11 +30,14 @@ COMPOSITES = frozenset(
         "adaptive_max_pool2d",
         "chunk",
         "einsum",
+        "inner",
         "instance_norm",
+        "linalg_multi_dot",
         "matmul",
         "multi_head_attention_forward",
         "rmatmul",
         "scaled_dot_product_attention",
+        "tensordot",
     }
 )
 # Functions recorded as one ATen call, because their parts depend on how large a dim is and how it lies in memory.

@@ -80,6 +80,7 @@ def check_model(model: nn.Module, fresh: nn.Module, x: Tensor, case: Case) -> st
     except allocator.NothingToAllocateError as error:
         before.require_same()
         _require(bool(error.reasons), "no reasons are given")
+        check_nothing(model, x, case, own)
         return "nothing"
     except allocator.BudgetError as error:
         before.require_same()
@@ -98,6 +99,15 @@ def check_model(model: nn.Module, fresh: nn.Module, x: Tensor, case: Case) -> st
     check_composed(model, fresh, result, x, case)
     before.require_same()
     return outcome
+
+
+def check_nothing(model: nn.Module, x: Tensor, case: Case, own: int) -> None:
+    """Where no neuron can be removed at one budget, none can at the widest."""
+    try:
+        case.allocate(model, x, own - 1)
+    except allocator.NothingToAllocateError:
+        return
+    raise AssertionError("nothing can be allocated, yet it can at a wider budget")
 
 
 def _require(truth: bool, what: str) -> None:

@@ -39,7 +39,7 @@ def _unit(draw: Draw, shapes: list[Shape]) -> Options | None:
         options["stride"] = _one_of(draw, 1, 1, 2)
         options["dilation"] = _one_of(draw, 1, 1, 2)
     options["groups"] = groups = _one_of(draw, 1, 1, *_divisors(channels))
-    options["out"] = groups * draw(st.integers(-(-2 // groups), max(12 // groups, 2)))
+    options["out"] = groups * _one_of(draw, *range(max(12 // groups, 2), -(-2 // groups) - 1, -1))
     return options if options["out"] <= MAX_CHANNELS else None
 
 
@@ -201,7 +201,7 @@ def specs(draw: Draw, ranks: tuple[int, ...] = (2, 2, 2, 1, 3), most: int = 9) -
     shape = (draw(st.integers(1, 4)), *[side] * rank)
     with torch.device("meta"):
         made = Assembly(shape)
-        steps = [Step("unit", (0,), {"out": draw(st.integers(2, 12)), "norm": "batch"})]
+        steps = [Step("unit", (0,), {"out": _one_of(draw, *range(12, 1, -1)), "norm": "batch"})]
         made.add(steps[0])
         for _ in range(draw(st.integers(1, most))):
             step = _draw_step(draw, steps, made)
@@ -211,7 +211,21 @@ def specs(draw: Draw, ranks: tuple[int, ...] = (2, 2, 2, 1, 3), most: int = 9) -
                 except (ValueError, RuntimeError):  # this step does not run on what it reads
                     continue
                 steps.append(step)
+        gathered = _draw_gathering(draw, steps, made)
+        if gathered is not None:
+            made.add(gathered)
+            steps.append(gathered)
     return _draw_end(draw, shape, steps, made)
+
+
+def _draw_gathering(draw: Draw, steps: list[Step], made: Assembly) -> Step | None:
+    """Three times of four, branches that would end dead meet in one last step."""
+    read = {i for step in steps for i in step.reads}
+    ends = [i for i in range(1, len(made.maps)) if i not in read][-4:]
+    if len(ends) < 2 or not _one_of(draw, True, True, True, False):
+        return None
+    how = "cat" if sum(made.shape(i)[0] for i in ends) <= 3 * MAX_CHANNELS else "add"
+    return Step("join", tuple(ends), {"how": how})
 
 
 def _draw_step(draw: Draw, steps: list[Step], made: Assembly) -> Step | None:
@@ -245,9 +259,10 @@ def _draw_repeat(draw: Draw, kind: str, steps: list[Step], made: Assembly, inlin
 
 
 def _draw_map(draw: Draw, made: Assembly) -> int:
-    """A map, the latest ones more often; the input only while there is nothing else."""
-    back = draw(st.sampled_from((1, 1, 1, 2, 2, 3, 4, 5, 6, 8, 10)))
-    return max(len(made.maps) - back, 1)
+    """A map, the latest ones more often; the input never."""
+    back = draw(st.sampled_from((0, 0, 0, 0, 1, 1, 2, 3, 4, 5, 7, 9)))
+    last = len(made.maps) - 1
+    return last - back % last
 
 
 def _draw_end(draw: Draw, shape: Shape, steps: list[Step], made: Assembly) -> Spec:

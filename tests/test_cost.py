@@ -289,7 +289,6 @@ def test_a_call_costs(name: str, count: int) -> None:
     ],
     ids=["tensordot", "inner", "multi_dot"],
 )
-@pytest.mark.xfail(strict=True, reason="the trace does not note these as wholes, which fvcore does not count")
 def test_composites_that_fvcore_does_not_count(function: Callable[..., Any], shapes: list[Shape]) -> None:
     model, shapes = plain(function, *shapes)
     inputs = inputs_of(shapes)

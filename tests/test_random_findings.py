@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from random_checks import Case, check, check_model, count, example, require_equal
-from random_layers import Hierarchy, NonLocal
+from random_layers import Hierarchy, Mixer, NonLocal, PerChannel
 from random_networks import Spec, Step
 from torch import Tensor, nn
 
@@ -94,6 +94,30 @@ def test_the_groups_of_a_dead_convolution_are_a_block_without_cost() -> None:
     assert [branch.flops for branch in groups.branches] == [0, 0]
 
 
+def test_channels_that_are_a_batch() -> None:
+    """A convolution over each channel alone costs as much as there are channels; its batch was a constant."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.alone(net.stem(x)))
+
+    def layers() -> dict[str, nn.Module]:
+        return {"stem": _unit(3, 8), "alone": PerChannel(2, 8), "head": _head(8)}
+
+    assert _hold(run, layers, share=0.7) == "result"
+
+
+def test_a_layer_norm_says_its_size_as_a_file_does() -> None:
+    """Its shape was a tuple, and a list when read back: not the same allocation."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.mixer(net.stem(x)))
+
+    def layers() -> dict[str, nn.Module]:
+        return {"stem": _unit(3, 8), "mixer": Mixer(8, 6, norm=True), "head": _head(8)}
+
+    assert _hold(run, layers, norms="loose") == "result"
+
+
 # Calls that depend on how a tensor lies in memory ---------------------------------------------------
 
 
@@ -125,6 +149,27 @@ def _two_slices_layers() -> dict[str, nn.Module]:
 def test_the_smallest_reachable_figure_was_seen_to_work() -> None:
     """It was that of a plan whose forward had not been tried: a slice by numbers needs its channels."""
     assert _hold(_two_slices, _two_slices_layers, share=0.1) == "budget"
+
+
+def test_a_budget_that_a_wider_one_can_meet_is_no_model_without_neurons() -> None:
+    """Two slices by numbers let the last channels go, not the first; at a small budget all were kept whole.
+
+    The error said that no neuron can be removed.
+    """
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        y = net.stem(x)
+        return net.head(torch.cat([y[:, :4], y[:, 4:]], 1))
+
+    def make() -> nn.Module:
+        model = _net(run, lambda: {"stem": _unit(3, 8), "head": _head(8)})
+        nn.init.constant_(model.get_parameter("stem.1.weight"), 1.0).mul_(torch.arange(8, 0, -1))
+        return model
+
+    with torch.no_grad():
+        assert check_model(make(), make(), X, Case(Spec(IMAGE, ()), 0.3)) == "budget"
+        result = _smallest(make())
+    assert result.model.get_parameter("stem.0.weight").shape[0] == 5
 
 
 def test_a_slice_that_became_the_whole_is_where_the_repair_is_made() -> None:
