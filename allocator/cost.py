@@ -147,9 +147,14 @@ def _norm(flow: Flow, op: Op) -> list[Product]:
     return [Product(*_elements(flow, op.inputs()[0], 4 + (op.arg("weight") is not None)))]
 
 
-@counted("_adaptive_avg_pool2d")
+@counted("_adaptive_avg_pool2d", "mean")
 def _area(flow: Flow, op: Op) -> list[Product]:
-    return [Product(*_elements(flow, op.inputs()[0], 1))]
+    """Adaptive pooling of images; to one pixel `interpolate` by area calls `mean`, and for signals it makes images."""
+    if op.call is not None and op.call.name == "interpolate":
+        counts = len(flow.shape(_tensor(op.call, 0, "input"))) == 4
+    else:
+        counts = op.name != "mean"
+    return [Product(*_elements(flow, op.inputs()[0], 1))] if counts else []
 
 
 @counted("upsample_nearest2d")
@@ -180,6 +185,8 @@ def _matmul(flow: Flow, call: Call) -> list[Product]:
     if call.name == "rmatmul":
         a, b = b, a
     factor, labels = _elements(flow, a, 1)
+    if len(flow.shape(b)) == 1:
+        return [Product(factor, labels)]
     other, more = _elements(flow, b, 1, slice(-1, None))
     return [Product(factor * other, [*labels, *more])]
 
@@ -265,11 +272,14 @@ _COMPOSITES: dict[str, CallCounter] = {
     "adaptive_avg_pool2d": _adaptive_pool,
     "adaptive_avg_pool3d": _uncounted,
     "adaptive_max_pool2d": _uncounted,
+    "chain_matmul": _uncounted,
     "einsum": _einsum,
     "inner": _uncounted,
     "instance_norm": _instance_norm,
+    "linalg_matrix_power": _uncounted,
     "linalg_multi_dot": _uncounted,
     "matmul": _matmul,
+    "matrix_power": _uncounted,
     "rmatmul": _matmul,
     "scaled_dot_product_attention": _uncounted,
     "tensordot": _uncounted,

@@ -129,7 +129,7 @@ class Flow:
     ) -> None:
         self.trace, self.slots, self.facts = trace, slots, facts
         self.groups, self.norms, self.tied_parts = groups, norms, tied_parts
-        produced = {v for op in trace.ops for v in op.outputs}
+        produced = {v for op in trace.ops for v in op.outputs if v not in op.reads}
         self.active = {i for i, v in enumerate(trace.values) if v.name is None and i not in produced}
         self.uniform: set[int] = set()
         self.joins: list[Join] = []

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
+from .errors import TraceError
 from .inputs import Inputs
 from .skeleton import skeleton
 
@@ -22,7 +25,11 @@ def fvcore_flops(model: nn.Module, inputs: Inputs) -> tuple[int, dict[str, int]]
         inputs: positional example inputs.
 
     Returns:
-        (total FLOPs, operators that fvcore does not count with the number of their calls).
+        (total FLOPs, operators that fvcore does not count with the number of their calls). A product of a matrix
+        and a vector, at which fvcore itself raises IndexError, counts one FLOP per element of the matrix.
+
+    Raises:
+        TraceError: fvcore cannot follow or count the forward.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its import touches parts of torch that are deprecated
@@ -34,8 +41,21 @@ def fvcore_flops(model: nn.Module, inputs: Inputs) -> tuple[int, dict[str, int]]
     with torch.no_grad(), _quiet(), _attention_in_parts():
         analysis = FlopCountAnalysis(shared if not inputs.kwargs else _Bound(shared, inputs.kwargs), args)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-        total = int(analysis.total())
-        return total, dict(analysis.unsupported_ops())
+        analysis.set_op_handle("aten::matmul", _matmul_flops)
+        try:
+            return int(analysis.total()), dict(analysis.unsupported_ops())
+        except Exception as error:
+            raise TraceError(
+                f"fvcore cannot count {type(model).__name__}: {type(error).__name__}: {error}; check that "
+                "torch.jit.trace follows model(*example_inputs)"
+            ) from error
+
+
+def _matmul_flops(inputs: list[Any], outputs: list[Any]) -> Any:
+    from fvcore.nn.jit_handles import get_shape, matmul_flop_jit
+
+    a, b = (get_shape(value) for value in inputs)
+    return math.prod(a) if len(b) == 1 else matmul_flop_jit(inputs, outputs)
 
 
 class _Bound(nn.Module):

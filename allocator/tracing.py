@@ -28,15 +28,20 @@ COMPOSITES = frozenset(
         "adaptive_avg_pool2d",
         "adaptive_avg_pool3d",
         "adaptive_max_pool2d",
+        "chain_matmul",
         "chunk",
         "einsum",
         "inner",
         "instance_norm",
+        "interpolate",
+        "linalg_matrix_power",
         "linalg_multi_dot",
         "matmul",
+        "matrix_power",
         "multi_head_attention_forward",
         "rmatmul",
         "scaled_dot_product_attention",
+        "tensor_split",
         "tensordot",
     }
 )
@@ -122,6 +127,13 @@ class Op:
         schema = getattr(self.target, "_schema", None)
         return schema is not None and bool(schema.is_mutable)
 
+    def takes_apart(self) -> bool:
+        """Whether it gives views of its input in a list."""
+        schema = getattr(self.target, "_schema", None)
+        alias = schema.arguments[0].alias_info if schema is not None and schema.arguments else None
+        listed = alias is not None and "*" in alias.after_set
+        return listed or (self.call is not None and self.call.name == "tensor_split" and bool(self.reads))
+
     def __str__(self) -> str:
         return f"{self.target} in {self.module or 'the model'}"
 
@@ -156,9 +168,24 @@ class Trace:
     modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
     def live(self, gone: Collection[int] = frozenset()) -> list[Op]:
-        """Calls that the outputs depend on, in order; those that only serve values in `gone` do not count."""
+        """Calls that the outputs depend on, in order; those that only serve values in `gone` do not count.
+
+        As torch's own tracer has it, whose graphs fvcore counts: a write into what the model was given, or into
+        a tensor that a live call takes apart into a list, is never lost.
+        """
+        lists = [op for op in self.ops if op.takes_apart()]
+        shared = set(range(len(self.values))).difference(*(set(op.outputs) - set(op.reads) for op in self.ops))
+        while True:
+            live = self._needed(gone, shared | {self.root(op.reads[0]) for op in lists})
+            indices = {op.index for op in live}
+            still = [op for op in lists if op.index in indices]
+            if len(still) == len(lists):
+                return live
+            lists = still
+
+    def _needed(self, gone: Collection[int], shared: set[int]) -> list[Op]:
         wanted = set(self.outputs)
-        memory = {self.root(i) for i in wanted}
+        memory = shared | {self.root(i) for i in wanted}
         live = []
         for op in reversed(self.ops):
             written = op.writes() and any(self.root(i) in memory for i in op.outputs)

@@ -15,6 +15,8 @@ from torch import nn
 
 import allocator
 from allocator.cost import CostModel, Term, counted
+from allocator.fvcore_count import fvcore_flops
+from allocator.inputs import as_inputs
 
 Shape = tuple[int, ...]
 
@@ -286,13 +288,47 @@ def test_a_call_costs(name: str, count: int) -> None:
         (lambda a, b: torch.tensordot(a, b, 1), [(2, 3, 6), (6, 4)]),
         (torch.inner, [(3, 6), (4, 6)]),
         (lambda a, b, c: torch.linalg.multi_dot([a, b, c]), [(3, 6), (6, 4), (4, 2)]),
+        (lambda a, b, c: torch.chain_matmul(a, b, c), [(3, 6), (6, 4), (4, 2)]),
+        (lambda a: torch.linalg.matrix_power(a, 3), [(2, 4, 4)]),
+        (lambda a: torch.matrix_power(a, 3), [(2, 4, 4)]),
     ],
-    ids=["tensordot", "inner", "multi_dot"],
+    ids=["tensordot", "inner", "multi_dot", "chain_matmul", "linalg.matrix_power", "matrix_power"],
 )
 def test_composites_that_fvcore_does_not_count(function: Callable[..., Any], shapes: list[Shape]) -> None:
     model, shapes = plain(function, *shapes)
     inputs = inputs_of(shapes)
     assert allocator.trace(model, inputs).flops == by_fvcore(model, *inputs)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("sides", [(8,), (8, 6), (8, 6, 4)], ids=["signal", "image", "volume"])
+def test_resizing_by_area_is_adaptive_pooling(sides: Shape, size: int) -> None:
+    """It calls `mean` where one pixel is left, and pools a signal as an image of height 1; fvcore counts images."""
+    model, shapes = plain(lambda x: F.interpolate(x, size=size, mode="area"), (2, 3, *sides))
+    inputs = inputs_of(shapes)
+    assert allocator.trace(model, inputs).flops == by_fvcore(model, *inputs) == (288 if len(sides) == 2 else 0)
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6)], ids=str)
+def test_a_product_with_a_vector_counts_though_fvcore_raises(shape: Shape) -> None:
+    model, shapes = plain(lambda a, b: a @ b, shape, (6,))
+    inputs = inputs_of(shapes)
+    with pytest.raises(IndexError):
+        by_fvcore(model, *inputs)
+    expected = {1: 6, 2: 3 * 6, 3: 2 * 3 * 6}[len(shape)]
+    assert allocator.trace(model, inputs).flops == expected
+    assert fvcore_flops(model, as_inputs(inputs, model))[0] == expected
+
+
+def test_a_forward_that_fvcore_cannot_follow_is_a_typed_error() -> None:
+    def run(model: Any, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_tracing():
+            raise ValueError("not in here")
+        return model.w @ x
+
+    model = Calls(run, w=torch.randn(4, 6))
+    with pytest.raises(allocator.TraceError, match="fvcore cannot count Calls: ValueError: not in here"):
+        fvcore_flops(model, as_inputs((torch.randn(6, 2),), model))
 
 
 # -------------------------------------------------------------------------------------- after a rewrite

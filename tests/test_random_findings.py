@@ -87,6 +87,45 @@ def test_a_dead_branch_costs_nothing() -> None:
     assert _hold(_dead_branch, _dead_branch_layers) == "result"
 
 
+def _into_its_input(net: Any, x: Tensor) -> Tensor:
+    y = net.stem(x)
+    x += net.dead(y).mean(1, keepdim=True)
+    return net.head(y)
+
+
+def _into_a_buffer(net: Any, x: Tensor) -> Tensor:
+    y = net.stem(x)
+    net.seen[1].running_mean += net.dead(y).mean((0, 2, 3))
+    return net.head(y)
+
+
+def _into_what_is_split(net: Any, x: Tensor) -> Tensor:
+    y = net.stem(x)
+    first, second = y.split(4, 1)
+    z = net.head(torch.cat([first, second], 1))
+    y += net.dead(y)
+    return z
+
+
+def _into_what_is_sliced(net: Any, x: Tensor) -> Tensor:
+    y = net.stem(x)
+    z = net.head(torch.cat([y[:, :4], y[:, 4:]], 1))
+    y += net.dead(y)
+    return z
+
+
+@pytest.mark.parametrize(
+    ("run", "counts"),
+    [(_into_its_input, True), (_into_a_buffer, True), (_into_what_is_split, True), (_into_what_is_sliced, False)],
+)
+def test_what_only_a_write_reads(run: Run, counts: bool) -> None:
+    """torch's tracer keeps a write that others could see, though no output depends on it; it was not counted."""
+    model = _net(run, lambda: {"stem": _unit(3, 8), "dead": _unit(8, 8), "seen": _unit(3, 8), "head": _head(8)})
+    own = allocator.trace(model, X).flops
+    assert own == count(model, X)
+    assert (own > 8 * 8 * 9 * 64) == counts
+
+
 def test_the_groups_of_a_dead_convolution_are_a_block_without_cost() -> None:
     """They were looked up among the counted calls."""
     graph = allocator.trace(_net(_dead_branch, _dead_branch_layers), X)
