@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from .errors import (
     TraceError,
     UnknownNameError,
     ValueDependentTraceWarning,
+    warn,
 )
 from .fvcore_count import fvcore_flops
 from .graph import ChannelGraph, Options, build_graph
@@ -200,7 +200,7 @@ def trace(
     graph.notes += unmatched(model, options.exclude)
     if graph.flow.trace.mode == "real":
         message = "the forward needs values: the trace holds for inputs that take the same path"
-        warnings.warn(message, ValueDependentTraceWarning, stacklevel=3)
+        warn(message, ValueDependentTraceWarning)
         graph.notes.append(message)
     return graph
 
@@ -378,10 +378,9 @@ def _settle(
     scores: Scores | None = None,
 ) -> Settled:
     if budget >= graph.flops:
-        warnings.warn(
+        warn(
             f"the budget of {budget:,.0f} FLOPs is not below the model's own {graph.flops:,}: nothing is dropped",
             BudgetNotBindingWarning,
-            stacklevel=3,
         )
         everything = np.ones(graph.size, dtype=bool)
         whole = Plan(everything, budget, graph.flops, "none", policy, criterion, None)

@@ -44,7 +44,7 @@ class Branch:
         scale: how much coarser its coarsest features are than the block's output (4: works at a quarter).
         receptive_field: pixels of its start that one pixel of its end sees, per axis.
         flops: FLOPs of its own calls, as fvcore counts them.
-        gamma: (mean, smallest, largest) |gamma| over its channels, or None without batch norm.
+        gamma: (mean, smallest, largest) |gamma| over its channels, or None without batch norm or its values.
         inner: channels of layers inside the branch that do not reach the aggregation.
     """
 
@@ -322,6 +322,8 @@ def _gamma_of_slot(graph: ChannelGraph) -> np.ndarray:
     tensors = tensor_names(graph.model)
     total, count = np.zeros(graph.component.max() + 1), np.zeros(graph.component.max() + 1)
     for slots, name in graph.facts.gammas:
+        if tensors[name].is_meta:
+            continue
         values = tensors[name].detach().abs().to("cpu", torch.float64).numpy()
         np.add.at(total, graph.component[slots], values)
         np.add.at(count, graph.component[slots], 1)

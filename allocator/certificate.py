@@ -260,12 +260,25 @@ def run_float64(
         zeroed: per parameter, (dim, indices) that are read as zero.
         draw: gives values to use in place of the model's parameters and running statistics.
     """
-    copied = skeleton(model, lambda _, t: t if isinstance(t, nn.Parameter) else t.clone()).eval()
+    checked = _of_recurrent_layers(model)
+
+    def own(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name in checked:
+            return tensor.detach().double()
+        return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
+
+    copied = skeleton(model, own).eval()
     direct = {name: rows for name, rows in (zeroed or {}).items() if not _zero_computed(copied, name, rows)}
     with torch.no_grad(), _precise(), _Float64(copied, direct, draw) as mode:
         arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs
         output = copied(*arguments.args, **arguments.kwargs)
     return [t.to("cpu", torch.float64) for t in tensors_in(output)]
+
+
+def _of_recurrent_layers(model: nn.Module) -> set[str]:
+    """Weights of LSTMs, GRUs and RNNs, which refuse inputs of another dtype than theirs before they compute."""
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.RNNBase)]
+    return {f"{path}.{name}".lstrip(".") for path, layer in layers for name, _ in layer.named_parameters(recurse=False)}
 
 
 def _zero_computed(copied: nn.Module, name: str, rows: list[tuple[int, np.ndarray]]) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .errors import CriterionError, UninformativeScoresWarning, UnknownNameError
+from .errors import CriterionError, UninformativeScoresWarning, UnknownNameError, warn
 from .graph import ChannelGraph
 from .skeleton import tensor_names
 
@@ -57,22 +56,31 @@ def score(graph: ChannelGraph, criterion: str) -> Scores:
 
     Raises:
         UnknownNameError: no such criterion.
-        CriterionError: it has nothing to rank this model by.
+        CriterionError: it has nothing to rank this model by, as where its weights lie on the meta device.
     """
     if criterion not in CRITERIA:
         near = difflib.get_close_matches(criterion, CRITERIA, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UnknownNameError(f"no criterion {criterion!r}{hint} (there are {', '.join(sorted(CRITERIA))})")
-    values = CRITERIA[criterion](graph, tensor_names(graph.model).__getitem__)
+    tensors = tensor_names(graph.model)
+
+    def weights(name: str) -> torch.Tensor:
+        if tensors[name].is_meta:
+            raise CriterionError(
+                f"criterion {criterion!r} reads {name}, which lies on the meta device and has no values: build the "
+                "model on a real device and load its weights, or pass criterion='random'"
+            )
+        return tensors[name]
+
+    values = CRITERIA[criterion](graph, weights)
     ranked = values[~np.isnan(values)]
     if not np.isfinite(ranked).all():
         raise CriterionError(f"criterion {criterion!r} gave infinite scores: the model's weights are not finite")
     if len(ranked) > 1 and np.ptp(ranked) == 0:
-        warnings.warn(
+        warn(
             f"all {len(ranked)} scores of criterion {criterion!r} are {ranked[0]:g}, so the ranking carries no "
             "information (an untrained model?); neurons are dropped evenly over the branches",
             UninformativeScoresWarning,
-            stacklevel=3,
         )
     return Scores(criterion, values)
 

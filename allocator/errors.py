@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 
 
@@ -96,3 +98,11 @@ class BudgetNotBindingWarning(AllocatorWarning):
 
 class ValueDependentTraceWarning(AllocatorWarning):
     """The forward needs values: what was traced holds for inputs that take the same path."""
+
+
+def warn(message: str, category: type[AllocatorWarning]) -> None:
+    """Warn at the line outside this package that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "allocator":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

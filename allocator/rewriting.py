@@ -11,6 +11,7 @@ from torch import nn
 
 from .allocation import Allocation, Indices, architecture_hash
 from .errors import AllocationMismatchError
+from .flow import Flow
 from .skeleton import modules_of, skeleton, tensor_names
 
 Slice = Callable[[torch.Tensor, Sequence[Indices | None]], torch.Tensor]
@@ -129,6 +130,20 @@ def standard_attributes(
         if differs:
             changed[path] = differs
     return changed
+
+
+def norms_without_tensors(flow: Flow) -> list[tuple[str, np.ndarray]]:
+    """(path, labels of its channels) of norms that have a number of features and no tensor to read it off."""
+    found: dict[str, np.ndarray] = {}
+    for op in flow.trace.ops:
+        module = flow.trace.modules.get(op.module)
+        if not isinstance(module, nn.modules.batchnorm._NormBase) or op.module in found or _sources(module):
+            continue
+        labels = [label for i in op.inputs() for label in flow.labels(i) if label is not None]
+        for label in labels:
+            if len(label) == module.num_features:
+                found[op.module] = label
+    return list(found.items())
 
 
 def describes_itself(module: nn.Module) -> bool:

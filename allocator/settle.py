@@ -15,7 +15,7 @@ from .errors import NothingToAllocateError, RewriteError
 from .flow import Attribute, Facts, Flow, Slots
 from .graph import ChannelGraph, Options, build_graph, kept_of
 from .planning import Plan
-from .rewriting import describes_itself, materialise, sliced, sliced_on_meta, standard_attributes
+from .rewriting import describes_itself, materialise, norms_without_tensors, sliced, sliced_on_meta, standard_attributes
 from .skeleton import modules_of, tensor_names
 from .structure import Image, Mismatch, compare
 from .tracing import ForwardError, Op, record
@@ -116,6 +116,9 @@ def describe(
         for other in together
     ]
     attributes = standard_attributes(model, shapes, groups, absent)
+    for path, label in norms_without_tensors(graph.flow):
+        if not stays[label].all():
+            attributes[path] = {"num_features": int(stays[label].sum())}
     found = [Attribute(path, name, pieces) for (path, name), pieces in (mends or {}).items()]
     for attribute in (*graph.facts.attributes, *found):
         if (attribute.module, attribute.name) in alone:

@@ -204,18 +204,18 @@ def specs(draw: Draw, ranks: tuple[int, ...] = (2, 2, 2, 1, 3), most: int = 9) -
         steps = [Step("unit", (0,), {"out": _one_of(draw, *range(12, 1, -1)), "norm": "batch"})]
         made.add(steps[0])
         for _ in range(draw(st.integers(1, most))):
-            step = _draw_step(draw, steps, made)
-            if step is not None:
-                try:
-                    made.add(step)
-                except (ValueError, RuntimeError):  # this step does not run on what it reads
-                    continue
-                steps.append(step)
-        gathered = _draw_gathering(draw, steps, made)
-        if gathered is not None:
-            made.add(gathered)
-            steps.append(gathered)
+            _add(_draw_step(draw, steps, made), steps, made)
+        _add(_draw_gathering(draw, steps, made), steps, made)
     return _draw_end(draw, shape, steps, made)
+
+
+def _add(step: Step | None, steps: list[Step], made: Assembly) -> None:
+    if step is not None:
+        try:
+            made.add(step)
+        except (ValueError, RuntimeError):  # this step does not run on what it reads
+            return
+        steps.append(step)
 
 
 def _draw_gathering(draw: Draw, steps: list[Step], made: Assembly) -> Step | None:

@@ -138,6 +138,20 @@ def test_equal_gammas_are_spread_evenly_over_the_branches(policy: str) -> None:
     assert max(shares) - min(shares) <= max(one_neuron), shares
 
 
+def test_a_warning_names_the_callers_line() -> None:
+    model = Branches()
+    graph = allocator.trace(model, IMAGE)
+    for call in (
+        lambda: allocator.allocate(model, "50%", example_inputs=IMAGE),
+        lambda: allocator.plan(graph, flops="50%"),
+        lambda: allocator.score(graph),
+        lambda: allocator.allocate(model, "100%", example_inputs=IMAGE),
+    ):
+        with pytest.warns(allocator.AllocatorWarning) as caught:
+            call()
+        assert {warning.filename for warning in caught} == {__file__}
+
+
 def test_equal_gammas_of_a_deep_model_are_spread_over_every_block() -> None:
     model = allocator.build("torchvision:googlenet", init_weights=False)
     with pytest.warns(UninformativeScoresWarning, match="carries no information"):
@@ -256,7 +270,12 @@ def test_a_model_without_values() -> None:
     said = r"stem.weight lies on the meta device and has no values: build the model on a real device"
     with untouched(model), pytest.raises(UnsupportedModelError, match=said):
         allocate(model)
-    assert len(allocator.trace(model, IMAGE).neurons) == 64
+    graph = allocator.trace(model, IMAGE)
+    assert len(graph.neurons) == 64
+    assert [branch.gamma for block in graph.blocks for branch in block.branches] == [None, None]
+    with pytest.raises(CriterionError, match=r"reads norm.weight, which lies on the meta device and has no values"):
+        allocator.score(graph)
+    assert len(allocator.score(graph, "random").values) == 64
 
 
 def test_no_inputs_and_nothing_to_infer_them_from() -> None:

@@ -239,3 +239,57 @@ def test_layers_that_run_several_times(flops: str) -> None:
     assert small.same_norm is small.norm
     assert small.state_dict().keys() == model.state_dict().keys()
     assert [t.shape for t in small(torch.zeros(2, 3, 8, 8))] == [(2, 5, 8, 8), (2, 5, 4, 4)]
+
+
+# ---------------------------------------------------------------------------------- recurrent layers
+
+
+class Sequences(nn.Module):
+    """Two convolutions whose pixels are a sequence for a recurrent layer."""
+
+    def __init__(self, recurrent: nn.Module, width: int) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.body, self.bn2 = nn.Conv2d(12, 10, 1), nn.BatchNorm2d(10)
+        self.recurrent, self.head = recurrent, nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn2(self.body(F.relu(self.bn(self.stem(x))))))
+        return self.head(self.recurrent(y.flatten(2).transpose(1, 2))[0].mean(1))
+
+
+RECURRENT: dict[str, tuple[Callable[..., nn.Module], int]] = {
+    "LSTM": (lambda: nn.LSTM(10, 6, batch_first=True), 6),
+    "LSTM with projections": (lambda: nn.LSTM(10, 6, proj_size=3, batch_first=True), 3),
+    "GRU, two layers, both ways": (lambda: nn.GRU(10, 6, 2, batch_first=True, bidirectional=True), 12),
+    "RNN": (lambda: nn.RNN(10, 6, batch_first=True), 6),
+}
+
+
+@pytest.mark.parametrize("criterion", ["bn_scale", "magnitude"])
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_a_recurrent_layer_stays_but_for_what_it_reads(kind: str, criterion: str) -> None:
+    make, width = RECURRENT[kind]
+    model = trained(Sequences(make(), width))
+    with untouched(model):
+        result = allocator.allocate(model, "60%", example_inputs=IMAGE[..., :3, :3], scope="all", criterion=criterion)
+    assert result.certificate.ok
+    assert result.certificate.effect is not None
+    assert result.certificate.effect > 1e-6
+    small = result.model.get_submodule("recurrent")
+    assert isinstance(small, nn.RNNBase)
+    assert isinstance(model.recurrent, nn.RNNBase)
+    assert small.hidden_size == model.recurrent.hidden_size
+    assert small.input_size == result.model.get_parameter("body.weight").shape[0]
+    assert small.get_parameter("weight_ih_l0").shape[1] == small.input_size < 10
+    result.model(IMAGE[..., :3, :3]).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+
+@pytest.mark.parametrize(
+    "make", [nn.InstanceNorm2d, lambda n: nn.BatchNorm2d(n, affine=False, track_running_stats=False)]
+)
+def test_a_norm_without_tensors_says_its_size(make: Callable[[int], nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), make(12), nn.ReLU(), nn.Conv2d(12, 4, 1))
+    small: Any = allocate(model, "60%", criterion="magnitude").model
+    assert small[1].num_features == small[0].out_channels < 12
