@@ -8,6 +8,7 @@ are properties of the network and its settings, and nothing has to be computed t
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ Run = Callable[[Any, Any, Any], Any]
 _MASKS = (torch.bool, torch.uint8)
 
 
+@functools.cache
 def largest(func: Any) -> Run | None:
     """How to make a call of this overload on tensors without values; None where it needs no care."""
     return _RUNS.get(func._schema.name)

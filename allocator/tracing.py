@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from .errors import TraceError
 from .inputs import Inputs
 from .largest import largest, one_suppression
+from .shortcuts import Shortcuts
 from .skeleton import modules_of, skeleton, tensor_names
 
 # Functions that fvcore counts as a whole, or whose meaning is lost in their parts.
@@ -266,43 +267,6 @@ def _converter(mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.T
     return lambda _, t: t if isinstance(t, nn.Parameter) else t.clone()
 
 
-def _convolved(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
-) -> list[int] | None:
-    """Shape that a plain convolution gives; None where it is of another sort, or does not fit."""
-    plain = not transposed and x.dim() == weight.dim() and x.is_contiguous() and weight.is_contiguous()
-    if not plain or x.dtype != weight.dtype or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
-        return None
-    if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
-        return None
-    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=False)
-    sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
-    if len(sides) != x.dim() - 2 or min(sides, default=0) < 1:
-        return None
-    return [x.shape[0], weight.shape[0], *sides]
-
-
-def _like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
-
-
-# Without torch's tag for calls that work number by number, though they do.
-_POINTWISE = frozenset({torch.ops.aten.hardswish.default, torch.ops.aten.hardswish_.default})
-
-
-def _fits(size: int, other: int) -> bool:
-    """Whether a dim of this size broadcasts to the other."""
-    return size in (1, other)
-
-
 # Fake tensors ask each other where they lie; that reads no values.
 _DEVICE = torch.ops.prim.device.default
 
@@ -319,7 +283,7 @@ class _Recorder(TorchDispatchMode):
         self.call: Call | None = None
         self.paused = False
         self.stack: list[str] = [""]
-        self.gives: dict[tuple[Any, torch.dtype], torch.dtype] = {}
+        self.shortcuts = Shortcuts()
         self.modules = modules_of(model)
         self.paths = {module: path for path, module in self.modules.items()}
 
@@ -330,7 +294,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.paused or func is _DEVICE:
             return func(*args, **(kwargs or {}))
-        return self.note(func, args, kwargs or {}, largest(func) or self.shortcut)
+        return self.note(func, args, kwargs or {}, largest(func) or self.shortcuts)
 
     def note(self, target: Any, args: Any, kwargs: Any, run: Callable[[Any, Any, Any], Any]) -> Any:
         """Record a call to `target`, entered before `run` makes it, so that calls within it come later."""
@@ -354,43 +318,6 @@ class _Recorder(TorchDispatchMode):
             return target(*args, **kwargs)
         finally:
             self.paused = False
-
-    def shortcut(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run a call; on meta tensors, those that torch decomposes in Python, most of all time, are spared it."""
-        x = args[0] if args else None
-        if not isinstance(x, torch.Tensor) or not x.is_meta:
-            return func(*args, **kwargs)
-        if func is torch.ops.aten.native_batch_norm.default:
-            statistics = x.shape[1] if args[5] else 0
-            mean, variance = (torch.empty(statistics, dtype=x.dtype, device="meta") for _ in range(2))
-            return _like(x, x.dtype), mean, variance
-        if not kwargs and (torch.Tag.pointwise in func.tags or func in _POINTWISE):
-            return self.pointwise(func, args)
-        if func is torch.ops.aten.mean.dim and x.is_contiguous() and len(args) == 3:
-            dims = {dim % x.dim() for dim in args[1]}
-            kept = [1 if i in dims else n for i, n in enumerate(x.shape) if args[2] or i not in dims]
-            return torch.empty(kept, dtype=x.dtype, device="meta")
-        shape = _convolved(*args) if func is torch.ops.aten.convolution.default else None
-        return func(*args, **kwargs) if shape is None else torch.empty(shape, dtype=x.dtype, device="meta")
-
-    def pointwise(self, func: Any, args: Any) -> Any:
-        """Run a call that works number by number; after the first of its kind, its result's dtype is known."""
-        tensors = [item for item in args if isinstance(item, torch.Tensor)]
-        largest, dtype = max(tensors, key=torch.Tensor.numel), tensors[0].dtype
-        plain = dtype.is_floating_point and all(
-            t.is_meta and t.dtype == dtype and t.dim() == largest.dim() and all(map(_fits, t.shape, largest.shape))
-            for t in tensors
-        )
-        if not plain or not all(type(item) in (torch.Tensor, nn.Parameter, float, int) for item in args):
-            return func(*args)
-        if func._schema.is_mutable:
-            return args[0] if args[0].shape == largest.shape else func(*args)
-        if (func, dtype) not in self.gives:
-            out = func(*args)
-            if isinstance(out, torch.Tensor):
-                self.gives[func, dtype] = out.dtype
-            return out
-        return _like(largest, self.gives[func, dtype])
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:

@@ -1,0 +1,101 @@
+"""Calls on meta tensors whose results are known without running torch's decompositions of them in Python.
+
+Batch norms, activations, sums, means and convolutions are most of a vision network's calls, and their
+decompositions most of the time of a trace. What is not plainly one of these runs as torch has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+# Without torch's tag for calls that work number by number, though they do.
+_POINTWISE = frozenset({torch.ops.aten.hardswish.default, torch.ops.aten.hardswish_.default})
+
+
+class Shortcuts:
+    """Runs ATen calls for one trace; remembers what dtype a pointwise call gives after the first of its kind."""
+
+    def __init__(self) -> None:
+        self.gives: dict[tuple[Any, torch.dtype], torch.dtype] = {}
+
+    def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What `func(*args, **kwargs)` gives."""
+        x = args[0] if args else None
+        if not isinstance(x, torch.Tensor) or not x.is_meta:
+            return func(*args, **kwargs)
+        if func is torch.ops.aten.native_batch_norm.default:
+            return _like(x, x.dtype), _empty([x.shape[1]], x.dtype), _empty([x.shape[1]], x.dtype)
+        if not kwargs and (torch.Tag.pointwise in func.tags or func in _POINTWISE):
+            return self._pointwise(func, args)
+        shape = None
+        if func is torch.ops.aten.mean.dim and len(args) == 3:
+            shape = _averaged(*args)
+        elif func is torch.ops.aten.convolution.default:
+            shape = _convolved(*args)
+        return func(*args, **kwargs) if shape is None else _empty(shape, x.dtype)
+
+    def _pointwise(self, func: Any, args: Any) -> Any:
+        tensors = [item for item in args if isinstance(item, torch.Tensor)]
+        widest, dtype = max(tensors, key=torch.Tensor.numel), tensors[0].dtype
+        plain = dtype.is_floating_point and all(
+            t.is_meta and t.dtype == dtype and t.dim() == widest.dim() and all(map(_fits, t.shape, widest.shape))
+            for t in tensors
+        )
+        if not plain or not all(type(item) in (torch.Tensor, nn.Parameter, float, int) for item in args):
+            return func(*args)
+        if func._schema.is_mutable:
+            return args[0] if args[0].shape == widest.shape else func(*args)
+        if (func, dtype) not in self.gives:
+            out = func(*args)
+            if isinstance(out, torch.Tensor):
+                self.gives[func, dtype] = out.dtype
+            return out
+        return _like(widest, self.gives[func, dtype])
+
+
+def _convolved(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> list[int] | None:
+    """Shape that a plain convolution gives; None where it is of another sort, or does not fit."""
+    plain = not transposed and x.dim() == weight.dim() and x.is_contiguous() and weight.is_contiguous()
+    if not plain or x.dtype != weight.dtype or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        return None
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
+        return None
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=False)
+    sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    if len(sides) != x.dim() - 2 or min(sides, default=0) < 1:
+        return None
+    return [x.shape[0], weight.shape[0], *sides]
+
+
+def _like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
+
+
+def _averaged(x: torch.Tensor, dims: list[int] | None, keepdim: bool) -> list[int] | None:
+    """Shape of a mean over dims; None where it is over all, or the result may lie in memory in another order."""
+    if not dims or not x.is_contiguous():
+        return None
+    gone = {dim % x.dim() for dim in dims}
+    return [1 if i in gone else n for i, n in enumerate(x.shape) if keepdim or i not in gone]
+
+
+def _empty(shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _fits(size: int, other: int) -> bool:
+    """Whether a dim of this size broadcasts to the other."""
+    return size in (1, other)

@@ -1,0 +1,101 @@
+"""Shortcuts give what torch gives: shape, dtype and strides, or the same error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from allocator.shortcuts import Shortcuts
+
+aten = torch.ops.aten
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+X = meta(2, 6, 9, 7)
+LAST = X.to(memory_format=torch.channels_last)
+
+
+def convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    stride: list[int] | None = None,
+    padding: list[int] | None = None,
+    dilation: list[int] | None = None,
+    transposed: bool = False,
+    groups: int = 1,
+) -> tuple[Any, tuple[Any, ...]]:
+    ones = [1] * (x.dim() - 2)
+    sizes = (stride or ones, padding or ones, dilation or ones, transposed, [0] * len(ones), groups)
+    return aten.convolution.default, (x, weight, bias, *sizes)
+
+
+CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "relu": (aten.relu.default, (X,)),
+    "relu, channels last": (aten.relu.default, (LAST,)),
+    "relu_": (aten.relu_.default, (X,)),
+    "hardswish": (aten.hardswish.default, (X,)),
+    "hardswish_": (aten.hardswish_.default, (X,)),
+    "half precision": (aten.silu.default, (X.to(torch.float16),)),
+    "whole numbers": (aten.sigmoid.default, (X.to(torch.int64),)),
+    "add": (aten.add.Tensor, (X, X)),
+    "add, other dtype": (aten.add.Tensor, (X, X.to(torch.float64))),
+    "multiply, a gate first": (aten.mul.Tensor, (meta(2, 6, 1, 1), X)),
+    "multiply, both broadcast": (aten.mul.Tensor, (meta(2, 6, 1, 1), meta(1, 6, 9, 1))),
+    "multiply, other rank": (aten.mul.Tensor, (X, meta(7))),
+    "multiply by a number": (aten.mul.Tensor, (X, 2.0)),
+    "in place, a gate": (aten.mul_.Tensor, (X, meta(2, 6, 1, 1))),
+    "compare": (aten.gt.Scalar, (X, 0.5)),
+    "is nan": (aten.isnan.default, (X,)),
+    "clamp with a missing bound": (aten.clamp.default, (X, None, 6.0)),
+    "where": (aten.where.self, (X.to(torch.bool), X, X)),
+    "batch norm": (aten.native_batch_norm.default, (X, *(meta(6) for _ in range(4)), False, 0.1, 1e-5)),
+    "batch norm, train mode": (aten.native_batch_norm.default, (X, *(meta(6) for _ in range(4)), True, 0.1, 1e-5)),
+    "mean": (aten.mean.dim, (X, [-1, -2], True)),
+    "mean without dims": (aten.mean.dim, (X, [2, 3], False)),
+    "mean of all": (aten.mean.dim, (X, [], True)),
+    "mean, channels last": (aten.mean.dim, (LAST, [1], True)),
+    "convolution": convolution(X, meta(4, 6, 3, 3)),
+    "convolution, bias": convolution(X, meta(4, 6, 3, 5), meta(4), stride=[2, 3], padding=[0, 2], dilation=[2, 1]),
+    "convolution, groups": convolution(X, meta(9, 2, 3, 3), groups=3),
+    "convolution, channels last": convolution(LAST, meta(4, 6, 3, 3)),
+    "convolution, transposed": convolution(X, meta(6, 4, 3, 3), transposed=True),
+    "convolution, 1-D": convolution(meta(2, 6, 9), meta(4, 6, 3)),
+    "convolution, 3-D": convolution(meta(2, 6, 5, 5, 5), meta(4, 6, 3, 3, 3)),
+    "convolution, wrong channels": convolution(X, meta(4, 5, 3, 3)),
+    "convolution, kernel too large": convolution(X, meta(4, 6, 13, 13)),
+}
+
+
+def outcome(run: Any) -> Any:
+    try:
+        out = run()
+    except RuntimeError as error:
+        return type(error)
+    return [(tuple(t.shape), t.dtype, t.stride(), t.device.type) for t in (out if isinstance(out, tuple) else (out,))]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_shortcut_gives_what_torch_gives(name: str) -> None:
+    func, args = CALLS[name]
+    shortcuts = Shortcuts()
+    expected = outcome(lambda: func(*args))
+    assert outcome(lambda: shortcuts(func, args, {})) == expected
+    assert outcome(lambda: shortcuts(func, args, {})) == expected, "the second time, from what the first has taught"
+
+
+def test_a_call_in_place_gives_its_argument() -> None:
+    shortcuts = Shortcuts()
+    assert shortcuts(aten.relu_.default, (X,), {}) is X
+    assert shortcuts(aten.add_.Tensor, (X, meta(1, 6, 1, 1)), {}) is X
+
+
+def test_values_are_computed_where_there_are_some() -> None:
+    x = torch.tensor([-1.0, 2.0])
+    assert Shortcuts()(aten.relu.default, (x,), {}).tolist() == [0.0, 2.0]
