@@ -84,6 +84,18 @@ class UnknownNameError(AllocatorError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class ConfigurationError(AllocatorError, ValueError):
+    """A training configuration has unknown keys or values that do not fit; all of them are listed."""
+
+
+class DataError(AllocatorError, ValueError):
+    """A data set is missing, empty or unreadable, or its classes are not those of the network."""
+
+
+class MissingPackageError(AllocatorError, ImportError):
+    """An optional package is not installed; says which extra brings it."""
+
+
 class AllocatorWarning(UserWarning):
     """Base class of all warnings raised by this package."""
 

@@ -12,7 +12,9 @@ from allocator.errors import UnknownNameError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["build", "call", "names"]
+    from allocator.recipes.run import RunResult
+
+__all__ = ["build", "call", "names", "train"]
 
 # module of this package, function in it, arguments it is called with
 _Recipe = tuple[str, str, dict[str, Any]]
@@ -86,3 +88,10 @@ def _find(name: str) -> _Recipe:
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_RECIPES)}"
         raise UnknownNameError(f"no recipe is called {name!r}; {hint}")
     return _RECIPES[key]
+
+
+def train(config: Any, **options: Any) -> RunResult:
+    """Train a seed, allocate, train what is left and evaluate; see `allocator.recipes.run.train`."""
+    from allocator.recipes.run import train as run
+
+    return run(config, **options)

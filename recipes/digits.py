@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from allocator.errors import InputError
+from allocator.errors import InputError, MissingPackageError
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def load(
 
     Raises:
         InputError: the sizes do not fit the canvas, or a split would be empty.
-        ImportError: scikit-learn is not installed.
+        MissingPackageError: scikit-learn is not installed.
     """
     if not 0 < sizes[0] <= sizes[1] <= side:
         raise InputError(f"expected sizes with 0 < smallest <= largest <= {side} pixels, got {sizes}")
@@ -99,7 +99,7 @@ def _source_digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install 'neuron-allocator[demo]'") from error
+        raise MissingPackageError("the digits come with scikit-learn: pip install 'neuron-allocator[demo]'") from error
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
     return images, torch.from_numpy(bunch.target).long()

@@ -1,23 +1,37 @@
-"""Train and evaluate a classifier on tensors: SGD, cosine schedule, label smoothing."""
+"""The training loop: stochastic gradient descent on a classifier, on one process or on many.
+
+What a run does depends on nothing but its options, its random seed and the number of the update: the order
+of the images, dropout and the learning rate are all computed from these, and `Fit.state_dict` holds the rest.
+So a run that is stopped and goes on gives the weights of one that was never stopped, bit for bit on the CPU.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import time
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from allocator.errors import AllocatorError, InputError
+from allocator.recipes.configuration import Training
+from allocator.recipes.data import Batch, Batches, Samples, Tensors, TestBatches, number
+
+WARMUP_SHARE = 0.05
 
 
 class NonFiniteLossError(AllocatorError, ArithmeticError):
-    """The loss became NaN or infinite, so training stopped."""
+    """The loss or a weight became NaN or infinite, so training stopped."""
 
 
 class Data(Protocol):
@@ -37,12 +51,319 @@ class History:
     Attributes:
         loss: mean training loss.
         accuracy: share of the training images, as they were met, that were classified right.
+        test_accuracy: share of the test images, where they were looked at.
         seconds: wall time of the whole training.
     """
 
     loss: list[float] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
+    test_accuracy: list[float] = field(default_factory=list)
     seconds: float = 0.0
+
+
+class Engine(Protocol):
+    """What the loop asks of accelerate's `Accelerator`."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def num_processes(self) -> int: ...
+    @property
+    def process_index(self) -> int: ...
+    @property
+    def is_main_process(self) -> bool: ...
+    def prepare(self, *args: Any) -> Any: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]: ...
+    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Any: ...
+    def reduce(self, tensor: Tensor, reduction: str) -> Any: ...
+
+
+@dataclass
+class OneProcess:
+    """An engine without accelerate: one process, in the weights' own precision."""
+
+    device: torch.device
+    num_processes: int = 1
+    process_index: int = 0
+    is_main_process: bool = True
+
+    def prepare(self, *args: Any) -> Any:
+        return args
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Tensor:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
+        return tensor
+
+
+@dataclass
+class Tally:
+    """Sums over the images of an epoch that were met so far."""
+
+    loss: float = 0.0
+    right: int = 0
+    seen: int = 0
+
+    def means(self) -> tuple[float, float]:
+        """Loss and accuracy."""
+        return self.loss / max(1, self.seen), self.right / max(1, self.seen)
+
+
+class Fit:
+    """The training of one network: `run` takes it from where it is to its end.
+
+    Attributes:
+        module: the network, trained in place.
+        step: updates done.
+        history: of the epochs done.
+        tally: of the epoch that is under way.
+        corrupt: images that could not be read.
+    """
+
+    def __init__(
+        self, module: nn.Module, batches: Batches, options: Training, engine: Engine, seed: int = 0, name: str = ""
+    ):
+        self.module, self.batches, self.options, self.engine = module, batches, options, engine
+        self.seed, self.name = seed, name
+        self.average: AveragedModel | None = None
+        if options.average is not None:
+            ema = get_ema_multi_avg_fn(options.average)
+            self.average = AveragedModel(module, engine.device, multi_avg_fn=ema, use_buffers=True)
+        optimiser = torch.optim.SGD(
+            module.parameters(),
+            options.lr,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
+            nesterov=options.nesterov and options.momentum > 0,
+        )
+        self.model, self.optimiser = engine.prepare(module, optimiser)
+        norms = [each for each in module.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+        self.scales = [norm.weight for norm in norms if norm.affine]
+        self.step, self.tally, self.history = 0, Tally(), History()
+        self.corrupt: set[str] = set()
+
+    @property
+    def total(self) -> int:
+        """Updates from the beginning to the end."""
+        return self.options.epochs * len(self.batches)
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the next update."""
+        return self.options.lr * rate_share(self.options, self.step, len(self.batches))
+
+    def run(self, after_update: Callable[[Fit], None], after_epoch: Callable[[Fit], None]) -> None:
+        """Train from the update that it stands at to the end.
+
+        Args:
+            after_update: called after each update but the last one of an epoch.
+            after_epoch: called after each epoch, when `history` has its entry.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite; the weights are those before that update.
+            DataError: an image cannot be read, and the samples say to stop.
+        """
+        start = time.perf_counter() - self.history.seconds
+        per_epoch = len(self.batches)
+        self.model.train()
+        while self.step < self.total:
+            epoch, position = divmod(self.step, per_epoch)
+            for chunks in self.batches.epoch(epoch, position):
+                self._update(chunks)
+                self.history.seconds = time.perf_counter() - start
+                if self.step % per_epoch:
+                    after_update(self)
+            self._end_epoch()
+            after_epoch(self)
+            self.model.train()
+        self.model.eval()
+
+    def _update(self, chunks: list[Batch]) -> None:
+        """One step of the optimiser, on the gradients of all chunks."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate
+        self.optimiser.zero_grad(set_to_none=True)
+        for i, chunk in enumerate(chunks):
+            last = i == len(chunks) - 1
+            place = i * self.engine.num_processes + self.engine.process_index  # of the chunk in the whole batch
+            seed_torch(number(self.seed, self.step, place), self.engine.device)
+            with contextlib.nullcontext() if last else self.engine.no_sync(self.model):
+                self.engine.backward(self._loss(chunk) / len(chunks))
+        if self.options.clip is not None:
+            self.engine.clip_grad_norm_(self.module.parameters(), self.options.clip)
+        self.optimiser.step()
+        if self.average is not None:
+            self.average.update_parameters(self.module)
+        self.step += 1
+
+    def _loss(self, chunk: Batch) -> Tensor:
+        images = chunk.images.to(self.engine.device, non_blocking=True)
+        labels = chunk.labels.to(self.engine.device, non_blocking=True)
+        logits = logits_of(self.model(images))
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.options.label_smoothing)
+        if self.options.l1:
+            loss = loss + self.options.l1 * torch.stack([scale.abs().sum() for scale in self.scales]).sum()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"the loss became {value} at learning rate {self.rate:.3g}, update {self.step + 1} of {self.total}; "
+                "try a lower one, and check the images for values that are not finite"
+            )
+        self.tally.loss += value * len(labels)
+        self.tally.right += int((logits.argmax(1) == labels).sum())
+        self.tally.seen += len(labels)
+        self.corrupt |= set(chunk.corrupt)
+        return loss
+
+    def _end_epoch(self) -> None:
+        sums = torch.tensor([self.tally.loss, self.tally.right, self.tally.seen], dtype=torch.float64)
+        loss, right, seen = self.engine.reduce(sums.to(self.engine.device), reduction="sum").tolist()
+        self.history.loss.append(loss / seen)
+        self.history.accuracy.append(right / seen)
+        self.tally = Tally()
+
+    def result(self) -> nn.Module:
+        """The network as it is now: the average of its weights where one is kept."""
+        return self.module if self.average is None else self.average.module
+
+    def recalibrate(self) -> None:
+        """Compute batch norm's statistics anew from `options.recalibrate` batches; their mean over processes."""
+        batches = itertools.islice(self.batches.epoch(self.options.epochs), self.options.recalibrate)
+        wanted = (chunk.images for chunks in batches for chunk in chunks)
+        module = self.result()
+        update_bn(wanted, module, self.engine.device)
+        average_buffers(module, self.engine)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how it goes on, as tensors and plain data.
+
+        Raises:
+            NonFiniteLossError: a weight is NaN or infinite.
+        """
+        average_buffers(self.module, self.engine)
+        scaler = getattr(self.engine, "scaler", None)
+        weights = self.module.state_dict()
+        for name, tensor in weights.items():
+            if not torch.isfinite(tensor).all():
+                raise NonFiniteLossError(f"{name} became NaN or infinite by update {self.step}; try a lower rate")
+        return {
+            "step": self.step,
+            "tally": asdict(self.tally),
+            "history": asdict(self.history),
+            "corrupt": sorted(self.corrupt),
+            "model": weights,
+            "optimiser": self.optimiser.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.module.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        scaler = getattr(self.engine, "scaler", None)
+        if scaler is not None and state["scaler"] is not None:
+            scaler.load_state_dict(state["scaler"])
+        self.step, self.corrupt = state["step"], set(state["corrupt"])
+        self.tally, self.history = Tally(**state["tally"]), History(**state["history"])
+
+
+def rate_share(options: Training, step: int, per_epoch: int) -> float:
+    """Share of the highest learning rate at update `step`: a linear rise, then the schedule."""
+    warmup, total = round(options.warmup * per_epoch), options.epochs * per_epoch
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if options.schedule == "steps":
+        return options.gamma ** sum(step >= round(epoch * per_epoch) for epoch in options.milestones)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Set torch's random state, on the CPU and on the device."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The scores (N, classes) in what a classifier returned: the tensor, or its `logits`."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
+        raise InputError(f"expected the network to give scores of shape (images, classes), got {got}")
+    return logits
+
+
+@torch.no_grad()
+def average_buffers(module: nn.Module, engine: Engine) -> None:
+    """Replace the floating buffers, such as batch norm's statistics, by their mean over the processes."""
+    if engine.num_processes > 1:
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(engine.reduce(buffer, reduction="mean"))
+
+
+@torch.no_grad()
+def accuracy_on(model: nn.Module, batches: Iterable[Batch], engine: Engine, corrupt: set[str] | None = None) -> float:
+    """Share of the images classified right, over all processes; the mode is left as it was.
+
+    Images that cannot be read do not count; their names are added to `corrupt`.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        right = seen = 0
+        for batch in batches:
+            if corrupt is not None:
+                corrupt.update(batch.corrupt)
+            if len(batch.labels):
+                logits = logits_of(model(batch.images.to(engine.device)))
+                right += int((logits.argmax(1).cpu() == batch.labels.cpu()).sum())
+                seen += len(batch.labels)
+    finally:
+        model.train(was_training)
+    sums = torch.tensor([right, seen], dtype=torch.float64, device=engine.device)
+    right, seen = engine.reduce(sums, reduction="sum").tolist()
+    return right / max(1, seen)
+
+
+@contextlib.contextmanager
+def training_bar(
+    fit: Fit, description: str, shown: bool = True, console: Console | None = None
+) -> Iterator[Callable[[Fit], None]]:
+    """Show a bar with loss, accuracy and time left; yields what brings it up to date."""
+    bar = Progress(
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.1%}  left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not shown,
+    )
+    with bar:
+        task = bar.add_task(description, total=fit.total, completed=fit.step, loss=math.nan, accuracy=0.0)
+
+        def update(current: Fit) -> None:
+            loss, accuracy = current.tally.means()
+            if not current.tally.seen:
+                loss, accuracy = current.history.loss[-1], current.history.accuracy[-1]
+            bar.update(task, completed=current.step, loss=loss, accuracy=accuracy)
+
+        yield update
+
+
+# ------------------------------------------------------------------------------------------------- on tensors
 
 
 def train(
@@ -60,10 +381,10 @@ def train(
     description: str = "training",
     console: Console | None = None,
 ) -> History:
-    """Train `model` in place, on the device its parameters are on, and leave it in eval mode.
+    """Train `model` in place on tensors, on the device its parameters are on, and leave it in eval mode.
 
     Stochastic gradient descent with Nesterov momentum; the learning rate rises over the first twentieth of
-    the steps and then falls to zero along a half cosine. The last, incomplete batch of an epoch is left out
+    the updates and then falls to zero along a half cosine. The last, incomplete batch of an epoch is left out
     where there is another. The same seed, model and data give the same weights on the CPU.
 
     Args:
@@ -71,7 +392,7 @@ def train(
         data: images and labels.
         epochs: passes over the data.
         lr: highest learning rate.
-        batch_size: images per step.
+        batch_size: images per update.
         momentum: of the gradient.
         weight_decay: of every parameter, as in the usual ResNet recipe.
         label_smoothing: probability spread over all classes.
@@ -82,7 +403,7 @@ def train(
 
     Raises:
         InputError: no images, or as many labels as images are not given, or epochs is below 1.
-        NonFiniteLossError: the loss is NaN or infinite; the weights are those before that step's update.
+        NonFiniteLossError: the loss is NaN or infinite; the weights are those before that update.
     """
     count = len(data.images)
     if count == 0 or count != len(data.labels) or epochs < 1 or batch_size < 1:
@@ -90,86 +411,25 @@ def train(
             f"expected images with a label each, and epochs and batch_size above 0, got {count} images, "
             f"{len(data.labels)} labels, epochs={epochs}, batch_size={batch_size}"
         )
-    device = next(model.parameters()).device
-    images, labels = data.images.to(device), data.labels.to(device)
-    steps = max(1, count // batch_size)
-    optimiser = torch.optim.SGD(
-        model.parameters(), lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
+    options = Training(
+        epochs,
+        lr,
+        batch_size,
+        warmup=WARMUP_SHARE * epochs,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        label_smoothing=label_smoothing,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: cosine(step, epochs * steps))
-    history, start = History(), time.perf_counter()
-    torch.manual_seed(seed)
-    order_generator = torch.Generator().manual_seed(seed)
-    model.train()
-    with _bar(progress, console) as bar:
-        task = bar.add_task(description, total=epochs * steps, loss=math.nan, accuracy=0.0)
-        for _ in range(epochs):
-            order = torch.randperm(count, generator=order_generator).to(device)
-            loss_sum, right, seen = 0.0, 0, 0
-            for batch in order[: steps * batch_size].split(batch_size):
-                loss, hits = _step(model, optimiser, images[batch], labels[batch], label_smoothing)
-                schedule.step()
-                loss_sum, right, seen = loss_sum + loss * len(batch), right + hits, seen + len(batch)
-                bar.update(task, advance=1, loss=loss_sum / seen, accuracy=right / seen)
-            history.loss.append(loss_sum / seen)
-            history.accuracy.append(right / seen)
-    model.eval()
-    history.seconds = time.perf_counter() - start
-    return history
+    batches = Batches(Samples(Tensors(data.images, data.labels)), batch_size, seed=seed)
+    fit = Fit(model, batches, options, OneProcess(next(model.parameters()).device), seed)
+    with training_bar(fit, description, progress, console) as show:
+        fit.run(show, show)
+    return fit.history
 
 
-def _step(
-    model: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, labels: Tensor, smoothing: float
-) -> tuple[float, int]:
-    """One update; returns the loss and how many of the batch were classified right."""
-    logits = model(images)
-    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    value = loss.item()
-    if not math.isfinite(value):
-        rate = optimiser.param_groups[0]["lr"]
-        raise NonFiniteLossError(
-            f"the loss became {value} at learning rate {rate:.3g}; try a lower one, and check the images "
-            "for values that are not finite"
-        )
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    optimiser.step()
-    return value, int((logits.argmax(1) == labels).sum())
-
-
-def cosine(step: int, total: int, warmup_share: float = 0.05) -> float:
-    """Share of the highest learning rate at `step` of `total`: a linear rise, then a half cosine to zero."""
-    warmup = round(warmup_share * total)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-@torch.no_grad()
 def evaluate(model: nn.Module, data: Data, batch_size: int = 256) -> float:
     """Share of the images classified right, in 0..1; the model's train or eval mode is left as it was."""
     if len(data.images) == 0:
         raise InputError("expected images to evaluate on, got none")
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        right = sum(
-            int((model(images.to(device)).argmax(1).cpu() == labels.cpu()).sum())
-            for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True)
-        )
-    finally:
-        model.train(was_training)
-    return right / len(data.images)
-
-
-def _bar(shown: bool, console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.1%}  left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not shown,
-    )
+    batches = TestBatches(Samples(Tensors(data.images, data.labels)), batch_size)
+    return accuracy_on(model, batches, OneProcess(next(model.parameters()).device))

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 import allocator
 from allocator.errors import InputError
 from allocator.recipes import demo, digits
+from allocator.recipes.configuration import Training
 from allocator.recipes.digits import Split, load, place
 from allocator.recipes.picture import Panel, draw_shares
 from allocator.recipes.scalenet import ScaleNet, scalenet_small_seed
-from allocator.recipes.training import NonFiniteLossError, cosine, evaluate, train
+from allocator.recipes.training import NonFiniteLossError, evaluate, rate_share, train
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +195,7 @@ def test_bad_training_input(splits: tuple[Split, Split]) -> None:
 
 
 def test_cosine_schedule() -> None:
-    rates = [cosine(step, 100) for step in range(100)]
+    rates = [rate_share(Training(10, warmup=0.5), step, 10) for step in range(100)]
     # Five steps of warm-up, the peak at the sixth, then down to nearly nothing.
     assert rates[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0])
     assert rates[5:] == sorted(rates[5:], reverse=True)

@@ -1,0 +1,410 @@
+"""What a training run is: plain dataclasses, read from YAML, checked as a whole before any work is done."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from allocator.disk import existing
+from allocator.errors import ConfigurationError, MissingPackageError, UnknownNameError
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class Network:
+    """The network to start from: the seed, or one to be trained as it is.
+
+    Attributes:
+        name: as for `allocator.build`, such as `recipe:scalenet50-seed`.
+        arguments: passed to its constructor, such as `num_classes`.
+        weights: file to start from, instead of fresh weights.
+    """
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images for training and test.
+
+    Attributes:
+        dataset: `folder` (torchvision's ImageFolder), `digits` (those that scikit-learn ships), or
+            `torchvision:NAME`.
+        root: the folder that the data are in.
+        train, test: sub-folders of `root`, for `folder`.
+        arguments: passed to the data set's constructor.
+        train_arguments, test_arguments: passed to one of the two on top, such as `split: extra`.
+        side: side in pixels that images are brought to; None leaves them as they are.
+        resize: shorter side in pixels ahead of the test's centre crop.
+        augment: `imagenet` (random resized crop, flip), `shift` (padded random crop, flip) or `none`.
+        mean, std: of each channel with values in 0..1, for normalisation.
+        corrupt: `stop` at an image that cannot be read, or `skip` it.
+        check: read every image once ahead of the training, to name and count those that cannot be.
+        workers: processes per rank that read images.
+    """
+
+    dataset: str = "folder"
+    root: str | None = None
+    train: str = "train"
+    test: str = "val"
+    arguments: dict[str, Any] = field(default_factory=dict)
+    train_arguments: dict[str, Any] = field(default_factory=dict)
+    test_arguments: dict[str, Any] = field(default_factory=dict)
+    side: int | None = None
+    resize: int | None = None
+    augment: str = "none"
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
+    corrupt: str = "stop"
+    check: bool = False
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Training:
+    """How one network is trained: stochastic gradient descent with momentum.
+
+    Attributes:
+        epochs: passes over the data.
+        lr: highest learning rate, for a whole batch.
+        batch_size: images per update, over all processes.
+        device_batch: images per forward and process, which is also what batch norm averages over; the
+            gradients of `batch_size / (device_batch * processes)` forwards are accumulated. None: one forward.
+        schedule: `cosine`, or `steps`, which multiplies the rate by `gamma` at each of the `milestones`.
+        milestones: in epochs.
+        gamma: factor per milestone.
+        warmup: epochs of linear rise.
+        momentum, nesterov, weight_decay: of the optimiser.
+        label_smoothing: probability spread over all classes.
+        l1: weight of the sum of the batch norms' absolute scales in the loss.
+        clip: largest norm of the gradient; None for no limit.
+        average: decay per update of the exponential moving average of the weights, which then is the
+            result; None for none.
+        recalibrate: batches over which batch norm's statistics are computed anew at the end; 0 for none.
+    """
+
+    epochs: int
+    lr: float = 0.1
+    batch_size: int = 64
+    device_batch: int | None = None
+    schedule: str = "cosine"
+    milestones: list[float] = field(default_factory=list)
+    gamma: float = 0.1
+    warmup: float = 0.0
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 1e-4
+    label_smoothing: float = 0.0
+    l1: float = 0.0
+    clip: float | None = None
+    average: float | None = None
+    recalibrate: int = 0
+
+
+@dataclass(frozen=True)
+class AllocationPlan:
+    """How the network is made smaller; see `allocator.allocate`.
+
+    Attributes:
+        flops: budget for one image, as fvcore counts, or a share such as `60%`.
+        policy, criterion, scope, groups, norms, exclude: as for `allocator.allocate`.
+        weights: `reset` to train from scratch, `keep` to fine-tune.
+        file: an allocation to apply, instead of one learned here.
+    """
+
+    flops: float | str = "50%"
+    policy: str = "per_block"
+    criterion: str = "bn_scale"
+    scope: str = "auto"
+    groups: str = "whole"
+    norms: str = "exact"
+    exclude: list[str] = field(default_factory=list)
+    weights: str = "reset"
+    file: str | None = None
+
+
+@dataclass(frozen=True)
+class Running:
+    """Where and how often; none of it changes the result.
+
+    Attributes:
+        output: folder for checkpoints, logs and results.
+        checkpoint_updates: updates between checkpoints; one is written after each epoch anyway.
+        tensorboard: write logs for it.
+        timeout: seconds after which ranks that wait for a lost one give up.
+    """
+
+    output: str = "runs/run"
+    checkpoint_updates: int = 1000
+    tensorboard: bool = True
+    timeout: float = 600.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run: train the network, allocate, train what is left.
+
+    Attributes:
+        network: what to start from.
+        data: what to train and test on.
+        seed: training of the network as it is; None to leave it out.
+        allocation: how it is made smaller; None to leave it out.
+        final: training of the smaller network; None to leave it out.
+        random_seed: decides weights, order and augmentation.
+        precision: `no` (float32), `bf16` or `fp16`.
+        device: `auto` for accelerate's choice, or `cpu`.
+        run: where and how often.
+    """
+
+    network: Network
+    data: Data
+    seed: Training | None = None
+    allocation: AllocationPlan | None = None
+    final: Training | None = None
+    random_seed: int = 0
+    precision: str = "no"
+    device: str = "auto"
+    run: Running = field(default_factory=Running)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as YAML holds it."""
+        return asdict(self)
+
+    def what_decides(self) -> dict[str, Any]:
+        """The part that the result depends on, flat, with dotted keys."""
+        without = ("run", "data.workers", "data.check", "device")
+        flat = _flat(self.to_dict())
+        return {key: value for key, value in flat.items() if not key.startswith(without)}
+
+
+T = TypeVar("T")
+
+
+def config_names() -> list[str]:
+    """The configurations that are installed with the package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def load_config(source: str | Path | Mapping[str, Any] | Config, settings: Sequence[str] = ()) -> Config:
+    """Read a configuration and check it.
+
+    Args:
+        source: a YAML file, the name of an installed one (`config_names`), or its contents.
+        settings: changes to it, each of the form `section.key=value`, the value in YAML.
+
+    Raises:
+        ConfigurationError: keys or values do not fit; the message lists them all.
+        UnknownNameError: neither a file nor an installed configuration.
+        FileError: the file cannot be read.
+    """
+    if isinstance(source, Config):
+        data = source.to_dict()
+    elif isinstance(source, Mapping):
+        data = dict(source)
+    else:
+        data = _read(source)
+    for setting in settings:
+        _set(data, setting)
+    problems: list[str] = []
+    config = _parse(Config, {key: value for key, value in data.items() if not key.startswith("x-")}, "", problems)
+    if config is not None:
+        problems += _contradictions(config)
+    if problems or config is None:
+        raise ConfigurationError("the configuration does not fit:\n  " + "\n  ".join(problems))
+    return config
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingPackageError("configurations are YAML: pip install 'neuron-allocator[train]'") from error
+    return yaml
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        path = CONFIGS / f"{str(source).replace('-', '_')}.yaml"
+        if not path.exists():
+            near = difflib.get_close_matches(str(source), config_names(), n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"installed: {', '.join(config_names())}"
+            raise UnknownNameError(f"{str(source)!r} is neither a .yaml file nor an installed configuration; {hint}")
+    yaml = _yaml()
+    try:
+        data = yaml.safe_load(existing(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigurationError(f"{path}: expected sections (network, data, ...), got a {type(data).__name__}")
+    return data
+
+
+def _set(data: dict[str, Any], setting: str) -> None:
+    """Put `section.key=value` into the data; `section=null` leaves a section out."""
+    path, equals, text = setting.partition("=")
+    if not equals or not path:
+        raise ConfigurationError(f"{setting!r} is not of the form section.key=value")
+    *sections, key = path.split(".")
+    for section in sections:
+        if data.get(section) is None:
+            data[section] = {}
+        elif not isinstance(data[section], dict):
+            raise ConfigurationError(f"{setting!r}: {section} is no section")
+        data[section] = data = dict(data[section])
+    yaml = _yaml()
+    try:
+        data[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{setting!r}: the value is not YAML ({error})") from error
+
+
+def _parse(cls: type[T], data: Any, place: str, problems: list[str]) -> T | None:
+    """An instance of a dataclass from plain data; what does not fit is noted, and None returned."""
+    before = len(problems)
+    if not isinstance(data, Mapping):
+        problems.append(f"{place or 'configuration'}: expected a section, got {data!r}")
+        return None
+    dot = f"{place}." if place else ""
+    hints, known = get_type_hints(cls), {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            problems.append(f"unknown key {dot}{key}; {hint}")
+            continue
+        values[key] = _value(hints[key], value, f"{dot}{key}", problems)
+    for name, f in known.items():
+        if name not in data and f.default is MISSING and f.default_factory is MISSING:
+            problems.append(f"{dot}{name} is missing")
+    return cls(**values) if len(problems) == before else None
+
+
+def _value(hint: Any, value: Any, place: str, problems: list[str]) -> Any:
+    choices = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
+    if value is None and type(None) in choices:
+        return None
+    section = next((choice for choice in choices if is_dataclass(choice)), None)
+    if section is not None:
+        return _parse(typing.cast(type, section), value, place, problems)
+    for choice in choices:
+        found = _plain(choice, value)
+        if found is not None:
+            return found
+    expected = " or ".join(_name(choice) for choice in choices)
+    problems.append(f"{place}: expected {expected}, got {value!r}")
+    return None
+
+
+def _plain(hint: Any, value: Any) -> Any:
+    """The value as the type asks for it, None where it is of another. YAML reads 1e-4 as text, which is let pass."""
+    if hint is float and not isinstance(value, bool) and isinstance(value, int | float | str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    if get_origin(hint) is list and isinstance(value, list | tuple):
+        items = [_plain(get_args(hint)[0], item) for item in value]
+        return None if None in items else items
+    if get_origin(hint) is dict:
+        return dict(value) if isinstance(value, Mapping) else None
+    return value if type(value) is hint else None
+
+
+def _name(hint: Any) -> str:
+    names = {float: "a number", int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
+    if get_origin(hint) is list:
+        return f"a list, each {_name(get_args(hint)[0])}"
+    return "a section" if get_origin(hint) is dict else names.get(hint, str(hint))
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "data.augment": ("none", "shift", "imagenet"),
+    "data.corrupt": ("stop", "skip"),
+    "seed.schedule": ("cosine", "steps"),
+    "final.schedule": ("cosine", "steps"),
+    "allocation.weights": ("keep", "reset"),
+    "allocation.policy": ("per_block", "global", "uniform"),
+    "allocation.scope": ("auto", "branches", "inner", "all"),
+    "allocation.groups": ("whole", "width"),
+    "allocation.norms": ("exact", "loose"),
+    "precision": ("no", "bf16", "fp16"),
+    "device": ("auto", "cpu"),
+}
+# key: smallest value, and whether that value itself is allowed
+_LEAST: dict[str, tuple[float, bool]] = {
+    "epochs": (1, True),
+    "lr": (0, False),
+    "batch_size": (1, True),
+    "device_batch": (1, True),
+    "gamma": (0, False),
+    "warmup": (0, True),
+    "momentum": (0, True),
+    "weight_decay": (0, True),
+    "label_smoothing": (0, True),
+    "l1": (0, True),
+    "clip": (0, False),
+    "average": (0, False),
+    "recalibrate": (0, True),
+}
+
+
+def _contradictions(config: Config) -> list[str]:
+    flat = _flat(config.to_dict())
+    problems = [
+        f"{key}: expected {' or '.join(choices)}, got {flat[key]!r}"
+        for key, choices in _CHOICES.items()
+        if key in flat and flat[key] not in choices
+    ]
+    for section, training in (("seed", config.seed), ("final", config.final)):
+        if training is not None:
+            problems += _training_problems(section, training)
+    if config.seed is None and config.final is None:
+        problems.append("nothing to train: give seed, final or both")
+    if config.final is not None and config.seed is not None and config.allocation is None:
+        problems.append("seed and final without an allocation between them: give allocation, or only final")
+    if config.data.workers < 0 or config.run.checkpoint_updates < 1 or config.run.timeout <= 0:
+        problems.append("expected data.workers >= 0, run.checkpoint_updates >= 1 and run.timeout > 0")
+    if len(config.data.mean) != len(config.data.std):
+        problems.append(f"data.mean has {len(config.data.mean)} values, data.std {len(config.data.std)}")
+    if config.data.augment != "none" and config.data.side is None:
+        problems.append(f"data.augment={config.data.augment} needs data.side")
+    return problems
+
+
+def _training_problems(section: str, training: Training) -> list[str]:
+    problems = []
+    for key, (least, included) in _LEAST.items():
+        value = getattr(training, key)
+        good = value is None or (value >= least if included else value > least)
+        if not good or value in (float("inf"), float("nan")):
+            problems.append(f"{section}.{key}: expected a number {'>=' if included else '>'} {least}, got {value}")
+    if training.device_batch is not None and training.batch_size % training.device_batch:
+        problems.append(
+            f"{section}.batch_size: expected a multiple of device_batch={training.device_batch}, got "
+            f"{training.batch_size}"
+        )
+    if training.label_smoothing >= 1 or (training.average or 0) >= 1:
+        problems.append(f"{section}: expected label_smoothing and average below 1")
+    if training.schedule == "steps" and not training.milestones:
+        problems.append(f"{section}.schedule=steps needs {section}.milestones, in epochs")
+    return problems
+
+
+def _flat(data: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{place}{key}.")
+        else:
+            flat[place + str(key)] = value
+    return flat

@@ -1,0 +1,475 @@
+"""From seed to result: train the seed, allocate, train what is left, evaluate; on one process or many."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from allocator.allocation import Allocation, architecture_hash
+from allocator.api import allocate, apply
+from allocator.build import build
+from allocator.disk import shorten, write_text
+from allocator.errors import AllocatorError, ConfigurationError, DataError, FileError, MissingPackageError
+from allocator.files import load_model, save_result
+from allocator.fvcore_count import fvcore_flops
+from allocator.inputs import as_inputs
+from allocator.recipes.checkpoints import NAME, load_checkpoint, remove_leftovers, save_checkpoint
+from allocator.recipes.configuration import Config, Training, load_config
+from allocator.recipes.data import Batches, DataSets, TestBatches, check_readable, number, open_data
+from allocator.recipes.training import Fit, accuracy_on, logits_of, training_bar
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LOG_UPDATES = 50
+T = TypeVar("T")
+
+
+@dataclass
+class Stage:
+    """What became of one network of a run.
+
+    Attributes:
+        name: `seed` or `final`.
+        test_accuracy: share of the test images classified right.
+        flops: for one image, as fvcore counts.
+        parameters: how many numbers are trained.
+        seconds: wall time of its training.
+        loss, accuracy: mean over the last epoch's training images.
+    """
+
+    name: str
+    test_accuracy: float
+    flops: int
+    parameters: int
+    seconds: float
+    loss: float
+    accuracy: float
+
+
+@dataclass
+class RunResult:
+    """What a run leaves.
+
+    Attributes:
+        model: the last network, in eval mode, on the CPU.
+        allocation: what was kept; None if nothing was allocated.
+        stages: the networks that were trained, in order.
+        folder: where the files are.
+        corrupt: images that could not be read, with the reason.
+        main: whether this is the process that talks and writes.
+    """
+
+    model: nn.Module
+    allocation: Allocation | None
+    stages: list[Stage]
+    folder: Path
+    corrupt: list[str] = field(default_factory=list)
+    main: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines; without model and indices."""
+        figures = ("flops_asked", "flops_before", "flops_after", "policy", "criterion", "scope", "blocks")
+        allocation = self.allocation and {key: getattr(self.allocation, key) for key in figures}
+        return {
+            "stages": [asdict(stage) for stage in self.stages],
+            "allocation": allocation,
+            "corrupt": self.corrupt,
+            "folder": str(self.folder),
+        }
+
+
+def train(
+    config: str | Path | Mapping[str, Any] | Config,
+    *,
+    settings: Sequence[str] = (),
+    resume: bool = False,
+    dry_run: int | None = None,
+    progress: bool = True,
+    console: Console | None = None,
+) -> RunResult:
+    """Train a network, allocate its neurons, train the smaller one and evaluate, as the configuration says.
+
+    Run it under `torchrun` or `accelerate launch` for many processes; every one returns the same result.
+
+    Args:
+        config: a YAML file, the name of an installed one, its contents, or a `Config`.
+        settings: changes to it, such as `final.lr=0.05`.
+        resume: go on from the last checkpoint in `run.output`; from the beginning if there is none.
+        dry_run: do this many updates per network, on as many test batches, and leave nothing behind.
+        progress: show bars and a line per epoch.
+        console: where they go; stderr by default.
+
+    Raises:
+        ConfigurationError: keys or values do not fit, or the checkpoint was made with others.
+        UnknownNameError: no such network, recipe or configuration.
+        DataError: data are missing, empty, unreadable, or of other classes than the network.
+        NonFiniteLossError: the loss became NaN; the last good checkpoint is kept.
+        AllocationMismatchError: the allocation in `allocation.file` does not fit the network.
+        BudgetError, NothingToAllocateError: as for `allocator.allocate`.
+        FileError: a file cannot be read or written.
+        MissingPackageError: accelerate, TensorBoard or torchvision is needed and not installed.
+    """
+    loaded = load_config(config, settings)
+    if dry_run is not None and dry_run < 1:
+        raise ConfigurationError(f"expected a dry run of at least one update, got {dry_run}")
+    if dry_run is None:
+        return _Run(loaded, None, progress, console).execute(resume)
+    with tempfile.TemporaryDirectory() as folder:
+        return _Run(_shortened(loaded, dry_run, folder), dry_run, progress, console).execute(False)
+
+
+def _shortened(config: Config, updates: int, folder: str) -> Config:
+    def shorten_training(training: Training | None) -> Training | None:
+        return training and replace(training, epochs=1, recalibrate=min(updates, training.recalibrate))
+
+    return replace(
+        config,
+        seed=shorten_training(config.seed),
+        final=shorten_training(config.final),
+        run=replace(config.run, output=folder),
+    )
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """accelerate's view of the processes and devices there are.
+
+    Raises:
+        MissingPackageError: accelerate or TensorBoard is not installed.
+        ConfigurationError: the device cannot do the precision.
+    """
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    except ImportError as error:
+        raise MissingPackageError("training needs accelerate: pip install 'neuron-allocator[train]'") from error
+    if config.run.tensorboard and find_spec("tensorboard") is None:
+        raise MissingPackageError(
+            "run.tensorboard needs TensorBoard: pip install 'neuron-allocator[train]', or set run.tensorboard=false"
+        )
+    AcceleratorState._reset_state(reset_partial_state=True)  # so that one session can run several configurations
+    try:
+        accelerator = Accelerator(
+            cpu=config.device == "cpu" or not torch.accelerator.is_available(),
+            mixed_precision=config.precision,
+            log_with="tensorboard" if config.run.tensorboard else None,
+            project_dir=config.run.output,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.timeout)),
+            ],
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"precision={config.precision} on device={config.device}: {error}") from error
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ConfigurationError(f"{launched} processes were launched, accelerate sees {accelerator.num_processes}")
+    return accelerator
+
+
+def build_network(config: Config) -> nn.Module:
+    """The network that a run starts from, with the weights it starts from.
+
+    Raises:
+        UnknownNameError: no such network, recipe or depth; near ones are named.
+        ConfigurationError: its constructor does not take the arguments.
+        FileError: the weights cannot be read, or are of another network.
+    """
+    network, seed = config.network, number(config.random_seed)
+    torch.manual_seed(seed)
+    try:
+        model = build(network.name, **network.arguments)
+    except TypeError as error:
+        raise ConfigurationError(f"network.arguments do not fit {network.name}: {error}") from error
+    if network.weights is not None:
+        arch = None if network.weights.endswith(".safetensors") else network.name
+        weights = load_model(network.weights, arch=arch).state_dict()
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise FileError(
+                f"{network.weights} holds weights of another network: {shorten(str(error), 400)}"
+            ) from error
+    return model
+
+
+def check_network(network: nn.Module, data: DataSets) -> Tensor:
+    """See that the network takes the images and gives a score per class; returns zeros like one image.
+
+    Raises:
+        DataError: it does not; says what is expected.
+    """
+    image = next(iter(TestBatches(data.test, batch_size=8))).images[:1]
+    try:
+        with torch.no_grad():
+            scores = logits_of(network.eval()(image)).shape[1]
+    except RuntimeError as error:
+        raise DataError(f"the network does not take images of shape {tuple(image.shape)}: {error}") from error
+    if data.classes is not None and scores != data.classes:
+        raise DataError(
+            f"the network gives {scores} scores, the data have {data.classes} classes: "
+            f"set network.arguments.num_classes={data.classes}"
+        )
+    return torch.zeros_like(image)
+
+
+class _Run:
+    """One run, on this process."""
+
+    def __init__(self, config: Config, limit: int | None, progress: bool, console: Console | None):
+        self.config, self.limit = config, limit
+        self.accelerator = accelerator = make_accelerator(config)
+        self.main = accelerator.is_main_process
+        self.shown = progress and self.main
+        self.console = console or Console(stderr=True)
+        self.folder = Path(config.run.output)
+        self.allocation: Allocation | None = None
+        self.stages: list[Stage] = []
+        self.corrupt: set[str] = set()
+
+    def execute(self, resume: bool) -> RunResult:
+        saved = self._open_folder(resume)
+        network = build_network(self.config)
+        self.data = open_data(self.config.data, self.config.random_seed)
+        if self.config.data.check:
+            self.corrupt |= set(self._agree(lambda: check_readable(self.data, self.config.data)))
+        self.example = check_network(network, self.data)
+        self._announce(network)
+        if self.config.run.tensorboard:
+            self.accelerator.init_trackers("logs")
+        network = self._stages(network, saved)
+        result = RunResult(network, self.allocation, self.stages, self.folder, sorted(self.corrupt), self.main)
+        self._agree(lambda: self._write(result))
+        self.accelerator.end_training()
+        return result
+
+    def _stages(self, network: nn.Module, saved: dict[str, Any] | None) -> nn.Module:
+        config = self.config
+        going_on = saved["stage"] if saved is not None else None
+        if saved is not None:
+            self.stages = [Stage(**stage) for stage in saved["stages"]]
+            self.allocation = Allocation.from_dict(saved["allocation"]) if saved["allocation"] else None
+        if config.seed is not None and going_on != "final":
+            network = self._fit("seed", network, config.seed, saved)
+            seed = network
+            self._agree(lambda: self._save_network(seed, None, "seed.safetensors"))
+        if config.allocation is not None:
+            if going_on != "final":
+                self.allocation = self._allocate(network)
+            assert self.allocation is not None
+            torch.manual_seed(number(config.random_seed, 1))
+            network = apply(network, self.allocation, config.allocation.weights)
+        if config.final is not None:
+            network = self._fit("final", network, config.final, saved if going_on == "final" else None)
+        return network
+
+    # ------------------------------------------------------------------------------------------ one network
+
+    def _fit(self, name: str, network: nn.Module, options: Training, saved: dict[str, Any] | None) -> nn.Module:
+        """Train, average, recalibrate and evaluate one network."""
+        fit = Fit(network, self._batches(options), options, self.accelerator, self.config.random_seed, name)
+        if saved is not None:
+            self._load(fit, saved["fit"])
+        else:
+            self._save_state(fit)
+        with training_bar(fit, f"{name} network", self.shown, self.console) as show:
+
+            def after_update(current: Fit) -> None:
+                show(current)
+                if current.step % self.config.run.checkpoint_updates == 0:
+                    self._save_state(current)
+                if current.step % LOG_UPDATES == 0:
+                    self._log(current, dict(zip(("loss", "accuracy"), current.tally.means())))
+
+            def after_epoch(current: Fit) -> None:
+                current.history.test_accuracy.append(self._evaluate(current.result()))
+                show(current)
+                self._tell(current)
+                self._save_state(current)
+
+            fit.run(after_update, after_epoch)
+        if options.recalibrate:
+            fit.recalibrate()
+        return self._finish(fit)
+
+    def _finish(self, fit: Fit) -> nn.Module:
+        """The trained network on the CPU, the same on all processes, and its figures."""
+        trained = fit.result()
+        if fit.average is None:
+            trained = self.accelerator.unwrap_model(fit.model, keep_fp32_wrapper=False)
+        history = fit.history
+        accuracy = self._evaluate(trained) if fit.options.recalibrate else history.test_accuracy[-1]
+        average_weights(trained, self.accelerator)
+        self.accelerator.free_memory()
+        trained = trained.cpu().eval()
+        flops, _ = fvcore_flops(trained, as_inputs(self.example, trained))
+        parameters = sum(each.numel() for each in trained.parameters())
+        figures = (history.seconds, history.loss[-1], history.accuracy[-1])
+        self.stages.append(Stage(fit.name, accuracy, flops, parameters, *figures))
+        self.corrupt |= fit.corrupt
+        return trained
+
+    def _batches(self, options: Training) -> Batches:
+        return Batches(
+            self.data.train,
+            options.batch_size,
+            options.device_batch,
+            self.config.random_seed,
+            self.config.data.workers,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.limit,
+        )
+
+    def _evaluate(self, network: nn.Module) -> float:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        size = 256 if self.limit is None else 8
+        batches = TestBatches(self.data.test, size, self.config.data.workers, rank, world, self.limit)
+        return accuracy_on(network, batches, self.accelerator, self.corrupt)
+
+    def _allocate(self, network: nn.Module) -> Allocation:
+        """The allocation, made on the main process and handed to the others."""
+        plan = self.config.allocation
+        assert plan is not None
+
+        def make() -> Allocation:
+            if plan.file is not None:
+                return Allocation.load(plan.file)
+            options = asdict(plan)
+            del options["file"], options["weights"]
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                result = allocate(network, options.pop("flops"), example_inputs=self.example, **options)
+            for warning in caught:
+                self._say(f"note: {warning.message}")
+            self._say(
+                f"allocated: {result.flops_before:,} FLOPs before, {result.flops_after:,} after; certificate "
+                f"{'passed' if result.certificate.ok else 'failed'}"
+            )
+            return result.allocation
+
+        return self._agree(make)
+
+    # ---------------------------------------------------------------------------------------------- on disk
+
+    def _open_folder(self, resume: bool) -> dict[str, Any] | None:
+        """Make the run's folder; the checkpoint in it, if the run is to go on."""
+
+        def prepare() -> None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise FileError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+            if (self.folder / NAME).exists() and not resume:
+                raise FileError(
+                    f"{self.folder} holds a run already: resume it (--resume), or choose another run.output"
+                )
+            remove_leftovers(self.folder)
+            write_text(self.folder / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
+
+        if resume:
+            self._agree(lambda: load_checkpoint(self.folder, self.config) and None)
+        self._agree(prepare)
+        return load_checkpoint(self.folder, self.config) if resume else None
+
+    def _save_state(self, fit: Fit) -> None:
+        state = {
+            "stage": fit.name,
+            "stages": [asdict(stage) for stage in self.stages],
+            "allocation": self.allocation and self.allocation.to_dict(),
+            "fit": fit.state_dict(),
+        }
+        if self.main:
+            save_checkpoint(self.folder, self.config, state)
+
+    def _load(self, fit: Fit, state: dict[str, Any]) -> None:
+        try:
+            fit.load_state_dict(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise FileError(
+                f"{self.folder / NAME} holds the state of another network: {shorten(str(error), 400)}"
+            ) from error
+        self._say(f"{fit.name}: going on at update {fit.step} of {fit.total}")
+
+    def _save_network(self, network: nn.Module, allocation: Allocation | None, name: str) -> None:
+        whole = Allocation(architecture=architecture_hash(network))
+        save_result((network, allocation or whole), self.folder / name)
+
+    def _write(self, result: RunResult) -> None:
+        self._save_network(result.model, self.allocation, "model.safetensors")
+        if self.allocation is not None:
+            self.allocation.save(self.folder / "allocation.json")
+        write_text(self.folder / "results.json", json.dumps(result.to_dict(), indent=2) + "\n")
+
+    # ------------------------------------------------------------------------------------- talking and agreeing
+
+    def _agree(self, make: Callable[[], T]) -> T:
+        """What the main process makes, on every process; if it fails, they all do."""
+        made: list[Any] = [None, None]
+        if self.main:
+            try:
+                made[0] = make()
+            except AllocatorError as error:
+                made[1] = error
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(made)
+        if made[1] is not None:
+            raise made[1]
+        agreed: T = made[0]
+        return agreed
+
+    def _say(self, text: str) -> None:
+        if self.shown:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _announce(self, network: nn.Module) -> None:
+        parameters = sum(each.numel() for each in network.parameters())
+        self._say(
+            f"{self.config.network.name}: {parameters:,} parameters; {len(self.data.train):,} training and "
+            f"{len(self.data.test):,} test images of {'x'.join(map(str, self.example.shape[1:]))}; "
+            f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
+            f"precision {self.config.precision}"
+        )
+
+    def _tell(self, fit: Fit) -> None:
+        history, epoch = fit.history, len(fit.history.loss)
+        loss, accuracy, test = history.loss[-1], history.accuracy[-1], history.test_accuracy[-1]
+        self._say(
+            f"{fit.name} epoch {epoch}/{fit.options.epochs}  loss {loss:.3f}  accuracy {accuracy:.1%}  "
+            f"test {test:.1%}  {history.seconds:.0f} s"
+        )
+        self._log(fit, {"loss": loss, "accuracy": accuracy, "test_accuracy": test})
+        unread = fit.corrupt | self.corrupt
+        if unread:
+            self._say(f"{len(unread)} images cannot be read, such as {min(unread)}")
+
+    def _log(self, fit: Fit, values: Mapping[str, float]) -> None:
+        named = {f"{fit.name}/{key}": value for key, value in {**values, "rate": fit.rate}.items()}
+        self.accelerator.log(named, step=fit.step)
+
+
+@torch.no_grad()
+def average_weights(network: nn.Module, accelerator: Accelerator) -> None:
+    """Replace every weight, and so every neuron's importance, by its mean over the processes.
+
+    They hold the same weights, so this changes nothing but what rounding on unlike devices may have set apart.
+    """
+    if accelerator.num_processes > 1:
+        for tensor in (*network.parameters(), *network.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(accelerator.reduce(tensor, reduction="mean"))
