@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from .errors import CertificateError
 from .flow import FROZEN
-from .graph import ChannelGraph, kept_of
+from .graph import ChannelGraph, components, kept_of
 from .inputs import Inputs, device_of
 from .skeleton import skeleton, tensor_names
 from .tracing import tensors_in
@@ -229,12 +229,16 @@ def _difference(reference: list[torch.Tensor], result: list[torch.Tensor]) -> fl
 def _zeroed_rows(graph: ChannelGraph, kept: np.ndarray) -> Rows:
     """Per parameter, the (dim, indices) to read as zero: those that multiply a dropped neuron.
 
-    Where two activations are multiplied and summed no weight reads the neuron; then its writers are zeroed.
+    Of a weight that the forward adds up from several (W + B @ A), all of them. Where two activations are
+    multiplied and summed no weight reads the neuron; then its writers are zeroed.
     """
     dropped = np.append(~kept, False)[graph.unit_of_slot]
     slots = np.zeros(graph.slots.total, dtype=bool)
     for label in graph.facts.read:
         slots[label] = True
+    if graph.facts.computed:
+        together = components(graph.slots.total, graph.facts.computed)
+        slots = np.isin(together, np.unique(together[slots]))
     for label in graph.facts.mixed:
         units = np.unique(graph.units(label))
         slots |= np.isin(graph.unit_of_slot, units)

@@ -90,9 +90,13 @@ class Attribute:
 
 @dataclass
 class Facts:
-    """What the rules noted, over one or several traces of a model."""
+    """What the rules noted, over one or several traces of a model.
+
+    `computed` are those of the ties that lie in weights which the forward computes from others.
+    """
 
     ties: list[tuple[np.ndarray, np.ndarray, int]] = field(default_factory=list)
+    computed: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     frozen: list[tuple[np.ndarray, str, str]] = field(default_factory=list)
     produced: list[tuple[np.ndarray, str]] = field(default_factory=list)
     read: list[np.ndarray] = field(default_factory=list)
@@ -169,8 +173,12 @@ class Flow:
 
     def tie(self, a: np.ndarray, b: np.ndarray, op: Op) -> None:
         """Slots in the same place of `a` and `b` (broadcast) go together."""
-        if a is not b:
-            self.facts.ties.append((a, np.broadcast_to(b, a.shape), op.index))
+        if a is b:
+            return
+        b = np.broadcast_to(b, a.shape)
+        self.facts.ties.append((a, b, op.index))
+        if self.active.isdisjoint(op.inputs()):
+            self.facts.computed.append((a, b))
 
     def unify(self, a: Label, b: Label, op: Op) -> Label:
         """Two dims that must keep the same indices; where one has no channels, the other stays whole."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -299,15 +300,20 @@ def _freeze_found(options: Options, *flows: Flow | None) -> None:
                         flow.freeze(label, op, "the rewritten forward did not fit here")
 
 
+def components(total: int, ties: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """(total,) the number of each slot's connected component, where slots in the same place of a tie are linked."""
+    pairs = [(a.reshape(-1), b.reshape(-1)) for a, b in ties]
+    rows, cols = (np.concatenate([np.zeros(0, int), *(pair[i] for pair in pairs)]) for i in range(2))
+    links = coo_matrix((np.ones(len(rows), dtype=np.int8), (rows, cols)), shape=(total, total)).tocsr()
+    return np.asarray(connected_components(links, directed=False)[1])
+
+
 def _components(slots: Slots, facts: Facts) -> tuple[np.ndarray, np.ndarray, int]:
     """Number the connected components that hold a written slot and nothing that must stay."""
     frozen = [np.unique(label) for label, _, _ in facts.frozen]
-    a = [*(t[0].reshape(-1) for t in facts.ties), *frozen]
-    b = [*(t[1].reshape(-1) for t in facts.ties), *(np.full(len(label), FROZEN) for label in frozen)]
-    rows, cols = (np.concatenate(part) if part else np.zeros(0, int) for part in (a, b))
-    data = np.ones(len(rows), dtype=np.int8)
-    links = coo_matrix((data, (rows, cols)), shape=(slots.total, slots.total)).tocsr()
-    _, component = connected_components(links, directed=False)
+    a = [*(t[0] for t in facts.ties), *frozen]
+    b = [*(t[1] for t in facts.ties), *(np.full(len(label), FROZEN) for label in frozen)]
+    component = components(slots.total, zip(a, b, strict=True))
     written = np.concatenate([np.zeros(0, int), *(label for label, _ in facts.produced)])
     first = component[written]
     first = first[first != component[FROZEN]]

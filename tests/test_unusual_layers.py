@@ -293,3 +293,25 @@ def test_a_norm_without_tensors_says_its_size(make: Callable[[int], nn.Module]) 
     model = nn.Sequential(nn.Conv2d(3, 12, 3), make(12), nn.ReLU(), nn.Conv2d(12, 4, 1))
     small: Any = allocate(model, "60%", criterion="magnitude").model
     assert small[1].num_features == small[0].out_channels < 12
+
+
+class Adapted(nn.Module):
+    """A linear layer whose weight is W + B @ A, made anew in every forward (Hu et al., ICLR 2022)."""
+
+    def __init__(self, channels: int, rank: int = 4) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(24, channels))
+        self.down, self.up = nn.Parameter(torch.randn(rank, channels)), nn.Parameter(torch.randn(24, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + self.up @ self.down)
+
+
+def test_a_weight_that_is_added_up_in_the_forward() -> None:
+    stem = [nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = trained(nn.Sequential(*stem, Adapted(16), nn.ReLU(), nn.Linear(24, 5)))
+    with untouched(model):
+        result = allocate(model, "50%", scope="all")
+    assert result.certificate.ok
+    small = result.model[5]
+    assert small.weight.shape[1] == small.down.shape[1] == result.model[0].out_channels < 16
