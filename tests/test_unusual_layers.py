@@ -313,5 +313,5 @@ def test_a_weight_that_is_added_up_in_the_forward() -> None:
     with untouched(model):
         result = allocate(model, "50%", scope="all")
     assert result.certificate.ok
-    small = result.model[5]
-    assert small.weight.shape[1] == small.down.shape[1] == result.model[0].out_channels < 16
+    adapted, stem_conv = result.model.get_submodule("5"), result.model.get_submodule("0")
+    assert adapted.weight.shape[1] == adapted.down.shape[1] == stem_conv.out_channels < 16  # type: ignore[operator,index]
