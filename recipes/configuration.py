@@ -159,7 +159,7 @@ class Config:
         allocation: how it is made smaller; None to leave it out.
         final: training of the smaller network; None to leave it out.
         random_seed: decides weights, order and augmentation.
-        precision: `no` (float32), `bf16` or `fp16`.
+        precision: `fp32`, `bf16` or `fp16`.
         device: `auto` for accelerate's choice, or `cpu`.
         run: where and how often.
     """
@@ -170,7 +170,7 @@ class Config:
     allocation: AllocationPlan | None = None
     final: Training | None = None
     random_seed: int = 0
-    precision: str = "no"
+    precision: str = "fp32"
     device: str = "auto"
     run: Running = field(default_factory=Running)
 
@@ -337,7 +337,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "allocation.scope": ("auto", "branches", "inner", "all"),
     "allocation.groups": ("whole", "width"),
     "allocation.norms": ("exact", "loose"),
-    "precision": ("no", "bf16", "fp16"),
+    "precision": ("fp32", "bf16", "fp16"),
     "device": ("auto", "cpu"),
 }
 # key: smallest value, and whether that value itself is allowed

@@ -164,7 +164,7 @@ def make_accelerator(config: Config) -> Accelerator:
     try:
         accelerator = Accelerator(
             cpu=config.device == "cpu" or not torch.accelerator.is_available(),
-            mixed_precision=config.precision,
+            mixed_precision="no" if config.precision == "fp32" else config.precision,
             log_with="tensorboard" if config.run.tensorboard else None,
             project_dir=config.run.output,
             kwargs_handlers=[
