@@ -382,24 +382,9 @@ def _sizing(v2: Any, side: int, resize: int | None, augment: str) -> list[Any]:
     return [v2.Resize((side, side), antialias=True)]
 
 
-def unreadable(samples: Samples, workers: int = 0) -> list[str]:
-    """The names of all images that cannot be read; reads each once."""
+def unreadable(samples: Samples, workers: int = 0, rank: int = 0, world: int = 1) -> list[str]:
+    """The images that cannot be read, with the reason, of those that fall to one process; reads each once."""
     scan = Samples(samples.source, samples.transform, samples.seed, "drop")
-    loader = _loader(scan, Chunks(0, range(len(scan)), range(len(scan)), 1), workers)
+    mine = range(rank, len(scan), world)
+    loader = _loader(scan, Chunks(0, mine, range(len(mine)), 1), workers)
     return [name for batch in loader for name in batch.corrupt]
-
-
-def check_readable(sets: DataSets, data: Data) -> list[str]:
-    """Read every image once; returns the names of those that cannot be.
-
-    Raises:
-        DataError: there are such, and they are not to be skipped; the message counts and names them.
-    """
-    found = [name for samples in (sets.train, sets.test) for name in unreadable(samples, data.workers)]
-    if found and data.corrupt == "stop":
-        total = len(sets.train) + len(sets.test)
-        raise DataError(
-            f"{len(found)} of {total} images cannot be read: {', '.join(found[:10])}"
-            f"{' ...' if len(found) > 10 else ''}; mend or remove them, or set data.corrupt=skip"
-        )
-    return found

@@ -27,7 +27,7 @@ from allocator.fvcore_count import fvcore_flops
 from allocator.inputs import as_inputs
 from allocator.recipes.checkpoints import NAME, load_checkpoint, remove_leftovers, save_checkpoint
 from allocator.recipes.configuration import Config, Training, load_config
-from allocator.recipes.data import Batches, DataSets, TestBatches, check_readable, number, open_data
+from allocator.recipes.data import Batches, DataSets, TestBatches, number, open_data, unreadable
 from allocator.recipes.training import Fit, accuracy_on, logits_of, training_bar
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ class _Run:
         network = build_network(self.config)
         self.data = open_data(self.config.data, self.config.random_seed)
         if self.config.data.check:
-            self.corrupt |= set(self._agree(lambda: check_readable(self.data, self.config.data)))
+            self._check_images()
         self.example = check_network(network, self.data)
         self._announce(network)
         if self.config.run.tensorboard:
@@ -255,6 +255,20 @@ class _Run:
         self._agree(lambda: self._write(result))
         self.accelerator.end_training()
         return result
+
+    def _check_images(self) -> None:
+        from accelerate.utils import gather_object
+
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = [unreadable(each, self.config.data.workers, rank, world) for each in (self.data.train, self.data.test)]
+        found = sorted(name for names in mine for name in names)
+        self.corrupt |= set(gather_object(found))
+        if self.corrupt and self.config.data.corrupt == "stop":
+            total, names = len(self.data.train) + len(self.data.test), sorted(self.corrupt)
+            raise DataError(
+                f"{len(names)} of {total} images cannot be read: {', '.join(names[:10])}"
+                f"{' ...' if len(names) > 10 else ''}; mend or remove them, or set data.corrupt=skip"
+            )
 
     def _stages(self, network: nn.Module, saved: dict[str, Any] | None) -> nn.Module:
         config = self.config
@@ -380,10 +394,9 @@ class _Run:
             remove_leftovers(self.folder)
             write_text(self.folder / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
 
-        if resume:
-            self._agree(lambda: load_checkpoint(self.folder, self.config) and None)
+        saved = load_checkpoint(self.folder, self.config) if resume else None
         self._agree(prepare)
-        return load_checkpoint(self.folder, self.config) if resume else None
+        return saved
 
     def _save_state(self, fit: Fit) -> None:
         state = {
