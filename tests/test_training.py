@@ -203,6 +203,30 @@ def test_the_average_is_the_result() -> None:
     assert not torch.allclose(fit.result().state_dict()["fc.weight"], model.fc.weight)
 
 
+def test_a_state_goes_on_whatever_was_drawn_since() -> None:
+    """Dropout is on, and no transform of an image sets the random state."""
+    options = Training(2, batch_size=8, average=0.5)
+    results = []
+    for stops in (False, True):
+        torch.manual_seed(2)
+        fit = Fit(TwoBranches(), random_batches(), options, CPU)
+        states: list[dict[str, Any]] = []
+
+        def note(current: Fit, states: list[dict[str, Any]] = states) -> None:
+            states.append(copy.deepcopy(current.state_dict()))
+
+        fit.run(note, nothing)
+        if stops:
+            torch.manual_seed(99)
+            fit = Fit(TwoBranches(), random_batches(), options, CPU)
+            fit.load_state_dict(states[1])
+            assert fit.step == 2
+            fit.run(nothing, nothing)
+        results.append(fit.result().state_dict() | fit.module.state_dict())
+    for key, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][key]), key
+
+
 def test_recalibration_gives_the_statistics_of_the_images() -> None:
     torch.manual_seed(2)
     model = TwoBranches()

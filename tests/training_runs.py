@@ -166,9 +166,9 @@ def random_kills(count: int, seed: int) -> list[dict[str, Any]]:
     """Kills of all three kinds at random: in an update, in a write, and from outside at some time."""
     generator = random.Random(seed)
     kinds: list[Callable[[], dict[str, Any]]] = [
-        lambda: {"update": generator.randint(2, 7)},
-        lambda: {"write": generator.randint(1, 3), "share": generator.random()},
-        lambda: {"seconds": generator.uniform(0.3, 3.0)},
+        lambda: {"update": generator.randint(2, 14)},
+        lambda: {"write": generator.randint(1, 6), "share": generator.random()},
+        lambda: {"seconds": generator.uniform(0.5, 4.0)},
     ]
     return [kinds[i % 3]() for i in range(count)]
 
