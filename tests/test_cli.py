@@ -86,7 +86,7 @@ def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str])
         main([command, "--help"])
     assert left.value.code == 0
     shown = capsys.readouterr().out
-    assert f"example:\n  allocator-cli {command} " in shown
+    assert f"example:\n  allocator-cli {command}" in shown
     assert "--json" in shown
 
 
