@@ -180,7 +180,7 @@ class Config:
 
     def what_decides(self) -> dict[str, Any]:
         """The part that the result depends on, flat, with dotted keys."""
-        without = ("run", "data.workers", "data.check", "device")
+        without = ("run.", "data.root", "data.workers", "data.check", "device")
         flat = _flat(self.to_dict())
         return {key: value for key, value in flat.items() if not key.startswith(without)}
 

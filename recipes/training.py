@@ -224,8 +224,7 @@ class Fit:
         return loss
 
     def _end_epoch(self) -> None:
-        sums = torch.tensor([self.tally.loss, self.tally.right, self.tally.seen], dtype=torch.float64)
-        loss, right, seen = self.engine.reduce(sums.to(self.engine.device), reduction="sum").tolist()
+        loss, right, seen = summed([self.tally.loss, self.tally.right, self.tally.seen], self.engine)
         self.history.loss.append(loss / seen)
         self.history.accuracy.append(right / seen)
         self.tally = Tally()
@@ -290,9 +289,10 @@ def rate_share(options: Training, step: int, per_epoch: int) -> float:
 
 def seed_torch(seed: int, device: torch.device) -> None:
     """Set torch's random state, on the CPU and on the device."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -302,6 +302,15 @@ def logits_of(output: Any) -> Tensor:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
         raise InputError(f"expected the network to give scores of shape (images, classes), got {got}")
     return logits
+
+
+def summed(values: list[float], engine: Engine) -> list[float]:
+    """The sum of each value over the processes."""
+    if engine.num_processes == 1:
+        return values
+    sums = torch.tensor(values, dtype=torch.float64, device=engine.device)
+    total: list[float] = engine.reduce(sums, reduction="sum").tolist()
+    return total
 
 
 @torch.no_grad()
@@ -322,7 +331,7 @@ def accuracy_on(model: nn.Module, batches: Iterable[Batch], engine: Engine, corr
     was_training = model.training
     model.eval()
     try:
-        right = seen = 0
+        right, seen = 0.0, 0.0
         for batch in batches:
             if corrupt is not None:
                 corrupt.update(batch.corrupt)
@@ -332,8 +341,7 @@ def accuracy_on(model: nn.Module, batches: Iterable[Batch], engine: Engine, corr
                 seen += len(batch.labels)
     finally:
         model.train(was_training)
-    sums = torch.tensor([right, seen], dtype=torch.float64, device=engine.device)
-    right, seen = engine.reduce(sums, reduction="sum").tolist()
+    right, seen = summed([right, seen], engine)
     return right / max(1, seen)
 
 
