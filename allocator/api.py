@@ -143,14 +143,14 @@ def _finish(
     with clock("rewrite"):
         small = materialise(model, allocation)
         small.train(model.training)
+    with clock("certificate"):
+        certificate = require(_certificate(model, small, graph, plan.kept, seed, certify), "the result")
     with clock("fvcore"):
         counted, uncounted = fvcore_flops(small, graph.inputs)
         if not graph.certain_flops(plan.kept) <= counted <= plan.flops:
             raise CostMismatchError(
                 f"fvcore counts {counted:,} FLOPs in the result, the cost model {plan.flops:,}; please report the model"
             )
-    with clock("certificate"):
-        certificate = require(_certificate(model, small, graph, plan.kept, seed, certify), "the result")
     if weights == "reset":
         reset_parameters(small)
         notes.append(f"weights were reset after the certificate was made{without_reset(small)}")

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import zlib
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from .errors import CertificateError
+from .float64 import Draw, Rows, part_of, run_float64
 from .flow import FROZEN
 from .graph import ChannelGraph, components, kept_of
-from .inputs import Inputs, device_of
-from .skeleton import skeleton, tensor_names
-from .tracing import tensors_in
+from .inputs import device_of
+from .skeleton import tensor_names
 
 TOLERANCE = 1e-9
 # Below this effect of the dropped neurons, agreement of the outputs to `TOLERANCE` shows little.
 MEASURABLE = 1e-6
-Rows = dict[str, list[tuple[int, np.ndarray]]]
 
 
 @dataclass(frozen=True)
@@ -137,18 +129,10 @@ def weights_match(model: nn.Module, small: nn.Module, graph: ChannelGraph, kept:
     indices = kept_of(graph, kept)
     found = tensor_names(small)
     return all(
-        _same_bits(_part(tensor.detach(), indices.get(name, ())), found[name].detach())
+        _same_bits(part_of(tensor.detach(), indices.get(name, ())), found[name].detach())
         for name, tensor in tensor_names(model).items()
         if name in found
     )
-
-
-def _part(tensor: torch.Tensor, dims: Sequence[np.ndarray | None]) -> torch.Tensor:
-    """The elements at the crossings of the indices of every dim; all of a dim where it has none."""
-    for dim, indices in enumerate(dims):
-        if indices is not None:
-            tensor = tensor[(slice(None),) * dim + (torch.as_tensor(indices, device=tensor.device),)]
-    return tensor
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -194,7 +178,7 @@ def _silenced(model: nn.Module, graph: ChannelGraph) -> bool:
 def _compare(
     model: nn.Module, small: nn.Module, graph: ChannelGraph, kept: np.ndarray, seed: int, *, drawn: bool
 ) -> Comparison:
-    draw = _Draw(graph, seed) if drawn else None
+    draw = Draw(graph, seed) if drawn else None
     inputs = graph.inputs.noise(seed, device_of(model), torch.float64)
     if graph.flow.trace.mode == "real":
         inputs = graph.inputs
@@ -202,7 +186,7 @@ def _compare(
     told = not kept.all() and any(t.numel() for t in cut)  # a detector may find nothing: then nothing is compared
     effect = _difference(run_float64(model, inputs, draw=draw), cut) if told else 0.0
     if draw is not None:
-        draw = _Draw(graph, seed, kept_of(graph, kept))
+        draw = Draw(graph, seed, kept_of(graph, kept))
     result = run_float64(small, inputs, draw=draw)
     return Comparison(_difference(cut, result), effect, len(cut))
 
@@ -251,126 +235,6 @@ def _zeroed_rows(graph: ChannelGraph, kept: np.ndarray) -> Rows:
             if len(indices):
                 rows.setdefault(name, []).append((dim, indices))
     return rows
-
-
-def run_float64(
-    model: nn.Module, inputs: Inputs, *, zeroed: Rows | None = None, draw: _Draw | None = None
-) -> list[torch.Tensor]:
-    """Output tensors of an eval-mode forward in float64; weights are converted one call at a time.
-
-    Args:
-        model: any module; not changed, and only its buffers are copied, since a forward may write into them.
-        inputs: converted to float64 like the weights.
-        zeroed: per parameter, (dim, indices) that are read as zero.
-        draw: gives values to use in place of the model's parameters and running statistics.
-    """
-    checked = _of_recurrent_layers(model)
-
-    def own(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name in checked:
-            return tensor.detach().double()
-        return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
-
-    copied = skeleton(model, own).eval()
-    direct = {name: rows for name, rows in (zeroed or {}).items() if not _zero_computed(copied, name, rows)}
-    with torch.no_grad(), _precise(), _Float64(copied, direct, draw) as mode:
-        arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs
-        output = copied(*arguments.args, **arguments.kwargs)
-    return [t.to("cpu", torch.float64) for t in tensors_in(output)]
-
-
-def _of_recurrent_layers(model: nn.Module) -> set[str]:
-    """Weights of LSTMs, GRUs and RNNs, which refuse inputs of another dtype than theirs before they compute."""
-    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.RNNBase)]
-    return {f"{path}.{name}".lstrip(".") for path, layer in layers for name, _ in layer.named_parameters(recurse=False)}
-
-
-def _zero_computed(copied: nn.Module, name: str, rows: list[tuple[int, np.ndarray]]) -> bool:
-    """Zero a weight that a parametrisation computes after it was computed; whether there was one to zero."""
-    owner = copied.get_submodule(name.rpartition(".")[0])
-    if not isinstance(owner, ParametrizationList):
-        return False
-
-    def zero(module: nn.Module, args: Any, weight: torch.Tensor) -> torch.Tensor:
-        weight = weight.clone()
-        for dim, indices in rows:
-            weight.index_fill_(dim, torch.as_tensor(indices, device=weight.device), 0)
-        return weight
-
-    owner.register_forward_hook(zero)
-    return True
-
-
-class _Draw:
-    """Weights drawn from a seed, the same for a name whatever is kept of it.
-
-    Matrices and kernels are uniform with the variance 2 / fan-in (He et al., ICCV 2015), vectors uniform in
-    0.5..1.5, so that signals neither vanish nor grow on their way; of buffers only running statistics are drawn.
-    """
-
-    def __init__(self, graph: ChannelGraph, seed: int, kept: dict[str, list[np.ndarray | None]] | None = None) -> None:
-        self.shapes, self.seed, self.kept = graph.slots.shapes, seed, kept or {}
-
-    def __call__(self, name: str, own: torch.Tensor) -> torch.Tensor:
-        shape = self.shapes[name]
-        statistic = name.endswith(("running_mean", "running_var"))
-        if not shape or not (isinstance(own, nn.Parameter) or statistic):
-            return own
-        generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
-        values = torch.rand(shape, generator=generator, dtype=torch.float64)
-        if len(shape) == 1:
-            values += 0.5
-        else:
-            values = values.mul_(2).sub_(1).mul_((6 / max(math.prod(shape[1:]), 1)) ** 0.5)
-        return _part(values, self.kept.get(name, ())).to(own.device)
-
-
-@contextlib.contextmanager
-def _precise() -> Iterator[None]:
-    """New tensors are float64, and cuDNN does not pick reduced precision for speed."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False, allow_tf32=False):
-            yield
-    finally:
-        torch.set_default_dtype(default)
-
-
-class _Float64(TorchFunctionMode):
-    """Runs every function in float64, with rows of some parameters read as zero; copies one weight at a time."""
-
-    def __init__(self, model: nn.Module, zeroed: Rows, draw: _Draw | None) -> None:
-        super().__init__()
-        names = tensor_names(model)
-        self.rows = {id(names[name]): rows for name, rows in zeroed.items()}
-        self.draw = draw
-        self.names = {id(tensor): name for name, tensor in names.items()} if draw is not None else {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ not in _VIEWS:
-            return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map(self.convert, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def convert(self, leaf: Any) -> Any:
-        """A floating-point tensor in float64, a parameter with its rows zeroed; a dtype as float64."""
-        if isinstance(leaf, torch.dtype):
-            return torch.float64 if leaf in (torch.float32, torch.float16, torch.bfloat16) else leaf
-        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
-            return leaf
-        name = self.names.get(id(leaf))
-        value = leaf if name is None or self.draw is None else self.draw(name, leaf)
-        wide = value.to(torch.float64)
-        rows = self.rows.get(id(leaf))
-        if rows is not None:
-            wide = wide.clone() if wide is leaf else wide
-            for dim, indices in rows:
-                wide.index_fill_(dim, torch.as_tensor(indices, device=wide.device), 0)
-        return wide
-
-
-_VIEWS = frozenset({"T", "mT", "H", "mH", "data", "real"})
 
 
 def require(certificate: Certificate, what: str) -> Certificate:
