@@ -168,7 +168,7 @@ def _convolve(
     columns = 8 * input.numel() * math.prod(weight.shape[2:])
     slices = min(math.ceil(columns / COLUMNS), weight.shape[1])
     if slices <= 1 or groups > 1 or input.device.type != "cpu" or input.dim() != weight.dim():
-        return func(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+        return func(input, weight, bias, stride, padding, dilation, groups)
     first, *rest = zip(input.chunk(slices, 1), weight.chunk(slices, 1), strict=True)
     result: torch.Tensor = func(*first, bias, stride, padding, dilation)
     for x, w in rest:
