@@ -118,7 +118,7 @@ def _rebuild(
     """From the recorded build, without arithmetic on the meta device where the network can live there."""
     name, kwargs = _build_spec(recorded, path)
     if not trust:
-        _check_harmless(name, kwargs, path)
+        check_harmless(name, kwargs, path)
     meta = _build_on_meta(name, kwargs)
     if meta is not None:
         loaded = _assemble(meta, allocation, tensors, path)
@@ -251,7 +251,7 @@ def _build_spec(recorded: dict[str, Any], path: PathLike) -> tuple[str, dict[str
     return name, kwargs
 
 
-def _check_harmless(name: str, kwargs: dict[str, Any], path: PathLike) -> None:
+def check_harmless(name: str, kwargs: dict[str, Any], path: PathLike) -> None:
     """A file may name a network of a known library; it may not name code to import, or things to fetch."""
     prefix, _, model = name.partition(":")
     known = f"{prefix}:" in _SAFE_PREFIXES and re.fullmatch(r"[\w.-]+", model) is not None

@@ -49,6 +49,9 @@ _RECIPES: dict[str, _Recipe] = {
     **_family("res2net", "res2net", "res2net"),
 }
 
+# networks on top of others, built by name and not listed
+_COMPOSED: dict[str, _Recipe] = {"faster-rcnn": ("detection", "named_faster_rcnn", {})}
+
 
 def names() -> list[str]:
     """The names `build` knows, in the order of the list."""
@@ -59,7 +62,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     """Build the network called `name` with fresh weights from torch's random state.
 
     Args:
-        name: one of `names()`; case and underscores do not matter.
+        name: one of `names()`, or `faster-rcnn`; case and underscores do not matter.
         kwargs: passed to the recipe, such as `num_classes=10`.
 
     Raises:
@@ -83,6 +86,8 @@ def call(name: str) -> str:
 
 def _find(name: str) -> _Recipe:
     key = name.lower().replace("_", "-")
+    if key in _COMPOSED:
+        return _COMPOSED[key]
     if key not in _RECIPES:
         near = difflib.get_close_matches(key, _RECIPES, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_RECIPES)}"

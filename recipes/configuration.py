@@ -23,12 +23,39 @@ class Network:
     Attributes:
         name: as for `allocator.build`, such as `recipe:scalenet50-seed`.
         arguments: passed to its constructor, such as `num_classes`.
-        weights: file to start from, instead of fresh weights.
+        weights: file to start from, instead of fresh weights. For detectors, a saved result (.safetensors) brings
+            its allocation, too.
+        allocation: file of the allocation that a detector's network has already.
     """
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
+    allocation: str | None = None
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Faster R-CNN with a feature pyramid on the network; see `detection.faster_rcnn`.
+
+    Attributes:
+        num_classes: classes with the background; 91 for COCO.
+        out_channels: width of the pyramid.
+        min_size, max_size: images are resized so that their shorter side is `min_size` pixels, or their longer
+            one `max_size` if that is smaller.
+        frozen_norms: keep the network's batch norms as they are. None: where it starts from weights.
+        trained_stages: how many of the network's last stages are trained, and the stem only with all of them.
+            None: all, and all but the first where the network starts from weights.
+        settings: passed to torchvision's `FasterRCNN` on top.
+    """
+
+    num_classes: int = 91
+    out_channels: int = 256
+    min_size: int = 800
+    max_size: int = 1333
+    frozen_norms: bool | None = None
+    trained_stages: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,15 +63,18 @@ class Data:
     """Images for training and test.
 
     Attributes:
-        dataset: `folder` (torchvision's ImageFolder), `digits` (those that scikit-learn ships), or
-            `torchvision:NAME`.
+        dataset: `folder` (torchvision's ImageFolder), `digits` (those that scikit-learn ships),
+            `torchvision:NAME`, or `coco` for detectors.
         root: the folder that the data are in.
-        train, test: sub-folders of `root`, for `folder`.
+        train, test: sub-folders of `root`, for `folder` and `coco`.
+        annotations: for `coco`, the file in `root`, where {part} stands for the name of the sub-folder; None for
+            `annotations/instances_{part}.json`.
         arguments: passed to the data set's constructor.
         train_arguments, test_arguments: passed to one of the two on top, such as `split: extra`.
         side: side in pixels that images are brought to; None leaves them as they are.
         resize: shorter side in pixels ahead of the test's centre crop.
-        augment: `imagenet` (random resized crop, flip), `shift` (padded random crop, flip) or `none`.
+        augment: `imagenet` (random resized crop, flip), `shift` (padded random crop, flip), `flip` (detectors)
+            or `none`.
         mean, std: of each channel with values in 0..1, for normalisation.
         corrupt: `stop` at an image that cannot be read, or `skip` it.
         check: read every image once ahead of the training, to name and count those that cannot be.
@@ -55,6 +85,7 @@ class Data:
     root: str | None = None
     train: str = "train"
     test: str = "val"
+    annotations: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     train_arguments: dict[str, Any] = field(default_factory=dict)
     test_arguments: dict[str, Any] = field(default_factory=dict)
@@ -158,6 +189,8 @@ class Config:
         seed: training of the network as it is; None to leave it out.
         allocation: how it is made smaller; None to leave it out.
         final: training of the smaller network; None to leave it out.
+        task: `classification`, or `detection`, where the networks are detectors on `network`.
+        detector: the detector, for `detection`.
         random_seed: decides weights, order and augmentation.
         precision: `fp32`, `bf16` or `fp16`.
         device: `auto` for accelerate's choice, or `cpu`.
@@ -169,6 +202,8 @@ class Config:
     seed: Training | None = None
     allocation: AllocationPlan | None = None
     final: Training | None = None
+    task: str = "classification"
+    detector: Detector | None = None
     random_seed: int = 0
     precision: str = "fp32"
     device: str = "auto"
@@ -328,7 +363,8 @@ def _name(hint: Any) -> str:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "data.augment": ("none", "shift", "imagenet"),
+    "task": ("classification", "detection"),
+    "data.augment": ("none", "shift", "imagenet", "flip"),
     "data.corrupt": ("stop", "skip"),
     "seed.schedule": ("cosine", "steps"),
     "final.schedule": ("cosine", "steps"),
@@ -376,8 +412,45 @@ def _contradictions(config: Config) -> list[str]:
         problems.append("expected data.workers >= 0, run.checkpoint_updates >= 1 and run.timeout > 0")
     if len(config.data.mean) != len(config.data.std):
         problems.append(f"data.mean has {len(config.data.mean)} values, data.std {len(config.data.std)}")
-    if config.data.augment != "none" and config.data.side is None:
+    if config.data.augment in ("shift", "imagenet") and config.data.side is None:
         problems.append(f"data.augment={config.data.augment} needs data.side")
+    return problems + (_detection_problems(config) if config.task == "detection" else _classification_problems(config))
+
+
+def _classification_problems(config: Config) -> list[str]:
+    strange = {
+        "detector": config.detector is not None,
+        "data.dataset=coco": config.data.dataset == "coco",
+        "data.annotations": config.data.annotations is not None,
+        "data.augment=flip": config.data.augment == "flip",
+    }
+    problems = [f"{key} is for task=detection" for key, given in strange.items() if given]
+    if config.network.allocation is not None:
+        problems.append("network.allocation is for task=detection: apply it by allocation.file, with seed=null")
+    return problems
+
+
+def _detection_problems(config: Config) -> list[str]:
+    data, detector, problems = config.data, config.detector, []
+    if data.dataset != "coco":
+        problems.append(f"data.dataset: expected coco for task=detection, got {data.dataset!r}")
+    if data.augment not in ("flip", "none"):
+        problems.append(f"data.augment: expected flip or none for task=detection, got {data.augment!r}")
+    strange = {"side": data.side, "resize": data.resize, "mean": data.mean, "std": data.std}
+    problems += [
+        f"data.{key} is not for detectors, which bring images to size themselves: detector.min_size, max_size, settings"
+        for key, value in strange.items()
+        if value
+    ]
+    for section, training in (("seed", config.seed), ("final", config.final)):
+        if training is not None and (training.label_smoothing or training.recalibrate):
+            problems.append(f"{section}: label_smoothing and recalibrate are not for detectors")
+    if detector is None:
+        return [*problems, "task=detection needs a section detector"]
+    if detector.num_classes < 2 or detector.out_channels < 1 or not 0 < detector.min_size <= detector.max_size:
+        problems.append("expected detector.num_classes >= 2, out_channels >= 1 and 0 < min_size <= max_size")
+    if detector.trained_stages is not None and detector.trained_stages < 0:
+        problems.append(f"detector.trained_stages: expected a number >= 0, got {detector.trained_stages}")
     return problems
 
 

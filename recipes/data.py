@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -28,18 +28,22 @@ Key = tuple[int, int]
 
 
 class Source(Protocol):
-    """A data set as torchvision's are: an image, (C, H, W) or PIL's, and its class."""
+    """A data set as torchvision's are: an image, (C, H, W) or PIL's, and its class (or what is in it)."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> tuple[Image, int]: ...
+    def __getitem__(self, index: int, /) -> tuple[Image, Any]: ...
 
 
 class Batch(NamedTuple):
-    """Images (N, C, H, W), their classes (N,) and the names of those that could not be read."""
+    """Images, what is in them, and the names of those that could not be read.
 
-    images: Tensor
-    labels: Tensor
+    For classifiers, `images` is a tensor (N, C, H, W) and `labels` one of classes (N,). For detectors they are
+    lists: images (3, H, W) of any sizes, and a `detection.Target` each.
+    """
+
+    images: Any
+    labels: Any
     corrupt: tuple[str, ...] = ()
 
 
@@ -76,22 +80,30 @@ class Samples(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor | None, int, tuple[str, ...]]:
+    def __getitem__(self, key: Key) -> tuple[Tensor | None, Any, tuple[str, ...]]:
         """Image (None for a gap), class, and what could not be read, with the reason."""
         epoch, index = key
         unread: tuple[str, ...] = ()
         for other in range(index, index + len(self.source)):
             place = other % len(self.source)
-            if self.transform is not None:
-                torch.default_generator.manual_seed(number(self.seed, epoch, place))
             try:
-                image, label = self.source[place]
-                return (image if self.transform is None else self.transform(image)), label, unread
+                return *self.read(place, number(self.seed, epoch, place)), unread
             except (OSError, SyntaxError, ValueError) as error:  # what PIL raises
                 unread = (*unread, f"{self.name(place)} ({' '.join(str(error).split())})")
             if self.corrupt != "replace":
                 break
         return None, -1, unread
+
+    def read(self, index: int, seed: int) -> tuple[Tensor, Any]:
+        """One image, augmented as the seed says, and its class."""
+        if self.transform is not None:
+            torch.default_generator.manual_seed(seed)
+        image, label = self.source[index]
+        return (image if self.transform is None else self.transform(image)), label
+
+    def collate(self, samples: Sequence[tuple[Tensor | None, Any, tuple[str, ...]]]) -> Batch:
+        """One batch; gaps are left out."""
+        return collate(samples)
 
     def name(self, index: int) -> str:
         """What an image is called: its file, or its number."""
@@ -119,8 +131,8 @@ def number(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-def collate(samples: Sequence[tuple[Tensor | None, int, tuple[str, ...]]]) -> Batch:
-    """One batch; gaps are left out."""
+def collate(samples: Sequence[tuple[Tensor | None, Any, tuple[str, ...]]]) -> Batch:
+    """One batch of images of one shape; gaps are left out."""
     images = [image for image, _, _ in samples if image is not None]
     labels = [label for image, label, _ in samples if image is not None]
     unread = tuple(name for _, _, names in samples for name in names)
@@ -241,7 +253,7 @@ def _loader(samples: Samples, chunks: Chunks, workers: int) -> DataLoader[Any]:
         samples,
         batch_sampler=chunks,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=samples.collate,
         pin_memory=torch.cuda.is_available(),
     )
 
@@ -272,12 +284,17 @@ def open_data(data: Data, seed: int) -> DataSets:
     for what, source in (("training", train), ("test", test)):
         if len(source) == 0:
             raise DataError(f"there are no {what} images in {data.dataset}, root={data.root}")
-    modes = ("stop", "stop") if data.corrupt == "stop" else ("replace", "drop")
+    modes = what_of_corrupt(data)
     return DataSets(
         Samples(train, transform(data, train=True), seed, modes[0]),
         Samples(test, transform(data, train=False), seed, modes[1]),
         classes,
     )
+
+
+def what_of_corrupt(data: Data) -> tuple[str, str]:
+    """What becomes of an image that cannot be read, in training and in the test; see `Samples.corrupt`."""
+    return ("stop", "stop") if data.corrupt == "stop" else ("replace", "drop")
 
 
 def _digits(data: Data) -> tuple[Source, Source, int]:
@@ -384,7 +401,7 @@ def _sizing(v2: Any, side: int, resize: int | None, augment: str) -> list[Any]:
 
 def unreadable(samples: Samples, workers: int = 0, rank: int = 0, world: int = 1) -> list[str]:
     """The images that cannot be read, with the reason, of those that fall to one process; reads each once."""
-    scan = Samples(samples.source, samples.transform, samples.seed, "drop")
+    scan = replace(samples, corrupt="drop")
     mine = range(rank, len(scan), world)
     loader = _loader(scan, Chunks(0, mine, range(len(mine)), 1), workers)
     return [name for batch in loader for name in batch.corrupt]

@@ -7,7 +7,9 @@ parameter names are those of torchvision's `fasterrcnn_resnet50_fpn`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,8 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from allocator.allocation import Allocation
+from allocator.api import apply
+from allocator.build import build
 from allocator.errors import FileError, InputError, UnsupportedModelError
 from allocator.recipes.residual import stage_features
+from allocator.results import check_harmless
 
 if TYPE_CHECKING:
     from torchvision.models.detection import FasterRCNN
@@ -84,13 +90,50 @@ def faster_rcnn(
     if frozen_norms:
         _freeze_norms(body)
     names = [str(i) for i in range(len(widths))]
-    if len(widths) != 4:  # torchvision's own defaults are for four stages
-        anchors = tuple((32 * 2**i,) for i in range(len(widths) + 1))
+    # As torchvision's own defaults for four stages, for any number. Anchors are no buffers: they need their values
+    # even where the network is built without storage.
+    anchors = tuple((32 * 2**i,) for i in range(len(widths) + 1))
+    with torch.device("cpu"):
         generator = detection.anchor_utils.AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * len(anchors))
-        settings.setdefault("rpn_anchor_generator", generator)
-        settings.setdefault("box_roi_pool", ops.MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2))
+    settings.setdefault("rpn_anchor_generator", generator)
+    settings.setdefault("box_roi_pool", ops.MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2))
     detector: FasterRCNN = detection.FasterRCNN(Pyramid(body, widths, out_channels), num_classes, **settings)
     return detector
+
+
+def check_backbone(name: str, arguments: dict[str, Any]) -> None:
+    """See that a name is one that a file may give: a network of a known library, with nothing to fetch.
+
+    Raises:
+        UnsafeFileError: it is not.
+    """
+    check_harmless(name, arguments, "the detector")
+
+
+def named_faster_rcnn(
+    num_classes: int = 91,
+    backbone: str = "recipe:scalenet50",
+    backbone_arguments: dict[str, Any] | None = None,
+    allocation: dict[str, Any] | None = None,
+    **options: Any,
+) -> FasterRCNN:
+    """`faster_rcnn` from plain data alone, so that a saved result can say how to build it: `recipe:faster-rcnn`.
+
+    Args:
+        num_classes, options: as for `faster_rcnn`.
+        backbone, backbone_arguments: as for `allocator.build`; a recipe, or a network of torchvision's or timm's.
+        allocation: of the backbone, as `Allocation.to_dict` gives it.
+
+    Raises:
+        UnsafeFileError: the backbone is not of a known library, or an argument would fetch something.
+        AllocationMismatchError: the allocation is not one of this backbone.
+    """
+    arguments = backbone_arguments or {}
+    check_backbone(backbone, arguments)
+    network = build(backbone, **arguments)
+    if allocation is not None:
+        network = apply(network, Allocation.from_dict(allocation))
+    return faster_rcnn(network, num_classes, **options)
 
 
 def _body(network: nn.Module) -> nn.Module:
@@ -156,10 +199,14 @@ class CocoBoxes(Dataset[tuple[Tensor, Target]]):
             if not path.exists():
                 raise FileError(f"{path}: no such {kind}")
         try:
-            self.data = datasets.CocoDetection(str(images), str(annotations))
+            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+                self.data = datasets.CocoDetection(str(images), str(annotations))
+            for each in self.data.coco.anns.values():
+                each.setdefault("iscrowd", 0)
+                each.setdefault("area", each["bbox"][2] * each["bbox"][3])
         except ModuleNotFoundError as error:
             raise UnsupportedModelError(_MISSING) from error
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+        except (ValueError, KeyError, TypeError, AssertionError, IndexError) as error:
             raise FileError(f"{annotations}: not annotations in COCO's format: {error!r}") from error
         if not len(self.data):
             raise FileError(f"{annotations}: lists no images")
@@ -168,6 +215,15 @@ class CocoBoxes(Dataset[tuple[Tensor, Target]]):
     def num_classes(self) -> int:
         """Classes that a detector for these labels needs, with the background."""
         return 1 + max((int(i) for i in self.data.coco.getCatIds()), default=0)
+
+    def drop_empty(self) -> None:
+        """Leave out the images without a box, in place."""
+        boxes = self.data.coco.imgToAnns
+        self.data.ids = [i for i in self.data.ids if any(map(_is_box, boxes.get(i, [])))]
+
+    def path(self, index: int) -> Path:
+        """The file of an image."""
+        return Path(self.data.root) / str(self.data.coco.imgs[self.data.ids[index]]["file_name"])
 
     def __len__(self) -> int:
         return len(self.data)
@@ -178,13 +234,16 @@ class CocoBoxes(Dataset[tuple[Tensor, Target]]):
         try:
             image, annotations = self.data[index]
         except OSError as error:  # missing, truncated, or not an image
-            name = self.data.coco.loadImgs(number)[0]["file_name"]
-            raise FileError(f"{Path(self.data.root) / name}: not a readable image: {error}") from error
-        rows = [a for a in annotations if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
+            raise FileError(f"{self.path(index)}: not a readable image: {error}") from error
+        rows = [a for a in annotations if _is_box(a)]
         boxes = torch.tensor([a["bbox"] for a in rows], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         labels = torch.tensor([a["category_id"] for a in rows], dtype=torch.int64)
         return to_tensor(image), {"boxes": boxes, "labels": labels, "image_id": torch.tensor([number])}
+
+
+def _is_box(annotation: dict[str, Any]) -> bool:
+    return not annotation["iscrowd"] and min(annotation["bbox"][2:]) > 0
 
 
 def collate(items: Iterable[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

@@ -15,20 +15,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from allocator.allocation import Allocation, architecture_hash
 from allocator.api import allocate, apply
-from allocator.build import build
 from allocator.disk import shorten, write_text
 from allocator.errors import AllocatorError, ConfigurationError, DataError, FileError, MissingPackageError
-from allocator.files import load_model, save_result
-from allocator.fvcore_count import fvcore_flops
-from allocator.inputs import as_inputs
+from allocator.files import save_result
 from allocator.recipes.checkpoints import NAME, load_checkpoint, remove_leftovers, save_checkpoint
 from allocator.recipes.configuration import Config, Training, load_config
-from allocator.recipes.data import Batches, DataSets, TestBatches, number, open_data, unreadable
-from allocator.recipes.training import Fit, accuracy_on, logits_of, training_bar
+from allocator.recipes.data import Batches, TestBatches, number, unreadable
+from allocator.recipes.tasks import task_of
+from allocator.recipes.training import Fit, as_text, training_bar
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,20 +41,31 @@ class Stage:
 
     Attributes:
         name: `seed` or `final`.
-        test_accuracy: share of the test images classified right.
+        test: figures of the test images, each from 0 to 1: `accuracy` (share classified right), or a detector's
+            `AP`, `AP50` ... as COCO defines them.
         flops: for one image, as fvcore counts.
-        parameters: how many numbers are trained.
+        parameters: how many numbers it has.
         seconds: wall time of its training.
-        loss, accuracy: mean over the last epoch's training images.
+        loss, accuracy: mean over the last epoch's training images; a detector has no accuracy.
     """
 
     name: str
-    test_accuracy: float
+    test: dict[str, float]
     flops: int
     parameters: int
     seconds: float
     loss: float
-    accuracy: float
+    accuracy: float | None = None
+
+    @property
+    def test_accuracy(self) -> float:
+        """Share of the test images classified right, of a classifier."""
+        return self.test["accuracy"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat: `test_accuracy`, or `test_AP` and so on, beside the rest that there is."""
+        rest = {key: value for key, value in asdict(self).items() if key != "test" and value is not None}
+        return rest | {f"test_{key}": value for key, value in self.test.items()}
 
 
 @dataclass
@@ -84,7 +93,7 @@ class RunResult:
         figures = ("flops_asked", "flops_before", "flops_after", "policy", "criterion", "scope", "blocks")
         allocation = self.allocation and {key: getattr(self.allocation, key) for key in figures}
         return {
-            "stages": [asdict(stage) for stage in self.stages],
+            "stages": [stage.to_dict() for stage in self.stages],
             "allocation": allocation,
             "corrupt": self.corrupt,
             "folder": str(self.folder),
@@ -116,6 +125,7 @@ def train(
         ConfigurationError: keys or values do not fit, or the checkpoint was made with others.
         UnknownNameError: no such network, recipe or configuration.
         DataError: data are missing, empty, unreadable, or of other classes than the network.
+        InputError, UnsupportedModelError: no detector can be made of the network.
         NonFiniteLossError: the loss became NaN; the last good checkpoint is kept.
         AllocationMismatchError: the allocation in `allocation.file` does not fit the network.
         BudgetError, NothingToAllocateError: as for `allocator.allocate`.
@@ -180,57 +190,11 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def build_network(config: Config) -> nn.Module:
-    """The network that a run starts from, with the weights it starts from.
-
-    Raises:
-        UnknownNameError: no such network, recipe or depth; near ones are named.
-        ConfigurationError: its constructor does not take the arguments.
-        FileError: the weights cannot be read, or are of another network.
-    """
-    network, seed = config.network, number(config.random_seed)
-    torch.manual_seed(seed)
-    try:
-        model = build(network.name, **network.arguments)
-    except TypeError as error:
-        raise ConfigurationError(f"network.arguments do not fit {network.name}: {error}") from error
-    if network.weights is not None:
-        arch = None if network.weights.endswith(".safetensors") else network.name
-        weights = load_model(network.weights, arch=arch).state_dict()
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise FileError(
-                f"{network.weights} holds weights of another network: {shorten(str(error), 400)}"
-            ) from error
-    return model
-
-
-def check_network(network: nn.Module, data: DataSets) -> Tensor:
-    """See that the network takes the images and gives a score per class; returns zeros like one image.
-
-    Raises:
-        DataError: it does not; says what is expected.
-    """
-    image = next(iter(TestBatches(data.test, batch_size=8))).images[:1]
-    try:
-        with torch.no_grad():
-            scores = logits_of(network.eval()(image)).shape[1]
-    except RuntimeError as error:
-        raise DataError(f"the network does not take images of shape {tuple(image.shape)}: {error}") from error
-    if data.classes is not None and scores != data.classes:
-        raise DataError(
-            f"the network gives {scores} scores, the data have {data.classes} classes: "
-            f"set network.arguments.num_classes={data.classes}"
-        )
-    return torch.zeros_like(image)
-
-
 class _Run:
     """One run, on this process."""
 
     def __init__(self, config: Config, limit: int | None, progress: bool, console: Console | None):
-        self.config, self.limit = config, limit
+        self.config, self.limit, self.task = config, limit, task_of(config)
         self.accelerator = accelerator = make_accelerator(config)
         self.main = accelerator.is_main_process
         self.shown = progress and self.main
@@ -242,11 +206,11 @@ class _Run:
 
     def execute(self, resume: bool) -> RunResult:
         saved = self._open_folder(resume)
-        network = build_network(self.config)
-        self.data = open_data(self.config.data, self.config.random_seed)
+        network = self.task.build(self.config)
+        self.data = self.task.open(self.config)
         if self.config.data.check:
             self._check_images()
-        self.example = check_network(network, self.data)
+        self.example = self.task.example(network, self.data)
         self._announce(network)
         if self.config.run.tensorboard:
             self.accelerator.init_trackers("logs")
@@ -294,7 +258,7 @@ class _Run:
 
     def _fit(self, name: str, network: nn.Module, options: Training, saved: dict[str, Any] | None) -> nn.Module:
         """Train, average, recalibrate and evaluate one network."""
-        fit = Fit(network, self._batches(options), options, self.accelerator, self.config.random_seed, name)
+        fit = Fit(network, self._batches(options), options, self.accelerator, self.config.random_seed, name, self.task)
         if saved is not None:
             self._load(fit, saved["fit"])
         else:
@@ -306,10 +270,10 @@ class _Run:
                 if current.step % self.config.run.checkpoint_updates == 0:
                     self._save_state(current)
                 if current.step % LOG_UPDATES == 0:
-                    self._log(current, dict(zip(("loss", "accuracy"), current.tally.means())))
+                    self._log(current, current.figures())
 
             def after_epoch(current: Fit) -> None:
-                current.history.test_accuracy.append(self._evaluate(current.result()))
+                current.history.test.append(self._evaluate(current.result()))
                 show(current)
                 self._tell(current)
                 self._save_state(current)
@@ -325,14 +289,13 @@ class _Run:
         if fit.average is None:
             trained = self.accelerator.unwrap_model(fit.model, keep_fp32_wrapper=False)
         history = fit.history
-        accuracy = self._evaluate(trained) if fit.options.recalibrate else history.test_accuracy[-1]
+        test = self._evaluate(trained) if fit.options.recalibrate else history.test[-1]
         average_weights(trained, self.accelerator)
         self.accelerator.free_memory()
         trained = trained.cpu().eval()
-        flops, _ = fvcore_flops(trained, as_inputs(self.example, trained))
+        flops = self.task.flops(trained, self.example)
         parameters = sum(each.numel() for each in trained.parameters())
-        figures = (history.seconds, history.loss[-1], history.accuracy[-1])
-        self.stages.append(Stage(fit.name, accuracy, flops, parameters, *figures))
+        self.stages.append(Stage(fit.name, test, flops, parameters, history.seconds, **fit.figures()))
         self.corrupt |= fit.corrupt
         return trained
 
@@ -348,11 +311,11 @@ class _Run:
             self.limit,
         )
 
-    def _evaluate(self, network: nn.Module) -> float:
+    def _evaluate(self, network: nn.Module) -> dict[str, float]:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        size = 256 if self.limit is None else 8
+        size = self.task.test_batch if self.limit is None else min(8, self.task.test_batch)
         batches = TestBatches(self.data.test, size, self.config.data.workers, rank, world, self.limit)
-        return accuracy_on(network, batches, self.accelerator, self.corrupt)
+        return self.task.evaluate(network, batches, self.accelerator, self.corrupt)
 
     def _allocate(self, network: nn.Module) -> Allocation:
         """The allocation, made on the main process and handed to the others."""
@@ -362,7 +325,7 @@ class _Run:
         def make() -> Allocation:
             if plan.file is not None:
                 return Allocation.load(plan.file)
-            options = asdict(plan)
+            options = asdict(plan) | {"exclude": [*plan.exclude, *self.task.protected]}
             del options["file"], options["weights"]
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -452,21 +415,21 @@ class _Run:
 
     def _announce(self, network: nn.Module) -> None:
         parameters = sum(each.numel() for each in network.parameters())
+        shape = getattr(self.example, "shape", None)
+        size = f" of {'x'.join(map(str, shape[1:]))}" if shape else ""
         self._say(
             f"{self.config.network.name}: {parameters:,} parameters; {len(self.data.train):,} training and "
-            f"{len(self.data.test):,} test images of {'x'.join(map(str, self.example.shape[1:]))}; "
+            f"{len(self.data.test):,} test images{size}; "
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
             f"precision {self.config.precision}"
         )
 
     def _tell(self, fit: Fit) -> None:
         history, epoch = fit.history, len(fit.history.loss)
-        loss, accuracy, test = history.loss[-1], history.accuracy[-1], history.test_accuracy[-1]
-        self._say(
-            f"{fit.name} epoch {epoch}/{fit.options.epochs}  loss {loss:.3f}  accuracy {accuracy:.1%}  "
-            f"test {test:.1%}  {history.seconds:.0f} s"
-        )
-        self._log(fit, {"loss": loss, "accuracy": accuracy, "test_accuracy": test})
+        test = {f"test_{key}": value for key, value in history.test[-1].items()}
+        figures = as_text(fit.figures() | {key.replace("_", " ", 1): value for key, value in test.items()})
+        self._say(f"{fit.name} epoch {epoch}/{fit.options.epochs}  {figures}  {history.seconds:.0f} s")
+        self._log(fit, fit.figures() | test)
         unread = fit.corrupt | self.corrupt
         if unread:
             self._say(f"{len(unread)} images cannot be read, such as {min(unread)}")

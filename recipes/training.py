@@ -1,4 +1,4 @@
-"""The training loop: stochastic gradient descent on a classifier, on one process or on many.
+"""The training loop: stochastic gradient descent, on one process or on many; what is learned is up to its task.
 
 What a run does depends on nothing but its options, its random seed and the number of the update: the order
 of the images, dropout and the learning rate are all computed from these, and `Fit.state_dict` holds the rest.
@@ -11,8 +11,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -20,12 +19,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from allocator.errors import AllocatorError, InputError
 from allocator.recipes.configuration import Training
 from allocator.recipes.data import Batch, Batches, Samples, Tensors, TestBatches, number
+from allocator.recipes.engine import Engine, OneProcess, average_buffers, seed_torch, summed
+from allocator.recipes.tasks import Classification, Task, accuracy_on
 
 WARMUP_SHARE = 0.05
 
@@ -50,58 +50,15 @@ class History:
 
     Attributes:
         loss: mean training loss.
-        accuracy: share of the training images, as they were met, that were classified right.
-        test_accuracy: share of the test images, where they were looked at.
+        accuracy: share of the training images, as they were met, that were classified right; of classifiers.
+        test: figures of the test images by name, where they were looked at.
         seconds: wall time of the whole training.
     """
 
     loss: list[float] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
-    test_accuracy: list[float] = field(default_factory=list)
+    test: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
-
-
-class Engine(Protocol):
-    """What the loop asks of accelerate's `Accelerator`."""
-
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def num_processes(self) -> int: ...
-    @property
-    def process_index(self) -> int: ...
-    @property
-    def is_main_process(self) -> bool: ...
-    def prepare(self, *args: Any) -> Any: ...
-    def backward(self, loss: Tensor) -> None: ...
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]: ...
-    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Any: ...
-    def reduce(self, tensor: Tensor, reduction: str) -> Any: ...
-
-
-@dataclass
-class OneProcess:
-    """An engine without accelerate: one process, in the weights' own precision."""
-
-    device: torch.device
-    num_processes: int = 1
-    process_index: int = 0
-    is_main_process: bool = True
-
-    def prepare(self, *args: Any) -> Any:
-        return args
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext()
-
-    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Tensor:
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-
-    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
-        return tensor
 
 
 @dataclass
@@ -129,10 +86,17 @@ class Fit:
     """
 
     def __init__(
-        self, module: nn.Module, batches: Batches, options: Training, engine: Engine, seed: int = 0, name: str = ""
+        self,
+        module: nn.Module,
+        batches: Batches,
+        options: Training,
+        engine: Engine,
+        seed: int = 0,
+        name: str = "",
+        task: Task | None = None,
     ):
         self.module, self.batches, self.options, self.engine = module, batches, options, engine
-        self.seed, self.name = seed, name
+        self.seed, self.name, self.task = seed, name, task or Classification()
         self.average: AveragedModel | None = None
         if options.average is not None:
             ema = get_ema_multi_avg_fn(options.average)
@@ -205,10 +169,8 @@ class Fit:
         self.step += 1
 
     def _loss(self, chunk: Batch) -> Tensor:
-        images = chunk.images.to(self.engine.device, non_blocking=True)
-        labels = chunk.labels.to(self.engine.device, non_blocking=True)
-        logits = logits_of(self.model(images))
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.options.label_smoothing)
+        met = self.task.loss(self.model, chunk, self.engine.device, self.options)
+        loss = met.loss
         if self.options.l1:
             loss = loss + self.options.l1 * torch.stack([scale.abs().sum() for scale in self.scales]).sum()
         value = loss.item()
@@ -217,17 +179,26 @@ class Fit:
                 f"the loss became {value} at learning rate {self.rate:.3g}, update {self.step + 1} of {self.total}; "
                 "try a lower one, and check the images for values that are not finite"
             )
-        self.tally.loss += value * len(labels)
-        self.tally.right += int((logits.argmax(1) == labels).sum())
-        self.tally.seen += len(labels)
+        self.tally.loss += value * met.images
+        self.tally.right += met.right
+        self.tally.seen += met.images
         self.corrupt |= set(chunk.corrupt)
         return loss
 
     def _end_epoch(self) -> None:
         loss, right, seen = summed([self.tally.loss, self.tally.right, self.tally.seen], self.engine)
         self.history.loss.append(loss / seen)
-        self.history.accuracy.append(right / seen)
+        if self.task.rated:
+            self.history.accuracy.append(right / seen)
         self.tally = Tally()
+
+    def figures(self) -> dict[str, float]:
+        """Loss, and accuracy where there is one, of the epoch that is under way, or of the last one."""
+        loss, accuracy = self.tally.means()
+        if not self.tally.seen:
+            loss = self.history.loss[-1] if self.history.loss else math.nan
+            accuracy = self.history.accuracy[-1] if self.history.accuracy else 0.0
+        return {"loss": loss, "accuracy": accuracy} if self.task.rated else {"loss": loss}
 
     def result(self) -> nn.Module:
         """The network as it is now: the average of its weights where one is kept."""
@@ -287,88 +258,32 @@ def rate_share(options: Training, step: int, per_epoch: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def seed_torch(seed: int, device: torch.device) -> None:
-    """Set torch's random state, on the CPU and on the device."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
-
-
-def logits_of(output: Any) -> Tensor:
-    """The scores (N, classes) in what a classifier returned: the tensor, or its `logits`."""
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
-        raise InputError(f"expected the network to give scores of shape (images, classes), got {got}")
-    return logits
-
-
-def summed(values: list[float], engine: Engine) -> list[float]:
-    """The sum of each value over the processes."""
-    if engine.num_processes == 1:
-        return values
-    sums = torch.tensor(values, dtype=torch.float64, device=engine.device)
-    total: list[float] = engine.reduce(sums, reduction="sum").tolist()
-    return total
-
-
-@torch.no_grad()
-def average_buffers(module: nn.Module, engine: Engine) -> None:
-    """Replace the floating buffers, such as batch norm's statistics, by their mean over the processes."""
-    if engine.num_processes > 1:
-        for buffer in module.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(engine.reduce(buffer, reduction="mean"))
-
-
-@torch.no_grad()
-def accuracy_on(model: nn.Module, batches: Iterable[Batch], engine: Engine, corrupt: set[str] | None = None) -> float:
-    """Share of the images classified right, over all processes; the mode is left as it was.
-
-    Images that cannot be read do not count; their names are added to `corrupt`.
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        right, seen = 0.0, 0.0
-        for batch in batches:
-            if corrupt is not None:
-                corrupt.update(batch.corrupt)
-            if len(batch.labels):
-                logits = logits_of(model(batch.images.to(engine.device)))
-                right += int((logits.argmax(1).cpu() == batch.labels.cpu()).sum())
-                seen += len(batch.labels)
-    finally:
-        model.train(was_training)
-    right, seen = summed([right, seen], engine)
-    return right / max(1, seen)
-
-
 @contextlib.contextmanager
 def training_bar(
     fit: Fit, description: str, shown: bool = True, console: Console | None = None
 ) -> Iterator[Callable[[Fit], None]]:
-    """Show a bar with loss, accuracy and time left; yields what brings it up to date."""
+    """Show a bar with the fit's figures and time left; yields what brings it up to date."""
     bar = Progress(
         TextColumn("{task.description:<24}"),
         BarColumn(),
         TaskProgressColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.1%}  left"),
+        TextColumn("{task.fields[figures]}  left"),
         TimeRemainingColumn(),
         console=console,
         disable=not shown,
     )
     with bar:
-        task = bar.add_task(description, total=fit.total, completed=fit.step, loss=math.nan, accuracy=0.0)
+        task = bar.add_task(description, total=fit.total, completed=fit.step, figures=as_text(fit.figures()))
 
         def update(current: Fit) -> None:
-            loss, accuracy = current.tally.means()
-            if not current.tally.seen:
-                loss, accuracy = current.history.loss[-1], current.history.accuracy[-1]
-            bar.update(task, completed=current.step, loss=loss, accuracy=accuracy)
+            bar.update(task, completed=current.step, figures=as_text(current.figures()))
 
         yield update
+
+
+def as_text(figures: Mapping[str, float]) -> str:
+    """`loss 0.123  accuracy 45.6%`: a loss as it is, all else as a share."""
+    return "  ".join(f"{key} {value:.3f}" if key == "loss" else f"{key} {value:.1%}" for key, value in figures.items())
 
 
 # ------------------------------------------------------------------------------------------------- on tensors

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 _EXAMPLE = """\
   allocator-cli train scalenet_digits
   allocator-cli train my.yaml --set data.root=/data/imagenet --set final.lr=0.2 --resume
-  torchrun --nproc-per-node 8 -m allocator.cli train scalenet50 --set data.root=/data/imagenet"""
+  torchrun --nproc-per-node 8 -m allocator.cli train scalenet50 --set data.root=/data/imagenet
+  allocator-cli train faster_rcnn_scalenet50 --set data.root=/data/coco"""
 
 
 def register(commands: Any) -> None:
@@ -59,9 +60,10 @@ def _table(result: RunResult, dry_run: int | None) -> Table:
 
     where = f"dry run of {dry_run} updates" if dry_run is not None else str(result.folder)
     table = Table(title=where, title_justify="left")
-    for header in ("network", "FLOPs", "parameters", "test accuracy", "seconds"):
+    tests = list(dict.fromkeys(key for stage in result.stages for key in stage.test))[:3]
+    for header in ("network", "FLOPs", "parameters", *(f"test {key}" for key in tests), "seconds"):
         table.add_column(header, justify="left" if header == "network" else "right")
     for stage in result.stages:
-        accuracy, seconds = f"{stage.test_accuracy:.1%}", f"{stage.seconds:.0f}"
-        table.add_row(stage.name, f"{stage.flops:,}", f"{stage.parameters:,}", accuracy, seconds)
+        shares = [f"{stage.test[key]:.1%}" if key in stage.test else "-" for key in tests]
+        table.add_row(stage.name, f"{stage.flops:,}", f"{stage.parameters:,}", *shares, f"{stage.seconds:.0f}")
     return table
