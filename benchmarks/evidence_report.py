@@ -102,5 +102,5 @@ def draw(rows: Sequence[Row], name: str) -> None:
                 f"block {i + 1}": dict(zip(["full size", "by 2", "by 4", "by 7"], block[:-1], strict=True))
                 for i, block in enumerate(row["rows"])
             }
-            panels.append(Panel(f"{row['share']:.0%} of the FLOPs, {row['error']:.1%} error", parts))
+            panels.append(Panel(f"{row['share']:.0%}: {row['error']:.1%} error", parts))
     draw_shares(panels, RESULTS / f"{name}.png")
