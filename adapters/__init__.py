@@ -50,18 +50,14 @@ def find(module: nn.Module) -> Adapter | None:
     return None
 
 
-def optional_branches(model: nn.Module) -> dict[str, tuple[str, ...]]:
+def optional_branches(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
     """Full paths of all layers of a model that may be absent, each with what goes with it."""
-    return dict(_optional_branches(model))
+    return dict(_optional_branches(modules))
 
 
-def _optional_branches(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
-    known: dict[type, Adapter | None] = {}
-    for path, module in model.named_modules():
-        if type(module) not in known:
-            known[type(module)] = find(module)
-        adapter = known[type(module)]
-        if adapter is None or adapter.optional_branches is None:
+def _optional_branches(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for path, module, adapter in _adapted(modules):
+        if adapter.optional_branches is None:
             continue
         prefix = f"{path}." if path else ""
         for layer, together in adapter.optional_branches(module).items():
@@ -70,8 +66,16 @@ def _optional_branches(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]
 
 def norm_scales(modules: Mapping[str, nn.Module]) -> list[str]:
     """Names of the vectors by which norms that torch does not know as such scale their channels."""
-    found = [(path, find(module)) for path, module in modules.items()]
-    return [f"{path}.{known.norm_scale}".lstrip(".") for path, known in found if known and known.norm_scale]
+    return [f"{path}.{a.norm_scale}".lstrip(".") for path, _, a in _adapted(modules) if a.norm_scale]
+
+
+def _adapted(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, Adapter]]:
+    """(path, module, adapter) of the modules that have one; each class is looked up once."""
+    known = {cls: find(module) for cls, module in {type(m): m for m in modules.values()}.items()}
+    for path, module in modules.items():
+        adapter = known[type(module)]
+        if adapter is not None:
+            yield path, module, adapter
 
 
 def _present_scales(module: nn.Module) -> dict[str, tuple[str, ...]]:

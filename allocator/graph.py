@@ -253,7 +253,7 @@ def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None
     _freeze_excluded(model, options, slots, facts)
     _freeze_found(options, flow, training_flow)
     component, unit_of_slot, size = _components(slots, facts)
-    optional = adapters.optional_branches(trace.model)
+    optional = adapters.optional_branches(trace.modules)
     return ChannelGraph(
         model,
         flow,

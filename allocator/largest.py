@@ -7,13 +7,10 @@ are properties of the network and its settings, and nothing has to be computed t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -29,22 +26,6 @@ _MASKS = (torch.bool, torch.uint8)
 def largest(func: Any) -> Run | None:
     """How to make a call of this overload on tensors without values; None where it needs no care."""
     return _RUNS.get(func._schema.name)
-
-
-@contextlib.contextmanager
-def one_suppression() -> Iterator[None]:
-    """Let torchvision suppress boxes of all classes in one call.
-
-    Many boxes it takes class by class, in a loop over the classes that it found, which needs values; few it takes
-    in one call with the same result.
-    """
-    boxes = sys.modules.get("torchvision.ops.boxes")
-    by_class, at_once = "_batched_nms_vanilla", "_batched_nms_coordinate_trick"
-    if boxes is None or not (hasattr(boxes, by_class) and hasattr(boxes, at_once)):
-        yield
-        return
-    with mock.patch.object(boxes, by_class, getattr(boxes, at_once)):
-        yield
 
 
 def value_sized(trace: Trace) -> list[Op]:

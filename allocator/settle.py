@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -116,17 +116,8 @@ def describe(
         for other in together
     ]
     attributes = standard_attributes(model, shapes, groups, absent)
-    for path, label in norms_without_tensors(graph.flow):
-        if not stays[label].all():
-            attributes[path] = {"num_features": int(stays[label].sum())}
-    found = [Attribute(path, name, pieces) for (path, name), pieces in (mends or {}).items()]
-    for attribute in (*graph.facts.attributes, *found):
-        if (attribute.module, attribute.name) in alone:
-            continue
-        current = getattr(model.get_submodule(attribute.module), attribute.name)
-        value = _attribute_value(current, [int(stays[piece].sum()) for piece in attribute.pieces])
-        if value != (list(current) if isinstance(current, tuple) else current):
-            attributes.setdefault(attribute.module, {})[attribute.name] = value
+    for path, name, value in _following(model, graph, stays, mends or {}, alone):
+        attributes.setdefault(path, {})[name] = value
     kept = {
         name: [None if d is None else d.tolist() for d in dims]
         for name, dims in indices.items()
@@ -148,6 +139,27 @@ def describe(
         norms=graph.options.norms,
         input_shapes=[list(t.shape) for t in graph.inputs.tensors()],
     )
+
+
+def _following(
+    model: nn.Module,
+    graph: ChannelGraph,
+    stays: np.ndarray,
+    mends: dict[tuple[str, str], tuple[np.ndarray, ...]],
+    alone: Collection[tuple[str, str]],
+) -> Iterator[tuple[str, str, Any]]:
+    """(module, attribute, new value) of attributes that are numbers of channels, which no tensor of theirs tells."""
+    for path, label in norms_without_tensors(graph.flow):
+        if not stays[label].all():
+            yield path, "num_features", int(stays[label].sum())
+    found = [Attribute(path, name, pieces) for (path, name), pieces in mends.items()]
+    for attribute in (*graph.facts.attributes, *found):
+        if (attribute.module, attribute.name) in alone:
+            continue
+        current = getattr(model.get_submodule(attribute.module), attribute.name)
+        value = _attribute_value(current, [int(stays[piece].sum()) for piece in attribute.pieces])
+        if value != (list(current) if isinstance(current, tuple) else current):
+            yield attribute.module, attribute.name, value
 
 
 def _attribute_value(current: Any, sizes: list[int]) -> Any:

@@ -83,22 +83,19 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
     kind: Any = type(value)
     if kind in _ATOMS:
         return value
-    if kind in _PLAIN and not value:
-        return kind()
     known = memo.get(id(value))
     if known is not None:
         return known
+    if kind in _PLAIN and not value:
+        memo[id(value)] = empty = kind()
+        return empty
     if isinstance(value, nn.Module) and _copies_plainly(kind):
         new = memo[id(value)] = kind.__new__(kind)
         # A forward compiled in place (Module.compile) stays behind: it would run the original's weights.
         state = value.__getstate__() if "_compiled_call_impl" in vars(value) else vars(value)
         fields = vars(new)
-        for key, item in state.items():  # most are numbers or empty
-            held = type(item)
-            if held in _ATOMS:
-                fields[key] = item
-            else:
-                fields[key] = held() if held in _PLAIN and not item else _copy(item, memo)
+        for key, item in state.items():
+            fields[key] = item if type(item) in _ATOMS else _copy(item, memo)
         return new
     if kind is tuple:
         return value if _ATOMS.issuperset(map(type, value)) else tuple(_copy(item, memo) for item in value)
@@ -110,7 +107,7 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
     return copy.deepcopy(value, memo)
 
 
-@functools.cache
+@functools.lru_cache
 def _copies_plainly(cls: type) -> bool:
     return all(getattr(cls, name, None) is getattr(nn.Module, name, None) for name in _COPY_HOOKS)
 

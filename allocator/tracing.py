@@ -16,19 +16,38 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from allocator.adapters.torchvision import one_suppression
+
 from .errors import TraceError
 from .inputs import Inputs
-from .largest import largest, one_suppression
+from .largest import largest
 from .shortcuts import Shortcuts
 from .skeleton import modules_of, skeleton, tensor_names
 
 # Functions that fvcore counts as a whole, or whose meaning is lost in their parts.
-COMPOSITES = frozenset({
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "chain_matmul",
-    "chunk", "einsum", "inner", "instance_norm", "interpolate", "linalg_matrix_power", "linalg_multi_dot", "matmul",
-    "matrix_power", "multi_head_attention_forward", "rmatmul", "scaled_dot_product_attention", "tensor_split",
-    "tensordot",
-})  # fmt: skip
+COMPOSITES = frozenset(
+    {
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "adaptive_max_pool2d",
+        "chain_matmul",
+        "chunk",
+        "einsum",
+        "inner",
+        "instance_norm",
+        "interpolate",
+        "linalg_matrix_power",
+        "linalg_multi_dot",
+        "matmul",
+        "matrix_power",
+        "multi_head_attention_forward",
+        "rmatmul",
+        "scaled_dot_product_attention",
+        "tensor_split",
+        "tensordot",
+    }
+)
 # Functions recorded as one ATen call, because their parts depend on how large a dim is and how it lies in memory.
 _WHOLE = {torch.nn.functional.linear: torch.ops.aten.linear.default}
 

@@ -315,3 +315,33 @@ def test_a_weight_that_is_added_up_in_the_forward() -> None:
     assert result.certificate.ok
     adapted, stem_conv = result.model.get_submodule("5"), result.model.get_submodule("0")
     assert adapted.weight.shape[1] == adapted.down.shape[1] == stem_conv.out_channels < 16  # type: ignore[operator,index]
+
+
+class Sender(nn.Module):
+    def __init__(self, shared: list[Tensor]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.shared = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn(self.conv(x)))
+        self.shared.append(y)
+        return y
+
+
+class Receiver(nn.Module):
+    def __init__(self, shared: list[Tensor]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.shared = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)) + self.shared.pop())
+
+
+def test_a_list_that_two_modules_share_is_shared_in_the_result() -> None:
+    shared: list[Tensor] = []
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = trained(nn.Sequential(Sender(shared), Receiver(shared), *pool, nn.Linear(16, 5)))
+    result = allocate(model, "60%", scope="all")
+    assert result.certificate.ok
+    first, second = (id(result.model.get_submodule(path).shared) for path in "01")
+    assert first == second != id(shared)
