@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from .allocation import Allocation
 from .blocks import describe_blocks
 from .certificate import Certificate, compare_outputs, names_and_shapes_match, require, weights_match
 from .checks import check_model, check_weights, unmatched, without_reset
-from .criteria import Scores
+from .criteria import AUTO, NO_BATCH_NORM, Scores, candidates, say_fallback
 from .criteria import score as score_graph
 from .errors import (
     BudgetError,
@@ -80,7 +81,7 @@ def allocate(
     *,
     example_inputs: Any = None,
     policy: str = "per_block",
-    criterion: str = "bn_scale",
+    criterion: str = "auto",
     scope: str = "auto",
     fill: bool = True,
     groups: str = "whole",
@@ -98,7 +99,8 @@ def allocate(
         flops: the budget as fvcore counts it (one multiply-add is one FLOP), or a share such as "60%".
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None to infer one image.
         policy: "per_block", "global" or "uniform"; see `plan`.
-        criterion: what ranks neurons: "bn_scale", "magnitude" or "random".
+        criterion: what ranks neurons: "bn_scale", "magnitude", "random", or "auto" for bn_scale where batch norms
+            rank enough of them to meet the budget, else magnitude, which is warned of and noted.
         scope: "branches" (neurons that enter a concatenation or a grouped convolution), "inner" (all but
             residual streams), "all", or "auto" for the narrowest of them that can meet the budget.
         fill: spend the rest of the budget on the next best neurons.
@@ -205,7 +207,7 @@ def trace(
     return graph
 
 
-def score(graph: ChannelGraph, criterion: str = "bn_scale") -> Scores:
+def score(graph: ChannelGraph, criterion: str = "auto") -> Scores:
     """Rank the neurons of a traced model; see `allocate` for the criteria."""
     return score_graph(graph, criterion)
 
@@ -223,7 +225,7 @@ def plan(
 
     Args:
         graph: from `trace`.
-        scores: from `score`; None for the default criterion.
+        scores: from `score`; None for the criterion that `allocate` would take.
         flops: the budget, or a share such as "60%".
         policy: "per_block" (one width multiplier, the best in each block; branches compete), "global" (one
             ranking) or "uniform" (every branch the same share).
@@ -232,9 +234,9 @@ def plan(
     Raises:
         BudgetError, NothingToAllocateError: as for `allocate`.
     """
-    scores = scores or score(graph)
     budget = _budget(flops, graph)
-    return _settle(graph, scores.criterion, budget, policy, scope, fill, scores).allocation
+    criterion = "auto" if scores is None else scores.criterion
+    return _settle(graph, criterion, budget, policy, scope, fill, scores).allocation
 
 
 def rewrite(model: nn.Module, allocation: Allocation, weights: str = "keep") -> nn.Module:
@@ -377,33 +379,49 @@ def _settle(
     fill: bool,
     scores: Scores | None = None,
 ) -> Settled:
+    """A plan that runs, by the named criterion or by the first that "auto" can meet the budget with."""
+    names = candidates(graph, criterion)
     if budget >= graph.flops:
         warn(
             f"the budget of {budget:,.0f} FLOPs is not below the model's own {graph.flops:,}: nothing is dropped",
             BudgetNotBindingWarning,
         )
         everything = np.ones(graph.size, dtype=bool)
-        whole = Plan(everything, budget, graph.flops, "none", policy, criterion, None)
+        whole = Plan(everything, budget, graph.flops, "none", policy, names[0], None)
         settled = settle(graph.model, graph, lambda _: whole)
     else:
-        ranking = scores or score_graph(graph, criterion)
-
-        def run(flops: float) -> Settled:
-            def planner(current: ChannelGraph) -> Plan:
-                ranked = ranking if current is graph else score_graph(current, criterion)
-                return make_plan(current, ranked, flops, policy=policy, scope=scope, fill=fill)
-
-            return settle(graph.model, graph, planner)
-
-        try:
-            settled = run(budget)
-        except (BudgetError, NothingToAllocateError) as error:
-            figure = smallest_reachable(error, lambda flops: run(flops).plan.flops, budget, graph.flops)
-            if figure is None:
-                raise
-            raise unmet(budget, scope, figure, graph.flops) from None
+        settled = _settle_by(graph, names, budget, policy, scope, fill, scores)
+        if criterion == AUTO and settled.plan.criterion == "magnitude":
+            unmet_by = f"ranked by batch norms alone, the model does not come down to {budget:,.0f} FLOPs"
+            settled.notes.append(say_fallback(unmet_by if len(names) > 1 else NO_BATCH_NORM))
     settled.allocation.blocks = describe_blocks(settled.graph, settled.plan.kept)
     return settled
+
+
+def _settle_by(
+    graph: ChannelGraph, names: Sequence[str], budget: float, policy: str, scope: str, fill: bool, scores: Scores | None
+) -> Settled:
+    """The first of these criteria that meets the budget; where none does, the error says what the last can reach."""
+
+    def run(name: str, flops: float) -> Settled:
+        ranking = scores or score_graph(graph, name)
+
+        def planner(current: ChannelGraph) -> Plan:
+            ranked = ranking if current is graph else score_graph(current, name)
+            return make_plan(current, ranked, flops, policy=policy, scope=scope, fill=fill)
+
+        return settle(graph.model, graph, planner)
+
+    for name in names[:-1]:
+        with contextlib.suppress(BudgetError, NothingToAllocateError):
+            return run(name, budget)
+    try:
+        return run(names[-1], budget)
+    except (BudgetError, NothingToAllocateError) as error:
+        figure = smallest_reachable(error, lambda flops: run(names[-1], flops).plan.flops, budget, graph.flops)
+        if figure is None:
+            raise
+        raise unmet(budget, scope, figure, graph.flops) from None
 
 
 def _certificate(

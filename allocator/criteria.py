@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .errors import CriterionError, UninformativeScoresWarning, UnknownNameError, warn
+from .errors import CriterionError, CriterionFallbackWarning, UninformativeScoresWarning, UnknownNameError, warn
 from .graph import ChannelGraph
 from .skeleton import tensor_names
 
 Weights = Callable[[str], torch.Tensor]
 Criterion = Callable[[ChannelGraph, Weights], np.ndarray]
 CRITERIA: dict[str, Criterion] = {}
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,49 @@ def criterion(name: str) -> Callable[[Criterion], Criterion]:
     return register
 
 
+def candidates(graph: ChannelGraph, criterion: str) -> list[str]:
+    """The criteria to try in turn: the one that was named, or for "auto" those that fit the model.
+
+    Raises:
+        UnknownNameError: no such criterion.
+    """
+    if criterion not in (AUTO, *CRITERIA):
+        near = difflib.get_close_matches(criterion, (AUTO, *CRITERIA), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UnknownNameError(f"no criterion {criterion!r}{hint} (there are {', '.join(sorted((AUTO, *CRITERIA)))})")
+    if criterion != AUTO:
+        return [criterion]
+    return (
+        ["bn_scale", "magnitude"] if any(len(graph.units(slots)) for slots, _ in graph.facts.gammas) else ["magnitude"]
+    )
+
+
+def say_fallback(reason: str) -> str:
+    """Warn that "auto" ranks by magnitude, and why; returns what was said."""
+    message = f"{reason}: neurons are ranked by magnitude (criterion='auto'); name a criterion to choose yourself"
+    warn(message, CriterionFallbackWarning)
+    return message
+
+
+NO_BATCH_NORM = "no batch norm scales a neuron that can be removed"
+
+
 def score(graph: ChannelGraph, criterion: str) -> Scores:
     """Rank all neurons.
 
     Args:
         graph: the model's neurons.
-        criterion: a registered name: "bn_scale", "magnitude" or "random".
+        criterion: a registered name ("bn_scale", "magnitude" or "random"), or "auto" for bn_scale where batch norms
+            scale neurons that can be removed, else magnitude, with a warning.
 
     Raises:
         UnknownNameError: no such criterion.
         CriterionError: it has nothing to rank this model by, as where its weights lie on the meta device.
     """
-    if criterion not in CRITERIA:
-        near = difflib.get_close_matches(criterion, CRITERIA, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UnknownNameError(f"no criterion {criterion!r}{hint} (there are {', '.join(sorted(CRITERIA))})")
+    chosen = candidates(graph, criterion)[0]
+    if chosen != criterion and chosen != "bn_scale":
+        say_fallback(NO_BATCH_NORM)
+    criterion = chosen
     tensors = tensor_names(graph.model)
 
     def weights(name: str) -> torch.Tensor:

@@ -104,6 +104,10 @@ class UninformativeScoresWarning(AllocatorWarning):
     """All scores are equal, so the ranking carries no information."""
 
 
+class CriterionFallbackWarning(AllocatorWarning):
+    """No criterion was named, and neurons are ranked by magnitude: batch norms do not rank what has to go."""
+
+
 class BudgetNotBindingWarning(AllocatorWarning):
     """The budget is at or above the model's own FLOPs; the model comes back unchanged."""
 

@@ -113,7 +113,7 @@ def test_a_budget_below_what_can_be_reached_says_what_can(policy: str, scope: st
 def test_a_model_without_batch_norms_names_a_criterion_that_works() -> None:
     model = Branches(norm=False)
     with untouched(model), pytest.raises(CriterionError, match=r"no batch norm.*pass criterion='magnitude'"):
-        allocate(model)
+        allocate(model, criterion="bn_scale")
     with untouched(model):
         result = allocate(model, criterion="magnitude")
     assert result.flops_after <= 0.6 * result.flops_before

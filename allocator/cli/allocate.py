@@ -53,9 +53,9 @@ def _add_plan_options(group: Any) -> None:
     )
     group.add_argument(
         "--criterion",
-        default="bn_scale",
+        default="auto",
         metavar="NAME",
-        help="what ranks neurons, such as bn_scale or magnitude (default: bn_scale)",
+        help="what ranks neurons, such as bn_scale or magnitude (default: auto, bn_scale where it can meet the budget)",
     )
     group.add_argument(
         "--scope",
