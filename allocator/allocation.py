@@ -78,13 +78,49 @@ class Allocation:
         allocation._check_types()
         return allocation
 
+    def to_json(self) -> str:
+        """`to_dict` as compact JSON with a digest of itself, so that a damaged copy is noticed."""
+        data = {"format": FORMAT, **{f.name: getattr(self, f.name) for f in fields(self)}}
+        return _as_json({**data, "digest": _digest([_as_json(data)])})
+
+    @classmethod
+    def from_json(cls, text: str) -> Allocation:
+        """Read what `to_json` gave; JSON without a digest is read as well.
+
+        Raises:
+            FileError: not JSON, not an allocation, or changed after it was written.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise FileError(f"this is not JSON: {error}") from error
+        digest = data.pop("digest", None) if isinstance(data, dict) else None
+        if digest is not None and digest != _digest([_as_json(data)]):
+            raise FileError(
+                "the allocation was changed or damaged after it was written: get it again, or remove its field "
+                "'digest' if the change was meant"
+            )
+        return cls.from_dict(data)
+
     def _check_types(self) -> None:
+        default = Allocation()
+        for each in fields(self):
+            value, usual = getattr(self, each.name), getattr(default, each.name)
+            kinds: Any = (int, float) if isinstance(usual, (int, float)) else type(usual)
+            if not isinstance(value, kinds):
+                raise FileError(
+                    f"the allocation's {each.name} is a {type(value).__name__}, not a {type(usual).__name__}"
+                )
         for name, dims in self.kept.items():
-            if not isinstance(dims, list) or not all(d is None or isinstance(d, list) for d in dims):
+            if not isinstance(dims, list) or not all(d is None or _is_indices(d) for d in dims):
                 raise FileError(f"the allocation's entry for {name} is not a list of index lists")
         for path, values in self.attributes.items():
             if not isinstance(values, dict):
                 raise FileError(f"the allocation's attributes of {path} are not a mapping")
+        if not all(isinstance(path, str) for path in self.absent):
+            raise FileError("the allocation's absent layers are not a list of names")
+        if not all(isinstance(shape, (list, tuple)) and _is_indices(list(shape)) for shape in self.input_shapes):
+            raise FileError("the allocation's input shapes are not lists of numbers")
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, moved into place when complete.
@@ -92,7 +128,7 @@ class Allocation:
         Raises:
             FileError: the path cannot be written.
         """
-        write_text(path, json.dumps(self.to_dict(), separators=(",", ":"), allow_nan=False))
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Allocation:
@@ -103,12 +139,15 @@ class Allocation:
         """
         path = Path(path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
         except ValueError as error:
             raise FileError(f"{path} is not a JSON file: {error}") from error
-        return cls.from_dict(data)
+        try:
+            return cls.from_json(text)
+        except FileError as error:
+            raise FileError(f"{path}: {error}") from error
 
     def compose(self, second: Allocation) -> Allocation:
         """The allocation that leads from this one's original model to the second one's result.
@@ -134,6 +173,15 @@ class Allocation:
         rest["blocks"] = _compose_blocks(self.blocks, second.blocks)
         rest["parts"] = [part for each in (self, second) for part in each.parts or [each.to_dict()]]
         return Allocation.from_dict(rest)
+
+
+def _is_indices(values: Any) -> bool:
+    """Whether this is a list of whole numbers, or of equally long lists of them."""
+    try:
+        array = np.asarray(values) if isinstance(values, list) else None
+    except ValueError:  # rows of different lengths
+        return False
+    return array is not None and array.ndim in (1, 2) and (array.size == 0 or array.dtype.kind == "i")
 
 
 def _compose(name: str, first: Indices | None, second: Indices | None, rows: Indices | None) -> Indices | None:
@@ -170,6 +218,10 @@ def architecture_hash(model: nn.Module) -> str:
     """Hash of the names and shapes of all parameters and buffers."""
     lines = (f"{name} {tuple(t.shape)}" for name, t in sorted(tensor_names(model).items()))
     return _digest(lines)
+
+
+def _as_json(data: Any) -> str:
+    return json.dumps(data, separators=(",", ":"), allow_nan=False)
 
 
 def _digest(lines: Iterable[str]) -> str:

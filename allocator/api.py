@@ -34,6 +34,7 @@ from .errors import (
 from .fvcore_count import fvcore_flops
 from .graph import ChannelGraph, Options, build_graph
 from .inputs import Inputs, as_inputs, infer_inputs, inputs_like
+from .lineage import remember
 from .planning import Plan, make_plan, parse_budget, smallest_reachable, unmet
 from .report import Report
 from .rewriting import check_fits, materialise, reset_parameters
@@ -145,6 +146,7 @@ def _finish(
     with clock("rewrite"):
         small = materialise(model, allocation)
         small.train(model.training)
+        remember(small, model, allocation)
     with clock("certificate"):
         certificate = require(_certificate(model, small, graph, plan.kept, seed, certify), "the result")
     with clock("fvcore"):
@@ -253,20 +255,23 @@ def rewrite(model: nn.Module, allocation: Allocation, weights: str = "keep") -> 
     _check_choice("weights", weights, ("keep", "reset"))
     check_fits(check_model(model), allocation)
     small = materialise(model, allocation).train(model.training)
+    remember(small, model, allocation)
     if weights == "reset":
         reset_parameters(small)
     return small
 
 
 def apply(model: nn.Module, allocation: Allocation | str | Path, weights: str = "keep") -> nn.Module:
-    """`rewrite` with an allocation that may also be the path of its file.
+    """`rewrite` with an allocation that may also be the path of its file: `.json`, or a saved result.
 
     Raises:
         FileError: the file cannot be read.
         AllocationMismatchError: the allocation was made for another architecture.
     """
+    from .files import load_allocation
+
     if not isinstance(allocation, Allocation):
-        allocation = Allocation.load(allocation)
+        allocation = load_allocation(allocation)
     return rewrite(model, allocation, weights)
 
 

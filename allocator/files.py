@@ -20,7 +20,14 @@ from .build import build
 from .disk import PathLike, check_writable, existing, shorten, write_atomically, write_text
 from .errors import FileError
 from .pickles import open_pickle
-from .results import RESULT_SUFFIX, load_result, load_result_allocation, save_result
+from .results import (
+    RESULT_SUFFIX,
+    is_result,
+    load_result,
+    load_result_allocation,
+    read_safetensors,
+    save_result,
+)
 
 if TYPE_CHECKING:
     from .allocation import Allocation
@@ -79,7 +86,7 @@ def load_model(path: PathLike, *, arch: str | None = None, trust: bool = False) 
     """
     file = existing(path)
     if file.suffix == RESULT_SUFFIX:
-        return load_result(file, model=build(arch) if arch else None, trust=trust)
+        return _load_safetensors(file, arch, trust)
     if file.suffix not in PICKLE_SUFFIXES + PROGRAM_SUFFIXES:
         raise FileError(f"{path}: unknown kind of file {file.suffix!r}; a model is read from .pt, .pth or .safetensors")
     found = _unwrap(open_pickle(file, trust=trust))
@@ -88,12 +95,17 @@ def load_model(path: PathLike, *, arch: str | None = None, trust: bool = False) 
     state = _state_dict(found)
     if state is None:
         raise FileError(f"{path} holds a {type(found).__name__}, not a model")
-    if arch is None:
-        raise FileError(
-            f"{path} holds weights alone (a state_dict of {len(state)} tensors): say which network they "
-            "belong to with --arch NAME (arch=...), for example --arch torchvision:resnet50"
-        )
-    return _fill(build(arch), state, path, arch)
+    return _fill(arch, state, path)
+
+
+def _load_safetensors(file: Path, arch: str | None, trust: bool) -> nn.Module:
+    """A saved result, or weights alone with the name of their network."""
+    if is_result(read_safetensors(file, tensors=False)[0]):
+        return load_result(file, model=build(arch) if arch else None, trust=trust)
+    state = _state_dict(read_safetensors(file)[1])
+    if state is None:
+        raise FileError(f"{file} holds no tensors")
+    return _fill(arch, state, file)
 
 
 def _unwrap(found: Any) -> Any:
@@ -119,10 +131,17 @@ def _state_dict(found: Any) -> dict[str, torch.Tensor] | None:
     return dict(found)
 
 
-def _fill(model: nn.Module, state: dict[str, Any], path: PathLike, arch: str) -> nn.Module:
+def _fill(arch: str | None, state: dict[str, Any], path: PathLike) -> nn.Module:
+    """A fresh build of the named network with these weights."""
+    if arch is None:
+        raise FileError(
+            f"{path} holds weights alone (a state_dict of {len(state)} tensors): say which network they "
+            "belong to with --arch NAME (arch=...), for example --arch torchvision:resnet50"
+        )
+    model = build(arch)
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise FileError(f"the weights in {path} do not fit {arch}: {shorten(str(error))}") from error
     return model
 

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from .allocation import Allocation, architecture_hash
 from .build import BUILD_ATTRIBUTE, build
 from .disk import PathLike, existing, shorten, write_atomically
 from .errors import AllocationMismatchError, FileError, UnsafeFileError
-
-if TYPE_CHECKING:
-    from .allocation import Allocation
+from .lineage import led_to
+from .rewriting import gives
+from .skeleton import tensor_names
 
 RESULT_SUFFIX = ".safetensors"
 
 _FORMAT = "neuron-allocator"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2  # 1 had no flops, architecture, certificate and digest
 _SAFE_PREFIXES = ("torchvision:", "timm:", "recipe:")
 # Arguments that would fetch or open something else than the file at hand.
 _UNSAFE_KWARGS = ("pretrained", "weights", "checkpoint", "cache_dir", "file", "url")
@@ -32,35 +34,58 @@ def save_result(result: Any, path: PathLike) -> None:
     """Write an allocated model as data alone: tensors, allocation and the name it was built from.
 
     Args:
-        result: what ``allocator.allocate`` returned, or a pair ``(model, allocation)``, where the allocation
-            leads from a fresh build of the architecture to the model.
+        result: what ``allocator.allocate`` returned; or a model that came out of an allocation, trained since or
+            not; or a pair ``(model, allocation)``, where the allocation leads from a fresh build of the
+            architecture to the model. After repeated allocation the first two know the whole way.
         path: ends in ``.safetensors``.
 
     Raises:
-        FileError: wrong suffix, unwritable place, or a model with state that is not a tensor.
+        FileError: wrong suffix, unwritable place, a model with state that is not a tensor, or one that no
+            allocation is known of.
         AllocationMismatchError: the allocation does not lead from the named architecture to this model.
     """
     from safetensors.torch import save_file
 
-    model, allocation = result if isinstance(result, tuple) else (result.model, result.allocation)
     if Path(path).suffix != RESULT_SUFFIX:
         raise FileError(f"cannot save a result as {path}: the name must end in {RESULT_SUFFIX}")
+    model, allocation, certificate = _parts(result)
     recorded = getattr(model, BUILD_ATTRIBUTE, None)
+    _check_gives(model, allocation)
     if recorded is not None:
         _check_leads_to(model, recorded, allocation)
     tensors, aliases = _distinct_tensors(model)
+    flops = {"asked": allocation.flops_asked, "before": allocation.flops_before, "after": allocation.flops_after}
     metadata = {
         "format": _FORMAT,
         "format_version": str(_FORMAT_VERSION),
-        "allocation": json.dumps(allocation.to_dict()),
+        "allocation": allocation.to_json(),
         "build": json.dumps(recorded),
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "aliases": json.dumps(aliases),
         "training": json.dumps(model.training),
         "versions": json.dumps(_versions()),
+        "flops": json.dumps(flops),
+        "architecture": json.dumps(architecture_hash(model)),
+        "certificate": json.dumps(certificate),
     }
+    metadata["digest"] = _digest(metadata, tensors)
     with write_atomically(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+
+
+def _parts(result: Any) -> tuple[nn.Module, Allocation, dict[str, Any] | None]:
+    """The model, the allocation that leads to it from a fresh build, and the certificate as data if there is one."""
+    if isinstance(result, tuple):
+        return (*result, None)
+    if not isinstance(result, nn.Module):
+        return result.model, led_to(result.model) or result.allocation, result.certificate.to_dict()
+    allocation = led_to(result)
+    if allocation is None:
+        raise FileError(
+            f"no allocation is known that leads to this {type(result).__name__}: it was never allocated, or its "
+            "tensors changed shape since. Pass (model, allocation), or save it as .pt with allocator.save_model"
+        )
+    return result, allocation, None
 
 
 def load_result(
@@ -78,11 +103,11 @@ def load_result(
         The allocated model with its weights, on the CPU.
 
     Raises:
-        FileError: missing, damaged, not a saved result, from a newer format, or ``model`` is needed.
+        FileError: missing, damaged or changed, not a saved result, from a newer format, or ``model`` is needed.
         UnsafeFileError: the architecture the file names would be built by code outside the known libraries.
         AllocationMismatchError: ``model`` is not the architecture the allocation was made for.
     """
-    metadata, tensors = _read_safetensors(existing(path))
+    metadata, tensors = _read_result(path)
     allocation = _allocation_of(metadata, path)
     for alias, name in _parse(metadata, "aliases", path, dict).items():
         if name not in tensors:
@@ -100,12 +125,14 @@ def load_result(
         )
     else:
         loaded = _rebuild(recorded, allocation, tensors, path, trust)
+    if "architecture" in metadata and _parse(metadata, "architecture", path, str) != architecture_hash(loaded):
+        raise AllocationMismatchError(f"{path} was saved from a network with other tensors than the one it rebuilds")
     return loaded.train(training)
 
 
 def load_result_allocation(path: PathLike) -> Allocation:
     """The allocation inside a saved result."""
-    return _allocation_of(_read_safetensors(existing(path))[0], path)
+    return _allocation_of(_read_result(path)[0], path)
 
 
 def _rebuild(
@@ -150,6 +177,16 @@ def _assemble(fresh: nn.Module, allocation: Allocation, tensors: dict[str, torch
     return small
 
 
+def _check_gives(model: nn.Module, allocation: Allocation) -> None:
+    """The tensors that the allocation cuts must have the sizes that it leaves."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensor_names(model).items()}
+    if not gives(allocation, shapes):
+        raise AllocationMismatchError(
+            f"this {type(model).__name__} is not what the allocation leads to: its tensors have other sizes. Give "
+            "the model that was allocated, and for repeated allocation first.compose(second)"
+        )
+
+
 def _check_leads_to(model: nn.Module, recorded: dict[str, Any], allocation: Allocation) -> None:
     """The allocation, applied to the recorded build, must give tensors of the model's shapes."""
     from .api import apply
@@ -163,8 +200,8 @@ def _check_leads_to(model: nn.Module, recorded: dict[str, Any], allocation: Allo
         if expected.get(key) != tuple(value.shape):
             raise AllocationMismatchError(
                 f"the allocation does not lead from a fresh {recorded['name']} to this model: {key} has "
-                f"shape {tuple(value.shape)}, expected {expected.get(key)}. After repeated allocation, save "
-                "the composed one: allocator.save((model, first.compose(second)), path)"
+                f"shape {tuple(value.shape)}, expected {expected.get(key)}. Undo what was changed in the model "
+                f"since it was built, or delete its attribute {BUILD_ATTRIBUTE} and load with model=..."
             )
 
 
@@ -203,41 +240,80 @@ def _distinct_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[s
     return tensors, aliases
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def read_safetensors(path: PathLike, *, tensors: bool = True) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and, unless it is enough, tensors of any safetensors file, whoever wrote it.
+
+    Raises:
+        FileError: truncated or damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
+    try:
+        with safe_open(path, framework="pt") as opened:
+            names = opened.keys() if tensors else ()
+            # copies, because torch's kernels round differently where memory is not aligned
+            return dict(opened.metadata() or {}), {name: opened.get_tensor(name).clone() for name in names}
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise FileError(f"{path} is truncated or damaged: {shorten(str(error))}") from error
+
+
+def is_result(metadata: dict[str, str]) -> bool:
+    """Whether `save_result` wrote a file with this metadata."""
+    return metadata.get("format") == _FORMAT
+
+
+def _read_result(path: PathLike) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors of a saved result, checked against its digest."""
+    file = existing(path)
     if file.suffix != RESULT_SUFFIX:
         raise FileError(f"{file} is not a saved result: the name must end in {RESULT_SUFFIX}")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = dict(opened.metadata() or {})
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileError(f"{file} is truncated or damaged: {error}") from error
-    if metadata.get("format") != _FORMAT:
+    metadata, tensors = read_safetensors(file)
+    if not is_result(metadata):
         raise FileError(
-            f"{file} holds weights that this package did not save: load them into their network first "
-            "(safetensors.torch.load_model), then save that as .pt"
+            f"{file} holds weights that this package did not save: say which network they belong to with "
+            "--arch NAME (allocator.load_model(path, arch=...))"
         )
     version = metadata.get("format_version", "")
-    if not version.isdigit() or int(version) > _FORMAT_VERSION:
-        raise FileError(f"{file} has format version {version!r}; this release reads up to {_FORMAT_VERSION}")
+    if version not in map(str, range(1, _FORMAT_VERSION + 1)):
+        raise FileError(
+            f"{file} has format version {version!r:.40}, and this release reads 1 to {_FORMAT_VERSION}: "
+            f"pip install --upgrade neuron-allocator{_writer(metadata)}"
+        )
+    if version != "1" and metadata.get("digest") != _digest(metadata, tensors):
+        raise FileError(f"{file} is damaged, or was changed after it was saved: its digest does not fit its content")
     return metadata, tensors
 
 
-def _allocation_of(metadata: dict[str, str], path: PathLike) -> Allocation:
-    from .allocation import Allocation
+def _writer(metadata: dict[str, str]) -> str:
+    """Words for the release that wrote the file, where it says so."""
+    with contextlib.suppress(KeyError, ValueError, TypeError, RecursionError):
+        return f" (it was written by release {json.loads(metadata['versions'])['neuron-allocator']!s:.40})"
+    return ""
 
+
+def _digest(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over all metadata but the digest itself, and over every tensor's name, type, shape and bytes."""
+    said = sorted((key, value) for key, value in metadata.items() if key != "digest")
+    digest = hashlib.sha256(json.dumps(said).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        if tensor.numel():
+            flat: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(flat)
+    return digest.hexdigest()
+
+
+def _allocation_of(metadata: dict[str, str], path: PathLike) -> Allocation:
     try:
-        return Allocation.from_dict(_parse(metadata, "allocation", path, dict))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(f"{path} is damaged: its allocation cannot be read ({error!r})") from error
+        return Allocation.from_json(metadata.get("allocation", ""))
+    except FileError as error:
+        raise FileError(f"{path} is damaged: its allocation cannot be read ({error})") from error
 
 
 def _parse(metadata: dict[str, str], key: str, path: PathLike, kind: type | tuple[type, ...]) -> Any:
     try:
         value = json.loads(metadata[key])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise FileError(f"{path} is damaged: its {key} cannot be read") from error
     if not isinstance(value, kind):
         raise FileError(f"{path} is damaged: its {key} is a {type(value).__name__}")

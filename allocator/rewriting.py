@@ -90,11 +90,45 @@ def check_fits(model: nn.Module, allocation: Allocation) -> None:
                 raise AllocationMismatchError(
                     f"{name}, dim {dim}: the allocation keeps index {np.max(indices)}, the model has {shape[dim]}"
                 )
+    _check_attributes(model, allocation)
     if allocation.architecture and allocation.architecture != architecture_hash(model):
         raise AllocationMismatchError(
             f"the allocation was made for another architecture ({allocation.architecture}, "
             f"this {type(model).__name__} is {architecture_hash(model)}): build the model as it was then"
         )
+
+
+def _check_attributes(model: nn.Module, allocation: Allocation) -> None:
+    """The modules that the allocation speaks of are there, and so are the numbers that it sets."""
+    for path in (*allocation.attributes, *allocation.absent):
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            message = f"the allocation names the module {path!r}, which {type(model).__name__} does not have"
+            raise AllocationMismatchError(message) from None
+        for name, value in allocation.attributes.get(path, {}).items():
+            current = getattr(module, name, None)
+            if not (_is_plain(current) and _is_plain(value)):  # one number may become a list of them
+                raise AllocationMismatchError(
+                    f"the allocation sets {path}.{name} to {value!r:.80}, where the model has {current!r:.80}"
+                )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether this is a number, or numbers in lists."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (int, float))
+
+
+def gives(allocation: Allocation, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether a model with tensors of these shapes is one that the allocation leads to."""
+    for name, dims in allocation.kept.items():
+        shape = shapes.get(name, ())
+        sizes = tuple(n if kept is None else _length(kept) for n, kept in zip(shape, dims))
+        if len(shape) != len(dims) or sizes != shape:
+            return False
+    return not any(name.startswith(f"{path}.") for path in allocation.absent for name in shapes)
 
 
 def _within(indices: Indices, size: int) -> bool:

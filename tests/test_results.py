@@ -16,7 +16,8 @@ from allocator.allocation import Allocation
 from allocator.api import Result, allocate, verify
 from allocator.build import BUILD_ATTRIBUTE, build
 from allocator.errors import AllocationMismatchError, FileError, UnsafeFileError
-from allocator.files import load_allocation, load_model
+from allocator.files import load_allocation, load_model, save_model
+from allocator.lineage import led_to
 from allocator.results import load_result, save_result
 
 IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
@@ -58,7 +59,7 @@ def test_a_result_comes_back_from_its_file_alone(tmp_path: Path, name: str, kwar
     expected = result.model.state_dict()
     assert list(loaded.state_dict()) == list(expected)
     assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
-    assert torch.equal(loaded(IMAGE), result.model(IMAGE))
+    torch.testing.assert_close(loaded(IMAGE), result.model(IMAGE))
     assert all(not value.is_meta for value in (*loaded.parameters(), *loaded.buffers()))
     assert load_allocation(tmp_path / "s.safetensors").to_dict() == json.loads(json.dumps(result.allocation.to_dict()))
 
@@ -127,14 +128,63 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     assert loaded.a.bias is not loaded.b.bias
 
 
-def test_repeated_allocation_saves_the_composed_one(tmp_path: Path) -> None:
-    _, first = _allocated("torchvision:resnet18", "80%")
+def test_repeated_allocation_saves_the_whole_way(tmp_path: Path) -> None:
+    model, first = _allocated("torchvision:resnet18", "80%")
     second = allocate(first.model, flops="70%", example_inputs=IMAGE, certify=False)
-    with pytest.raises(AllocationMismatchError):
-        save_result(second, tmp_path / "s.safetensors")
-    assert not (tmp_path / "s.safetensors").exists()
-    save_result((second.model, first.allocation.compose(second.allocation)), tmp_path / "s.safetensors")
-    assert torch.equal(load_result(tmp_path / "s.safetensors")(IMAGE), second.model(IMAGE))
+    third = allocate(second.model, flops="90%", example_inputs=IMAGE, certify=False)
+    for result in (second, third):
+        save_result(result, tmp_path / "s.safetensors")
+        loaded = load_result(tmp_path / "s.safetensors")
+        torch.testing.assert_close(loaded(IMAGE), result.model(IMAGE))
+        whole = load_allocation(tmp_path / "s.safetensors")
+        assert whole.flops_before == first.flops_before
+        assert verify(model, loaded, whole, example_inputs=IMAGE).ok
+
+
+def test_the_way_is_remembered_through_every_file(tmp_path: Path) -> None:
+    """Allocate, write and read each time: pickle, safetensors, pickle."""
+    result = _allocated("torchvision:resnet18", "80%")[1]
+    for i, suffix in enumerate((".pt", ".safetensors", ".pt")):
+        file = tmp_path / f"{i}{suffix}"
+        save_model(result.model, file) if suffix == ".pt" else save_result(result, file)
+        result = allocate(load_model(file), flops="90%", example_inputs=IMAGE, certify=False)
+    save_result(result, tmp_path / "s.safetensors")
+    loaded = load_model(tmp_path / "s.safetensors")
+    assert [tuple(p.shape) for p in loaded.parameters()] == [tuple(p.shape) for p in result.model.parameters()]
+    assert len(load_allocation(tmp_path / "s.safetensors").parts) == 4
+
+
+def test_a_trained_model_is_saved_alone(tmp_path: Path) -> None:
+    """What an allocation gave can be trained and saved without the result it came in."""
+    _, result = _allocated("torchvision:resnet18")
+    bias = result.model.get_parameter("fc.bias")
+    with torch.no_grad():
+        bias.add_(1)
+    save_result(result.model, tmp_path / "s.safetensors")
+    assert torch.equal(load_result(tmp_path / "s.safetensors").get_parameter("fc.bias"), bias)
+    with pytest.raises(FileError, match="no allocation is known"):
+        save_result(build("torchvision:resnet18"), tmp_path / "t.safetensors")
+
+
+def test_a_network_of_ones_own_is_saved_after_repeated_allocation(tmp_path: Path) -> None:
+    first = allocate(_homemade(), flops="80%", example_inputs=IMAGE, certify=False)
+    second = allocate(first.model, flops="80%", example_inputs=IMAGE, certify=False)
+    save_result(second, tmp_path / "s.safetensors")
+    torch.testing.assert_close(load_result(tmp_path / "s.safetensors", model=_homemade)(IMAGE), second.model(IMAGE))
+
+
+def test_a_model_that_was_changed_since_forgets_its_way(tmp_path: Path) -> None:
+    result = allocate(_homemade(), flops="60%", example_inputs=IMAGE, certify=False)
+    changed: Any = result.model
+    changed[0] = nn.Conv2d(3, 11, 3)
+    changed[1] = nn.BatchNorm2d(11)
+    changed[3] = nn.Conv2d(11, 16, 1)
+    with pytest.raises(FileError, match="changed shape since"):
+        save_result(changed, tmp_path / "s.safetensors")
+    with pytest.raises(AllocationMismatchError, match="other sizes"):
+        save_result(result, tmp_path / "s.safetensors")
+    again = allocate(_randomise(changed), flops="60%", example_inputs=IMAGE, certify=False)
+    assert not led_to(again.model).parts  # type: ignore[union-attr]
 
 
 def test_the_allocation_must_fit_the_given_model(tmp_path: Path) -> None:
@@ -193,8 +243,11 @@ def test_a_file_cannot_name_code_to_run_or_things_to_fetch(
     ("changes", "said"),
     [
         ({"format": "other"}, "did not save"),
-        ({"format_version": "99"}, "format version '99'"),
+        ({"format_version": "99"}, "format version '99'.*pip install --upgrade"),
+        ({"format_version": "99", "versions": '{"neuron-allocator": "7.1"}'}, "written by release 7.1"),
         ({"format_version": "new"}, "format version 'new'"),
+        ({"format_version": "²"}, "format version"),
+        ({"format_version": "2"}, "its digest does not fit"),
         ({"allocation": "{"}, "its allocation cannot be read"),
         ({"allocation": "{}"}, "allocation"),
         ({"build": "[1]"}, "its build is a list"),

@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     written = {}
     if args.output is not None:
         with talk.stage(f"writing {args.output}"):
-            write_model(result.model, result.allocation, args.output)
+            write_model(result, args.output)
         written["model"] = args.output
     if args.allocation is not None:
         result.allocation.save(args.allocation)

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     with talk.stage("applying"):
         small = apply(model, allocation, args.weights)
     with talk.stage(f"writing {args.output}"):
-        write_model(small, allocation, args.output)
+        write_model(small, args.output)
     facts = {
         "model": args.model,
         "allocation": args.allocation,

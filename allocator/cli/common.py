@@ -183,14 +183,14 @@ def check_suffix(path: str | None, suffixes: tuple[str, ...], what: str) -> None
         raise UsageError(f"{what} must end in {' or '.join(suffixes)}, not {Path(path).name!r}")
 
 
-def write_model(model: nn.Module, allocation: Allocation, path: str) -> None:
-    """Write a model as pickle or as safetensors, by the path's suffix."""
+def write_model(result: Any, path: str) -> None:
+    """Write a model that came out of an allocation, or a result, as pickle or as safetensors by the path's suffix."""
     from ..files import RESULT_SUFFIX, save_model, save_result
 
     if Path(path).suffix == RESULT_SUFFIX:
-        save_result((model, allocation), path)
+        save_result(result, path)
     else:
-        save_model(model, path)
+        save_model(getattr(result, "model", result), path)
 
 
 # ---------------------------------------------------------------------------------------------- talking
