@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import mul, truediv
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ class Branch:
         flops: FLOPs of its own calls, as fvcore counts them.
         gamma: (mean, smallest, largest) |gamma| over its channels, or None without batch norm or its values.
         inner: channels of layers inside the branch that do not reach the aggregation.
+        calls: its own calls, as indices into the trace's ops.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Branch:
     inner: int
     label: np.ndarray = field(repr=False, compare=False)
     inner_labels: tuple[np.ndarray, ...] = field(repr=False, compare=False, default=())
+    calls: tuple[int, ...] = field(repr=False, compare=False, default=())
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -78,6 +80,7 @@ class Block:
         channels: channels of the aggregated tensor.
         branches: the paths.
         entry: the call that all of them come from, as text.
+        call: the aggregation, as an index into the trace's ops.
     """
 
     name: str
@@ -85,6 +88,7 @@ class Block:
     channels: int
     branches: tuple[Branch, ...]
     entry: str
+    call: int = field(repr=False, compare=False, default=INPUT)
 
 
 def call_graph(flow: Flow) -> nx.DiGraph:
@@ -160,7 +164,7 @@ class _Finder:
             block = self._groups(join) if join.kind == "groups" else self._block(join, inputs)
             seen = names[block.name] = names.get(block.name, 0) + 1
             if seen > 1:
-                block = Block(f"{block.name}#{seen}", block.kind, block.channels, block.branches, block.entry)
+                block = replace(block, name=f"{block.name}#{seen}")
             result.append(block)
         return result
 
@@ -180,7 +184,7 @@ class _Finder:
         if kind == "concat" and entry != INPUT and self.flow.trace.ops[entry].name in _SPLITS:
             kind = "split"
         channels = sum(len(b.label) for b in branches) if join.kind == "concat" else len(branches[0].label)
-        return Block(op.module or "model", kind, channels, tuple(branches), self._text(entry))
+        return Block(op.module or "model", kind, channels, tuple(branches), self._text(entry), join.op)
 
     def _branch(self, join: Op, label: np.ndarray, end: int, stops: set[int]) -> Branch:
         ops = [] if end in stops else self._between(end, stops)
@@ -202,6 +206,7 @@ class _Finder:
             inner=sum(len(lab) for lab in inner),
             label=label,
             inner_labels=inner,
+            calls=tuple(op.index for op in ops),
         )
 
     def _between(self, end: int, stops: set[int]) -> list[Op]:
@@ -276,12 +281,12 @@ class _Finder:
                 name=f"group{i}", channels=len(part), kernels=kernels,
                 dilation=int(max(dilation)), stride=_mean(stride),
                 scale=1.0, receptive_field=field_, flops=self.flops.get(op.index, 0) // groups, gamma=self._gamma(part),
-                inner=0, label=part,
+                inner=0, label=part, calls=(join.op,),
             )
             for i, part in enumerate(np.split(label, groups))
         )  # fmt: skip
         entry = next(iter(self.calls.predecessors(op.index)), INPUT)
-        return Block(op.module, "groups", len(label), branches, self._text(entry))
+        return Block(op.module, "groups", len(label), branches, self._text(entry), join.op)
 
     def _text(self, index: int) -> str:
         return "the input" if index == INPUT else str(self.flow.trace.ops[index])

@@ -99,7 +99,7 @@ def make_plan(
         free = _free(graph, scores, name)
         if not free.any():
             continue
-        forced = ~free | _floors(graph, scores, free)
+        forced = _forced(graph, scores, free)
         least.append(graph.cost.flops(forced))
         if least[-1] > budget:
             continue
@@ -173,6 +173,16 @@ def _landing(run: Callable[[float], int], figure: float, most: float) -> int | N
 
 def _free(graph: ChannelGraph, scores: Scores, scope: str) -> np.ndarray:
     return (graph.scope_of <= SCOPES[scope]) & ~np.isnan(scores.values)
+
+
+def _forced(graph: ChannelGraph, scores: Scores, free: np.ndarray) -> np.ndarray:
+    """(neurons,) bool: those that stay whatever the budget."""
+    return ~free | _floors(graph, scores, free)
+
+
+def least_flops(graph: ChannelGraph, scores: Scores) -> dict[str, int]:
+    """Per scope the FLOPs below which no plan goes; a rewritten forward that does not fit may need more."""
+    return {scope: graph.cost.flops(_forced(graph, scores, _free(graph, scores, scope))) for scope in SCOPES}
 
 
 def _nothing(graph: ChannelGraph, scores: Scores, scope: str) -> NothingToAllocateError:

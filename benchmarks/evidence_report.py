@@ -93,7 +93,7 @@ def _learned(rows: Sequence[Row], shares: Sequence[float]) -> str:
 
 def draw(rows: Sequence[Row], name: str) -> None:
     """The learned shares of the first random seed at each budget, as `results/NAME.png`."""
-    from allocator.recipes.picture import Panel, draw_shares
+    from allocator.reporting.pictures import Panel, draw_shares
 
     panels = []
     for row in rows:

@@ -19,9 +19,9 @@ from torch import nn
 
 import allocator
 from allocator.recipes import digits
-from allocator.recipes.picture import Panel, draw_shares
 from allocator.recipes.scalenet import scalenet_seed, scalenet_small_seed
 from allocator.recipes.training import evaluate, train
+from allocator.reporting.pictures import Panel, draw_shares
 
 FULL_SIZE_BUDGET = 3.84e9
 

@@ -44,11 +44,21 @@ def branches(width=8):
     return Branches(width).eval()
 """
 GOLDEN_REPORT = """\
-cli_nets:branches: 86,016 FLOPs, 16 neurons, 1 block, 2 branches
-block and branches  kind    scale  kernel  field  channels   FLOPs  |γ| min mean max
-model               concat                              16                          
-  a                         1      1x1     1x1           8   6,144     0.24 0.88 1.2
-  b                         1      3x3     3x3           8  55,296      0.6 0.86 1.1
+cli_nets:branches: Branches, input 1x3x16x16
+FLOPs        86,016  86.0 k (one is one multiply-add)
+parameters      356  356                             
+activations   5,120  5.12 k                          
+16 neurons, 1 block, 2 branches; ranked by bn_scale
+a budget can go down to 12.5% (branches), 12.5% (inner), 12.5% (all) of its FLOPs, by scope
+
+block / branch  kind    scale  kernel  stride  field  channels   FLOPs   share       |γ|  mean
+model           concat                                      16  61,440   71.4%                
+  a                     1      1x1     1       1x1           8   6,144    7.1%  0.24–1.2  0.88
+  b                     1      3x3     1       3x3           8  55,296   64.3%   0.6–1.1  0.86
+outside blocks                                                  24,576   28.6%                
+total                                                           86,016  100.0%                
+4 of 20 written channels must stay:
+  4: an output of the model
 """  # noqa: W291
 SIZE = ("--input-size", "1x3x16x16")
 

@@ -17,9 +17,9 @@ from allocator.errors import InputError
 from allocator.recipes import demo, digits
 from allocator.recipes.configuration import Training
 from allocator.recipes.digits import Split, load, place
-from allocator.recipes.picture import Panel, draw_shares
 from allocator.recipes.scalenet import ScaleNet, scalenet_small_seed
 from allocator.recipes.training import NonFiniteLossError, evaluate, rate_share, train
+from allocator.reporting.pictures import Panel, draw_shares
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ from torch import nn
 import allocator
 from allocator import recipes
 from allocator.errors import AllocationMismatchError, FileError, InputError, UnknownNameError
-from allocator.recipes.picture import Panel, draw_shares
 from allocator.recipes.res2net import ScalesBottleneck, res2net, res2net_small
 from allocator.recipes.residual import ResidualNet, Widths
 from allocator.recipes.resnet import resnet, resnet_small, resnet_small_seed, se_resnet, se_resnet_small
 from allocator.recipes.resnext import resnext, resnext_small
+from allocator.reporting.pictures import Panel, draw_shares
 
 Make = Callable[..., nn.Module]
 

@@ -20,6 +20,7 @@ from .common import (
     parse_flops,
     write_model,
 )
+from .plan import add_plan_options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,51 +39,15 @@ def register(commands: Any) -> None:
     parser.add_argument("--flops", required=True, type=parse_flops, metavar="N", help="the budget: 4.2e9, 4.2G or 60%%")
     add_output_options(parser)
     parser.add_argument("--allocation", metavar="FILE", help="also write the allocation, as .json")
-    _add_plan_options(parser.add_argument_group("plan"))
+    plan = parser.add_argument_group("plan")
+    add_plan_options(plan)
+    _add_result_options(plan)
     add_input_options(parser)
     add_model_options(parser)
     parser.set_defaults(run=run)
 
 
-def _add_plan_options(group: Any) -> None:
-    group.add_argument(
-        "--policy",
-        default="per_block",
-        choices=("per_block", "global", "uniform"),
-        help="who competes with whom: branches of a block, all neurons, or none (default: per_block)",
-    )
-    group.add_argument(
-        "--criterion",
-        default="auto",
-        metavar="NAME",
-        help="what ranks neurons, such as bn_scale or magnitude (default: auto, bn_scale where it can meet the budget)",
-    )
-    group.add_argument(
-        "--scope",
-        default="auto",
-        choices=("auto", "branches", "inner", "all"),
-        help="which neurons may go (default: auto, the narrowest that can meet the budget)",
-    )
-    group.add_argument(
-        "--groups",
-        default="whole",
-        choices=("whole", "width"),
-        help="in grouped convolutions, drop whole groups or narrow all of them (default: whole)",
-    )
-    group.add_argument(
-        "--norms",
-        default="exact",
-        choices=("exact", "loose"),
-        help="keep channels under a norm over channels, or let them go (default: exact)",
-    )
-    group.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="leave modules of this name alone, as in 'layer4*' (repeat for more)",
-    )
-    group.add_argument("--no-fill", action="store_true", help="keep plain shares; do not fill the budget up")
+def _add_result_options(group: Any) -> None:
     group.add_argument(
         "--weights",
         default="keep",

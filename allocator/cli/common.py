@@ -249,6 +249,11 @@ class Talk:
             for name, seconds in timings.items():
                 print(f"{seconds:8.3f} s    {name}", file=sys.stderr)
 
+    def said(self, text: str) -> None:
+        """What was done, for people: on stderr, so that stdout holds results alone."""
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
     def result(self, renderable: Any, facts: dict[str, Any]) -> None:
         """Print a result: ``facts`` as JSON for machines, else ``renderable`` for people."""
         if self.json:

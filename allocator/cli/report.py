@@ -1,148 +1,168 @@
-"""``allocator-cli report``: what a model is made of, before anything is allocated."""
+"""``allocator-cli report``: what a model is made of, and what a budget would leave of it."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .common import Talk, add_command, add_input_options, add_model_options, example_inputs, open_model
+from .common import (
+    Talk,
+    UsageError,
+    add_command,
+    add_input_options,
+    add_model_options,
+    check_outputs,
+    example_inputs,
+    open_model,
+    parse_flops,
+)
+from .plan import add_plan_options
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from typing import Any
 
-    from ..blocks import Block, Branch
+    from ..criteria import Scores
     from ..graph import ChannelGraph
+    from ..reporting import Point, Summary
 
 _EXAMPLE = """\
   allocator-cli report torchvision:googlenet
+  allocator-cli report model.pt --flops 60% -o report.md
+  allocator-cli report small.safetensors --format csv -o small.csv
   allocator-cli report model.pt --input-size 1x3x64x64 --json"""
-
-
-_BRANCH_FACTS = (
-    "name",
-    "channels",
-    "inner",
-    "scale",
-    "stride",
-    "kernels",
-    "dilation",
-    "receptive_field",
-    "flops",
-    "gamma",
-)
 
 
 def register(commands: Any) -> None:
     """Add the subcommand."""
     parser = add_command(commands, "report", "list a model's blocks, branches, scales, neurons and FLOPs", _EXAMPLE)
     parser.add_argument("model", metavar="MODEL", help="a file or a name")
+    parser.add_argument(
+        "--flops", type=parse_flops, metavar="N", help="also show what this budget would leave: 4.2e9, 4.2G or 60%%"
+    )
+    parser.add_argument(
+        "--format", metavar="FORMAT", help="rich, json, csv, html or md (default: the suffix of FILE, else rich)"
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the report here: .txt, .json, .csv, .html or .md")
+    parser.add_argument("--plot", metavar="FILE", help="draw each block's neurons per scale: .png, .svg or .pdf")
+    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
+    parser.add_argument(
+        "--blocks", type=_limit, default=None, metavar="N", help="list at most N blocks, 0 for all (default: 64)"
+    )
+    add_plan_options(parser.add_argument_group("plan"))
     add_input_options(parser)
     add_model_options(parser)
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Trace the model and print its blocks."""
-    talk = Talk(args)
-    model = open_model(args.model, args, talk)
-    from ..api import trace
+def _limit(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of blocks; 0 stands for all")
+    return int(text)
 
-    with talk.stage("tracing"):
-        graph = trace(model, example_inputs(args))
-    talk.result(_tables(args.model, graph), {"model": args.model, **facts(graph)})
+
+def run(args: argparse.Namespace) -> int:
+    """Trace the model, plan if there is a budget, and print or write the report."""
+    format = _format(args)
+    check_outputs(args, args.output, args.plot)
+    talk = Talk(args)
+    summary = _summary(args, talk, format)
+    if args.plot is not None:
+        from ..reporting.pictures import draw_summary
+
+        with talk.stage(f"drawing {args.plot}"):
+            draw_summary(summary, args.plot)
+    _show(args, talk, summary, format)
     return 0
 
 
-def facts(graph: ChannelGraph) -> dict[str, Any]:
-    """A traced model's blocks and figures as plain data; FLOPs are fvcore's."""
-    return {
-        "flops": graph.flops,
-        "neurons": len(graph.neurons),
-        "blocks": [_block_facts(block) for block in graph.blocks],
-        "unsupported": {operator: list(modules) for operator, modules in graph.unsupported.items()},
-        "assumptions": list(graph.assumptions),
-    }
+def _format(args: argparse.Namespace) -> str:
+    """The format asked for, by name or by suffix, before any work is done."""
+    from ..errors import UnknownNameError
+    from ..reporting.render import check_format, format_of
+
+    if args.json and args.format not in (None, "json"):
+        raise UsageError(f"--json and --format {args.format} do not go together")
+    try:
+        if args.json or args.format is not None:
+            format = check_format("json" if args.json else args.format)
+        else:
+            format = "rich" if args.output is None else format_of(args.output)
+        if args.plot is not None:
+            from ..reporting.pictures import picture_format
+
+            picture_format(args.plot)
+    except UnknownNameError as error:
+        raise UsageError(str(error)) from error
+    if format == "html" and args.output is None and sys.stdout.isatty():
+        raise UsageError("HTML is not for a terminal: give -o FILE.html")
+    return format
 
 
-def _block_facts(block: Block) -> dict[str, Any]:
-    return {
-        "name": block.name,
-        "kind": block.kind,
-        "channels": block.channels,
-        "branches": [
-            {key: getattr(branch, key) for key in _BRANCH_FACTS} | {"kernel": branch.kernel}
-            for branch in block.branches
-        ],
-    }
+def _summary(args: argparse.Namespace, talk: Talk, format: str) -> Summary:
+    from ..api import trace
+    from ..files import RESULT_SUFFIX, load_allocation
+    from ..reporting import with_origin
+
+    model = open_model(args.model, args, talk)
+    with talk.stage("tracing"):
+        graph = trace(model, example_inputs(args), groups=args.groups, norms=args.norms, exclude=tuple(args.exclude))
+    summary = _planned(args, talk, graph, format)
+    if Path(args.model).suffix == RESULT_SUFFIX and Path(args.model).exists():
+        summary = with_origin(summary, load_allocation(args.model))
+    return summary
 
 
-def _tables(name: str, graph: ChannelGraph) -> RenderableType:
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
+def _planned(args: argparse.Namespace, talk: Talk, graph: ChannelGraph, format: str) -> Summary:
+    """With what a budget would leave, where one is given, and with the curve, where it is drawn."""
+    from ..api import kept_by, plan, score
+    from ..reporting import pareto, summarise
 
-    branches = sum(len(block.branches) for block in graph.blocks)
-    head = (
-        f"{name}: {graph.flops:,} FLOPs, {_count(len(graph.neurons), 'neuron')}, "
-        f"{_count(len(graph.blocks), 'block')}, {_count(branches, 'branch')}"
-    )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("block and branches", overflow="fold")
-    for title in ("kind", "scale", "kernel", "field"):
-        table.add_column(title)
-    for title in ("channels", "FLOPs", "|γ| min mean max"):
-        table.add_column(title, justify="right")
-    for block in graph.blocks:
-        table.add_row(Text(block.name, style="bold"), block.kind, "", "", "", str(block.channels), "", "")
-        for row in _branch_rows(block):
-            table.add_row(*row)
-    lines = [
-        Text(f"not followed: {operator} in {', '.join(modules)}; what it touches stays")
-        for operator, modules in graph.unsupported.items()
-    ]
-    lines += [Text(f"assumed: {each}") for each in graph.assumptions]
-    return Group(Text(head), table, *lines)
+    notes: list[str] = []
+    allocation = kept = None
+    curve: tuple[Point, ...] = ()
+    if args.flops is None:
+        scores = _scores(args.criterion, talk, graph, notes)
+    else:
+        with talk.stage("planning"):
+            named = None if args.criterion == "auto" else score(graph, args.criterion)
+            allocation = plan(graph, named, args.flops, args.policy, scope=args.scope, fill=not args.no_fill)
+            kept = kept_by(graph, allocation)
+            scores = named or score(graph, allocation.criterion)
+    if format == "html" and scores is not None:
+        with talk.stage("drawing the curve of budgets") as update:
+            curve = pareto(graph, scores, progress=update)
+    with talk.stage("collecting"):
+        return summarise(graph, args.model, scores=scores, allocation=allocation, kept=kept, curve=curve, notes=notes)
 
 
-def _branch_rows(block: Block) -> list[list[str]]:
-    """One row per branch; the groups of a convolution, which differ in γ alone, in one row together."""
-    if block.kind != "groups":
-        return [_branch_row(branch, branch.name) for branch in block.branches]
-    first, count = block.branches[0], len(block.branches)
-    row = _branch_row(first, f"{count} groups of {first.channels}")
-    row[-3:] = [str(block.channels), f"{sum(branch.flops for branch in block.branches):,}", ""]
-    known = [branch.gamma for branch in block.branches if branch.gamma is not None]
-    if known:
-        means, lows, highs = zip(*known, strict=True)
-        row[-1] = _gamma((sum(means) / len(means), min(lows), max(highs)))
-    return [row]
+def _scores(criterion: str, talk: Talk, graph: ChannelGraph, notes: list[str]) -> Scores | None:
+    """Of all neurons; a model that nothing ranks is no error here."""
+    from ..api import score
+    from ..errors import CriterionError
+
+    try:
+        with talk.stage("scoring"):
+            return score(graph, criterion)
+    except CriterionError as error:
+        notes.append(str(error))
+        return None
 
 
-def _branch_row(branch: Branch, name: str) -> list[str]:
-    return [
-        f"  {name}",
-        "",
-        f"{branch.scale:g}",
-        _size(branch.kernel),
-        _size(branch.receptive_field),
-        str(branch.channels),
-        f"{branch.flops:,}",
-        _gamma(branch.gamma),
-    ]
+def _show(args: argparse.Namespace, talk: Talk, summary: Summary, format: str) -> None:
+    from ..reporting import as_text, write
+    from ..reporting.rows import LIMIT
+    from ..reporting.text import SummaryText
 
-
-def _count(number: int, what: str) -> str:
-    plural = f"{what}es" if what.endswith("ch") else f"{what}s"
-    return f"{number:,} {what if number == 1 else plural}"
-
-
-def _gamma(gamma: tuple[float, float, float] | None) -> str:
-    """(mean, min, max) in the order that people read them."""
-    if gamma is None:
-        return ""
-    mean, low, high = gamma
-    return f"{low:.2g} {mean:.2g} {high:.2g}"
-
-
-def _size(size: tuple[int, ...]) -> str:
-    return "x".join(str(each) for each in size)
+    limit = LIMIT if args.blocks is None else args.blocks or None
+    if args.output is not None:
+        with talk.stage(f"writing {args.output}"):
+            write(summary, args.output, format, limit)
+        talk.said(f"report written to {args.output}")
+    elif format == "rich":
+        talk.result(SummaryText(summary, limit), {})
+    else:
+        with talk.stage(f"rendering {format}"):
+            text = as_text(summary, format, limit)
+        sys.stdout.write(text)

@@ -1,0 +1,65 @@
+"""The curve of budget against importance kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from ..criteria import Scores
+from ..errors import BudgetError, NothingToAllocateError
+from ..graph import ChannelGraph
+from ..planning import POLICIES, make_plan
+from .collect import importance
+from .facts import Point
+
+STEPS = 12
+
+
+def pareto(
+    graph: ChannelGraph,
+    scores: Scores,
+    *,
+    policies: Sequence[str] = POLICIES,
+    scope: str = "all",
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Point, ...]:
+    """Plans at budgets from the smallest that can be reached to the whole network.
+
+    A plan is what a policy chooses; a rewritten forward that does not fit may need more neurons.
+
+    Args:
+        graph: the model's neurons.
+        scores: their importance.
+        policies: the curves.
+        scope: which neurons may go; "all", so that every curve reaches as far down as it can.
+        progress: called with the name of each policy.
+
+    Returns:
+        Points in order of policy and budget: shares of the network's FLOPs and of the sum of its scores. None
+        where all scores are zero, or nothing can be removed.
+    """
+    points: list[Point] = []
+    for policy in policies:
+        if progress is not None:
+            progress(f"curve of {policy}")
+        points += _curve(graph, scores, policy, scope)
+    return tuple(points)
+
+
+def _curve(graph: ChannelGraph, scores: Scores, policy: str, scope: str) -> Iterator[Point]:
+    own = graph.flops
+    if importance(scores, np.ones(graph.size, dtype=bool)) is None or not own:
+        return
+    try:
+        make_plan(graph, scores, 1.0, policy=policy, scope=scope)
+        return
+    except NothingToAllocateError:
+        return
+    except BudgetError as error:
+        least = error.reachable or own
+    for budget in np.linspace(least, own, STEPS):
+        plan = make_plan(graph, scores, float(budget), policy=policy, scope=scope)
+        share = importance(scores, plan.kept)
+        if share is not None:
+            yield Point(policy, plan.flops / own, share)

@@ -1,0 +1,207 @@
+"""What a report says, as plain data: every renderer reads this and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+FORMAT = 1
+"""Version of the JSON form; `report.schema.json` describes it."""
+
+SHARED = ("sum", "product", "stack")
+"""Kinds of blocks whose branches bring the same channels, so that they don't add up."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a network costs for its inputs.
+
+    Attributes:
+        flops: as fvcore counts them; one FLOP is one multiply-add.
+        parameters: numbers in its parameters.
+        activations: numbers that its convolutions and products write, as fvcore counts them.
+    """
+
+    flops: int
+    parameters: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class BranchFacts:
+    """One branch; see `allocator.Branch` for what is not explained here.
+
+    Attributes:
+        kept, inner_kept: channels and inside channels that a budget leaves; None without a budget.
+        own_flops, own_flops_kept: FLOPs of its calls that are in no block within it, before and after.
+        share: of the network's FLOPs, that `own_flops` are.
+        before: channels in the network that this one was allocated from, where that is known.
+    """
+
+    name: str
+    channels: int
+    kept: int | None
+    inner: int
+    inner_kept: int | None
+    scale: float
+    stride: float
+    kernel: tuple[int, ...]
+    kernels: tuple[tuple[int, ...], ...]
+    dilation: int
+    receptive_field: tuple[int, ...]
+    flops: int
+    own_flops: int
+    own_flops_kept: int | None
+    share: float
+    gamma: tuple[float, float, float] | None
+    before: int | None = None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Scores of a block's neurons in bins of equal width.
+
+    Attributes:
+        low, high: where the first bin begins and the last one ends.
+        kept, dropped: neurons per bin.
+        cut: all neurons that score more than this are kept; None where none is dropped.
+    """
+
+    low: float
+    high: float
+    kept: tuple[int, ...]
+    dropped: tuple[int, ...]
+    cut: float | None
+
+
+@dataclass(frozen=True)
+class BlockFacts:
+    """One aggregation block.
+
+    Attributes:
+        name, kind, channels, entry: as in `allocator.Block`.
+        kept: channels of the aggregated tensor that a budget leaves; None without a budget.
+        flops, flops_kept: of its branches' own calls, before and after.
+        share: of the network's FLOPs, that `flops` are.
+        parent: (block, branch) that it lies in, as indices; None at the top.
+        branches: its paths.
+        scores: of its neurons, None where nothing in it has one.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    kept: int | None
+    entry: str
+    flops: int
+    flops_kept: int | None
+    share: float
+    parent: tuple[int, int] | None
+    branches: tuple[BranchFacts, ...]
+    scores: Histogram | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A call worth drawing: what it is, where, and its channels before and after."""
+
+    name: str
+    what: str
+    channels: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Channels that must stay, for one reason."""
+
+    reason: str
+    channels: int
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a budget would leave, or left.
+
+    Attributes:
+        asked: the budget in FLOPs.
+        totals: of what is left.
+        policy, criterion, scope: how it was chosen.
+        neurons: how many stay.
+        importance: share of all scores that the kept neurons have; None without scores.
+        certificate: verdict on the rewritten model; None where there is only a plan.
+    """
+
+    asked: float
+    totals: Totals
+    policy: str
+    criterion: str
+    scope: str
+    neurons: int
+    importance: float | None
+    certificate: str | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One plan on the curve of budget against importance kept; shares are of the whole network."""
+
+    policy: str
+    flops: float
+    importance: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A network as a report shows it.
+
+    Attributes:
+        model: what it is called.
+        kind: name of its class.
+        inputs: shapes that all figures hold for.
+        totals: of the network as it is.
+        neurons: how many can be removed.
+        written: channels that its layers write.
+        free: how many of those can be removed.
+        fixed: why the others stay; the counts add up to `written - free`.
+        criterion: what `reachable`, `scores` and the curve rank by; None where nothing can be ranked.
+        reachable: per scope the smallest FLOPs that a plan can have.
+        blocks: in the order of their aggregation.
+        outside, outside_kept: FLOPs of calls in no block, before and after.
+        budget: what a budget leaves; None where none was given.
+        curve: plans over the range of budgets, where they were asked for.
+        unsupported: operators without a rule, with the modules that call them.
+        uncounted: operators that fvcore does not count, where that is known.
+        assumptions: what was inferred because the caller left it out.
+        notes: further remarks.
+        lanes: per (block, branch), and (-1, -1) for what is in no block: layers (as `Layer`) and the indices
+            of the blocks within, in the order that they run.
+    """
+
+    model: str
+    kind: str
+    inputs: tuple[tuple[int, ...], ...]
+    totals: Totals
+    neurons: int
+    written: int
+    free: int
+    fixed: tuple[Fixed, ...]
+    criterion: str | None
+    reachable: dict[str, int]
+    blocks: tuple[BlockFacts, ...]
+    outside: int
+    outside_kept: int | None
+    budget: Budget | None
+    curve: tuple[Point, ...]
+    unsupported: dict[str, list[str]]
+    uncounted: dict[str, int]
+    assumptions: tuple[str, ...]
+    notes: tuple[str, ...]
+    lanes: dict[tuple[int, int], list[Layer | int]] = field(repr=False, compare=False, default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; `allocator/reporting/report.schema.json` describes it."""
+        from .document import document
+
+        return document(self)

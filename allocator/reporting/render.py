@@ -1,0 +1,92 @@
+"""One summary, several formats: the one place that knows them all."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from ..disk import PathLike, write_text
+from ..errors import UnknownNameError
+from .document import document
+from .facts import Summary
+from .rows import LIMIT
+from .tables import to_csv, to_markdown
+from .text import SummaryText
+
+_TEXT_WIDTH = 120
+
+
+def _rich(summary: Summary, limit: int | None) -> str:
+    console = Console(file=io.StringIO(), width=_TEXT_WIDTH, no_color=True, force_terminal=False)
+    console.print(SummaryText(summary, limit))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def _json(summary: Summary, limit: int | None) -> str:
+    return json.dumps(document(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+FORMATS: dict[str, Callable[[Summary, int | None], str]] = {
+    "rich": _rich,
+    "json": _json,
+    "csv": lambda summary, limit: to_csv(summary),
+    "md": to_markdown,
+}
+SUFFIXES = {".txt": "rich", ".json": "json", ".csv": "csv", ".md": "md"}
+
+
+def as_text(summary: Summary, format: str, limit: int | None = LIMIT) -> str:
+    """A summary in one of `FORMATS`; `limit` blocks at most in tables for people, None for all.
+
+    Raises:
+        UnknownNameError: there is no such format; names a near one.
+        MissingPackageError: "html" needs a package that is not installed.
+    """
+    check_format(format)
+    return FORMATS[format](summary, limit)
+
+
+def check_format(format: str) -> str:
+    """The name of a format, as it is.
+
+    Raises:
+        UnknownNameError: there is no such format; names a near one.
+    """
+    if format not in FORMATS:
+        near = difflib.get_close_matches(format, [*FORMATS, "markdown", "text"], n=1, cutoff=0.5)
+        known = {"markdown": "md", "text": "rich"}
+        hint = f"; did you mean {known.get(near[0], near[0])!r}?" if near else ""
+        raise UnknownNameError(f"no format {format!r}{hint} (there are {', '.join(FORMATS)})")
+    return format
+
+
+def format_of(path: PathLike) -> str:
+    """The format that a file's suffix stands for.
+
+    Raises:
+        UnknownNameError: it stands for none; names a near one.
+    """
+    suffix = Path(path).suffix
+    if suffix.lower() not in SUFFIXES:
+        near = difflib.get_close_matches(suffix.lower(), SUFFIXES, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UnknownNameError(
+            f"{Path(path).name!r} does not say its format{hint} A report ends in {', '.join(SUFFIXES)}"
+        )
+    return SUFFIXES[suffix.lower()]
+
+
+def write(summary: Summary, path: PathLike, format: str | None = None, limit: int | None = LIMIT) -> None:
+    """Write a report in one piece, in the format given or that of the suffix.
+
+    Raises:
+        UnknownNameError: there is no such format.
+        FileError: the path cannot be written.
+        MissingPackageError: the format needs a package that is not installed.
+    """
+    write_text(path, as_text(summary, format_of(path) if format is None else format, limit))

@@ -1,0 +1,49 @@
+"""Numbers and names as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
+
+
+def short(number: float) -> str:
+    """Three digits and a unit: 1513 as "1.51 k"; below a thousand as it is."""
+    for size, unit in _UNITS:
+        if abs(number) >= 0.9995 * size:
+            return f"{number / size:#.3g}".rstrip(".") + f" {unit}"
+    return f"{number:,.0f}"
+
+
+def plural(number: int, what: str) -> str:
+    """Such as "1 block", "1,024 branches"."""
+    more = f"{what}es" if what.endswith("ch") else f"{what}s"
+    return f"{number:,} {what if number == 1 else more}"
+
+
+def size(numbers: Iterable[int]) -> str:
+    """(1, 3, 224, 224) as "1x3x224x224"."""
+    return "x".join(map(str, numbers))
+
+
+def change(before: int, after: int | None) -> str:
+    """Such as "64", or "64 → 40" where a budget changes it."""
+    return str(before) if after is None or before == after else f"{before} → {after}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """0.1234 as "12.3%"."""
+    return f"{share:.{digits}%}"
+
+
+def spread(gamma: tuple[float, float, float] | None) -> str:
+    """(mean, min, max) as "min–max"; "" where there is none."""
+    if gamma is None:
+        return ""
+    low, high = (f"{number:.2g}" for number in gamma[1:])
+    return low if low == high else f"{low}–{high}"
+
+
+def printable(text: str) -> str:
+    """The text without characters that could command a terminal or break a line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
