@@ -22,6 +22,7 @@ from .errors import (
     CriterionError,
     CriterionFallbackWarning,
     DataError,
+    ExportError,
     FileError,
     InputError,
     MissingPackageError,
@@ -34,6 +35,7 @@ from .errors import (
     UnsupportedModelError,
     ValueDependentTraceWarning,
 )
+from .exporting import export
 from .files import load_model, save_model
 from .graph import ChannelGraph, Neuron
 from .results import load_result as load
@@ -56,6 +58,7 @@ __all__ = [
     "CriterionError",
     "CriterionFallbackWarning",
     "DataError",
+    "ExportError",
     "FileError",
     "InputError",
     "MissingPackageError",
@@ -74,6 +77,7 @@ __all__ = [
     "apply",
     "build",
     "criterion",
+    "export",
     "load",
     "load_model",
     "plan",

@@ -77,6 +77,10 @@ class UnsafeFileError(FileError):
     """A file holds a pickle that would run code; opened only where the caller trusts it."""
 
 
+class ExportError(AllocatorError, RuntimeError):
+    """A model cannot be exported, or what was exported does not do what the model does."""
+
+
 class UnknownNameError(AllocatorError, KeyError):
     """A model, criterion, policy or recipe name that is not registered; names near ones."""
 

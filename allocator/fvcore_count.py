@@ -31,6 +31,20 @@ def fvcore_flops(model: nn.Module, inputs: Inputs) -> tuple[int, dict[str, int]]
     Raises:
         TraceError: fvcore cannot follow or count the forward.
     """
+    counts, unsupported = _count(model, inputs)
+    return sum(counts.values()), unsupported
+
+
+def fvcore_by_operator(model: nn.Module, inputs: Inputs) -> dict[str, int]:
+    """`fvcore_flops` per operator, by fvcore's names (conv, linear, batch_norm, ...).
+
+    Raises:
+        TraceError: as for `fvcore_flops`.
+    """
+    return _count(model, inputs)[0]
+
+
+def _count(model: nn.Module, inputs: Inputs) -> tuple[dict[str, int], dict[str, int]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its import touches parts of torch that are deprecated
         from fvcore.nn import FlopCountAnalysis
@@ -43,7 +57,8 @@ def fvcore_flops(model: nn.Module, inputs: Inputs) -> tuple[int, dict[str, int]]
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         analysis.set_op_handle("aten::matmul", _matmul_flops)
         try:
-            return int(analysis.total()), dict(analysis.unsupported_ops())
+            counts = {name: int(flops) for name, flops in analysis.by_operator().items()}
+            return counts, dict(analysis.unsupported_ops())
         except Exception as error:
             raise TraceError(
                 f"fvcore cannot count {type(model).__name__}: {type(error).__name__}: {error}; check that "
