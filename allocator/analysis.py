@@ -27,7 +27,7 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, **options: object) -> Fl
         trace: a recorded forward.
         slots: numbers of the model's parameters and buffers.
         facts: filled in place; pass the same object for several traces of one model.
-        options: `groups`, `norms` and `tied_parts` of `Flow`.
+        options: `groups`, `norms`, `tied_parts` and `heads` of `Flow`.
 
     Raises:
         RuleError: the shapes of a call do not go together.

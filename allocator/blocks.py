@@ -357,8 +357,9 @@ def _axes(value: int | Sequence[int], rank: int) -> Axes:
 
 
 def _stride(start: Axes, end: Axes) -> Axes:
-    """How many pixels of `start` one of `end` stands for; whole above 1, whatever padding left of it."""
-    return tuple(float(round(a / b)) if a > b else a / b for a, b in zip(start, end, strict=True))
+    """How many pixels of `start` one of `end` stands for; whole above 1, whatever padding left of it; 1 where empty."""
+    pairs = [(a, b) if a and b else (1.0, 1.0) for a, b in zip(start, end, strict=True)]
+    return tuple(float(round(a / b)) if a > b else a / b for a, b in pairs)
 
 
 def _mean(strides: Axes) -> float:

@@ -7,8 +7,10 @@ tokens). Rules pass labels on and note which slots must go together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -108,6 +110,10 @@ class Facts:
     refused: dict[str, list[str]] = field(default_factory=dict)
 
 
+Place = tuple[str, str, int]
+"""A call by its module, its operator's name, and which of its calls there it is."""
+
+
 class Flow:
     """The labels of every tensor of one trace; `analysis.run_rules` fills it.
 
@@ -115,6 +121,7 @@ class Flow:
         trace: what was recorded.
         groups: "whole" or "width": what a grouped convolution may lose.
         norms: "exact" or "loose": whether channels under a norm over channels must stay.
+        heads: per view that splits a dim into heads of an attention, which dim of its output counts the heads.
         active: values that depend on the model's inputs.
         uniform: values that are the same everywhere, so that they fit any channels.
         joins: where branches meet, in order.
@@ -130,9 +137,10 @@ class Flow:
         groups: str = "whole",
         norms: str = "exact",
         tied_parts: frozenset[str] = frozenset(),
+        heads: Mapping[Place, int] | None = None,
     ) -> None:
         self.trace, self.slots, self.facts = trace, slots, facts
-        self.groups, self.norms, self.tied_parts = groups, norms, tied_parts
+        self.groups, self.norms, self.tied_parts, self.heads = groups, norms, tied_parts, heads or {}
         produced = {v for op in trace.ops for v in op.outputs if v not in op.reads}
         self.active = {i for i, v in enumerate(trace.values) if v.name is None and i not in produced}
         self.uniform: set[int] = set()
@@ -140,6 +148,9 @@ class Flow:
         self._labels: list[Labels | None] = [None] * len(trace.values)
         self._used = np.zeros(slots.total, dtype=bool)
         self._summed_alone: list[tuple[np.ndarray, Op]] = []
+        self._divided: list[tuple[Op, int, np.ndarray]] = []
+        self._multiplied = np.zeros(slots.total, dtype=bool)
+        self._counts_heads = np.zeros(slots.total, dtype=bool)
 
     # Reading ------------------------------------------------------------------------------------
 
@@ -159,6 +170,25 @@ class Flow:
     def statistics_from_batch(self, op: Op) -> bool:
         """Whether a batch norm runs in training mode outside a model in train mode (weight standardisation)."""
         return bool(op.arg("training")) and not self.trace.training
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """Per call of the trace, its place, by which the same call of a rewritten model is found."""
+        seen: Counter[tuple[str, str]] = Counter()
+        found = []
+        for op in self.trace.ops:
+            found.append((op.module, op.name, seen[op.module, op.name]))
+            seen[op.module, op.name] += 1
+        return found
+
+    def found_heads(self) -> dict[Place, int]:
+        """Views that split a dim into (heads, width) whose width is multiplied by another activation's (q·k, a·v)."""
+        found = [(op, dim) for op, dim, label in self._divided if self._multiplied[label].all()]
+        return {self.places[op.index]: dim for op, dim in found}
+
+    def counts_heads(self, label: np.ndarray) -> bool:
+        """Whether each of these labels stands for one head of an attention."""
+        return bool(self._counts_heads[label].all())
 
     # Writing ------------------------------------------------------------------------------------
 
@@ -204,6 +234,21 @@ class Flow:
         self._note_use(weight, op)
         if weight is not None:
             (self.facts.mixed if weight_value in self.active else self.facts.read).append(weight)
+
+    def multiply(self, *values: int) -> None:
+        """A matrix product of two activations."""
+        if self.active.issuperset(values):
+            for label in (label for value in values for label in self.labels(value)):
+                if label is not None:
+                    self._multiplied[label] = True
+
+    def divide(self, op: Op, varying: Sequence[int], label: np.ndarray) -> None:
+        """A view split a dim into several that tell channels apart; `label` is of the last of them."""
+        self._divided.append((op, varying[-2], label))
+
+    def note_heads(self, label: np.ndarray) -> None:
+        """Each of these labels stands for one head of an attention."""
+        self._counts_heads[label] = True
 
     def produce(self, label: Label, op: Op, weight_value: int) -> None:
         """Labels of neurons that a parameter writes; they are what can be removed."""

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,8 @@ def fvcore_flops(model: nn.Module, inputs: Inputs) -> tuple[int, dict[str, int]]
 
     Returns:
         (total FLOPs, operators that fvcore does not count with the number of their calls). A product of a matrix
-        and a vector, at which fvcore itself raises IndexError, counts one FLOP per element of the matrix.
+        and a vector, at which fvcore itself raises IndexError, counts one FLOP per element of the matrix; a
+        convolution whose padding is a word ("same"), which fvcore itself leaves out, counts as any other.
 
     Raises:
         TraceError: fvcore cannot follow or count the forward.
@@ -55,7 +57,7 @@ def _count(model: nn.Module, inputs: Inputs) -> tuple[dict[str, int], dict[str, 
     with torch.no_grad(), _quiet(), _attention_in_parts():
         analysis = FlopCountAnalysis(shared if not inputs.kwargs else _Bound(shared, inputs.kwargs), args)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-        analysis.set_op_handle("aten::matmul", _matmul_flops)
+        analysis.set_op_handle("aten::matmul", _matmul_flops, "aten::_convolution_mode", _convolution_flops)
         try:
             counts = {name: int(flops) for name, flops in analysis.by_operator().items()}
             return counts, dict(analysis.unsupported_ops())
@@ -64,6 +66,12 @@ def _count(model: nn.Module, inputs: Inputs) -> tuple[dict[str, int], dict[str, 
                 f"fvcore cannot count {type(model).__name__}: {type(error).__name__}: {error}; check that "
                 "torch.jit.trace follows model(*example_inputs)"
             ) from error
+
+
+def _convolution_flops(inputs: list[Any], outputs: list[Any]) -> Any:
+    from fvcore.nn.jit_handles import conv_flop_count, get_shape
+
+    return Counter({"conv": conv_flop_count(get_shape(inputs[0]), get_shape(inputs[1]), get_shape(outputs[0]))})
 
 
 def _matmul_flops(inputs: list[Any], outputs: list[Any]) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -19,7 +20,7 @@ from allocator import adapters
 from .analysis import run_rules
 from .blocks import Block, call_graph, find_blocks
 from .cost import CostModel, cost_terms
-from .flow import FROZEN, Facts, Flow, Slots
+from .flow import FROZEN, Facts, Flow, Place, Slots
 from .inputs import Inputs
 from .largest import downstream, value_sized
 from .skeleton import tensor_names
@@ -40,6 +41,7 @@ class Options:
         tied_parts: modules whose split parts must stay equal (found by tracing).
         frozen_ops: (module, operator name, which of its calls there, or None for all) whose neurons stay (found
             by tracing).
+        heads: views that split a dim into heads of an attention, which go whole (found by following channels).
     """
 
     groups: str = "whole"
@@ -47,6 +49,11 @@ class Options:
     exclude: tuple[str | type, ...] = ()
     tied_parts: frozenset[str] = frozenset()
     frozen_ops: frozenset[tuple[str, str, int | None]] = frozenset()
+    heads: Mapping[Place, int] | None = None
+
+    def rules(self) -> dict[str, Any]:
+        """What `Flow` takes of these."""
+        return {"groups": self.groups, "norms": self.norms, "tied_parts": self.tied_parts, "heads": self.heads}
 
 
 @dataclass(frozen=True)
@@ -234,15 +241,19 @@ def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None
     tensors = tensor_names(model)
     slots = Slots.of({name: tuple(t.shape) for name, t in tensors.items()})
     facts, notes = Facts(), [inputs.assumed] if inputs.assumed else []
-    rules = {"groups": options.groups, "norms": options.norms, "tied_parts": options.tied_parts}
-    flow = run_rules(trace, slots, facts, **rules)
+    flow = run_rules(trace, slots, facts, **options.rules())
+    if options.heads is None:
+        options = replace(options, heads=flow.found_heads())
+        if options.heads:
+            facts = Facts()
+            flow = run_rules(trace, slots, facts, **options.rules())
     training_flow = None
     parameters = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
     unused = parameters - {value.name for value in trace.values}
     if unused and trace.mode == "meta":
         try:
             training = record(model, inputs, training=True)
-            training_flow = run_rules(training, slots, facts, **rules)
+            training_flow = run_rules(training, slots, facts, **options.rules())
         except ForwardError as error:
             notes.append(f"parameters used in train mode only stay as they are: {error}")
     by_value = sorted({op.name for op in value_sized(trace)})
@@ -290,11 +301,8 @@ def _freeze_found(options: Options, *flows: Flow | None) -> None:
     for flow in flows:
         if flow is None or not options.frozen_ops:
             continue
-        seen: Counter[tuple[str, str]] = Counter()
-        for op in flow.trace.ops:
-            which = seen[op.module, op.name]
-            seen[op.module, op.name] += 1
-            if not options.frozen_ops.isdisjoint([(op.module, op.name, which), (op.module, op.name, None)]):
+        for op, (path, name, which) in zip(flow.trace.ops, flow.places, strict=True):
+            if not options.frozen_ops.isdisjoint([(path, name, which), (path, name, None)]):
                 for value in (*op.inputs(), *op.outputs):
                     for label in flow.labels(value):
                         flow.freeze(label, op, "the rewritten forward did not fit here")

@@ -197,11 +197,6 @@ def compare_models(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, *, c
     """
     slots = Slots.of({name: tuple(t.shape) for name, t in tensor_names(small).items()})
     image = Image(graph, kept, kept_of(graph, kept), slots)
-    rules = {
-        "groups": graph.options.groups,
-        "norms": graph.options.norms,
-        "tied_parts": graph.options.tied_parts,
-    }
     flows = [flow for flow in (graph.flow, graph.training_flow) if flow is not None]
     for flow in flows:
         error: Exception | None = None
@@ -212,7 +207,7 @@ def compare_models(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, *, c
         except ForwardError as raised:
             trace, error = raised.partial, raised.cause
         try:
-            new = run_rules(trace, slots, Facts(), **rules)
+            new = run_rules(trace, slots, Facts(), **graph.options.rules())
         except RuleError as failed:
             new, error = failed.flow, failed
         mismatch = compare(flow, new, image, graph.facts.groups, error)
@@ -305,9 +300,8 @@ def _freeze(flow: Flow, options: Options, op: Op, plan: Plan, graph: ChannelGrap
     found = next((other for other in (op, *ops[: op.index][::-1], *ops[op.index :]) if loses(other)), None)
     if found is None:
         raise RewriteError(f"the rewritten forward does not fit at {op}, though all its neurons stay")
-    calls = [other.index for other in ops if (other.module, other.name) == (found.module, found.name)]
     known = {(path, name) for path, name, _ in options.frozen_ops}
-    which = None if (found.module, found.name) in known else calls.index(found.index)
+    which = None if (found.module, found.name) in known else flow.places[found.index][2]
     more = {(path, found.name, which) for path in _same_class(graph.model, found.module)}
     return replace(options, frozen_ops=options.frozen_ops | more)
 
@@ -330,7 +324,8 @@ def _attribute_of_size(
             if label is None or stays[label].all():
                 continue
             for name, current in vars(module).items():
-                plain = type(current) is int and current == len(label) and name not in _STRUCTURAL
+                fixed = name in _STRUCTURAL and not (name == "num_heads" and flow.counts_heads(label))
+                plain = type(current) is int and current == len(label) and not fixed
                 if plain and (only is None or name == only) and (op.module, name) not in taken:
                     return name, label
     return None

@@ -65,7 +65,7 @@ def ours(model: nn.Module, inputs: Any) -> Row:
     graph = allocator.trace(model, inputs)
     row |= {"traced": graph.flow.trace.mode, "operators": len(graph.flow.trace.ops), "share": graph.share()}
     row |= {"unsupported": sorted(graph.unsupported), "blocks": dict(Counter(b.kind for b in graph.blocks))}
-    row["criterion"] = "bn_scale" if graph.facts.gammas else "magnitude"
+    row["criterion"] = "auto"
     start = time.perf_counter()
     try:
         result = allocator.allocate(model, f"{SHARE}%", example_inputs=inputs, criterion=row["criterion"])
@@ -76,6 +76,7 @@ def ours(model: nn.Module, inputs: Any) -> Row:
         result = allocator.allocate(model, float(error.reachable), example_inputs=inputs, criterion=row["criterion"])
     row["seconds"] = time.perf_counter() - start
     row |= {"achieved": result.flops_after / graph.flops, "asked": result.flops_asked / graph.flops}
+    row |= {"criterion": result.allocation.criterion, "notes": result.notes}
     row |= {"scope": result.allocation.scope, "error": result.certificate.relative_error}
     row |= {"drawn": result.certificate.drawn, "frozen": sum("stay" in note for note in result.notes)}
     row["train_step"] = _trains_like(model, result.model, inputs, row)

@@ -78,6 +78,7 @@ def biased_matrix_product(flow: Flow, op: Op) -> None:
 
 def _product(flow: Flow, op: Op, a: int, b: int) -> None:
     (rows, inner_a), (inner_b, columns) = flow.labels(a), flow.labels(b)
+    flow.multiply(a, b)
     _contract(flow, op, (a, inner_a), (b, inner_b))
     flow.produce(columns, op, b)
     flow.produce(rows, op, a)
@@ -119,6 +120,7 @@ def biased_batched_product(flow: Flow, op: Op) -> None:
 
 def _batched(flow: Flow, op: Op, a: int, b: int) -> None:
     (batch_a, rows, inner_a), (batch_b, inner_b, columns) = flow.labels(a), flow.labels(b)
+    flow.multiply(a, b)
     batch = flow.unify_all([batch_a, batch_b], op)
     _contract(flow, op, (a, inner_a), (b, inner_b))
     flow.produce(columns, op, b)

@@ -52,7 +52,7 @@ def view(flow: Flow, op: Op) -> None:
     for ins, outs in factor_groups(shape, target):
         merged = _merge(flow, op, [labels[d] for d in ins], [shape[d] for d in ins])
         if merged is not None:
-            parts = unflatten(flow, op, merged, [target[d] for d in outs])
+            parts = unflatten(flow, op, merged, [target[d] for d in outs], outs)
             for d, label in zip(outs, parts, strict=True):
                 result[d] = label
     if shape == (1,) and len(target) in _CHANNELS_SECOND:
@@ -104,23 +104,29 @@ def _merge(flow: Flow, op: Op, labels: Sequence[Label], sizes: Sequence[int]) ->
     return np.tile(np.repeat(label, after), before)
 
 
-def unflatten(flow: Flow, op: Op, label: np.ndarray, sizes: Sequence[int]) -> list[Label]:
-    """Split labels over several dims; the last that varies may lose indices, the others stay whole."""
+def unflatten(flow: Flow, op: Op, label: np.ndarray, sizes: Sequence[int], outs: Sequence[int]) -> list[Label]:
+    """Split labels over the dims `outs`; the last that varies may lose indices, or heads, the others stay whole."""
     if len(sizes) < 2:
         return [label] if sizes else []
     grid = label.reshape(sizes)
     varying = [d for d, n in enumerate(sizes) if n > 1 and not _constant(grid, d)]
     result: list[Label] = [None] * len(sizes)
+    heads = flow.heads.get(flow.places[op.index]) if flow.heads else None
     if len(label) == 1:
         varying = [len(sizes) - 1]
     if not varying:
         flow.freeze(label, op, "a view leaves no dim for these neurons")
         return result
-    keep = varying[-1]
+    keep = outs.index(heads) if heads in outs else varying[-1]
     first = tuple(slice(None) if d == keep else slice(0, 1) for d in range(len(sizes)))
-    if len(varying) > 1:
+    kept = grid[first].reshape(-1)
+    if varying != [keep]:
         flow.tie(grid, grid[first], op)
-    result[keep] = grid[first].reshape(-1)
+    if heads in outs:
+        flow.note_heads(kept)
+    elif len(varying) > 1:
+        flow.divide(op, [outs[d] for d in varying], kept)
+    result[keep] = kept
     return result
 
 
