@@ -1,11 +1,9 @@
-"""One network, one tool, in this process: `python -m benchmarks.coverage_one NAME ours|peer` prints one JSON row."""
+"""One network, one tool, in this process: what `benchmarks.coverage` runs in a process of its own for each."""
 
 from __future__ import annotations
 
 import copy
-import json
 import resource
-import sys
 import time
 import warnings
 from collections import Counter
@@ -18,7 +16,7 @@ import allocator
 from allocator.inputs import as_inputs
 from allocator.tracing import tensors_in
 
-from . import common, peer
+from . import peer
 
 SHARE = 60
 Row = dict[str, Any]
@@ -59,28 +57,28 @@ def trains(model: nn.Module, inputs: Any) -> bool:
     return True
 
 
-def ours(model: nn.Module, inputs: Any) -> Row:
-    """Trace, allocate to 60 %, certify, train a step; as far as it gets."""
-    row: Row = {}
+def ours(model: nn.Module, inputs: Any, row: Row) -> None:
+    """Trace, allocate to 60 %, certify, train a step; fills the row as far as it gets."""
     graph = allocator.trace(model, inputs)
     row |= {"traced": graph.flow.trace.mode, "operators": len(graph.flow.trace.ops), "share": graph.share()}
     row |= {"unsupported": sorted(graph.unsupported), "blocks": dict(Counter(b.kind for b in graph.blocks))}
-    row["criterion"] = "auto"
-    start = time.perf_counter()
+    start = time.process_time()
     try:
-        result = allocator.allocate(model, f"{SHARE}%", example_inputs=inputs, criterion=row["criterion"])
+        result = allocator.allocate(model, f"{SHARE}%", example_inputs=inputs)
     except allocator.BudgetError as error:
         row["smallest"] = (error.reachable or 0) / graph.flops
         if not error.reachable or error.reachable >= graph.flops:
             raise
-        result = allocator.allocate(model, float(error.reachable), example_inputs=inputs, criterion=row["criterion"])
-    row["seconds"] = time.perf_counter() - start
+        start = time.process_time()
+        result = allocator.allocate(model, float(error.reachable), example_inputs=inputs)
+    row["seconds"] = time.process_time() - start
     row |= {"achieved": result.flops_after / graph.flops, "asked": result.flops_asked / graph.flops}
-    row |= {"criterion": result.allocation.criterion, "notes": result.notes}
     row |= {"scope": result.allocation.scope, "error": result.certificate.relative_error}
-    row |= {"drawn": result.certificate.drawn, "frozen": sum("stay" in note for note in result.notes)}
+    row |= {"criterion": result.allocation.criterion, "drawn": result.certificate.drawn}
+    row |= {"exact": result.certificate.exact, "frozen": [note for note in result.notes if " stay" in note]}
+    row["share"] = result.graph.share()
+    row["reasons"] = result.graph.reasons()[:6]
     row["train_step"] = _trains_like(model, result.model, inputs, row)
-    return row
 
 
 def _trains_like(model: nn.Module, small: nn.Module, inputs: Any, row: Row) -> bool:
@@ -97,42 +95,36 @@ def _trains_like(model: nn.Module, small: nn.Module, inputs: Any, row: Row) -> b
     return False
 
 
-def other(model: nn.Module, inputs: Any) -> Row:
+def other(model: nn.Module, inputs: Any, row: Row) -> None:
     """Torch-Pruning at a fixed ratio: a forward and a train step of what it leaves."""
     classes = next((m.out_features for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), 0)
-    start = time.perf_counter()
+    start = time.process_time()
     image = inputs[0] if len(inputs) == 1 else tuple(inputs)
     small = peer.prune_once(model, image, classes=classes)
-    row: Row = {"seconds": time.perf_counter() - start}
+    row["seconds"] = time.process_time() - start
     with torch.no_grad():
         small.eval()(*inputs)
     row["forward"] = True
     row["train_step"] = trains(small, inputs)
-    return row
 
 
-def main(name: str, tool: str) -> int:
-    """Print the row; what failed is in it, as far as it got."""
+def row(name: str, tool: str) -> Row:
+    """What one tool does with one network; what failed is in it, as far as it got."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    model = built(name)
-    inputs = example(model)
-    base = _peak()
+    found: Row = {}
     try:
-        row = (ours if tool == "ours" else other)(model, inputs)
+        model = built(name)
+        inputs = example(model)
+        weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        base = _peak()
+        (ours if tool == "ours" else other)(model, inputs, found)
+        found |= {"memory": _peak() - base, "weights": weights}
     except Exception as error:  # whatever a tool raises is a result here
-        row = {"failed": peer.reason(error)}
-    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    row |= {"memory": (_peak() - base) / max(weights, 1), "weights": weights}
-    print(json.dumps(row))
-    return 0
+        found["failed"] = peer.reason(error)
+    return found
 
 
 def _peak() -> int:
     """Largest resident size so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-if __name__ == "__main__":
-    assert common.ROOT
-    sys.exit(main(*sys.argv[1:]))

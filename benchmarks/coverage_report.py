@@ -13,9 +13,10 @@ Row = dict[str, Any]
 def markdown(data: dict[str, Any]) -> str:
     """The page, which is written to docs/coverage.md too."""
     rows = data["rows"]
-    ours = [row["ours"] for row in rows]
+    ours = [row["ours"] for row in rows if "ours" in row]
     done = [row for row in ours if row.get("train_step")]
-    peer = [row for row in rows if row["peer"].get("train_step")]
+    tried = [row["peer"] for row in rows if "peer" in row]
+    peer = [row for row in tried if row.get("train_step")]
     reached = [row for row in done if "smallest" not in row]
     worst = max((row["error"] or 0.0 for row in done), default=0.0)
     text = [
@@ -27,7 +28,7 @@ def markdown(data: dict[str, Any]) -> str:
         "",
         f"{len(rows)} networks: {sum('traced' in row for row in ours)} traced, {len(done)} allocated, certified and "
         f"trained a step, {len(reached)} of them at 60 %; largest certificate error {worst:.1e}. "
-        f"Torch-Pruning: {len(peer)}.",
+        f"Torch-Pruning: {len(peer)} of {len(tried)} that it was run on.",
         "",
         _table(rows),
         "",
@@ -49,14 +50,14 @@ def _table(rows: Sequence[Row]) -> str:
         "error",
         "train step",
         "s",
-        "memory",
+        "MiB",
         "Torch-Pruning",
     ]
     return table(header, [_line(row) for row in rows])
 
 
 def _line(row: Row) -> list[str]:
-    ours, peer = row["ours"], row["peer"]
+    ours, peer = row.get("ours", {"failed": "not run"}), row.get("peer", {"failed": "not run"})
     name = row["model"].replace("torchvision:", "tv:")
     theirs = "yes" if peer.get("train_step") else f"no: {_short(peer.get('failed', 'train step'))}"
     if "failed" in ours:
@@ -66,7 +67,7 @@ def _line(row: Row) -> list[str]:
     error = "" if ours["error"] is None else f"{ours['error']:.0e}"
     trained = "yes" if ours["train_step"] else f"no: {_short(ours.get('train_error', ''))}"
     figures = [f"{100 * ours['share']:.0f} %", ours["criterion"], flops, error, trained]
-    return [name, blocks, *figures, f"{ours['seconds']:.1f}", f"{ours['memory']:.1f}×", theirs]
+    return [name, blocks, *figures, f"{ours['seconds']:.1f}", f"{ours['memory'] / 2**20:.0f}", theirs]
 
 
 def _short(text: str) -> str:
