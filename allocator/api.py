@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -406,7 +405,7 @@ def _settle(
 def _settle_by(
     graph: ChannelGraph, names: Sequence[str], budget: float, policy: str, scope: str, fill: bool, scores: Scores | None
 ) -> Settled:
-    """The first of these criteria that meets the budget; where none does, the error says what the last can reach."""
+    """The first of these criteria that meets the budget; where none does, the error says what any can reach."""
 
     def run(name: str, flops: float) -> Settled:
         ranking = scores or score_graph(graph, name)
@@ -417,16 +416,20 @@ def _settle_by(
 
         return settle(graph.model, graph, planner)
 
-    for name in names[:-1]:
-        with contextlib.suppress(BudgetError, NothingToAllocateError):
+    failed: dict[str, BudgetError | NothingToAllocateError] = {}
+    for name in names:
+        try:
             return run(name, budget)
-    try:
-        return run(names[-1], budget)
-    except (BudgetError, NothingToAllocateError) as error:
-        figure = smallest_reachable(error, lambda flops: run(names[-1], flops).plan.flops, budget, graph.flops)
-        if figure is None:
-            raise
-        raise unmet(budget, scope, figure, graph.flops) from None
+        except (BudgetError, NothingToAllocateError) as error:
+            failed[name] = error
+
+    def smallest(name: str) -> int | None:
+        return smallest_reachable(failed[name], lambda flops: run(name, flops).plan.flops, budget, graph.flops)
+
+    figures = [figure for name in names if (figure := smallest(name)) is not None]
+    if not figures:
+        raise failed[names[-1]]
+    raise unmet(budget, scope, min(figures), graph.flops)
 
 
 def _certificate(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import allocator
+from allocator.lineage import LINEAGE_ATTRIBUTE
 from allocator.api import kept_by
 
 TOLERANCE = 1e-9
@@ -150,7 +151,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _plain(module: nn.Module) -> dict[str, Any]:
     """Attributes that are plain values, and how many hooks there are."""
     kinds = (bool, int, float, str, tuple, list, type(None))
-    plain = {key: value for key, value in vars(module).items() if isinstance(value, kinds)}
+    own = {key: value for key, value in vars(module).items() if key != LINEAGE_ATTRIBUTE}
+    plain = {key: value for key, value in own.items() if isinstance(value, kinds)}
     return plain | {key: len(value) for key, value in vars(module).items() if key.endswith("_hooks")}
 
 

@@ -73,7 +73,7 @@ def test_a_budget_that_batch_norms_alone_cannot_meet_is_met_by_magnitude() -> No
     assert loose.allocation.criterion == "bn_scale"
 
 
-def test_a_budget_that_no_criterion_meets_says_what_the_last_can_reach() -> None:
+def test_a_budget_that_no_criterion_meets_says_what_one_can_reach() -> None:
     model = trained(HalfNormed())
     with pytest.raises(allocator.BudgetError) as caught:
         allocator.allocate(model, 100, example_inputs=IMAGE)

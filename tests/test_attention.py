@@ -1,0 +1,107 @@
+"""Attention loses whole heads, with the attribute that counts them; where the forward cannot follow, heads stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from subjects import untouched
+from torch import Tensor, nn
+
+import allocator
+
+WEAK = ((0, 1), (1, 2), (1, 3))  # (block, head) with the smallest weights
+TOKENS = torch.zeros(1, 9, 24)
+
+
+class Attention(nn.Module):
+    """Four heads of six; `flexible` reads sizes of its own, else the width of a head is computed from the stream."""
+
+    def __init__(self, *, flexible: bool = True, biased: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.scale, self.flexible = 4, 6, 6**-0.5, flexible
+        self.attn_dim = 24
+        self.qkv, self.proj = nn.Linear(24, 72), nn.Linear(24, 24)
+        self.table = nn.Parameter(torch.randn(25, 4)) if biased else None
+        self.register_buffer("places", torch.arange(81).reshape(9, 9) % 25)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        width = self.head_dim if self.flexible else c // self.num_heads
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (q * self.scale) @ k.transpose(-2, -1)
+        if self.table is not None:
+            scores = scores + self.table[self.get_buffer("places").view(-1)].view(n, n, -1).permute(2, 0, 1)
+        y = (scores.softmax(-1) @ v).transpose(1, 2)
+        return self.proj(y.reshape(b, n, self.attn_dim if self.flexible else c))
+
+
+class Block(nn.Module):
+    def __init__(self, **options: bool) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(24), Attention(**options)
+        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(24), nn.Linear(24, 96), nn.Linear(96, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
+
+
+def transformer(**options: bool) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(**options), Block(**options), nn.LayerNorm(24), nn.Linear(24, 5)).eval()
+    for block, head in WEAK:
+        with torch.no_grad():
+            model.get_parameter(f"{block}.attn.qkv.weight").view(3, 4, 6, 24)[:, head] *= 0.1
+    return model
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "relative positions"])
+def test_attention_loses_whole_heads(biased: bool) -> None:
+    model = transformer(biased=biased)
+    with untouched(model):
+        result = allocator.allocate(model, "50%", example_inputs=TOKENS, criterion="magnitude", policy="global")
+    assert result.certificate.ok
+    assert result.certificate.exact
+    assert result.flops_after <= result.flops_asked
+    for i in range(2):
+        small: Any = result.model.get_submodule(f"{i}.attn")
+        rows = result.allocation.kept.get(f"{i}.attn.qkv.weight", [None])[0]
+        assert small.qkv.out_features == 3 * 6 * small.num_heads
+        assert small.proj.in_features == small.attn_dim == 6 * small.num_heads
+        assert small.head_dim == 6
+        if biased:
+            assert small.table.shape == (25, small.num_heads)
+        heads = {row // 6 % 4 for row in (range(72) if rows is None else rows)}
+        assert len(heads) == small.num_heads, "heads are kept in part"
+        assert heads == set(range(4)) - {head for block, head in WEAK if block == i}
+    result.model(torch.randn(2, 9, 24)).sum().backward()
+
+
+def test_without_a_head_the_outputs_are_those_of_a_zeroed_projection() -> None:
+    """Independent of the certificate: by hand, the columns of the projection that read the dropped heads are zero."""
+    model = transformer()
+    result = allocator.allocate(
+        model, "85%", example_inputs=TOKENS, criterion="magnitude", policy="global", exclude=["*.fc1", "*.fc2"]
+    )
+    for i in range(2):
+        kept = result.allocation.kept.get(f"{i}.attn.proj.weight", [None, None])[1]
+        gone = [] if kept is None else sorted(set(range(24)) - set(kept))
+        with torch.no_grad():
+            model[i].attn.proj.weight[:, gone] = 0
+    x = torch.randn(3, 9, 24)
+    torch.testing.assert_close(result.model(x), model(x))
+    assert result.flops_after < 0.85 * result.flops_before
+
+
+def test_heads_whose_width_is_computed_from_the_stream_stay_and_are_named() -> None:
+    model = transformer(flexible=False)
+    with untouched(model):
+        result = allocator.allocate(model, "60%", example_inputs=TOKENS, criterion="magnitude")
+    assert result.certificate.ok
+    small: Any = result.model
+    assert [small[i].attn.num_heads for i in range(2)] == [4, 4]
+    assert [small[i].attn.qkv.out_features for i in range(2)] == [72, 72]
+    assert small[0].fc1.out_features < 96
+    assert any("0.attn stay" in note for note in result.notes), result.notes
