@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import allocator
-from allocator.lineage import LINEAGE_ATTRIBUTE
 from allocator.api import kept_by
+from allocator.lineage import LINEAGE_ATTRIBUTE
 
 TOLERANCE = 1e-9
 
