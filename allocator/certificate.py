@@ -137,8 +137,9 @@ def weights_match(model: nn.Module, small: nn.Module, graph: ChannelGraph, kept:
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equality that tells +0 from -0 and holds for NaN."""
-    if a.dtype != b.dtype or a.shape != b.shape:
+    if a.dtype != b.dtype or a.shape != b.shape or a.layout != b.layout:
         return False
+    a, b = (t if t.layout is torch.strided else t.to_dense() for t in (a, b))
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(a.element_size(), torch.uint8)
     flat_a, flat_b = (t.reshape(-1).contiguous().view(bits) for t in (a, b.to(a.device)))
     return torch.equal(flat_a, flat_b)

@@ -369,7 +369,7 @@ class _Recorder(TorchDispatchMode):
             known = index.get(id(leaf))
             if known is None:
                 known = index[id(leaf)] = len(values)
-                shape = (self.before.get(id(leaf)) or [tuple(leaf.shape)])[0]
+                shape = (self.before.get(id(leaf)) or [_shape(leaf)])[0]
                 values.append(Value(shape, leaf.dtype, names.get(id(leaf))))
             read.append(known)
             return Ref(known)
@@ -393,6 +393,11 @@ class _Recorder(TorchDispatchMode):
             _note_views(ops[-1], values)
         returned = list(outputs(tensors_in(output)))
         return Trace(ops, values, returned, self.calls, self.model, mode, training, self.modules)
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Sizes of a tensor; none for a nested one, which has no dims that channels could be followed along."""
+    return () if tensor.is_nested else tuple(tensor.shape)
 
 
 class _Functions(TorchFunctionMode):

@@ -102,6 +102,8 @@ def _bits(tensor: Tensor) -> tuple[Any, ...]:
     flags = (id(tensor), tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_leaf, tensor._version)
     if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)) or tensor.is_meta:
         return flags
+    if tensor.layout is not torch.strided:
+        return (*flags, tensor.layout, tensor.detach().to_dense().numpy().tobytes())
     shape = (tuple(tensor.shape), tensor.stride(), tensor.data_ptr())
     plain = tensor.int_repr() if tensor.is_quantized else tensor.detach()
     grad = None if not tensor.is_leaf or tensor.grad is None else _bits(tensor.grad)

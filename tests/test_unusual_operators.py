@@ -1,0 +1,210 @@
+"""Operators and tensors of unusual kinds: what touches them is right by certificate, or stays and is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from subjects import IMAGE, trained, untouched
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import allocator
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::allocator.AllocatorWarning"),
+    pytest.mark.filterwarnings("ignore:.*Sparse CSR.*"),
+    pytest.mark.filterwarnings("ignore:.*nested.*"),
+]
+
+
+class Around(nn.Module):
+    """An ordinary stem, what is asked about on its 16 channels, and an ordinary body that can always be narrowed."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.norm, self.middle = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), middle
+        self.body, self.norm2, self.head = nn.Conv2d(16, 48, 3, padding=1), nn.BatchNorm2d(48), nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(F.relu(self.norm(self.stem(x))))
+        return self.head(F.relu(self.norm2(self.body(x))).mean((2, 3)))
+
+
+class _Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return grads[0] * s * (1 + x * (1 - s))
+
+
+class CustomFunction(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _Swish.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+
+
+_LIBRARY = torch.library.Library("unusual_operators", "DEF")
+_LIBRARY.define("reversed(Tensor x) -> Tensor")
+_LIBRARY.impl("reversed", lambda x: x.flip(1).contiguous(), "CPU")
+
+
+class OperatorWithoutMeta(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.unusual_operators.reversed(x)  # type: ignore[no-any-return]
+
+
+class WritesIntoViews(nn.Module):
+    """Half of the channels are doubled in place through a view of a view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.clone()
+        y.view(y.shape[0], 2, -1, *y.shape[2:])[:, 1].mul_(2)
+        return y
+
+
+class Spectrum(nn.Module):
+    """Channels are filtered one by one in the frequency domain (Rao et al., NeurIPS 2021)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(16, 16, 9, dtype=torch.complex64) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.irfft2(torch.fft.rfft2(x, norm="ortho") * self.filter, s=x.shape[-2:], norm="ortho")
+
+
+class Nested(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = torch.nested.nested_tensor(list(x))
+        return torch.nested.to_padded_tensor(F.relu(pieces), 0.0)
+
+
+class SparseWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        dense = torch.eye(16) + 0.1 * torch.randn(16, 16) * (torch.rand(16, 16) < 0.2)
+        self.register_buffer("weight", dense.to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.permute(1, 0, 2, 3).flatten(1)
+        mixed = torch.sparse.mm(self.get_buffer("weight"), flat)
+        return mixed.view(16, x.shape[0], *x.shape[2:]).permute(1, 0, 2, 3)
+
+
+class Einsum(nn.Module):
+    """A bottleneck of parameters that only einsum reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(16, 12) / 4), nn.Parameter(torch.randn(16, 12) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("oh,nhyx->noyx", self.up, F.relu(torch.einsum("nchw,cd->ndhw", x, self.down)))
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation (Qiao et al., 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
+        return self._conv_forward(x, w, self.bias)
+
+
+class Dynamic(nn.Module):
+    """A mixture of kernels that the image chooses (Chen et al., CVPR 2020)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels, self.gate = nn.Parameter(torch.randn(4, 16, 16, 3, 3) / 8), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mix = self.gate(x.mean((2, 3))).softmax(-1)
+        weight = (mix @ self.kernels.flatten(1)).view(-1, 16, 3, 3)
+        n = x.shape[0]
+        return F.conv2d(x.reshape(1, -1, *x.shape[2:]), weight, padding=1, groups=n).view(n, -1, *x.shape[2:])
+
+
+class Hyper(nn.Module):
+    """A small network makes the weights of a layer out of a code (Ha et al., ICLR 2017)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code, self.make = nn.Parameter(torch.randn(8)), nn.Linear(8, 16 * 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.make(self.code).view(16, 16, 1, 1))
+
+
+# Each with the operator that is named where the 16 channels of the stem must stay; None where they may be narrowed.
+MIDDLES: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
+    "custom autograd function": (CustomFunction, None),
+    "custom operator without a meta kernel": (OperatorWithoutMeta, "reversed"),
+    "in-place writes into views": (WritesIntoViews, None),
+    "complex tensors": (Spectrum, "_fft_r2c"),
+    "nested tensors": (Nested, "_nested_tensor_from_tensor_list"),
+    "sparse weight": (SparseWeight, "_sparse_addmm"),
+    "parameters in einsum": (Einsum, None),
+    "weight standardisation": (lambda: Standardised(16, 16, 3, padding=1), "std"),
+    "dynamic convolution": (Dynamic, "convolution"),
+    "hypernetwork": (Hyper, "view"),
+}
+
+
+@pytest.mark.parametrize("kind", MIDDLES)
+def test_it_is_right_or_stays_and_is_named(kind: str) -> None:
+    make, named = MIDDLES[kind]
+    torch.manual_seed(0)
+    model = trained(Around(make()))
+    with untouched(model):
+        result = allocator.allocate(model, "60%", example_inputs=IMAGE, scope="all", criterion="magnitude")
+    small: Any = result.model
+    assert result.certificate.ok
+    assert result.certificate.relative_error is not None
+    assert result.certificate.relative_error <= 1e-9
+    assert result.flops_after <= result.flops_asked
+    assert small.body.out_channels < 48
+    if named is None:
+        assert small.stem.out_channels < 16
+    else:
+        assert small.stem.out_channels == 16
+        said = [reason for reason, _ in result.graph.reasons() if reason.endswith("in middle")]
+        assert any(f"({named})" in reason for reason in said), said
+    _same_as_zeroed(model, result)
+    if kind not in _NO_GRADIENT:
+        small.train()(torch.randn(2, 3, 16, 16)).sum().backward()
+
+
+_NO_GRADIENT = {"custom operator without a meta kernel"}
+
+
+def _same_as_zeroed(model: Any, result: allocator.Result) -> None:
+    """By hand: what the middle and the body drop is zeroed where the next layer reads it; the outputs are the same."""
+    kept = result.allocation.kept
+    if kept.keys() & {"stem.weight"}:
+        return
+    with torch.no_grad():
+        for writer, reader in (("middle.weight", model.body), ("body.weight", model.head)):
+            rows = kept.get(writer, [None])[0]
+            if rows is not None:
+                reader.weight[:, [i for i in range(reader.weight.shape[1]) if i not in rows]] = 0
+    x = torch.randn(1, 3, 16, 16)
+    torch.testing.assert_close(result.model.eval()(x), model(x))
+
+
+def test_two_widths_of_a_bottleneck_in_einsum_are_one() -> None:
+    torch.manual_seed(0)
+    model = trained(Around(Einsum()))
+    result = allocator.allocate(model, "60%", example_inputs=IMAGE, scope="all", criterion="magnitude")
+    down, up = (result.model.get_parameter(f"middle.{name}") for name in ("down", "up"))
+    assert down.shape[1] == up.shape[1] < 12
+    assert result.allocation.kept["middle.down"][1] == result.allocation.kept["middle.up"][1]
+    assert down.shape[0] == result.model.get_parameter("stem.weight").shape[0]
