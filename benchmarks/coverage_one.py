@@ -99,7 +99,7 @@ def other(model: nn.Module, inputs: Any, row: Row) -> None:
     """Torch-Pruning at a fixed ratio: a forward and a train step of what it leaves."""
     classes = next((m.out_features for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), 0)
     start = time.process_time()
-    image = inputs[0] if len(inputs) == 1 else tuple(inputs)
+    image: Any = inputs[0] if len(inputs) == 1 else tuple(inputs)
     small = peer.prune_once(model, image, classes=classes)
     row["seconds"] = time.process_time() - start
     with torch.no_grad():
