@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -9,15 +10,20 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from .disk import PathLike
+from .errors import AllocatorWarning
+from .reporting.text import bar
+from .reporting.words import change, printable
+
 if TYPE_CHECKING:
     from .api import Result
+    from .reporting import Summary
 
 _SUMS = ("sum", "product")
-_BAR = 12
 
 
 class Report:
-    """What an allocation did: print it with rich, or take `to_dict()`.
+    """What an allocation did: print it with rich, take `to_dict()`, or write it to a file.
 
     Args:
         result: from `allocate`.
@@ -49,6 +55,52 @@ class Report:
             "notes": result.notes,
             "seconds": result.timings,
         }
+
+    def summary(self, name: str | None = None, *, curve: bool = False) -> Summary:
+        """The original network with what was kept of it, as the reports of `allocator-cli report` show it.
+
+        Args:
+            name: what to call the network; its class if left out.
+            curve: also plan over the range of budgets, for the curve of budget against importance.
+        """
+        from .api import kept_by, score
+        from .reporting import pareto, summarise
+
+        result = self.result
+        graph, allocation = result.graph, result.allocation
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AllocatorWarning)  # said when it was allocated
+            scores = score(graph, allocation.criterion)
+        return summarise(
+            graph,
+            name or type(graph.model).__name__,
+            scores=scores,
+            allocation=allocation,
+            kept=kept_by(graph, allocation),
+            certificate=str(result.certificate),
+            curve=pareto(graph, scores) if curve else (),
+            uncounted=result.uncounted,
+            notes=[note for note in result.notes if note not in graph.notes],
+        )
+
+    def save(self, path: PathLike, *, name: str | None = None) -> None:
+        """Write the report in the format of the suffix: .html, .md, .csv, .json or .txt.
+
+        Raises:
+            UnknownNameError: the suffix stands for no format; names a near one.
+            FileError: the path cannot be written.
+            MissingPackageError: HTML needs the extra `report`.
+        """
+        from .reporting import format_of, write
+
+        format = format_of(path)
+        write(self.summary(name, curve=format == "html"), path, format)
+
+    def to_html(self, path: PathLike, *, name: str | None = None) -> None:
+        """Write the report as one HTML page that opens offline, whatever the suffix; raises like `save`."""
+        from .reporting import write
+
+        write(self.summary(name, curve=True), path, "html")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from self._head()
@@ -116,14 +168,15 @@ def _table(blocks: list[dict[str, Any]]) -> Table:
         before, after = sum(r["before"] for r in rows), sum(r["after"] for r in rows)
         if block["kind"] in ("sum", "product", "stack"):
             before, after = rows[0]["before"], rows[0]["after"]
-        heading = Text.assemble((block["name"], "bold"), f" ({block['kind']})")
-        table.add_row(heading, "", "", _change(before, after), "", "")
+        heading = Text.assemble((printable(block["name"]), "bold"), f" ({block['kind']})")
+        table.add_row(heading, "", "", change(before, after), "", "")
         for row in _condensed(block):
-            size = "x".join(map(str, row["kernel"]))
-            inner = _change(row["inner_before"], row["inner_after"]) if row["inner_before"] else ""
+            name, size = Text(f"  {printable(row['name'])}"), "x".join(map(str, row["kernel"]))
+            share = row["after"] / max(row["before"], 1)
+            inner = change(row["inner_before"], row["inner_after"]) if row["inner_before"] else ""
             table.add_row(
-                f"  {row['name']}", f"{row['scale']:g}", size, _change(row["before"], row["after"]), inner,
-                _bar(row["after"], row["before"]),
+                name, f"{row['scale']:g}", size, change(row["before"], row["after"]), inner,
+                Text.assemble(bar(row["after"], row["before"]), f" {share:4.0%}"),
             )  # fmt: skip
     return table
 
@@ -143,13 +196,3 @@ def _condensed(block: dict[str, Any]) -> list[dict[str, Any]]:
             "after": sum(row["after"] for row in rows),
         }
     ]
-
-
-def _change(before: int, after: int) -> str:
-    return str(before) if before == after else f"{before} → {after}"
-
-
-def _bar(after: int, before: int) -> Text:
-    share = after / before if before else 0.0
-    filled = round(share * _BAR)
-    return Text.assemble(("━" * filled, "cyan"), ("─" * (_BAR - filled), "dim"), f" {share:4.0%}")

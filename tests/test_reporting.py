@@ -267,6 +267,8 @@ def test_markdown_is_a_table_of_equal_rows() -> None:
 
 
 def test_unknown_formats_name_near_ones() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'html'"):
+        as_text(summary(), "htm")
     with pytest.raises(UnknownNameError, match="did you mean 'md'"):
         as_text(summary(), "markdwn")
     with pytest.raises(UnknownNameError, match=r"did you mean \.csv"):

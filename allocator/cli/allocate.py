@@ -20,7 +20,7 @@ from .common import (
     parse_flops,
     write_model,
 )
-from .plan import add_plan_options
+from .plan import add_plan_options, check_report
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 _EXAMPLE = """\
   allocator-cli allocate torchvision:resnet50 --flops 60% -o small.pt
-  allocator-cli allocate model.pt --flops 4.2e9 -o small.safetensors --allocation alloc.json"""
+  allocator-cli allocate model.pt --flops 4.2e9 -o small.safetensors --allocation alloc.json
+  allocator-cli allocate model.pt --flops 60% -o small.pt --report report.html --plot shares.png"""
 
 
 def register(commands: Any) -> None:
@@ -42,6 +43,8 @@ def register(commands: Any) -> None:
     plan = parser.add_argument_group("plan")
     add_plan_options(plan)
     _add_result_options(plan)
+    parser.add_argument("--report", metavar="FILE", help="also write the report: .html, .md, .csv, .json or .txt")
+    parser.add_argument("--plot", metavar="FILE", help="also draw each block's neurons per scale: .png, .svg or .pdf")
     add_input_options(parser)
     add_model_options(parser)
     parser.set_defaults(run=run)
@@ -64,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("nothing to write: give -o OUT, --allocation FILE or both")
     check_suffix(args.output, MODEL_SUFFIXES, "the model (-o)")
     check_suffix(args.allocation, (".json",), "the allocation (--allocation)")
-    check_outputs(args, args.output, args.allocation)
+    check_report(args.report, args.plot)
+    check_outputs(args, args.output, args.allocation, args.report, args.plot)
     talk = Talk(args)
     model = open_model(args.model, args, talk)
     result = _allocate(model, args, talk)
@@ -76,8 +80,24 @@ def run(args: argparse.Namespace) -> int:
     if args.allocation is not None:
         result.allocation.save(args.allocation)
         written["allocation"] = args.allocation
+    written |= _write_reports(args, talk, result)
     _show(args, talk, result, written)
     return 0
+
+
+def _write_reports(args: argparse.Namespace, talk: Talk, result: Result) -> dict[str, str]:
+    written = {}
+    if args.report is not None:
+        with talk.stage(f"writing {args.report}"):
+            result.report().save(args.report, name=args.model)
+        written["report"] = args.report
+    if args.plot is not None:
+        from ..reporting.pictures import draw_summary
+
+        with talk.stage(f"drawing {args.plot}"):
+            draw_summary(result.report().summary(args.model), args.plot)
+        written["picture"] = args.plot
+    return written
 
 
 def _allocate(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:

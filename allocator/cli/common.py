@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 MODEL_SUFFIXES = (".pt", ".pth", ".safetensors")
 _PIPE_WIDTH = 120
+_PATIENCE = 2.0
 _UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
@@ -203,7 +205,8 @@ class Talk:
         timings: seconds per stage, in order.
     """
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, patience: float = _PATIENCE):
+        self.patience = patience
         self.json: bool = args.json
         self.verbose: bool = args.verbose
         self.quiet: bool = args.quiet
@@ -262,9 +265,24 @@ class Talk:
             stdout_console().print(renderable)
 
     @contextlib.contextmanager
+    def _announced(self, title: str) -> Iterator[None]:
+        """In a log or a pipe, one plain line about a stage that takes long."""
+        timer = threading.Timer(self.patience, lambda: print(f"{title} ...", file=sys.stderr, flush=True))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    @contextlib.contextmanager
     def _spinner(self, title: str) -> Iterator[Callable[[str], None]]:
-        if self.quiet or not sys.stderr.isatty():
+        if self.quiet:
             yield lambda _: None
+            return
+        if not sys.stderr.isatty():
+            with self._announced(title):
+                yield lambda _: None
             return
         from rich.console import Console
         from rich.markup import escape

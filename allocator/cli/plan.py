@@ -1,8 +1,10 @@
-"""Options that say how neurons are chosen, for the commands that plan."""
+"""What the commands share that plan: options that say how neurons are chosen, and reports of what was."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from .common import UsageError
 
 
 def add_plan_options(group: Any) -> None:
@@ -45,3 +47,18 @@ def add_plan_options(group: Any) -> None:
         help="leave modules of this name alone, as in 'layer4*' (repeat for more)",
     )
     group.add_argument("--no-fill", action="store_true", help="keep plain shares; do not fill the budget up")
+
+
+def check_report(report: str | None, plot: str | None) -> None:
+    """Usage error, before any work is done, where the name of a report or a picture does not say its format."""
+    from ..errors import UnknownNameError
+    from ..reporting import format_of
+    from ..reporting.pictures import picture_format
+
+    try:
+        if report is not None:
+            format_of(report)
+        if plot is not None:
+            picture_format(plot)
+    except UnknownNameError as error:
+        raise UsageError(str(error)) from error

@@ -18,7 +18,7 @@ from .common import (
     open_model,
     parse_flops,
 )
-from .plan import add_plan_options
+from .plan import add_plan_options, check_report
 
 if TYPE_CHECKING:
     from typing import Any
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _EXAMPLE = """\
   allocator-cli report torchvision:googlenet
-  allocator-cli report model.pt --flops 60% -o report.md
+  allocator-cli report model.pt --flops 60% -o report.html
   allocator-cli report small.safetensors --format csv -o small.csv
   allocator-cli report model.pt --input-size 1x3x64x64 --json"""
 
@@ -65,6 +65,7 @@ def _limit(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Trace the model, plan if there is a budget, and print or write the report."""
     format = _format(args)
+    check_report(None, args.plot)
     check_outputs(args, args.output, args.plot)
     talk = Talk(args)
     summary = _summary(args, talk, format)
@@ -89,10 +90,6 @@ def _format(args: argparse.Namespace) -> str:
             format = check_format("json" if args.json else args.format)
         else:
             format = "rich" if args.output is None else format_of(args.output)
-        if args.plot is not None:
-            from ..reporting.pictures import picture_format
-
-            picture_format(args.plot)
     except UnknownNameError as error:
         raise UsageError(str(error)) from error
     if format == "html" and args.output is None and sys.stdout.isatty():

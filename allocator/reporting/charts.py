@@ -212,7 +212,11 @@ def curve(summary: Summary, *, title: str) -> Spec:
         "scale": {"domain": policies, "range": list(COLOURS[: len(policies)])},
         "legend": {"title": None, "orient": "top"},
     }
-    dash = {"field": "policy", "legend": None, "scale": {"domain": policies, "range": [[1, 0], [6, 3], [2, 3]]}}
+    dash = {
+        "field": "policy",
+        "legend": {"title": None, "orient": "top"},
+        "scale": {"domain": policies, "range": [[1, 0], [6, 3], [2, 3]]},
+    }
     line = {
         "mark": {"type": "line", "point": {"size": 36}},
         "encoding": {**encoding, "color": colour, "strokeDash": dash},

@@ -50,7 +50,7 @@ def lanes(
         what = _what(graph.flow, op)
         if what is not None:
             channels = _channels(graph.flow, op, stays)
-            events.append((op.index, owner.get(op.index, TOP), Layer(op.module or "model", what, *channels)))
+            events.append((op.index, owner.get(op.index, TOP), Layer(op.module, what, *channels)))
     for i, (block, parent) in enumerate(zip(graph.blocks, parents, strict=True)):
         events.append((block.call, parent or TOP, i))
     found: dict[Place, list[Layer | int]] = {}

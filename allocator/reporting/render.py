@@ -31,13 +31,20 @@ def _json(summary: Summary, limit: int | None) -> str:
     return json.dumps(document(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def _html(summary: Summary, limit: int | None) -> str:
+    from .page import to_html
+
+    return to_html(summary)
+
+
 FORMATS: dict[str, Callable[[Summary, int | None], str]] = {
     "rich": _rich,
     "json": _json,
     "csv": lambda summary, limit: to_csv(summary),
+    "html": _html,
     "md": to_markdown,
 }
-SUFFIXES = {".txt": "rich", ".json": "json", ".csv": "csv", ".md": "md"}
+SUFFIXES = {".txt": "rich", ".json": "json", ".csv": "csv", ".html": "html", ".htm": "html", ".md": "md"}
 
 
 def as_text(summary: Summary, format: str, limit: int | None = LIMIT) -> str:
@@ -74,7 +81,7 @@ def format_of(path: PathLike) -> str:
     suffix = Path(path).suffix
     if suffix.lower() not in SUFFIXES:
         near = difflib.get_close_matches(suffix.lower(), SUFFIXES, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise UnknownNameError(
             f"{Path(path).name!r} does not say its format{hint} A report ends in {', '.join(SUFFIXES)}"
         )

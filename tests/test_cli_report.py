@@ -1,0 +1,207 @@
+"""`allocator-cli report` and `allocate --report`: formats, files, pictures, colours, progress."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from report_subjects import IMAGE, mixed
+from torch import nn
+
+import allocator
+from allocator.cli import main
+from allocator.cli.common import Talk
+from allocator.reporting import schema
+
+SIZE = ("--input-size", "1x3x16x16")
+NET = "import sys\nsys.path.insert(0, {folder!r})\nfrom report_subjects import mixed\n"
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each command in an empty folder, with one network by name."""
+    (tmp_path / "nets.py").write_text(NET.format(folder=str(Path(__file__).parent)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+
+
+def report(*arguments: str) -> int:
+    """The exit status, whether it comes from our code or from the argument parser."""
+    try:
+        return main(["report", "nets:mixed", *SIZE, *arguments])
+    except SystemExit as left:
+        return int(left.code or 0)
+
+
+def test_json_is_as_its_schema_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report("--json", "--flops", "60%") == 0
+    facts = json.loads(capsys.readouterr().out)
+    jsonschema.validate(facts, schema())
+    assert facts["budget"]["totals"]["flops"] <= 0.6 * facts["flops"]
+    # what it says would be left is what allocate leaves
+    result = allocator.allocate(mixed(), "60%", example_inputs=IMAGE)
+    assert facts["budget"]["totals"]["flops"] == result.flops_after
+    assert facts["budget"]["totals"]["parameters"] == sum(p.numel() for p in result.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("format", "begins"),
+    [("rich", "nets:mixed: Mixed"), ("csv", "block,kind,"), ("md", "# nets:mixed"), ("html", "<!doctype html>")],
+)
+def test_formats_on_stdout_and_in_files(format: str, begins: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report("--format", format) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(begins)
+    name = f"é.{'txt' if format == 'rich' else format}"
+    assert report("-o", name) == 0
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"report written to {name}" in printed.err
+    assert Path(name).read_text(encoding="utf-8").startswith(begins)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--format", "htm"], "did you mean 'html'"),
+        (["--format", "yaml"], "there are rich, json, csv, html, md"),
+        (["-o", "r.cvs"], "did you mean .csv"),
+        (["-o", "report"], "does not say its format. A report ends in"),
+        (["--plot", "p.pgn"], "did you mean .png"),
+        (["--json", "--format", "csv"], "do not go together"),
+        (["--blocks", "-1"], "not a number of blocks"),
+        (["-o", "r.md", "--plot", "r.md"], "a picture ends in"),
+    ],
+)
+def test_bad_usage_is_refused_before_any_work(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report(*arguments) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert printed.out == ""
+    assert os.listdir() == ["nets.py"]
+
+
+def test_existing_files_stay_unless_forced(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("r.md").write_text("precious")
+    assert report("-o", "r.md") == 1
+    assert "--force" in capsys.readouterr().err
+    assert Path("r.md").read_text() == "precious"
+    assert report("-o", "r.md", "--force") == 0
+    assert Path("r.md").read_text().startswith("# nets:mixed")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("locked").mkdir()
+    Path("locked").chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert report("-o", "locked/r.md") == 1
+    assert "no permission" in capsys.readouterr().err
+
+
+def test_unwritable_places_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("folder.md").mkdir()
+    for place, said in (("absent/r.md", "there is no folder"), ("folder.md", "it is a folder")):
+        assert report("-o", place, "--force") == 1
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("suffix", "begins"), [("png", b"\x89PNG"), ("svg", b"<svg"), ("pdf", b"%PDF")])
+def test_pictures(suffix: str, begins: bytes) -> None:
+    assert report("--plot", f"p.{suffix}", "--flops", "60%", "-q") == 0
+    assert Path(f"p.{suffix}").read_bytes().startswith(begins)
+
+
+def test_a_network_without_blocks_has_no_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)), "m.pt")
+    assert main(["report", "m.pt", *SIZE, "--plot", "p.png"]) == 1
+    assert "no blocks" in capsys.readouterr().err
+    assert not Path("p.png").exists()
+
+
+def test_allocate_writes_its_report_and_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["-o", "s.pt", "--report", "r.json", "--plot", "p.svg"]
+    assert main(["allocate", "nets:mixed", "--flops", "60%", *SIZE, *files, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["files"] == {"model": "s.pt", "report": "r.json", "picture": "p.svg"}
+    written = json.loads(Path("r.json").read_text())
+    jsonschema.validate(written, schema())
+    assert written["budget"]["certificate"].startswith("passed")
+    assert written["budget"]["totals"]["flops"] == facts["flops"]["after"]
+    assert "kept:" in Path("p.svg").read_text()
+
+
+def test_reports_of_results_in_python(tmp_path: Path) -> None:
+    result = allocator.allocate(mixed(), "60%", example_inputs=IMAGE)
+    for name in ("r.html", "r.md", "r.csv"):
+        result.report().save(tmp_path / name)
+    result.report().to_html(tmp_path / "other")
+    assert (tmp_path / "other").read_text(encoding="utf-8") == (tmp_path / "r.html").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "r.csv").read_text(encoding="utf-8"))))
+    assert sum(int(row["own_flops_kept"]) for row in rows) == result.flops_after
+
+
+def test_a_saved_result_says_what_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "recipe:scalenet-small-seed"
+    options = ["--criterion", "magnitude", "-o", "s.safetensors", "--json"]
+    assert main(["allocate", name, "--flops", "60%", *options]) == 0
+    before = json.loads(capsys.readouterr().out)
+    assert main(["report", "s.safetensors", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    jsonschema.validate(facts, schema())
+    assert facts["flops"] == before["flops"]["after"]
+    known = {(b["name"], r["name"]): r for b in before["blocks"] for r in b["branches"]}
+    for block in facts["blocks"]:
+        for branch in block["branches"]:
+            row = known[block["name"], branch["name"]]
+            assert (branch["before"], branch["channels"]) == (row["before"], row["after"])
+    assert any(note.startswith("allocated from") for note in facts["notes"])
+
+
+# ------------------------------------------------------------------------------------------ terminals and pipes
+
+
+def run_command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    """The command as a process with a pipe for stdout and stderr."""
+    code = "import sys; from allocator.cli import main; sys.exit(main())"
+    environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"} | variables
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, env=environment, check=False)
+
+
+def test_pipes_get_no_control_characters_and_any_encoding() -> None:
+    done = run_command("report", "nets:mixed", *SIZE, "--flops", "60%", "-v", PYTHONIOENCODING="ascii", NO_COLOR="1")
+    assert done.returncode == 0, done.stderr
+    for text in (done.stdout, done.stderr):
+        assert b"\x1b" not in text
+        assert b"\r" not in text
+        assert b"Traceback" not in text
+    assert b" s  tracing" in done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_long_stages_say_so_where_there_is_no_spinner(capsys: pytest.CaptureFixture[str]) -> None:
+    import argparse
+    import time
+
+    args = argparse.Namespace(json=False, verbose=False, quiet=False)
+    with Talk(args, patience=0.05).stage("waiting"):
+        time.sleep(0.3)
+    assert capsys.readouterr().err == "waiting ...\n"
+    with Talk(args, patience=5).stage("quick"):
+        pass
+    args.quiet = True
+    with Talk(args, patience=0.01).stage("silent"):
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""

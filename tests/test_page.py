@@ -1,0 +1,229 @@
+"""The HTML report in headless Chromium: no errors, nothing fetched, charts, keyboard, colours, accessibility, size."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_subjects import deep, summary
+
+from allocator.errors import MissingPackageError
+from allocator.reporting import Summary, as_text
+from allocator.reporting.charts import COLOURS, bins, parts_of, share_rows
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1200,1600",
+)
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">名前"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium; without one, the tests that need it are skipped."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("no chromium and chromedriver on this machine")
+    selenium = pytest.importorskip("selenium.webdriver", reason="selenium drives the browser")
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    opened = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
+    opened.set_script_timeout(60)
+    yield opened
+    opened.quit()
+
+
+def wait(browser: Any, seconds: float) -> Any:
+    """Something to call `until` on."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    return WebDriverWait(browser, seconds)
+
+
+def visit(browser: Any, path: Path, of: Summary, charts: int = 4) -> None:
+    """Open a report and wait for its charts."""
+
+    path.write_text(as_text(of, "html"), encoding="utf-8")
+    browser.get(path.as_uri())
+    counted = "return document.querySelectorAll('#charts svg').length"
+    wait(browser, 30).until(lambda b: b.execute_script(counted) == charts)
+
+
+def test_the_page_works_and_is_quiet(browser: Any, tmp_path: Path) -> None:
+    visit(browser, tmp_path / "report.html", summary("60%", True))
+    run = browser.execute_script
+    assert run("return [...document.querySelectorAll('#charts h2')].map(e => e.textContent)") == [
+        "Neurons per scale",
+        "What the budget leaves",
+        "FLOPs per block",
+        "Budget against importance",
+    ]
+    # the stacked bars: two parts in the concatenation, one scale of the groups
+    assert run("return document.querySelectorAll('#chart-shares .mark-rect path').length") >= 3
+    assert run("return performance.getEntriesByType('resource').length") == 0
+    assert browser.get_log("browser") == []
+
+
+def test_the_keyboard_opens_blocks_and_tables(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    visit(browser, tmp_path / "report.html", summary("60%", True))
+    run = browser.execute_script
+    seen = []
+    for _ in range(40):
+        browser.switch_to.active_element.send_keys(Keys.TAB)
+        seen.append(run("return document.activeElement.closest('details')?.id || document.activeElement.id"))
+        if seen[-1] == "block-0":
+            break
+    assert seen[-1] == "block-0"
+    assert seen.index("theme") < seen.index("find") < seen.index("close")
+    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    lanes = "return [...document.querySelectorAll('#block-0 .lane > .name')].map(e => e.textContent)"
+    assert run(lanes) == ["fine.0", "coarse.0"]
+    run("document.getElementById('block-2').open = true")
+    assert run("return document.querySelector('#block-2 #block-1') !== null")  # the groups lie within the sum
+    run("document.querySelector('#chart-flops details').open = true")
+    rows = "return [...document.querySelectorAll('#chart-flops tbody tr')].map(e => e.textContent)"
+
+    wait(browser, 10).until(lambda _: run(rows))
+    assert "modelnow247,296" in run(rows)
+
+
+def test_blocks_show_histograms_with_the_cut(browser: Any, tmp_path: Path) -> None:
+
+    visit(browser, tmp_path / "report.html", summary("60%", True))
+    run = browser.execute_script
+    run("document.getElementById('block-0').open = true")
+    drawn = "return document.querySelectorAll('#block-0 .layer_1_marks line').length"
+    wait(browser, 20).until(lambda _: run(drawn) == 1)
+    scores = summary("60%").blocks[0].scores
+    assert scores is not None
+    assert f"all above {scores.cut:.5g} are kept" in run(
+        "return document.querySelector('#block-0 figcaption').textContent"
+    )
+
+
+def test_both_colour_schemes(browser: Any, tmp_path: Path) -> None:
+    visit(browser, tmp_path / "report.html", summary("60%", True))
+    from selenium.webdriver.support.select import Select
+
+    seen: dict[str, str] = {}
+    for name in ("light", "dark"):
+        Select(browser.find_element("id", "theme")).select_by_value(name)
+        ink = "return document.querySelector('#chart-flops svg text').getAttribute('fill')"
+
+        wait(browser, 20).until(lambda b, ink=ink: b.execute_script(ink) not in seen.values())
+        seen[name] = browser.execute_script(ink)
+        page = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert page == {"light": "rgb(255, 255, 255)", "dark": "rgb(18, 22, 27)"}[name]
+    assert seen == {"light": "#1b2127", "dark": "#e7ecf1"}
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing(browser: Any, tmp_path: Path, theme: str) -> None:
+    axe = pytest.importorskip("axe_core_python", reason="axe-core checks accessibility")
+    visit(browser, tmp_path / "report.html", summary("60%", True))
+    run = browser.execute_script
+    run(
+        "const e = document.getElementById('theme'); e.value = arguments[0]; e.dispatchEvent(new Event('change'))",
+        theme,
+    )
+    run("for (const e of document.querySelectorAll('details')) e.open = true")
+    run((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
+    ask = "const done = arguments[0]; setTimeout(() => axe.run(document).then(done), 1500)"
+    found = browser.execute_async_script(ask)
+    said = [(each["id"], [node["html"][:160] for node in each["nodes"]][:3]) for each in found["violations"]]
+    assert said == []
+    assert len(found["passes"]) > 15
+
+
+def test_names_are_text_and_nothing_else(browser: Any, tmp_path: Path) -> None:
+    of = summary("60%", True)
+    of = replace(of, model=HOSTILE, blocks=(replace(of.blocks[0], name=HOSTILE), *of.blocks[1:]), notes=(HOSTILE,))
+    visit(browser, tmp_path / "報告.html", of)
+    run = browser.execute_script
+    assert run("return document.title") == f"{HOSTILE} – neuron allocation"
+    assert run("return document.querySelector('h1').textContent") == HOSTILE
+    assert run("return document.querySelector('#block-0 .name').textContent") == HOSTILE
+    assert run("return document.querySelectorAll('img').length") == 0
+    assert browser.get_log("browser") == []
+
+
+def test_five_thousand_blocks_stay_usable(browser: Any, tmp_path: Path) -> None:
+    visit(browser, tmp_path / "deep.html", deep(5000))
+    assert (tmp_path / "deep.html").stat().st_size < 10e6
+    run = browser.execute_script
+    assert run("return document.querySelectorAll('*').length") < 8000
+    took = run("return performance.getEntriesByType('navigation')[0].loadEventEnd")
+    assert took < 20_000  # a loaded machine of two cores; about one second on a quiet one
+    run("const e = document.getElementById('find'); e.value = 'stage4999.'; e.dispatchEvent(new Event('input'))")
+    assert run("return document.getElementById('found').textContent") == "1 found"
+    run("const e = document.getElementById('find'); e.value = ''; e.dispatchEvent(new Event('input'))")
+    run("document.getElementById('more').click()")
+    assert run("return document.getElementById('network').childElementCount") == 200
+    assert run("return document.activeElement.tagName") == "SUMMARY"
+
+
+# ------------------------------------------------------------------------------------------ without a browser
+
+
+def test_the_page_refers_to_nothing_outside() -> None:
+    page = as_text(summary("60%", True), "html")
+    assert len(page.encode()) < 2e6
+    assert "default-src 'none'" in page
+    own = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert re.findall(r"(?:src|href)=[\"'](?!#)", own) == []
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert [block[0] for block in data["blocks"]] == ["model", "grouped.0", "model#2"]
+
+
+def test_without_the_drawing_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from allocator.reporting import page
+
+    page._library.cache_clear()
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    with pytest.raises(MissingPackageError, match=r"neuron-allocator\[report\]"):
+        as_text(summary(), "html")
+
+
+def test_bars_hold_every_block_once() -> None:
+    names = [str(i) for i in range(5000)]
+    groups = bins(names)
+    assert len(groups) <= 120
+    assert [name for _, group in groups for name in group] == names
+    parts = parts_of(summary("60%"), kept=False)
+    rows = share_rows(parts)
+    for block in parts:
+        assert sum(row["share"] for row in rows if row["block"] == block) == pytest.approx(1)
+        assert sum(row["neurons"] for row in rows if row["block"] == block) == sum(parts[block].values())
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("page", ["#ffffff", "#f5f7f9", "#12161b", "#1b2128"])
+def test_colours_stand_out_from_both_pages(page: str) -> None:
+    for colour in COLOURS:
+        light, dark = sorted((luminance(colour), luminance(page)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 3
