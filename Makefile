@@ -3,6 +3,7 @@
 #   make test    lint, format, types and tests
 #   make sweep   the long runs over many models
 #   make bench   the benchmarks
+#   make docs    the documentation as a site, in build/docs
 # Variables: PYTHON (which interpreter makes the environment), VENV, PIP_ARGS (passed to pip install),
 # PYTEST_ARGS (passed to pytest).
 
@@ -14,13 +15,13 @@ WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
-CODE := allocator adapters recipes tests benchmarks
+CODE := allocator adapters recipes tests benchmarks docs/hooks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types unit sweep bench clean
+.PHONY: help demo test lint format types unit sweep bench docs clean
 
 help:
-	@sed -n '2,7s/^# \{0,1\}//p' Makefile
+	@sed -n '2,8s/^# \{0,1\}//p' Makefile
 
 $(PY):
 	"$(PYTHON)" -m venv $(VENV)
@@ -59,6 +60,9 @@ sweep: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-bench
 	$(PY) -m benchmarks.run
+
+docs: $(VENV)/.installed-docs
+	$(PY) -m mkdocs build --strict
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

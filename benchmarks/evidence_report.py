@@ -34,7 +34,7 @@ def markdown(data: dict[str, Any], arms: Sequence[str]) -> str:
     )
     shares = sorted({row["share"] for row in rows if row["arm"] in arms}, reverse=True)
     for share in shares:
-        parts += ["", f"## {share:.0%} of the seed's FLOPs", "", _errors(rows, share, arms)]
+        parts += ["", f"## {share:.0%} of the seed's FLOPs", "", errors(rows, share, arms)]
     seeds = [row for row in rows if row["arm"] == "seed"]
     if seeds:
         parts += ["", f"The seed networks themselves: {_spread([row['error'] for row in seeds])} error."]
@@ -42,7 +42,7 @@ def markdown(data: dict[str, Any], arms: Sequence[str]) -> str:
     return "\n".join(parts)
 
 
-def _errors(rows: Sequence[Row], share: float, arms: Sequence[str]) -> str:
+def errors(rows: Sequence[Row], share: float, arms: Sequence[str]) -> str:
     found = {arm: {r["seed"]: r for r in rows if r["arm"] == arm and r["share"] == share} for arm in arms}
     lines = []
     for arm in arms:

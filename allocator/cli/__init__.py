@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a name that the terminal cannot show is no failure
@@ -76,7 +76,8 @@ def _run(args: argparse.Namespace) -> int:
         return _failed(args, error)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; the help and the documentation are made from it."""
     parser = argparse.ArgumentParser(
         prog="allocator-cli",
         description=_DESCRIPTION,

@@ -25,6 +25,14 @@ _CONFIG: Spec = {
     "axis": {"grid": False, "domainColor": "#888888", "tickColor": "#888888"},
     "view": {"stroke": None},
 }
+_INK = "#e0e0e6"
+_DARK: Spec = {
+    **_CONFIG,
+    "background": None,
+    "axis": {**_CONFIG["axis"], "labelColor": _INK, "titleColor": _INK},
+    "legend": {"labelColor": _INK, "titleColor": _INK},
+    "title": {"color": _INK},
+}
 
 
 @dataclass(frozen=True)
@@ -72,12 +80,13 @@ def picture_format(path: PathLike) -> str:
     return suffix[1:]
 
 
-def draw_shares(panels: Sequence[Panel], path: PathLike) -> None:
+def draw_shares(panels: Sequence[Panel], path: PathLike, *, dark: bool = False) -> None:
     """Draw stacked bars, one per block: the share of its neurons that each part has.
 
     Args:
         panels: they are put side by side.
         path: the file to write; its suffix decides the format (png, svg, pdf).
+        dark: light letters on no background, for a dark page, in place of dark ones on white.
 
     Raises:
         InputError: there is nothing to draw, more than 8 parts, or a seed with other blocks.
@@ -99,7 +108,7 @@ def draw_shares(panels: Sequence[Panel], path: PathLike) -> None:
         spec = shares(rows, names, title=panel.title, axis=f"share of the {whose} neurons")
         bars = len({row["block"] for row in rows})
         drawn.append(spec | {"width": min(max(_STEP * bars, _NARROWEST), _WIDEST), "height": _HEIGHT})
-    save(side_by_side(drawn), path)
+    save(side_by_side(drawn), path, dark=dark)
 
 
 def draw_summary(summary: Summary, path: PathLike) -> None:
@@ -119,11 +128,11 @@ def draw_summary(summary: Summary, path: PathLike) -> None:
     draw_shares(panels, path)
 
 
-def save(spec: Spec, path: PathLike) -> None:
+def save(spec: Spec, path: PathLike, *, dark: bool = False) -> None:
     """Write a Vega-Lite specification as a picture, in one piece."""
     vl_convert = library()
     format = picture_format(path)
-    options: dict[str, Any] = {"config": _CONFIG}
+    options: dict[str, Any] = {"config": _DARK if dark else _CONFIG}
     if format == "png":
         options["scale"] = 2
     drawn = getattr(vl_convert, f"vegalite_to_{format}")(spec, **options)

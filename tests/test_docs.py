@@ -1,0 +1,107 @@
+"""The documentation: every code block runs, and the site is built without a warning."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from docs_blocks import PAGES, ROOT, Page
+
+import allocator
+from allocator.cli import make_parser
+
+NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
+SLOW = [name for name, path in zip(NAMES, PAGES) if re.search(r"<!--.*\bquick\b", path.read_text(encoding="utf-8"))]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages write files where they are run, and are as wide as they are shown."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_block_of_a_page_runs(name: str) -> None:
+    page = Page(ROOT / name, quick=True)
+    page.run()
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", SLOW)
+def test_every_block_of_a_page_runs_in_full(name: str) -> None:
+    Page(ROOT / name, quick=False).run()
+
+
+# ------------------------------------------------------------------------------------------ the site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole site, built as `make docs` does, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def _text(page: Path) -> str:
+    """What a page says, without markup, blanks made one."""
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page.read_text(encoding="utf-8"))).split())
+
+
+def test_the_site_asks_no_other_server(site: Path) -> None:
+    asked = re.compile(r"""<(?:script|img|link|source|iframe)\b[^>]*?(?:src|href|srcset)=["']?(https?:)?//""")
+    for page in site.rglob("*.html"):
+        assert not asked.search(page.read_text(encoding="utf-8")), page.name
+    for style in site.rglob("*.css"):
+        assert not re.search(r"url\(['\"]?(https?:)?//|@import", style.read_text(encoding="utf-8")), style.name
+
+
+def test_every_public_name_has_its_reference(site: Path) -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in (site / "api").glob("*.html"))
+    documented = {name for name in allocator.__all__ if f'id="allocator.{name}"' in pages}
+    documented |= {name for name in allocator.__all__ if f'id="allocator.errors.{name}"' in pages}
+    assert documented == set(allocator.__all__)
+
+
+def test_every_command_and_option_has_its_reference(site: Path) -> None:
+    said = _text(site / "cli.html")
+    for action in make_parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, command in action.choices.items():
+                assert f" {command.description} " in said
+                for option in command._actions[1:]:  # all but --help
+                    for written in option.option_strings or [str(option.metavar)]:
+                        assert written in said, f"{name} {written}"
+
+
+def test_the_comparison_shows_what_was_measured(site: Path) -> None:
+    said = _text(site / "comparison.html")
+    results = json.loads((ROOT / "benchmarks" / "results" / "speed.json").read_text(encoding="utf-8"))["compare"]
+    for row in results["rows"]:
+        name = row["model"].partition(":")[2]
+        ours = f"{round(1000 * row['ours']['core']):,}"
+        assert f" {name} {ours} " in said
+        if "bisected" in row:
+            assert f" {round(1000 * row['bisected']['wall']):,} " in said
+    assert "published, not reproduced" in said
+    assert "<!-- table" not in (site / "comparison.html").read_text(encoding="utf-8")
+
+
+def test_links_between_files_of_the_repository_are_links_between_pages(site: Path) -> None:
+    home = (site / "index.html").read_text(encoding="utf-8")
+    for page in ("tutorial.html", "benchmarks/budgets.html", "contributing.html"):
+        assert f'href="{page}"' in home or f"href={page}" in home
+        assert (site / page).exists()
+    assert 'src="img/shares.svg"' in home
+    assert (site / "img" / "shares.svg").exists()
