@@ -6,6 +6,7 @@ decompositions most of the time of a trace. What is not plainly one of these run
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,45 +16,50 @@ from torch import nn
 _POINTWISE = frozenset({torch.ops.aten.hardswish.default, torch.ops.aten.hardswish_.default})
 
 
-class Shortcuts:
-    """Runs ATen calls for one trace; remembers what dtype a pointwise call gives after the first of its kind."""
+# What dtype a pointwise call gives, known after the first of its kind.
+_GIVES: dict[tuple[Any, torch.dtype], torch.dtype] = {}
 
-    def __init__(self) -> None:
-        self.gives: dict[tuple[Any, torch.dtype], torch.dtype] = {}
 
-    def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What `func(*args, **kwargs)` gives."""
-        x = args[0] if args else None
-        if not isinstance(x, torch.Tensor) or not x.is_meta:
-            return func(*args, **kwargs)
-        if func is torch.ops.aten.native_batch_norm.default:
-            return _like(x, x.dtype), _empty([x.shape[1]], x.dtype), _empty([x.shape[1]], x.dtype)
-        if not kwargs and (torch.Tag.pointwise in func.tags or func in _POINTWISE):
-            return self._pointwise(func, args)
-        shape = None
-        if func is torch.ops.aten.mean.dim and len(args) == 3:
-            shape = _averaged(*args)
-        elif func is torch.ops.aten.convolution.default:
-            shape = _convolved(*args)
-        return func(*args, **kwargs) if shape is None else _empty(shape, x.dtype)
+def run(func: Any, args: Any, kwargs: Any) -> Any:
+    """What `func(*args, **kwargs)` gives."""
+    x = args[0] if args else None
+    if not isinstance(x, torch.Tensor) or not x.is_meta:
+        return func(*args, **kwargs)
+    if func is torch.ops.aten.native_batch_norm.default:
+        return _like(x, x.dtype), _empty([x.shape[1]], x.dtype), _empty([x.shape[1]], x.dtype)
+    if not kwargs and _works_number_by_number(func):
+        return _pointwise(func, args)
+    shape = None
+    if func is torch.ops.aten.mean.dim and len(args) == 3:
+        shape = _averaged(*args)
+    elif func is torch.ops.aten.convolution.default:
+        shape = _convolved(*args)
+    return func(*args, **kwargs) if shape is None else _empty(shape, x.dtype)
 
-    def _pointwise(self, func: Any, args: Any) -> Any:
-        tensors = [item for item in args if isinstance(item, torch.Tensor)]
-        widest, dtype = max(tensors, key=torch.Tensor.numel), tensors[0].dtype
-        plain = dtype.is_floating_point and all(
-            t.is_meta and t.dtype == dtype and t.dim() == widest.dim() and all(map(_fits, t.shape, widest.shape))
-            for t in tensors
-        )
-        if not plain or not all(type(item) in (torch.Tensor, nn.Parameter, float, int) for item in args):
-            return func(*args)
-        if func._schema.is_mutable:
-            return args[0] if args[0].shape == widest.shape else func(*args)
-        if (func, dtype) not in self.gives:
-            out = func(*args)
-            if isinstance(out, torch.Tensor):
-                self.gives[func, dtype] = out.dtype
-            return out
-        return _like(widest, self.gives[func, dtype])
+
+@functools.cache
+def _works_number_by_number(func: Any) -> bool:
+    return torch.Tag.pointwise in func.tags or func in _POINTWISE
+
+
+def _pointwise(func: Any, args: Any) -> Any:
+    tensors = [item for item in args if isinstance(item, torch.Tensor)]
+    widest, dtype = max(tensors, key=torch.Tensor.numel), tensors[0].dtype
+    plain = dtype.is_floating_point and all(
+        t.is_meta and t.dtype == dtype and t.dim() == widest.dim() and all(map(_fits, t.shape, widest.shape))
+        for t in tensors
+    )
+    if not plain or not all(type(item) in (torch.Tensor, nn.Parameter, float, int) for item in args):
+        return func(*args)
+    if func._schema.is_mutable:
+        return args[0] if args[0].shape == widest.shape else func(*args)
+    given = _GIVES.get((func, dtype))
+    if given is not None:
+        return _like(widest, given)
+    out = func(*args)
+    if isinstance(out, torch.Tensor):
+        _GIVES[func, dtype] = out.dtype
+    return out
 
 
 def _convolved(

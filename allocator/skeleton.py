@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -30,14 +30,18 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def tensor_names(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer by its first name; a tied tensor appears once."""
-    return {name: tensor for _, name, tensor in _tensors(model)}
+def tensor_names(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by its first name; a tied tensor appears once.
+
+    Args:
+        model: any module.
+        modules: what `modules_of(model)` gives, where it is known.
+    """
+    return {name: tensor for _, name, tensor in _tensors(modules_of(model) if modules is None else modules)}
 
 
-def _tensors(model: nn.Module) -> list[tuple[str, str, torch.Tensor]]:
-    """(field of the module that holds it, name, tensor): parameters, then buffers, as torch names them; one walk."""
-    modules = modules_of(model)
+def _tensors(modules: Mapping[str, nn.Module]) -> list[tuple[str, str, torch.Tensor]]:
+    """(field of the module that holds it, name, tensor): parameters, then buffers, as torch names them."""
     found, seen = [], set[int]()
     for kind in ("_parameters", "_buffers"):
         for path, module in modules.items():
@@ -63,10 +67,11 @@ def skeleton(model: nn.Module, replace: Replace) -> nn.Module:
         UnsupportedModelError: the module structure cannot be deep-copied.
     """
     memo: dict[int, object] = {}
-    for kind, name, tensor in _tensors(model):
+    modules = modules_of(model)
+    for kind, name, tensor in _tensors(modules):
         new = replace(name, tensor)
         memo[id(tensor)] = _as_parameter(new, tensor) if kind == "_parameters" else new
-    for name, tensor in _tensor_attributes(model):
+    for name, tensor in _tensor_attributes(modules):
         if id(tensor) not in memo:
             memo[id(tensor)] = replace(name, tensor)
     try:
@@ -93,18 +98,29 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
         new = memo[id(value)] = kind.__new__(kind)
         # A forward compiled in place (Module.compile) stays behind: it would run the original's weights.
         state = value.__getstate__() if "_compiled_call_impl" in vars(value) else vars(value)
-        fields = vars(new)
-        for key, item in state.items():
-            fields[key] = item if type(item) in _ATOMS else _copy(item, memo)
+        _copy_items(state, vars(new), memo)
         return new
     if kind is tuple:
         return value if _ATOMS.issuperset(map(type, value)) else tuple(_copy(item, memo) for item in value)
     if kind in _MAPPINGS:
         mapping = memo[id(value)] = kind()
-        for key, item in value.items():
-            mapping[_copy(key, memo)] = _copy(item, memo)
+        _copy_items(value, mapping, memo)
         return mapping
     return copy.deepcopy(value, memo)
+
+
+def _copy_items(items: Mapping[Any, Any], into: dict[Any, Any], memo: dict[int, Any]) -> None:
+    """Copies of all items; those that need no call of their own are most of a module's."""
+    for key, item in items.items():
+        if type(key) not in _ATOMS:
+            key = _copy(key, memo)
+        kind = type(item)
+        if kind in _ATOMS:
+            into[key] = item
+        elif kind in _PLAIN and not item:
+            into[key] = memo.setdefault(id(item), kind())
+        else:
+            into[key] = _copy(item, memo)
 
 
 @functools.lru_cache
@@ -124,9 +140,9 @@ def _as_parameter(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=like.requires_grad)
 
 
-def _tensor_attributes(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensor_attributes(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that modules keep as plain attributes, alone or in a list, tuple or dict."""
-    for path, module in modules_of(model).items():
+    for path, module in modules.items():
         for key, value in vars(module).items():
             if type(value) in _ATOMS or key in _MODULE_FIELDS:
                 continue

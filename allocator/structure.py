@@ -8,6 +8,7 @@ that changed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -253,12 +254,17 @@ def _compare_numbers(a: Op, b: Op) -> str | None:
     return None
 
 
-def _numbers(tree: Any) -> list[Any]:
-    if isinstance(tree, tuple):
-        return [leaf for item in tree for leaf in _numbers(item)]
-    if isinstance(tree, dict):
-        return [leaf for item in tree.values() for leaf in _numbers(item)]
-    return [] if isinstance(tree, Ref) else [tree]
+def _numbers(tree: Iterable[Any]) -> list[Any]:
+    """All that is no tensor in the arguments of a call, in order."""
+    found: list[Any] = []
+    for item in tree:
+        if isinstance(item, tuple):
+            found += _numbers(item)
+        elif isinstance(item, dict):
+            found += _numbers(item.values())
+        elif not isinstance(item, Ref):
+            found.append(item)
+    return found
 
 
 def _compare_groups(old: Flow, a: Op, b: Op, image: Image, groups: dict[str, np.ndarray]) -> str | None:

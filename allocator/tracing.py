@@ -21,7 +21,7 @@ from allocator.adapters.torchvision import one_suppression
 from .errors import TraceError
 from .inputs import Inputs
 from .largest import largest
-from .shortcuts import Shortcuts
+from . import shortcuts
 from .skeleton import modules_of, skeleton, tensor_names
 
 # Functions that fvcore counts as a whole, or whose meaning is lost in their parts.
@@ -112,7 +112,7 @@ class Op:
     @property
     def name(self) -> str:
         """Operator name without namespace or overload, such as `convolution`."""
-        return self.target._schema.name.split("::")[1]
+        return _name(self.target)
 
     def arg(self, name: str) -> Any:
         """An argument by its name in the schema, or its default."""
@@ -139,6 +139,22 @@ class Op:
 
     def __str__(self) -> str:
         return f"{self.target} in {self.module or 'the model'}"
+
+
+@functools.cache
+def _name(target: Any) -> str:
+    return str(target._schema.name.split("::")[1])
+
+
+@functools.cache
+def _reshapes_in_place(target: Any) -> bool:
+    return torch.Tag.inplace_view in getattr(target, "tags", ())
+
+
+@functools.cache
+def _gives_views(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
 
 
 @functools.cache
@@ -302,7 +318,6 @@ class _Recorder(TorchDispatchMode):
         self.call: Call | None = None
         self.paused = False
         self.stack: list[str] = [""]
-        self.shortcuts = Shortcuts()
         self.modules = modules_of(model)
         self.paths = {module: path for path, module in self.modules.items()}
 
@@ -313,12 +328,12 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.paused or func is _DEVICE:
             return func(*args, **(kwargs or {}))
-        return self.note(func, args, kwargs or {}, largest(func) or self.shortcuts)
+        return self.note(func, args, kwargs or {}, largest(func) or shortcuts.run)
 
     def note(self, target: Any, args: Any, kwargs: Any, run: Callable[[Any, Any, Any], Any]) -> Any:
         """Record a call to `target`, entered before `run` makes it, so that calls within it come later."""
         entry = len(self.raw)
-        if torch.Tag.inplace_view in getattr(target, "tags", ()):
+        if _reshapes_in_place(target):
             self.before.setdefault(id(args[0]), []).append(tuple(args[0].shape))
         self.raw.append((target, args, kwargs, None, self.stack[-1], self.call))
         out = run(target, args, kwargs)
@@ -357,7 +372,7 @@ class _Recorder(TorchDispatchMode):
             self.stack.pop()
 
     def compact(self, output: Any, mode: str, training: bool) -> Trace:
-        names = {id(tensor): name for name, tensor in tensor_names(self.model).items()}
+        names = {id(tensor): name for name, tensor in tensor_names(self.model, self.modules).items()}
         values: list[Value] = []
         index: dict[int, int] = {}
 
@@ -382,7 +397,7 @@ class _Recorder(TorchDispatchMode):
             composite.outputs = outputs(composite.outputs)
         ops = []
         for i, (func, args, kwargs, out, module, call) in enumerate(self.raw):
-            reshaped = id(args[0]) if torch.Tag.inplace_view in getattr(func, "tags", ()) else None
+            reshaped = id(args[0]) if _reshapes_in_place(func) else None
             read.clear()
             args, kwargs = _replace(args, ref), _replace(kwargs, ref)
             reads = tuple(read)
@@ -430,7 +445,7 @@ def _replace(tree: Any, ref: Callable[[Any], Any]) -> Any:
     if type(tree) in _LITERALS:
         return tree
     if isinstance(tree, (list, tuple)):
-        return tuple([_replace(item, ref) for item in tree])
+        return tuple([item if type(item) in _LITERALS else _replace(item, ref) for item in tree])
     if isinstance(tree, dict):
         return {key: _replace(item, ref) for key, item in tree.items()}
     return ref(tree)
@@ -441,8 +456,7 @@ _LITERALS = frozenset({int, float, bool, str, type(None)})
 
 def _note_views(op: Op, values: list[Value]) -> None:
     """Where a call gives views of its first tensor, say so in their values."""
-    schema = getattr(op.target, "_schema", None)
-    if schema is None or not op.reads or not any(r.alias_info is not None for r in schema.returns):
+    if not op.reads or not _gives_views(op.target):
         return
     source = op.reads[0]
     base = source if values[source].base is None else values[source].base
