@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from .disk import write_text
 from .errors import AllocationMismatchError, FileError
-from .skeleton import tensor_names
 
 FORMAT = 1
 Indices = list[Any]
@@ -214,10 +212,9 @@ def _compose_blocks(first: list[dict[str, Any]], second: list[dict[str, Any]]) -
     ]
 
 
-def architecture_hash(model: nn.Module) -> str:
-    """Hash of the names and shapes of all parameters and buffers."""
-    lines = (f"{name} {tuple(t.shape)}" for name, t in sorted(tensor_names(model).items()))
-    return _digest(lines)
+def architecture_hash(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Hash of the names and shapes of all parameters and buffers, as `shapes_of` gives them."""
+    return _digest(f"{name} {shape}" for name, shape in sorted(shapes.items()))
 
 
 def _as_json(data: Any) -> str:

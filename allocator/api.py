@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import nn
 from .allocation import Allocation
 from .blocks import describe_blocks
 from .certificate import Certificate, compare_outputs, names_and_shapes_match, require, weights_match
-from .checks import check_model, check_weights, unmatched, without_reset
+from .checks import check_model, unmatched, without_reset
 from .criteria import AUTO, NO_BATCH_NORM, Scores, candidates, say_fallback
 from .criteria import score as score_graph
 from .errors import (
@@ -40,6 +41,18 @@ from .rewriting import check_fits, materialise, reset_parameters
 from .settle import Settled, compare_models, settle
 
 Progress = Callable[[str], None]
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Hold garbage collection back: what a trace and its rules make stays in use until they are done."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass
@@ -120,11 +133,11 @@ def allocate(
         CertificateError, CostMismatchError: the result failed its own checks, and is not returned.
     """
     _check_choice("weights", weights, ("keep", "reset"))
-    check_weights(check_model(model))
+    check_model(model, values=True)
     clock = _Clock(progress)
-    with clock("trace"):
-        graph = trace(model, example_inputs, groups=groups, norms=norms, exclude=exclude)
-    with clock("score and plan"):
+    with clock("trace"), _without_collection():
+        graph = _trace(model, example_inputs, groups, norms, exclude)
+    with clock("score and plan"), _without_collection():
         budget = _budget(flops, graph)
         notes = list(graph.notes)
         settled = _settle(graph, criterion, budget, policy, scope, fill)
@@ -190,7 +203,12 @@ def trace(
         InputError: the inputs don't fit the model.
         TraceError: the model's forward raised.
     """
-    check_model(model)
+    return _trace(check_model(model), example_inputs, groups, norms, exclude)
+
+
+def _trace(
+    model: nn.Module, example_inputs: Any, groups: str, norms: str, exclude: Sequence[str | type]
+) -> ChannelGraph:
     _check_choice("groups", groups, ("whole", "width"))
     _check_choice("norms", norms, ("exact", "loose"))
     inputs = as_inputs(example_inputs, model)
@@ -302,12 +320,11 @@ def verify(
     """
     if not isinstance(allocation, Allocation):
         allocation = Allocation.load(allocation)
-    check_fits(check_model(model), allocation)
-    check_model(small)
+    values = numeric and not allocation.parts
+    check_fits(check_model(model, values=values), allocation)
+    check_model(small, values=values)
     if allocation.parts:
         return _verify_parts(model, small, allocation, example_inputs, numeric, seed)
-    for each in (model, small) if numeric else ():
-        check_weights(each)
     if example_inputs is None:
         example_inputs = inputs_like(allocation.input_shapes, model)
     graph = trace(model, example_inputs, groups=allocation.groups, norms=allocation.norms)

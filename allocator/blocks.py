@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from .flow import FROZEN, Flow, Join
-from .skeleton import tensor_names
 from .tracing import Op
 
 if TYPE_CHECKING:
@@ -324,7 +323,7 @@ def _merged(flow: Flow, calls: nx.DiGraph) -> Iterable[tuple[Join, list[tuple[in
 
 def _gamma_of_slot(graph: ChannelGraph) -> np.ndarray:
     """Mean |gamma| per slot over the batch norms of its component; NaN where there is none."""
-    tensors = tensor_names(graph.model)
+    tensors = graph.tensors
     total, count = np.zeros(graph.component.max() + 1), np.zeros(graph.component.max() + 1)
     for slots, name in graph.facts.gammas:
         if tensors[name].is_meta:

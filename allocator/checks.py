@@ -21,8 +21,12 @@ _WRAPPERS = {
 }
 
 
-def check_model(model: object) -> nn.Module:
+def check_model(model: object, *, values: bool = False) -> nn.Module:
     """Return `model` if it can be traced as it is.
+
+    Args:
+        model: what the caller gave.
+        values: its parameters and buffers must have values, not only shapes.
 
     Raises:
         UnsupportedModelError: not a module, or one that is or holds one that is wrapped, compiled, lazy,
@@ -30,26 +34,25 @@ def check_model(model: object) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"the model is of type {type(model).__name__}: {_instead_of(model)}")
-    for path, module in modules_of(model).items():
-        _check_class(module, path or "the model")
-    for path, tensor in tensor_names(model).items():
+    modules = modules_of(model)
+    first: dict[type, str] = {}
+    for path, module in modules.items():
+        first.setdefault(type(module), path or "the model")
+    for cls, path in first.items():
+        _check_class(cls, path)
+    for path, tensor in tensor_names(model, modules).items():
         if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
             raise UnsupportedModelError(
                 f"{path} is lazily initialised: run model(*example_inputs) once, so that its shape is known"
             )
         if tensor.is_quantized:
             raise UnsupportedModelError(f"{path} is quantised: allocate the float model, then quantise it")
-    return model
-
-
-def check_weights(model: nn.Module) -> None:
-    """Raise UnsupportedModelError where a parameter or buffer has a shape but no values."""
-    for path, tensor in tensor_names(model).items():
-        if tensor.is_meta:
+        if values and tensor.is_meta:
             raise UnsupportedModelError(
                 f"{path} lies on the meta device and has no values: build the model on a real device and load "
                 "its weights first"
             )
+    return model
 
 
 def unmatched(model: nn.Module, exclude: Sequence[str | type]) -> Iterator[str]:
@@ -71,17 +74,17 @@ def without_reset(model: nn.Module) -> str:
     return f", but not those of {', '.join(kept)}, which have no reset_parameters()" if kept else ""
 
 
-def _check_class(module: nn.Module, where: str) -> None:
-    kind = type(module).__name__
-    if isinstance(module, torch.jit.ScriptModule):
+def _check_class(cls: type, where: str) -> None:
+    kind = cls.__name__
+    if issubclass(cls, torch.jit.ScriptModule):
         raise UnsupportedModelError(
             f"{where} is TorchScript ({kind}), which cannot be rewritten: pass the Python module it was made from"
         )
-    for base in type(module).__mro__:
+    for base in cls.__mro__:
         if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
             verb = "pass" if where == "the model" else "replace it by"
             raise UnsupportedModelError(f"{where} is wrapped in {base.__name__}: {verb} {_WRAPPERS[base.__name__]}")
-    if type(module).__module__.startswith(_QUANTISED):
+    if cls.__module__.startswith(_QUANTISED):
         raise UnsupportedModelError(f"{where} is quantised ({kind}): allocate the float model, then quantise it")
 
 

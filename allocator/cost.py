@@ -305,18 +305,18 @@ class CostModel:
 
     def __init__(self, terms: Sequence[Term], unit_of_slot: np.ndarray, units: int) -> None:
         axes: dict[bytes, int] = {}
+        known: dict[int, int] = {}
         members: list[np.ndarray] = []
         ids: list[tuple[int, ...]] = []
         for term in terms:
-            row = []
             for label in term.axes:
+                if id(label) in known:
+                    continue
                 of = unit_of_slot[label]
-                key = of.tobytes()
-                if key not in axes:
-                    axes[key] = len(members)
+                known[id(label)] = axis = axes.setdefault(of.tobytes(), len(members))
+                if axis == len(members):
                     members.append(of)
-                row.append(axes[key])
-            ids.append(tuple(row))
+            ids.append(tuple([known[id(label)] for label in term.axes]))
         rows = np.concatenate([np.full(len(m), i) for i, m in enumerate(members)] or [np.zeros(0, int)])
         cols = np.concatenate(members or [np.zeros(0, int)])
         free = cols >= 0
@@ -375,17 +375,14 @@ class CostModel:
         self._shared_terms: list[tuple[int, tuple[int, int]]] = []
         products: list[tuple[np.ndarray, np.ndarray]] = []
         pointer, units, times = (getattr(self.incidence, name) for name in ("indptr", "indices", "data"))
-        ranges = [units[a:b] for a, b in itertools.pairwise(pointer)]
-        first = [int(of.min()) if len(of) else self.incidence.shape[1] for of in ranges]
-        last = [int(of.max()) if len(of) else -1 for of in ranges]
-        for t, axes in enumerate(self._axes):
-            for dims in itertools.combinations(range(len(axes)), 2):
-                i, j = (int(axes[d]) for d in dims)
-                if max(i, j) == len(self.fixed):
-                    continue
-                a, b = (slice(pointer[k], pointer[k + 1]) for k in (i, j))
-                if first[i] > last[j] or first[j] > last[i]:
-                    continue
+        some = np.diff(pointer) > 0
+        first, last = np.full(len(self.fixed) + 1, self.incidence.shape[1]), np.full(len(self.fixed) + 1, -1)
+        first[:-1][some] = units[pointer[:-1][some]]  # the units of an axis are in ascending order
+        last[:-1][some] = units[pointer[1:][some] - 1]
+        for dims in itertools.combinations(range(self._axes.shape[1]), 2):
+            one, other = (self._axes[:, d] for d in dims)
+            for t in np.flatnonzero((first[one] <= last[other]) & (first[other] <= last[one])).tolist():
+                a, b = (slice(pointer[k], pointer[k + 1]) for k in (one[t], other[t]))
                 common, at, bt = np.intersect1d(units[a], units[b], assume_unique=True, return_indices=True)
                 if len(common):
                     products.append((common, times[a][at] * times[b][bt]))

@@ -11,7 +11,6 @@ import torch
 
 from .errors import CriterionError, CriterionFallbackWarning, UninformativeScoresWarning, UnknownNameError, warn
 from .graph import ChannelGraph
-from .skeleton import tensor_names
 
 Weights = Callable[[str], torch.Tensor]
 Criterion = Callable[[ChannelGraph, Weights], np.ndarray]
@@ -91,7 +90,7 @@ def score(graph: ChannelGraph, criterion: str) -> Scores:
     if chosen != criterion and chosen != "bn_scale":
         say_fallback(NO_BATCH_NORM)
     criterion = chosen
-    tensors = tensor_names(graph.model)
+    tensors = graph.tensors
 
     def weights(name: str) -> torch.Tensor:
         if tensors[name].is_meta:
@@ -157,7 +156,7 @@ def magnitude(graph: ChannelGraph, weights: Weights) -> np.ndarray:
 
 def _written(graph: ChannelGraph) -> list[tuple[str, int, np.ndarray]]:
     """(parameter, dim, its slots) of everything that writes neurons."""
-    start_of = {start: (name, dim) for start, name, dim in graph.slots.names()}
+    start_of = {start: (name, dim) for start, name, dim in graph.slots.names}
     found = []
     for label, _ in graph.facts.produced:
         known = start_of.get(int(label[0]))

@@ -53,9 +53,15 @@ class Slots:
         sizes = self.shapes[name]
         return tuple(np.arange(start, start + n) for start, n in zip(self.base[name], sizes, strict=True))
 
+    @cached_property
     def names(self) -> list[tuple[int, str, int]]:
         """(first slot, tensor name, dim) in ascending order, for looking a slot up by bisection."""
-        return sorted((s, name, d) for name, starts in self.base.items() for d, s in enumerate(starts))
+        return [(start, name, dim) for name, starts in self.base.items() for dim, start in enumerate(starts)]
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The first slots of `names`."""
+        return np.array([start for start, _, _ in self.names], dtype=np.int64)
 
 
 @dataclass(frozen=True)

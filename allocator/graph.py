@@ -11,6 +11,7 @@ from typing import Any
 
 import networkx as nx
 import numpy as np
+import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import nn
@@ -23,7 +24,7 @@ from .cost import CostModel, cost_terms
 from .flow import FROZEN, Facts, Flow, Place, Slots
 from .inputs import Inputs
 from .largest import downstream, value_sized
-from .skeleton import tensor_names
+from .skeleton import modules_of, tensor_names
 from .tracing import ForwardError, record, trace_forward
 
 BRANCHES, INNER, ALL = 0, 1, 2
@@ -119,6 +120,16 @@ class ChannelGraph:
         return self.facts.refused
 
     @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """The model's modules by their paths."""
+        return modules_of(self.model)
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The model's parameters and buffers by their names."""
+        return tensor_names(self.model, self.modules)
+
+    @cached_property
     def cost(self) -> CostModel:
         """FLOPs as a function of the kept neurons."""
         return CostModel(cost_terms(self.flow), self.unit_of_slot, self.size)
@@ -201,9 +212,8 @@ class ChannelGraph:
         """All neurons that can be removed, with every parameter index they hold."""
         order = np.argsort(self.unit_of_slot, kind="stable")
         order = order[self.unit_of_slot[order] >= 0]
-        table = self.slots.names()
-        starts = np.array([start for start, _, _ in table])
-        where = np.searchsorted(starts, order, side="right") - 1
+        table = self.slots.names
+        where = np.searchsorted(self.slots.starts, order, side="right") - 1
         members: list[list[tuple[str, int, int]]] = [[] for _ in range(self.size)]
         for slot, row in zip(order.tolist(), where.tolist(), strict=True):
             start, name, dim = table[row]
@@ -239,7 +249,7 @@ def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None
     options = options or Options()
     trace = trace_forward(model, inputs)
     tensors = tensor_names(model)
-    slots = Slots.of({name: tuple(t.shape) for name, t in tensors.items()})
+    slots = Slots.of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     facts, notes = Facts(), [inputs.assumed] if inputs.assumed else []
     flow = run_rules(trace, slots, facts, **options.rules())
     if options.heads is None:
@@ -339,12 +349,9 @@ def kept_of(graph: ChannelGraph, kept: np.ndarray) -> dict[str, list[np.ndarray 
         kept: (graph.size,) bool, which neurons stay.
     """
     stays = np.append(kept, True)[graph.unit_of_slot]
-    staying = [0, *np.cumsum(stays).tolist()]
     result: dict[str, list[np.ndarray | None]] = {}
-    for name, shape in graph.slots.shapes.items():
-        ranges = [(start, start + n) for start, n in zip(graph.slots.base[name], shape, strict=True)]
-        whole = [staying[b] - staying[a] == b - a for a, b in ranges]
-        if not all(whole):
-            pairs = zip(ranges, whole, strict=True)
-            result[name] = [None if all_stay else np.flatnonzero(stays[a:b]) for (a, b), all_stay in pairs]
+    losing = np.unique(np.searchsorted(graph.slots.starts, np.flatnonzero(~stays), side="right") - 1)
+    for start, name, dim in (graph.slots.names[i] for i in losing):
+        shape = graph.slots.shapes[name]
+        result.setdefault(name, [None] * len(shape))[dim] = np.flatnonzero(stays[start : start + shape[dim]])
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import nn
 from .allocation import Allocation, Indices, architecture_hash
 from .errors import AllocationMismatchError
 from .flow import Flow
-from .skeleton import modules_of, skeleton, tensor_names
+from .skeleton import shapes_of, skeleton
 
 Slice = Callable[[torch.Tensor, Sequence[Indices | None]], torch.Tensor]
 
@@ -91,10 +91,11 @@ def check_fits(model: nn.Module, allocation: Allocation) -> None:
                     f"{name}, dim {dim}: the allocation keeps index {np.max(indices)}, the model has {shape[dim]}"
                 )
     _check_attributes(model, allocation)
-    if allocation.architecture and allocation.architecture != architecture_hash(model):
+    architecture = architecture_hash(shapes_of(model))
+    if allocation.architecture and allocation.architecture != architecture:
         raise AllocationMismatchError(
             f"the allocation was made for another architecture ({allocation.architecture}, "
-            f"this {type(model).__name__} is {architecture_hash(model)}): build the model as it was then"
+            f"this {type(model).__name__} is {architecture}): build the model as it was then"
         )
 
 
@@ -137,24 +138,32 @@ def _within(indices: Indices, size: int) -> bool:
 
 
 def standard_attributes(
-    model: nn.Module, shapes: dict[str, Sequence[int]], groups: dict[str, int], absent: Sequence[str]
+    modules: Mapping[str, nn.Module],
+    tensors: Mapping[str, torch.Tensor],
+    shapes: dict[str, Sequence[int]],
+    groups: dict[str, int],
+    absent: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
     """What torch's own layers say of themselves, wherever it changes with the sizes of their tensors.
 
     Args:
-        model: the original model.
+        modules: the original's, by path.
+        tensors: the original's parameters and buffers, by name.
         shapes: new sizes of the parameters and buffers that change.
         groups: new number of groups per weight of a grouped convolution.
         absent: paths of layers that are gone.
     """
-    first = {id(tensor): name for name, tensor in tensor_names(model).items()}
+    first = {id(tensor): name for name, tensor in tensors.items()}
     changed: dict[str, dict[str, Any]] = {}
-    for path, module in modules_of(model).items():
-        own = {field: first[id(tensor)] for field, tensor in _sources(module).items()}
+    for path, module in modules.items():
+        if not (module._parameters or module._buffers or hasattr(module, "parametrizations")):
+            continue
+        sources = _sources(module)
+        own = {field: first[id(tensor)] for field, tensor in sources.items()}
         gone = any(path == other or path.startswith(f"{other}.") for other in absent)
         if gone or not any(name in shapes or name in groups for name in own.values()):
             continue
-        sizes = {f: shapes.get(own[f], tuple(tensor.shape)) for f, tensor in _sources(module).items()}
+        sizes = {f: shapes.get(own[f], tuple(tensor.shape)) for f, tensor in sources.items()}
         new = _describe(module, sizes, groups.get(own.get("weight", "")))
         differs = {
             key: list(value) if isinstance(value, tuple) else value  # as it comes back from a file

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from .flow import Attribute, Facts, Flow, Slots
 from .graph import ChannelGraph, Options, build_graph, kept_of
 from .planning import Plan
 from .rewriting import describes_itself, materialise, norms_without_tensors, sliced, sliced_on_meta, standard_attributes
-from .skeleton import modules_of, tensor_names
+from .skeleton import modules_of, shapes_of
 from .structure import Image, Mismatch, compare
 from .tracing import ForwardError, Op, record
 
@@ -115,7 +115,7 @@ def describe(
         if shapes.get(f"{layer}.weight", [1])[0] == 0
         for other in together
     ]
-    attributes = standard_attributes(model, shapes, groups, absent)
+    attributes = standard_attributes(graph.modules, graph.tensors, shapes, groups, absent)
     for path, name, value in _following(model, graph, stays, mends or {}, alone):
         attributes.setdefault(path, {})[name] = value
     kept = {
@@ -123,12 +123,12 @@ def describe(
         for name, dims in indices.items()
         if not any(name.startswith(f"{layer}.") for layer in absent)
     }
-    _add_rows(model, kept, groups)
+    _add_rows(graph.modules, kept, groups)
     return Allocation(
         kept=kept,
         attributes=attributes,
         absent=absent,
-        architecture=architecture_hash(model),
+        architecture=architecture_hash(graph.slots.shapes),
         flops_asked=float(plan.asked),
         flops_before=graph.flops,
         flops_after=plan.flops,
@@ -168,9 +168,9 @@ def _attribute_value(current: Any, sizes: list[int]) -> Any:
     return sizes
 
 
-def _add_rows(model: nn.Module, kept: dict[str, list[Any]], groups: dict[str, int]) -> None:
+def _add_rows(modules: Mapping[str, nn.Module], kept: dict[str, list[Any]], groups: dict[str, int]) -> None:
     """Dim 1 of a grouped weight is written out as one row of columns per output that stays."""
-    for path, module in modules_of(model).items():
+    for path, module in modules.items():
         name = f"{path}.weight".lstrip(".")
         if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and not module.transposed:
             dims = kept.get(name)
@@ -195,7 +195,7 @@ def compare_models(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, *, c
         small: the rewritten model.
         copied: `small` is a copy on meta tensors, to be used up.
     """
-    slots = Slots.of({name: tuple(t.shape) for name, t in tensor_names(small).items()})
+    slots = Slots.of(shapes_of(small))
     image = Image(graph, kept, kept_of(graph, kept), slots)
     flows = [flow for flow in (graph.flow, graph.training_flow) if flow is not None]
     for flow in flows:

@@ -40,6 +40,11 @@ def tensor_names(model: nn.Module, modules: Mapping[str, nn.Module] | None = Non
     return {name: tensor for _, name, tensor in _tensors(modules_of(model) if modules is None else modules)}
 
 
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Sizes of every parameter and buffer by its first name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensor_names(model).items()}
+
+
 def _tensors(modules: Mapping[str, nn.Module]) -> list[tuple[str, str, torch.Tensor]]:
     """(field of the module that holds it, name, tensor): parameters, then buffers, as torch names them."""
     found, seen = [], set[int]()

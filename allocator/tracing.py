@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from allocator.adapters.torchvision import one_suppression
 
+from . import shortcuts
 from .errors import TraceError
 from .inputs import Inputs
 from .largest import largest
-from . import shortcuts
 from .skeleton import modules_of, skeleton, tensor_names
 
 # Functions that fvcore counts as a whole, or whose meaning is lost in their parts.
@@ -390,7 +390,8 @@ class _Recorder(TorchDispatchMode):
             return Ref(known)
 
         def outputs(tree: Any) -> tuple[int, ...]:
-            return tuple(r.index for r in map(ref, tree_flatten(tree)[0]) if isinstance(r, Ref))
+            leaves = [tree] if isinstance(tree, torch.Tensor) else tree_flatten(tree)[0]
+            return tuple([ref(leaf).index for leaf in leaves if isinstance(leaf, torch.Tensor)])
 
         for composite in self.calls:
             composite.args, composite.kwargs = _replace(composite.args, ref), _replace(composite.kwargs, ref)
@@ -426,8 +427,8 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _WHOLE and not self.recorder.paused:
             return self.recorder.note(_WHOLE[func], args, kwargs, self.recorder.whole)
-        name = getattr(func, "__name__", "").strip("_")
-        if name not in COMPOSITES or self.recorder.call is not None:
+        name = _composite(func)
+        if name is None or self.recorder.call is not None:
             return func(*args, **kwargs)
         call = Call(name, args, kwargs)
         self.recorder.calls.append(call)
@@ -438,6 +439,12 @@ class _Functions(TorchFunctionMode):
             self.recorder.call = None
         call.outputs = out
         return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _composite(func: Any) -> str | None:
+    name = getattr(func, "__name__", "").strip("_")
+    return name if name in COMPOSITES else None
 
 
 def _replace(tree: Any, ref: Callable[[Any], Any]) -> Any:

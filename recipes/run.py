@@ -27,6 +27,7 @@ from allocator.recipes.configuration import Config, Training, load_config
 from allocator.recipes.data import Batches, TestBatches, number, unreadable
 from allocator.recipes.tasks import task_of
 from allocator.recipes.training import Fit, as_text, training_bar
+from allocator.skeleton import shapes_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -381,7 +382,7 @@ class _Run:
         self._say(f"{fit.name}: going on at update {fit.step} of {fit.total}")
 
     def _save_network(self, network: nn.Module, allocation: Allocation | None, name: str) -> None:
-        whole = Allocation(architecture=architecture_hash(network))
+        whole = Allocation(architecture=architecture_hash(shapes_of(network)))
         save_result((network, allocation or whole), self.folder / name)
 
     def _write(self, result: RunResult) -> None:
