@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from .checks import check_model, check_weights
+from .checks import check_model
 from .disk import PathLike, check_writable, shorten, write_atomically
 from .errors import ExportError, MissingPackageError, UnknownNameError
 from .fvcore_count import fvcore_by_operator
@@ -110,8 +110,7 @@ def export(
     """
     to = format_of(path, to)
     check_writable(path)
-    network = check_model(model if isinstance(model, nn.Module) else getattr(model, "model", model))
-    check_weights(network)
+    network = check_model(model if isinstance(model, nn.Module) else getattr(model, "model", model), values=True)
     _check_dtype(network)
     inputs = _example(network, example_inputs).map(lambda t: t.cpu())
     network = skeleton(network, lambda _, t: t.detach().cpu()).eval()

@@ -19,7 +19,7 @@ from .disk import PathLike, existing, shorten, write_atomically
 from .errors import AllocationMismatchError, FileError, UnsafeFileError
 from .lineage import led_to
 from .rewriting import gives
-from .skeleton import tensor_names
+from .skeleton import shapes_of, tensor_names
 
 RESULT_SUFFIX = ".safetensors"
 
@@ -65,7 +65,7 @@ def save_result(result: Any, path: PathLike) -> None:
         "training": json.dumps(model.training),
         "versions": json.dumps(_versions()),
         "flops": json.dumps(flops),
-        "architecture": json.dumps(architecture_hash(model)),
+        "architecture": json.dumps(architecture_hash(shapes_of(model))),
         "certificate": json.dumps(certificate),
     }
     metadata["digest"] = _digest(metadata, tensors)
@@ -125,7 +125,9 @@ def load_result(
         )
     else:
         loaded = _rebuild(recorded, allocation, tensors, path, trust)
-    if "architecture" in metadata and _parse(metadata, "architecture", path, str) != architecture_hash(loaded):
+    if "architecture" in metadata and _parse(metadata, "architecture", path, str) != architecture_hash(
+        shapes_of(loaded)
+    ):
         raise AllocationMismatchError(f"{path} was saved from a network with other tensors than the one it rebuilds")
     return loaded.train(training)
 
