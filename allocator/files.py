@@ -1,7 +1,8 @@
 """Read and write models, results and allocations.
 
-Reading never runs code from a file, and writing is all or nothing. Three kinds of file:
+Reading never runs code from a file, and writing is all or nothing. Four kinds of file:
 
+- ``.pt2`` holds an exported program, which is read as a line of ATen calls;
 - ``.pt`` and ``.pth`` hold a pickled module, as ``torch.save(model)`` writes it, or a state_dict;
 - ``.safetensors`` holds an allocated model as data alone: its tensors, its allocation and the name it was
   built from, so that it opens without pickle;
@@ -20,6 +21,7 @@ from .build import build
 from .disk import PathLike, check_writable, existing, shorten, write_atomically, write_text
 from .errors import FileError
 from .pickles import open_pickle
+from .programs import is_program, load_program
 from .results import (
     RESULT_SUFFIX,
     is_result,
@@ -75,13 +77,14 @@ def load_model(path: PathLike, *, arch: str | None = None, trust: bool = False) 
     """Read a model from a file, on the CPU.
 
     Args:
-        path: a pickled module or a state_dict (``.pt``, ``.pth``, ...), or a saved result (``.safetensors``).
+        path: a pickled module or a state_dict (``.pt``, ``.pth``, ...), an exported program (``.pt2``), or a saved
+            result or weights alone (``.safetensors``).
         arch: the name (see `build`) of the network that a state_dict belongs to.
         trust: let the file run the code it asks for.
 
     Raises:
         UnsafeFileError: the file would run code that is not on the allow-list.
-        UnsupportedModelError: TorchScript, an exported program or an ONNX graph.
+        UnsupportedModelError: TorchScript, an ONNX graph, or an exported program that branches.
         FileError: missing, empty, truncated, not a model, or a state_dict that does not fit ``arch``.
     """
     file = existing(path)
@@ -89,6 +92,8 @@ def load_model(path: PathLike, *, arch: str | None = None, trust: bool = False) 
         return _load_safetensors(file, arch, trust)
     if file.suffix not in PICKLE_SUFFIXES + PROGRAM_SUFFIXES:
         raise FileError(f"{path}: unknown kind of file {file.suffix!r}; a model is read from .pt, .pth or .safetensors")
+    if is_program(file):
+        return load_program(file)
     found = _unwrap(open_pickle(file, trust=trust))
     if isinstance(found, nn.Module):
         return found

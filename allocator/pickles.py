@@ -31,6 +31,7 @@ _TRUSTED_MODULES = (
     "timm.models.",
     "timm.layers.",
     "allocator.recipes.",
+    "allocator.programs.",
 )
 # These build modules out of traced graphs, which compiles text.
 _DISTRUSTED_MODULES = ("torchvision.models.feature_extraction", "timm.models._features_fx", "timm.layers._fx")
@@ -61,6 +62,7 @@ _TRUSTED_HELPERS = frozenset(
     }
 )
 _ALWAYS_ALLOWED = ("collections.OrderedDict", "collections.Counter", "builtins.set", "__builtin__.set")
+_UNPACKED_TIMES, _UNPACKED_FREE = 4, 16 * 2**20
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number
 _LEGACY_PICKLES = 5  # magic number, protocol, system, object, storage keys; then raw bytes
 
@@ -83,13 +85,64 @@ def open_pickle(path: Path, *, trust: bool = False) -> Any:
     _refuse_programs(path)
     if trust:
         return _load(path, weights_only=False)
+    if _is_zip(path):
+        check_archive(path)
     admitted, refused = _admit(globals_in(path))
     if refused:
         raise UnsafeFileError(_unsafe(path, refused))
     if any(isinstance(found, type) and issubclass(found, nn.Module) for found, _ in admitted):
         _refuse_legacy_modules(path)
     with torch.serialization.safe_globals(admitted):
-        return _load(path, weights_only=True)
+        found = _load(path, weights_only=True)
+    _check_content(found, path)
+    return found
+
+
+def check_archive(path: Path) -> None:
+    """Raise FileError where a zip archive unpacks to far more than it is, or fails its own checksums.
+
+    ``torch.save`` compresses nothing, and exported programs little; torch itself compares no checksums.
+    """
+    limit = _UNPACKED_TIMES * path.stat().st_size + _UNPACKED_FREE
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            unpacked = sum(entry.file_size for entry in entries)
+            if unpacked > limit:
+                raise FileError(f"{path} unpacks to {unpacked:,} bytes, more than a model's file of its size can hold")
+            if len({entry.filename for entry in entries}) < len(entries):
+                raise FileError(f"{path} is damaged: it holds two entries of one name")
+            broken = archive.testzip()
+    except FileError:
+        raise
+    except Exception as error:  # zipfile raises a dozen kinds, up to NotImplementedError
+        raise FileError(f"{_damaged(path)} ({_first_line(error)})") from error
+    if broken is not None:
+        raise FileError(f"{_damaged(path)} (the checksum of {broken} does not fit)")
+
+
+def _check_content(found: Any, path: Path) -> None:
+    """Tensors have the memory that their shapes claim, and modules are whole enough to be walked."""
+    try:
+        values = list(found.state_dict().values()) if isinstance(found, nn.Module) else _leaves(found)
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        for tensor in tensors:
+            if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+                continue
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise FileError(f"{path} is damaged: a tensor of shape {tuple(tensor.shape)} has too little data")
+    except FileError:
+        raise
+    except Exception as error:
+        raise FileError(f"{_damaged(path)} ({_first_line(error)})") from error
+
+
+def _leaves(found: Any, depth: int = 4) -> list[Any]:
+    """What a dictionary or list holds, and those in it."""
+    if depth and isinstance(found, (dict, list, tuple)):
+        inside = found.values() if isinstance(found, dict) else found
+        return [leaf for each in inside for leaf in _leaves(each, depth - 1)]
+    return [found]
 
 
 def globals_in(path: Path) -> list[str]:
@@ -99,7 +152,7 @@ def globals_in(path: Path) -> list[str]:
             return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
         except pickle.UnpicklingError as error:
             raise UnsafeFileError(_unsafe(path, [f"(pickle instruction: {error})"])) from error
-        except (RuntimeError, ValueError, EOFError, OSError, LookupError) as error:
+        except Exception as error:  # whatever a damaged pickle makes the scanner trip over
             raise FileError(_damaged(path)) from error
     if tarfile.is_tarfile(path):
         raise UnsafeFileError(
@@ -146,7 +199,7 @@ def _read_globals(file: BinaryIO, names: set[str]) -> bool:
                 names.add(".".join(strings[-2:]))
             elif isinstance(argument, str):
                 strings.append(argument)
-    except (ValueError, EOFError, LookupError, UnicodeError):
+    except Exception:  # pickletools on bytes that are no pickle
         return False
     return True
 
@@ -208,7 +261,7 @@ def _load(path: Path, *, weights_only: bool) -> Any:
             f"{path} was pickled with code that is not here ({_first_line(error)}): make that code "
             "importable, or save the model's state_dict where it is and load that with an architecture name"
         ) from error
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AssertionError) as error:
+    except Exception as error:  # a damaged file makes torch raise nearly anything
         raise FileError(f"{_damaged(path)} ({_first_line(error)})") from error
 
 
@@ -221,7 +274,7 @@ def _refuse_programs(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except Exception as error:  # zipfile raises a dozen kinds, up to NotImplementedError
         raise FileError(_damaged(path)) from error
     inner = {entry.partition("/")[2] for entry in entries} | set(entries)
     if "constants.pkl" in inner or any(entry.startswith("code/") for entry in inner):
@@ -232,8 +285,8 @@ def _refuse_programs(path: Path) -> None:
     exported = ("serialized_exported_program.json", "archive_format", "models/model.json")
     if any(entry in inner for entry in exported):
         raise UnsupportedModelError(
-            f"{path} is an exported program (torch.export), whose modules cannot be rewritten: give the "
-            "Python model it was made from (a pickled module, or a state_dict with an architecture name)"
+            f"{path} is an exported program from before torch 2.8, which is not read: export the model again, or give "
+            "the Python model it was made from (a pickled module, or a state_dict with an architecture name)"
         )
 
 

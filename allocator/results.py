@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from torch import nn
 from .allocation import Allocation, architecture_hash
 from .build import BUILD_ATTRIBUTE, build
 from .disk import PathLike, existing, shorten, write_atomically
-from .errors import AllocationMismatchError, FileError, UnsafeFileError
+from .errors import AllocationMismatchError, AllocatorError, FileError, UnsafeFileError
 from .lineage import led_to
 from .rewriting import gives
 from .skeleton import shapes_of, tensor_names
 
+_LARGEST_ARGUMENT = 2**17  # of a build that a file asks for: more than any width or number of classes
 RESULT_SUFFIX = ".safetensors"
 
 _FORMAT = "neuron-allocator"
@@ -146,8 +147,21 @@ def _rebuild(
 ) -> nn.Module:
     """From the recorded build, without arithmetic on the meta device where the network can live there."""
     name, kwargs = _build_spec(recorded, path)
-    if not trust:
-        check_harmless(name, kwargs, path)
+    if trust:
+        return _assemble_named(name, kwargs, allocation, tensors, path)
+    check_harmless(name, kwargs, path)
+    try:
+        with _no_larger_than(tensors, path):
+            return _assemble_named(name, kwargs, allocation, tensors, path)
+    except AllocatorError:
+        raise
+    except Exception as error:  # arguments that the constructor cannot make anything of
+        raise FileError(f"{path} is damaged: {name} cannot be built from it ({shorten(str(error), 200)})") from error
+
+
+def _assemble_named(
+    name: str, kwargs: dict[str, Any], allocation: Allocation, tensors: dict[str, torch.Tensor], path: PathLike
+) -> nn.Module:
     meta = _build_on_meta(name, kwargs)
     if meta is not None:
         loaded = _assemble(meta, allocation, tensors, path)
@@ -156,6 +170,26 @@ def _rebuild(
     with torch.random.fork_rng(devices=[]):
         fresh = build(name, **kwargs)
     return _assemble(fresh, allocation, tensors, path)
+
+
+@contextlib.contextmanager
+def _no_larger_than(tensors: dict[str, torch.Tensor], path: PathLike) -> Iterator[None]:
+    """Stop a build that makes far more layers than the file has tensors for."""
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    left = 8 * len(tensors) + 2_000
+
+    def count(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise FileError(f"{path} is damaged: its {len(tensors)} tensors are far too few for the network it names")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _assemble(fresh: nn.Module, allocation: Allocation, tensors: dict[str, torch.Tensor], path: PathLike) -> nn.Module:
@@ -174,7 +208,7 @@ def _assemble(fresh: nn.Module, allocation: Allocation, tensors: dict[str, torch
             state[key] = value
     try:
         small.load_state_dict(state, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise FileError(f"the weights in {path} do not fit its network: {shorten(str(error))}") from error
     return small
 
@@ -335,12 +369,23 @@ def check_harmless(name: str, kwargs: dict[str, Any], path: PathLike) -> None:
     known = f"{prefix}:" in _SAFE_PREFIXES and re.fullmatch(r"[\w.-]+", model) is not None
     fetching = [key for key in kwargs if key != "init_weights" and any(bad in key for bad in _UNSAFE_KWARGS)]
     if known and not fetching:
+        if any(abs(number) > _LARGEST_ARGUMENT for number in _numbers(kwargs)):
+            raise FileError(f"{path} is damaged: it asks for {name} with arguments beyond {_LARGEST_ARGUMENT:,}")
         return
     what = f"the argument {fetching[0]!r} of {name!r}" if known else repr(name)
     raise UnsafeFileError(
         f"{path} asks to build its network from {what}, which could run or fetch something else. Give a "
         "fresh network with model=... (or --arch NAME), or pass --trust (trust=True) if you trust the file"
     )
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """All numbers in plain data."""
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(each)
 
 
 def _versions() -> dict[str, str]:

@@ -24,7 +24,7 @@ _DESCRIPTION = """\
 Learn how many neurons each branch of a PyTorch vision model gets, under a FLOPs budget, and write out the
 smaller network with a certificate.
 
-MODEL is a file (.pt, .pth, .safetensors) or a name: torchvision:resnet50, timm:res2net50_26w_4s,
+MODEL is a file (.pt, .pth, .pt2, .safetensors) or a name: torchvision:resnet50, timm:res2net50_26w_4s,
 recipe:scalenet50, hf:ResNetConfig or package.module:factory. A named model has random weights, the same every
 time, unless --set asks for others (--set pretrained=true for timm, --set weights=DEFAULT for torchvision).
 FLOPs are counted as fvcore counts them: one multiply-add is one FLOP."""
