@@ -19,7 +19,7 @@ from allocator.cli import main
 from allocator.cli.common import parse_flops, parse_setting, parse_size
 from allocator.files import load_allocation, load_model, save_model
 
-COMMANDS = ("report", "allocate", "apply", "verify", "export", "recipes", "train")
+COMMANDS = ("report", "allocate", "apply", "verify", "compare", "export", "recipes", "train")
 NET = """
 import torch
 from torch import nn

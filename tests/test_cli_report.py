@@ -205,3 +205,58 @@ def test_long_stages_say_so_where_there_is_no_spinner(capsys: pytest.CaptureFixt
     with Talk(args, patience=0.01).stage("silent"):
         time.sleep(0.1)
     assert capsys.readouterr().err == ""
+
+
+# ------------------------------------------------------------------------------------------ compare
+
+
+def allocations() -> None:
+    """Write a.json and b.json: two policies at one budget."""
+    for name, policy in (("a.json", "per_block"), ("b.json", "uniform")):
+        allocator.allocate(mixed(), "60%", example_inputs=IMAGE, policy=policy).allocation.save(name)
+
+
+def test_compare_gives_each_side_and_the_difference(capsys: pytest.CaptureFixture[str]) -> None:
+    allocations()
+    assert main(["compare", "a.json", "b.json", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    sides = [allocator.Allocation.load(name) for name in ("a.json", "b.json")]
+    assert [facts["a"]["flops"], facts["b"]["flops"]] == [side.flops_after for side in sides]
+    assert facts["flops_difference"] == sides[1].flops_after - sides[0].flops_after
+    for row in facts["branches"]:
+        known = []
+        for side in sides:
+            (block,) = [block for block in side.blocks if block["name"] == row["block"]]
+            known.append(sum(r["after"] for r in block["branches"] if row["branch"] in (r["name"], "groups")))
+        assert [row["a"], row["b"], row["difference"]] == [*known, known[1] - known[0]]
+    assert {row["block"] for row in facts["branches"]} == {"model", "grouped.0", "model#2"}
+
+
+def test_compare_a_model_with_what_is_left_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    allocations()
+    assert main(["compare", "nets:mixed", "a.json", *SIZE, "--format", "csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    kept = allocator.Allocation.load("a.json").blocks[0]["branches"]
+    assert [(r["branch"], int(r["a"]), int(r["b"])) for r in rows if r["block"] == "model"] == [
+        (r["name"], r["before"], r["after"]) for r in kept
+    ]
+    assert main(["compare", "a.json", "a.json"]) == 0
+    said = capsys.readouterr().out
+    assert "B has +0 FLOPs, 100.0% of A's" in said
+    assert "3 blocks alike, not shown" in said
+    assert main(["compare", "a.json", "a.json", "--all"]) == 0
+    assert "coarse.0" in capsys.readouterr().out
+
+
+def test_compare_writes_files_and_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+    allocations()
+    assert main(["compare", "a.json", "b.json", "-o", "c.md", "--plot", "c.svg"]) == 0
+    assert Path("c.md").read_text().startswith("# a.json and b.json")
+    assert "b.json" in Path("c.svg").read_text()
+    assert main(["compare", "a.json", "b.json", "-o", "c.md"]) == 1
+    assert "--force" in capsys.readouterr().err
+    for arguments, said in ((["--format", "html"], "no html form"), (["-o", "c.cvs"], "did you mean .csv")):
+        assert main(["compare", "a.json", "b.json", *arguments]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["compare", "absent.json", "b.json"]) == 1
+    assert "there is no file absent.json" in capsys.readouterr().err

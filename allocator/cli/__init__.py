@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..errors import AllocatorError, BudgetError
-from . import allocate, apply, export, recipes, report, train, verify
+from . import allocate, apply, compare, export, recipes, report, train, verify
 from .common import UsageError
 
 _DESCRIPTION = """\
@@ -86,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (report, allocate, apply, verify, export, recipes, train):
+    for module in (report, allocate, apply, verify, compare, export, recipes, train):
         module.register(commands)
     return parser
 

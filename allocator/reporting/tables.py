@@ -27,7 +27,7 @@ def to_csv(summary: Summary) -> str:
         for row in block.branches:
             writer.writerow(
                 [
-                    _cell(block.name), block.kind, _cell(row.name), f"{row.scale:g}", f"{row.stride:g}",
+                    csv_cell(block.name), block.kind, csv_cell(row.name), f"{row.scale:g}", f"{row.stride:g}",
                     size(row.kernel), row.dilation, size(row.receptive_field), row.channels, _known(row.kept),
                     row.inner, _known(row.inner_kept), row.flops, row.own_flops, _known(row.own_flops_kept),
                     repr(row.share), *(repr(n) for n in row.gamma or ()), *[""] * (0 if row.gamma else 3),
@@ -45,7 +45,7 @@ def to_csv(summary: Summary) -> str:
     return text.getvalue()
 
 
-def _cell(text: str) -> str:
+def csv_cell(text: str) -> str:
     """A name, so that no spreadsheet takes it for a formula."""
     text = printable(text)
     return f"'{text}" if text.startswith(_FORMULA) else text
@@ -59,7 +59,7 @@ def to_markdown(summary: Summary, limit: int | None = LIMIT) -> str:
     """Headings, totals and one table of blocks and branches."""
     budget = summary.budget
     inputs = ", ".join(size(shape) for shape in summary.inputs)
-    lines = [f"# {_escaped(summary.model)}", "", f"{_escaped(summary.kind)}, input {inputs}.", ""]
+    lines = [f"# {escaped(summary.model)}", "", f"{escaped(summary.kind)}, input {inputs}.", ""]
     kept = budget.totals if budget else None
     rows = []
     for what in ("flops", "parameters", "activations"):
@@ -78,16 +78,16 @@ def to_markdown(summary: Summary, limit: int | None = LIMIT) -> str:
     if summary.fixed or summary.unsupported:
         lines += ["## What must stay", ""]
         for each in summary.fixed:
-            where = f", at {_escaped(', '.join(each.modules[:3]))}" if each.modules else ""
-            lines.append(f"- {plural(each.channels, 'channel')}: {_escaped(each.reason)}{where}")
+            where = f", at {escaped(', '.join(each.modules[:3]))}" if each.modules else ""
+            lines.append(f"- {plural(each.channels, 'channel')}: {escaped(each.reason)}{where}")
         lines += [
-            f"- not followed: {_escaped(operator)} in {_escaped(', '.join(modules))}"
+            f"- not followed: {escaped(operator)} in {escaped(', '.join(modules))}"
             for operator, modules in summary.unsupported.items()
         ]
         lines.append("")
     remarks = [f"assumed: {each}" for each in summary.assumptions] + list(summary.notes)
     if remarks:
-        lines += ["## Notes", "", *(f"- {_escaped(each)}" for each in remarks), ""]
+        lines += ["## Notes", "", *(f"- {escaped(each)}" for each in remarks), ""]
     return "\n".join(lines)
 
 
@@ -95,11 +95,11 @@ def _blocks(summary: Summary, limit: int | None) -> list[str]:
     selection = select(summary, limit)
     rows = []
     for block in selection.blocks:
-        heading = f"**{_escaped(block.name)}** ({block.kind})"
+        heading = f"**{escaped(block.name)}** ({block.kind})"
         rows.append([heading, "", "", change(block.channels, block.kept), percent(block.share), ""])
         for row in condensed(block):
             cells = [f"{row.scale:g}", size(row.kernel), change(row.channels, row.kept), percent(row.share)]
-            rows.append([_escaped(row.name), *cells, spread(row.gamma)])
+            rows.append([escaped(row.name), *cells, spread(row.gamma)])
     if selection.hidden:
         what = f"{plural(selection.hidden, 'lighter block')}, not shown"
         rows.append([what, "", "", "", percent(selection.share), ""])
@@ -114,7 +114,7 @@ def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]], right: 
     return [f"| {' | '.join(cells)} |" for cells in (titles, rules, *rows)]
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """A name, so that Markdown takes none of it for its own."""
     text = printable(text)
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|" else c for c in text)

@@ -1,0 +1,119 @@
+"""``allocator-cli compare``: two allocations or two models side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import (
+    Talk,
+    UsageError,
+    add_command,
+    add_input_options,
+    add_model_options,
+    check_outputs,
+    example_inputs,
+    open_model,
+)
+from .plan import check_report
+
+if TYPE_CHECKING:
+    from ..reporting.compare import Comparison, Side
+
+_EXAMPLE = """\
+  allocator-cli compare learned.json even.json
+  allocator-cli compare recipe:scalenet50-seed small.safetensors --plot both.svg
+  allocator-cli compare torchvision:resnet50 torchvision:resnext50_32x4d --format csv -o both.csv"""
+
+
+def register(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = add_command(commands, "compare", "show two allocations or two models side by side", _EXAMPLE)
+    for name in ("a", "b"):
+        help_ = "an allocation (.json), a saved result (.safetensors), or a model: a file or a name"
+        parser.add_argument(name, metavar=name.upper(), help=help_)
+    parser.add_argument("--all", action="store_true", help="also list the blocks that are alike")
+    parser.add_argument(
+        "--format", metavar="FORMAT", help="rich, json, csv or md (default: the suffix of FILE, else rich)"
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="write it here: .txt, .json, .csv or .md")
+    parser.add_argument("--plot", metavar="FILE", help="draw both side by side: .png, .svg or .pdf")
+    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
+    add_input_options(parser)
+    add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read both, pair their branches, print or write the comparison."""
+    format = _format(args)
+    check_report(None, args.plot)
+    check_outputs(args, args.output, args.plot)
+    from ..reporting.compare import COMPARISONS, ComparisonText, compare
+
+    talk = Talk(args)
+    comparison = compare(_side(args.a, args, talk), _side(args.b, args, talk))
+    if args.plot is not None:
+        with talk.stage(f"drawing {args.plot}"):
+            _draw(comparison, args.plot)
+    if args.output is not None:
+        from ..files import write_text
+
+        write_text(args.output, COMPARISONS[format](comparison))
+        talk.said(f"comparison written to {args.output}")
+    elif format == "rich":
+        talk.result(ComparisonText(comparison, everything=args.all), {})
+    else:
+        sys.stdout.write(COMPARISONS[format](comparison))
+    return 0
+
+
+def _format(args: argparse.Namespace) -> str:
+    from ..errors import UnknownNameError
+    from ..reporting.compare import COMPARISONS
+    from ..reporting.render import check_format, format_of
+
+    if args.json and args.format not in (None, "json"):
+        raise UsageError(f"--json and --format {args.format} do not go together")
+    try:
+        if args.json or args.format is not None:
+            format = check_format("json" if args.json else args.format)
+        else:
+            format = "rich" if args.output is None else format_of(args.output)
+    except UnknownNameError as error:
+        raise UsageError(str(error)) from error
+    if format not in COMPARISONS:
+        raise UsageError(f"a comparison has no {format} form (there are {', '.join(COMPARISONS)})")
+    return format
+
+
+def _side(spec: str, args: argparse.Namespace, talk: Talk) -> Side:
+    """What an argument stands for: an allocation where the file holds one, else a model."""
+    from ..api import trace
+    from ..files import RESULT_SUFFIX, load_allocation
+    from ..reporting import summarise
+    from ..reporting.compare import side_of_allocation, side_of_summary
+
+    if Path(spec).suffix in (".json", RESULT_SUFFIX):
+        with talk.stage(f"reading {spec}"):
+            return side_of_allocation(spec, load_allocation(spec))
+    model = open_model(spec, args, talk)
+    with talk.stage(f"tracing {spec}"):
+        return side_of_summary(summarise(trace(model, example_inputs(args)), spec))
+
+
+def _draw(comparison: Comparison, path: str) -> None:
+    """Each side's channels per branch of the blocks whose branches add up."""
+    from ..errors import InputError
+    from ..reporting.facts import SHARED
+    from ..reporting.pictures import Panel, draw_shares
+
+    panels = []
+    for side in (comparison.a, comparison.b):
+        parts = {name: row for name, row in side.channels.items() if side.kinds[name] not in SHARED}
+        if not parts:
+            raise InputError(f"{side.name} has no blocks whose branches could be drawn")
+        panels.append(Panel(f"{side.name}: {side.flops:,} FLOPs", parts))
+    draw_shares(panels, path)

@@ -1,0 +1,209 @@
+"""Two networks or allocations side by side: channels per block and branch, and the difference."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from .facts import SHARED, BlockFacts, Summary
+from .tables import csv_cell, escaped, markdown_table
+from .words import plural, printable, short
+
+if TYPE_CHECKING:
+    from ..allocation import Allocation
+
+Channels = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two.
+
+    Attributes:
+        name: what it is called.
+        flops: as fvcore counts them.
+        channels: per block and branch; the groups of a convolution are one branch.
+        kinds: of the blocks.
+    """
+
+    name: str
+    flops: int
+    channels: Channels
+    kinds: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One branch on both sides; None where a side has no such branch."""
+
+    block: str
+    kind: str
+    branch: str
+    a: int | None
+    b: int | None
+
+    @property
+    def difference(self) -> int:
+        """Channels that the second has more; a branch that is not there has none."""
+        return (self.b or 0) - (self.a or 0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides, with a row per branch of either, in the order of the first and then of the second."""
+
+    a: Side
+    b: Side
+    rows: tuple[Row, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        sides = {key: {"name": side.name, "flops": side.flops} for key, side in (("a", self.a), ("b", self.b))}
+        rows = [{**asdict(row), "difference": row.difference} for row in self.rows]
+        return {**sides, "flops_difference": self.b.flops - self.a.flops, "branches": rows}
+
+
+def side_of_allocation(name: str, allocation: Allocation) -> Side:
+    """What an allocation keeps."""
+    channels: Channels = {}
+    kinds = {}
+    for block in allocation.blocks:
+        kinds[block["name"]] = block["kind"]
+        row = channels.setdefault(block["name"], {})
+        for branch in block["branches"]:
+            key = "groups" if block["kind"] == "groups" else branch["name"]
+            row[key] = row.get(key, 0) + branch["after"]
+    return Side(name, allocation.flops_after, channels, kinds)
+
+
+def side_of_summary(summary: Summary) -> Side:
+    """What a network has."""
+    channels: Channels = {}
+    for block in summary.blocks:
+        channels[block.name] = _channels(block)
+    return Side(summary.model, summary.totals.flops, channels, {block.name: block.kind for block in summary.blocks})
+
+
+def _channels(block: BlockFacts) -> dict[str, int]:
+    if block.kind == "groups":
+        return {"groups": block.channels}
+    row: dict[str, int] = {}
+    for branch in block.branches:
+        row[branch.name] = row.get(branch.name, 0) + branch.channels
+    return row
+
+
+def compare(a: Side, b: Side) -> Comparison:
+    """Pair the branches of two sides by the names of blocks and branches."""
+    rows = []
+    for block in dict.fromkeys([*a.channels, *b.channels]):
+        one, other = a.channels.get(block, {}), b.channels.get(block, {})
+        kind = a.kinds.get(block) or b.kinds[block]
+        rows += [Row(block, kind, name, one.get(name), other.get(name)) for name in dict.fromkeys([*one, *other])]
+    return Comparison(a, b, tuple(rows))
+
+
+class ComparisonText:
+    """Print it with rich: the blocks that differ, or all of them."""
+
+    def __init__(self, comparison: Comparison, *, everything: bool = False) -> None:
+        self.comparison, self.everything = comparison, everything
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        a, b = self.comparison.a, self.comparison.b
+        for letter, side in (("A", a), ("B", b)):
+            yield Text.assemble(
+                (letter, "bold"), f" {printable(side.name)}: {side.flops:,} FLOPs ({short(side.flops)})"
+            )
+        share = f", {b.flops / a.flops:.1%} of A's" if a.flops else ""
+        yield Text(f"B has {b.flops - a.flops:+,} FLOPs{share}")
+        shown, hidden = _shown(self.comparison, self.everything)
+        if shown:
+            yield _table(shown)
+        if hidden:
+            yield Text(f"{plural(hidden, 'block')} alike, not shown (--all shows them)", style="dim")
+
+
+def _shown(comparison: Comparison, everything: bool) -> tuple[list[Row], int]:
+    """Rows of the blocks that differ, and how many blocks do not."""
+    differing = {row.block for row in comparison.rows if row.a != row.b}
+    blocks = {row.block for row in comparison.rows}
+    if everything:
+        return list(comparison.rows), 0
+    return [row for row in comparison.rows if row.block in differing], len(blocks - differing)
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+    table.add_column("block / branch", overflow="fold")
+    for title in ("A", "B", "B - A"):
+        table.add_column(title, justify="right", no_wrap=True)
+    last = None
+    for row in rows:
+        if row.block != last:
+            cells = _sums([each for each in rows if each.block == row.block])
+            table.add_row(Text.assemble((printable(row.block), "bold"), f" ({row.kind})"), *cells)
+        last = row.block
+        table.add_row(Text(f"  {printable(row.branch)}"), *_cells(row))
+    return table
+
+
+def _sums(rows: list[Row]) -> tuple[str, str, str]:
+    if rows[0].kind in SHARED:
+        return "", "", ""
+    a, b = (sum(getattr(row, side) or 0 for row in rows) for side in ("a", "b"))
+    return str(a), str(b), f"{b - a:+}" if a != b else ""
+
+
+def _cells(row: Row) -> tuple[str, str, str]:
+    known = ["-" if n is None else str(n) for n in (row.a, row.b)]
+    return known[0], known[1], f"{row.difference:+}" if row.difference else ""
+
+
+def comparison_csv(comparison: Comparison) -> str:
+    """One line per branch."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["block", "kind", "branch", "a", "b", "difference"])
+    for row in comparison.rows:
+        known = ["" if n is None else n for n in (row.a, row.b)]
+        writer.writerow([csv_cell(row.block), row.kind, csv_cell(row.branch), *known, row.difference])
+    return text.getvalue()
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """A table of the blocks that differ."""
+    a, b = comparison.a, comparison.b
+    lines = [f"# {escaped(a.name)} and {escaped(b.name)}", ""]
+    lines += [f"A has {a.flops:,} FLOPs, B {b.flops:,} ({b.flops - a.flops:+,}).", ""]
+    shown, hidden = _shown(comparison, False)
+    rows = [[escaped(row.block), escaped(row.branch), *_cells(row)] for row in shown]
+    lines += markdown_table(["block", "branch", "A", "B", "B - A"], rows, right=(2, 3, 4))
+    return "\n".join([*lines, "", f"{plural(hidden, 'block')} alike, not shown.", ""])
+
+
+def comparison_json(comparison: Comparison) -> str:
+    """`Comparison.to_dict` as text."""
+    return json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+
+def _rich(comparison: Comparison) -> str:
+    console = Console(file=io.StringIO(), width=120, no_color=True, force_terminal=False)
+    console.print(ComparisonText(comparison))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+COMPARISONS: dict[str, Callable[[Comparison], str]] = {
+    "rich": _rich,
+    "json": comparison_json,
+    "csv": comparison_csv,
+    "md": comparison_markdown,
+}
