@@ -111,6 +111,7 @@ class Facts:
     mixed: list[np.ndarray] = field(default_factory=list)
     gammas: list[tuple[np.ndarray, str]] = field(default_factory=list)
     floors: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    heads: list[np.ndarray] = field(default_factory=list)
     attributes: list[Attribute] = field(default_factory=list)
     groups: dict[str, np.ndarray] = field(default_factory=dict)
     refused: dict[str, list[str]] = field(default_factory=dict)
@@ -253,8 +254,12 @@ class Flow:
         self._divided.append((op, varying[-2], label))
 
     def note_heads(self, label: np.ndarray) -> None:
-        """Each of these labels stands for one head of an attention."""
+        """Each of these labels stands for one head of an attention.
+
+        Two of them stay: views and einsum take a dim of one head to be no dim, and merge it with others.
+        """
         self._counts_heads[label] = True
+        self.facts.heads.append(label)
 
     def produce(self, label: Label, op: Op, weight_value: int) -> None:
         """Labels of neurons that a parameter writes; they are what can be removed."""

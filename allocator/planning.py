@@ -197,7 +197,7 @@ def _nothing(graph: ChannelGraph, scores: Scores, scope: str) -> NothingToAlloca
 
 
 def _floors(graph: ChannelGraph, scores: Scores, free: np.ndarray) -> np.ndarray:
-    """The best neuron of every layer and part that would otherwise be left empty."""
+    """The best neuron of every layer and part that would otherwise be left empty, and two heads of an attention."""
     forced = np.zeros(graph.size, dtype=bool)
     for label, module in graph.facts.floors:
         if module in graph.optional:
@@ -207,6 +207,12 @@ def _floors(graph: ChannelGraph, scores: Scores, free: np.ndarray) -> np.ndarray
             continue
         unique = np.unique(units)
         forced[unique[np.argmax(scores.values[unique])]] = True
+    for label in graph.facts.heads:
+        heads = np.unique(graph.units(label))
+        loose = heads[free[heads] & ~forced[heads]]
+        missing = 2 - (len(label) - len(loose))
+        if missing > 0:
+            forced[loose[np.argsort(-scores.values[loose], kind="stable")[:missing]]] = True
     return forced
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .common import ROOT, table, where
+from .coverage_reasons import REASONS, WHY_HEADS_STAY
 
 Row = dict[str, Any]
 
@@ -23,8 +24,10 @@ def markdown(data: dict[str, Any]) -> str:
         "# Coverage",
         "",
         "Made by `python -m benchmarks.coverage`. Random weights; each network in a process of its own. "
-        "Asked for: 60 % of the FLOPs; where that is out of reach, the smallest that is not (marked ≥). Torch-Pruning: "
-        "`BNScalePruner`, global, one pass at a ratio of 0.35, then a forward and a train step.",
+        "Asked for, by the default criterion: 60 % of the FLOPs; where that is out of reach, the smallest that is not "
+        "(marked ≥). Torch-Pruning: "
+        "`BNScalePruner`, global, one pass at a ratio of 0.35, then a forward and a train step. Seconds are of the "
+        "CPU, one thread; MiB are the peak above the model itself. Can go: the share of channels that can be removed.",
         "",
         f"{len(rows)} networks: {sum('traced' in row for row in ours)} traced, {len(done)} allocated, certified and "
         f"trained a step, {len(reached)} of them at 60 %; largest certificate error {worst:.1e}. "
@@ -32,6 +35,8 @@ def markdown(data: dict[str, Any]) -> str:
         "",
         _table(rows),
         "",
+        *_left(rows),
+        *_kept(rows),
         where(data["environment"]),
         "",
     ]
@@ -60,6 +65,8 @@ def _line(row: Row) -> list[str]:
     ours, peer = row.get("ours", {"failed": "not run"}), row.get("peer", {"failed": "not run"})
     name = row["model"].replace("torchvision:", "tv:")
     theirs = "yes" if peer.get("train_step") else f"no: {_short(peer.get('failed', 'train step'))}"
+    if "peer" not in row:
+        theirs = "not run"
     if "failed" in ours:
         return [name, "", "", "", "", "", f"no: {_short(ours['failed'])}", "", "", theirs]
     blocks = ", ".join(f"{count} {kind}" for kind, count in ours["blocks"].items()) or "none"
@@ -70,6 +77,32 @@ def _line(row: Row) -> list[str]:
     return [name, blocks, *figures, f"{ours['seconds']:.1f}", f"{ours['memory'] / 2**20:.0f}", theirs]
 
 
-def _short(text: str) -> str:
+def _left(rows: Sequence[Row]) -> list[str]:
+    """Networks that did not come down to the budget, each with the reason."""
+    left = [row for row in rows if "ours" in row and ("failed" in row["ours"] or "smallest" in row["ours"])]
+    if not left:
+        return []
+    lines = [f"- {row['model']}: {REASONS.get(row['model']) or _own_reason(row['ours'])}." for row in left]
+    return ["## Not at 60 %", "", *lines, ""]
+
+
+def _own_reason(ours: Row) -> str:
+    if "failed" in ours:
+        return str(ours["failed"])
+    listed = "; ".join(f"{reason} ({count} channels)" for reason, count in ours["reasons"][:3])
+    return f"not looked into yet; channels that stay: {listed}"
+
+
+def _kept(rows: Sequence[Row]) -> list[str]:
+    """Networks of which a part was found to need its neurons by tracing the result."""
+    found = [(row["model"], row["ours"]["frozen"]) for row in rows if row.get("ours", {}).get("frozen")]
+    if not found:
+        return []
+    lines = [[name, len(notes), _short(notes[0], 110)] for name, notes in found]
+    header = ["network", "places", "the first, and what its forward would have met"]
+    return ["## Found to need their neurons", "", WHY_HEADS_STAY, "", table(header, lines), ""]
+
+
+def _short(text: str, most: int = 60) -> str:
     """An error in a cell."""
-    return text.replace("|", "/")[:60]
+    return text.replace("|", "/").replace("the neurons at ", "")[:most]

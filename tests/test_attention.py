@@ -105,3 +105,15 @@ def test_heads_whose_width_is_computed_from_the_stream_stay_and_are_named() -> N
     assert [small[i].attn.qkv.out_features for i in range(2)] == [72, 72]
     assert small[0].fc1.out_features < 96
     assert any("0.attn stay" in note for note in result.notes), result.notes
+
+
+def test_two_heads_stay_at_the_smallest_figure() -> None:
+    model = transformer()
+    with pytest.raises(allocator.BudgetError) as caught:
+        allocator.allocate(model, "1%", example_inputs=TOKENS, criterion="magnitude")
+    figure = float(caught.value.reachable or 0)
+    result = allocator.allocate(model, figure, example_inputs=TOKENS, criterion="magnitude")
+    small: Any = result.model
+    assert [small[i].attn.num_heads for i in range(2)] == [2, 2]
+    assert [small[i].fc1.out_features for i in range(2)] == [1, 1]
+    assert not any(" stay" in note for note in result.notes), result.notes

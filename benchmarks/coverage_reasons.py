@@ -1,0 +1,16 @@
+"""Why some networks do not come down to the budget: looked into case by case, shown on the coverage page."""
+
+from __future__ import annotations
+
+REASONS = {
+    "timm:gmlp_ti16_224": "the halves of every hidden layer meet under the spatial gate's LayerNorm over channels, and "
+    "the stream under others: nothing can go exactly; `norms='loose'` lets them go",
+    "timm:test_nfnet": "weight standardisation: every weight depends on all inputs of its layer, so that no layer's "
+    "inputs can go exactly",
+    "timm:csatv2": "most of the cost is in a stream under norms over channels; 76 % is the smallest figure, and the "
+    "search for it by bisection takes longer than the limit",
+}
+WHY_HEADS_STAY = (
+    "Where a forward computes the width of a head from the stream (`C // num_heads`), or gives its result the width of "
+    "the stream (`reshape(B, N, C)`), no attribute can follow and the heads stay; hidden widths are allocated there."
+)
