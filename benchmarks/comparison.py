@@ -63,13 +63,13 @@ def evidence() -> str:
 
 def coverage() -> str:
     """How many networks each tool gets through, in one paragraph."""
-    rows = read("coverage").get("rows", [])
+    rows = [row for row in read("coverage").get("rows", []) if {"ours", "peer"} <= row.keys()]
     if not rows:
         return "The coverage benchmark (`python -m benchmarks.coverage`) has left no results yet."
     ours = sum(bool(row["ours"].get("train_step")) for row in rows)
     peer = sum(bool(row["peer"].get("train_step")) for row in rows)
     return (
-        f"Of {len(rows)} networks, each in a process of its own, {ours} are allocated, certified and train a step "
+        f"Of {len(rows)} networks that both were run on, each in a process of its own, {ours} are allocated, certified and train a step "
         f"here; Torch-Pruning returns a network that runs and trains for {peer}."
     )
 
