@@ -1,16 +1,35 @@
 """What is particular to a library's blocks, by class name, so that no library is imported until it is used.
 
-An adapter is looked up by the qualified name of a module's class or of one of its bases.
+What is known of a library's classes lies in a file of this package that is loaded when the first module of the
+library turns up. A user registers what is particular to a block of their own in a few lines:
+
+>>> from allocator import adapters
+>>> @adapters.register("mynet.blocks.SplitBlock")
+... def sizes(block, kept):
+...     return {"width": int(kept("conv1.weight", 0).sum())}
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
+import torch
 from torch import nn
 
+from allocator.errors import AdapterError
+
+Kept = Callable[[str, int], np.ndarray]
+"""`kept("conv1.weight", 0)`: (n,) bool, which indices of that dim of the module's tensor stay."""
+Sizes = Callable[[nn.Module, Kept], Mapping[str, Any]]
 OptionalBranches = Callable[[nn.Module], dict[str, tuple[str, ...]]]
+
+S = TypeVar("S", bound=Sizes)
 
 
 @dataclass(frozen=True)
@@ -18,58 +37,76 @@ class Adapter:
     """Knowledge about one class of modules.
 
     Attributes:
+        sizes: gives, for a module and what is kept of its tensors, the attributes that its forward reads as
+            constants, each with its new value (an int, or a list or tuple of ints). With everything kept, it
+            must give values that mean what the module has.
+        outputs: gives the paths (relative to the module) of layers that make the model's answer (classes, boxes);
+            their output channels stay.
         optional_branches: gives, for a module, the paths (relative to it) of layers that the forward can
             do without, each with all the paths that must be set to None together with it.
         norm_scale: for a norm that torch does not know as one, the name of the vector that scales its channels.
+        inputs: gives example arguments of a whole model (zeros on the CPU) and where their size comes from, or
+            None where the model does not tell.
     """
 
+    sizes: Sizes | None = None
+    outputs: Callable[[nn.Module], Iterable[str]] | None = None
     optional_branches: OptionalBranches | None = None
     norm_scale: str | None = None
+    inputs: Callable[[nn.Module], tuple[tuple[Any, ...], str] | None] | None = None
 
 
 _ADAPTERS: dict[str, Adapter] = {}
+# The package of a class, and the file here that knows it.
+_LIBRARIES = {"allocator.recipes": "recipes", "timm": "timm", "torchvision": "torchvision", "transformers": "hf"}
 
 
-def register(class_name: str, adapter: Adapter) -> None:
-    """Register an adapter for a class such as `allocator.recipes.scalenet.ScaleBlock`.
+def register(classes: str | type | Iterable[str | type], adapter: Adapter | None = None) -> Callable[[S], S]:
+    """Register an adapter, as a call or as a decorator of the function that gives the sizes.
+
+    Args:
+        classes: a class, its qualified name such as `allocator.recipes.scalenet.ScaleBlock`, all classes of a
+            package such as `timm.models.*` that have no adapter of their own, or several of these.
+        adapter: what is known; left out, what is returned decorates a function of (module, kept), as
+            `Adapter.sizes` is.
 
     Raises:
         ValueError: the class has an adapter already.
     """
-    if class_name in _ADAPTERS:
-        raise ValueError(f"{class_name} has an adapter already")
-    _ADAPTERS[class_name] = adapter
+    names = [_name(cls) for cls in ([classes] if isinstance(classes, (str, type)) else classes)]
+
+    def add(known: Adapter) -> None:
+        for name in names:
+            if name in _ADAPTERS:
+                raise ValueError(f"{name} has an adapter already")
+        _ADAPTERS.update(dict.fromkeys(names, known))
+
+    def decorate(sizes: S) -> S:
+        add(Adapter(sizes=sizes))
+        return sizes
+
+    if adapter is not None:
+        add(adapter)
+    return decorate
+
+
+def unregister(classes: str | type) -> None:
+    """Forget the adapter of a class, so that another can be registered; nothing where there is none."""
+    _ADAPTERS.pop(_name(classes), None)
 
 
 def find(module: nn.Module) -> Adapter | None:
     """The adapter of a module's class or of its nearest base that has one."""
     for cls in type(module).__mro__:
-        known = _ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
-        if known is not None:
-            return known
+        _load(cls.__module__)
+        name = _name(cls)
+        for known in (name, *_packages(name)):
+            if known in _ADAPTERS:
+                return _ADAPTERS[known]
     return None
 
 
-def optional_branches(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
-    """Full paths of all layers of a model that may be absent, each with what goes with it."""
-    return dict(_optional_branches(modules))
-
-
-def _optional_branches(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    for path, module, adapter in _adapted(modules):
-        if adapter.optional_branches is None:
-            continue
-        prefix = f"{path}." if path else ""
-        for layer, together in adapter.optional_branches(module).items():
-            yield prefix + layer, tuple(prefix + name for name in together)
-
-
-def norm_scales(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Names of the vectors by which norms that torch does not know as such scale their channels."""
-    return [f"{path}.{a.norm_scale}".lstrip(".") for path, _, a in _adapted(modules) if a.norm_scale]
-
-
-def _adapted(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, Adapter]]:
+def adapted(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, Adapter]]:
     """(path, module, adapter) of the modules that have one; each class is looked up once."""
     known = {cls: find(module) for cls, module in {type(m): m for m in modules.values()}.items()}
     for path, module in modules.items():
@@ -78,11 +115,102 @@ def _adapted(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module,
             yield path, module, adapter
 
 
-def _present_scales(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    names = [name for name, conv in module.get_submodule("conv2")._modules.items() if conv is not None]
-    return {f"conv2.{i}": (f"conv2.{i}", f"bn2.{i}") for i in names}
+def optional_branches(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+    """Full paths of all layers of a model that may be absent, each with what goes with it."""
+    found = {}
+    for path, module, adapter in adapted(modules):
+        if adapter.optional_branches is not None:
+            for layer, together in adapter.optional_branches(module).items():
+                found[_join(path, layer)] = tuple(_join(path, name) for name in together)
+    return found
 
 
-register("allocator.recipes.scalenet.ScaleBlock", Adapter(optional_branches=_present_scales))
-for _frozen in ("torchvision.ops.misc.FrozenBatchNorm2d", "timm.layers.norm_act.FrozenBatchNormAct2d"):
-    register(_frozen, Adapter(norm_scale="weight"))
+def norm_scales(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the vectors by which norms that torch does not know as such scale their channels."""
+    return [_join(path, a.norm_scale) for path, _, a in adapted(modules) if a.norm_scale]
+
+
+def output_layers(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the layers that make a model's answer, as far as adapters know them."""
+    return [_join(path, name) for path, m, a in adapted(modules) if a.outputs is not None for name in a.outputs(m)]
+
+
+def sizes_of(
+    path: str, module: nn.Module, adapter: Adapter, keep: Callable[[torch.Tensor, int], np.ndarray] | None = None
+) -> dict[str, Any]:
+    """New values of the attributes that an adapter declares.
+
+    Args:
+        path: of the module, for messages.
+        module: one that has the adapter.
+        adapter: what is known of it.
+        keep: (n,) bool for a tensor and a dim, which of its indices stay; None for all.
+
+    Raises:
+        AdapterError: the adapter raised, or names a tensor or an attribute that the module does not have.
+    """
+    if adapter.sizes is None:
+        return {}
+    where = f"the adapter of {_name(type(module))}, asked about {path or 'the model'},"
+
+    def kept(name: str, dim: int) -> np.ndarray:
+        owner, _, key = name.rpartition(".")
+        holder = module.get_submodule(owner)
+        tensor = {**holder._parameters, **holder._buffers}.get(key)
+        if tensor is None:
+            raise AttributeError(f"there is no parameter or buffer {name}")
+        return np.ones(tensor.shape[dim], dtype=bool) if keep is None else keep(tensor, dim)
+
+    try:
+        values = dict(adapter.sizes(module, kept))
+    except Exception as error:
+        raise AdapterError(f"{where} raised {type(error).__name__}: {error}") from error
+    missing = [name for name in values if not hasattr(module, name)]
+    if missing:
+        raise AdapterError(f"{where} gives {', '.join(missing)}, which the module does not have")
+    return values
+
+
+def how_to(module: nn.Module) -> str:
+    """What to do where the forward of a module reads a size from where nothing tells what it follows."""
+    return f"to let them go, say what follows: allocator.adapters.register({_name(type(module))!r}), docs/extending.md"
+
+
+def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], str] | None:
+    """Arguments that a model takes, and where their size comes from, where an adapter of its class knows."""
+    adapter = find(model)
+    return None if adapter is None or adapter.inputs is None else adapter.inputs(model)
+
+
+@contextmanager
+def while_tracing() -> Iterator[None]:
+    """What the libraries in use need while one of their forwards runs on tensors without values."""
+    with ExitStack() as stack:
+        for library, file in _LIBRARIES.items():
+            if library in sys.modules:
+                context = getattr(importlib.import_module(f"{__name__}.{file}"), "while_tracing", None)
+                if context is not None:
+                    stack.enter_context(context())
+        yield
+
+
+def _load(module: str) -> None:
+    """Load what is known of the library that a module is of."""
+    for library, file in _LIBRARIES.items():
+        if module == library or module.startswith(f"{library}."):
+            importlib.import_module(f"{__name__}.{file}")
+
+
+def _packages(name: str) -> Iterator[str]:
+    """`a.b.*`, then `a.*`, for a class a.b.C."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield f"{name}.*"
+
+
+def _name(cls: str | type) -> str:
+    return cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,15 +1,40 @@
-"""What is particular to torchvision while its models are traced."""
+"""What is particular to torchvision."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
+
+import torch
+from torch import nn
+
+from allocator.errors import UnknownNameError
+
+from . import Adapter, register
+from .library import library, unknown
+
+
+def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """The model of this name, with random weights unless `weights` asks for others."""
+    models = library("torchvision.models")
+    if name not in models.list_models():
+        raise UnknownNameError(unknown("torchvision model", name, models.list_models()))
+    kwargs = {"weights": None, **kwargs}
+    parameters = inspect.signature(models.get_model_builder(name)).parameters
+    if "weights_backbone" in parameters:
+        kwargs.setdefault("weights_backbone", None)
+    if name.endswith(("googlenet", "inception_v3")) and kwargs["weights"] is None:
+        kwargs.setdefault("init_weights", True)  # says what is done anyway; left out, it warns
+    model: nn.Module = models.get_model(name, **kwargs)
+    return model
 
 
 @contextlib.contextmanager
-def one_suppression() -> Iterator[None]:
+def while_tracing() -> Iterator[None]:
     """Let torchvision suppress boxes of all classes in one call.
 
     Many boxes it takes class by class, in a loop over the classes that it found, which needs values; few it takes
@@ -22,3 +47,45 @@ def one_suppression() -> Iterator[None]:
         return
     with mock.patch.object(boxes, by_class, getattr(boxes, at_once)):
         yield
+
+
+def _image(*shape: int, times: int = 1, source: str) -> Callable[[nn.Module], tuple[tuple[Any, ...], str]]:
+    return lambda _: (tuple(torch.zeros(shape) for _ in range(times)), source)
+
+
+def _scene(_: nn.Module) -> tuple[tuple[Any, ...], str]:
+    return ([torch.zeros(3, 320, 320)],), "a detector takes a list of images"
+
+
+def _names(*names: str) -> Callable[[nn.Module], tuple[str, ...]]:
+    return lambda module: tuple(name for name in names if name in module._modules)
+
+
+def _each(name: str) -> Callable[[nn.Module], list[str]]:
+    return lambda module: [f"{name}.{i}" for i in range(len(module.get_submodule(name)))]  # type: ignore[arg-type]
+
+
+_DETECTION = "torchvision.models.detection"
+register("torchvision.ops.misc.FrozenBatchNorm2d", Adapter(norm_scale="weight"))
+register(
+    "torchvision.models.inception.Inception3",
+    Adapter(inputs=_image(1, 3, 299, 299, source="the size that Inception v3 is trained at")),
+)
+register("torchvision.models.video.*", Adapter(inputs=_image(1, 3, 16, 112, 112, source="a clip of 16 frames")))
+register(
+    "torchvision.models.optical_flow.raft.RAFT",
+    Adapter(inputs=_image(1, 3, 128, 128, times=2, source="two images of 128 pixels")),
+)
+register(f"{_DETECTION}.*", Adapter(inputs=_scene))
+for _path, _layers in {
+    "faster_rcnn.FastRCNNPredictor": _names("cls_score", "bbox_pred"),
+    "rpn.RPNHead": _names("cls_logits", "bbox_pred"),
+    "mask_rcnn.MaskRCNNPredictor": _names("mask_fcn_logits"),
+    "keypoint_rcnn.KeypointRCNNPredictor": _names("kps_score_lowres"),
+    "retinanet.RetinaNetClassificationHead": _names("cls_logits"),
+    "retinanet.RetinaNetRegressionHead": _names("bbox_reg"),
+    "fcos.FCOSClassificationHead": _names("cls_logits"),
+    "fcos.FCOSRegressionHead": _names("bbox_reg", "bbox_ctrness"),
+    "ssd.SSDScoringHead": _each("module_list"),
+}.items():
+    register(f"{_DETECTION}.{_path}", Adapter(outputs=_layers))

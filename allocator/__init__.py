@@ -11,6 +11,7 @@ from .build import build
 from .certificate import Certificate
 from .criteria import Scores, criterion
 from .errors import (
+    AdapterError,
     AllocationMismatchError,
     AllocatorError,
     AllocatorWarning,
@@ -42,6 +43,7 @@ from .results import load_result as load
 from .results import save_result as save
 
 __all__ = [
+    "AdapterError",
     "Allocation",
     "AllocationMismatchError",
     "AllocatorError",

@@ -65,6 +65,10 @@ class CostMismatchError(AllocatorError, AssertionError):
     """The cost model and fvcore disagree on the FLOPs of a model."""
 
 
+class AdapterError(AllocatorError, RuntimeError):
+    """What is registered for a class of modules raised, or does not fit a module of that class."""
+
+
 class AllocationMismatchError(AllocatorError, ValueError):
     """An allocation does not fit the model it is applied to."""
 

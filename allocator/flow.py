@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from allocator import adapters
 
 from .tracing import Op, Trace, Value
 
@@ -100,7 +104,8 @@ class Attribute:
 class Facts:
     """What the rules noted, over one or several traces of a model.
 
-    `computed` are those of the ties that lie in weights which the forward computes from others.
+    `computed` are those of the ties that lie in weights which the forward computes from others; `fixed` says, by
+    module class, which channels stay because of sizes that the forward reads, and what can be done about it.
     """
 
     ties: list[tuple[np.ndarray, np.ndarray, int]] = field(default_factory=list)
@@ -115,6 +120,7 @@ class Facts:
     attributes: list[Attribute] = field(default_factory=list)
     groups: dict[str, np.ndarray] = field(default_factory=dict)
     refused: dict[str, list[str]] = field(default_factory=dict)
+    fixed: dict[str, str] = field(default_factory=dict)
 
 
 Place = tuple[str, str, int]
@@ -335,6 +341,8 @@ class Flow:
             return False
         module = self.trace.modules.get(op.module)
         fields = vars(module) if module is not None else {}
+        if module is not None and self._declared(module, literal):
+            return True
         whole = [n for n, value in fields.items() if _same_sizes(value, literal)]
         if whole:
             self.facts.attributes.extend(Attribute(op.module, n, tuple(pieces)) for n in whole)
@@ -351,6 +359,21 @@ class Flow:
             Attribute(op.module, str(n), (piece,)) for n, piece in zip(singles, pieces, strict=True)
         )
         return True
+
+    def fix_sizes(self, label: np.ndarray, op: Op, sizes: Sequence[int]) -> None:
+        """These slots stay, because the running module takes their sizes from where nothing tells what they follow."""
+        self.freeze(label, op, f"a split into fixed sizes {list(sizes)}")
+        module = self.trace.modules[op.module]
+        said = f"the neurons at {op} stay: a split into fixed sizes {list(sizes)}; {adapters.how_to(module)}"
+        self.facts.fixed.setdefault(f"{type(module).__module__}.{type(module).__qualname__}", said)
+
+    def _declared(self, module: nn.Module, literal: object) -> bool:
+        """Whether the module's adapter says how these sizes follow the channels."""
+        adapter = adapters.find(module)
+        if adapter is None or adapter.sizes is None:
+            return False
+        known = set(tree_flatten(adapters.sizes_of("", module, adapter))[0])
+        return known.issuperset(literal if isinstance(literal, (list, tuple)) else [literal])
 
 
 def _same_sizes(value: object, literal: object) -> bool:

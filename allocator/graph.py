@@ -269,9 +269,11 @@ def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None
     by_value = sorted({op.name for op in value_sized(trace)})
     if by_value:
         notes.append(f"results whose size depends on values count at their largest ({', '.join(by_value)})")
+    notes += facts.fixed.values()
     scales = [(slots.labels(name)[0], name) for name in adapters.norm_scales(trace.modules)]
     facts.gammas += [(label, name) for label, name in scales if label is not None]
     _freeze_excluded(model, options, slots, facts)
+    _freeze_answers(trace.modules, slots, facts)
     _freeze_found(options, flow, training_flow)
     component, unit_of_slot, size = _components(slots, facts)
     optional = adapters.optional_branches(trace.modules)
@@ -301,6 +303,14 @@ def _freeze_excluded(model: nn.Module, options: Options, slots: Slots, facts: Fa
             for label in slots.labels(name):
                 if label is not None:
                     facts.frozen.append((label, "", "excluded by the caller"))
+
+
+def _freeze_answers(modules: Mapping[str, nn.Module], slots: Slots, facts: Facts) -> None:
+    """Layers that make the model's answer keep their outputs, whatever is done with them afterwards."""
+    for path in adapters.output_layers(modules):
+        name = f"{path}.weight"
+        if name in slots.shapes:
+            facts.frozen.append((slots.labels(name)[0], path, "a head of the model"))  # type: ignore[arg-type]
 
 
 def _matches(name: str, owner: str, pattern: str) -> bool:

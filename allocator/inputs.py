@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from allocator import adapters
+
 from .errors import InputError
 
 _SIDES = {1: (4096,), 2: (224, 224), 3: (16, 112, 112)}
@@ -140,17 +142,20 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 def infer_inputs(model: nn.Module) -> Inputs:
     """One batch of one image whose size comes from the model itself.
 
-    timm's `pretrained_cfg` is asked first, then an `input_size` attribute, then the name of the class
-    (Inception v3 takes 299 pixels); failing these, the first convolution's channels at 224x224 (2-D),
-    16x112x112 (3-D) or 4096 samples (1-D), or the first linear layer's features.
+    The adapter of its class is asked first, then an `input_size` attribute; failing these, the first
+    convolution's channels at 224x224 (2-D), 16x112x112 (3-D) or 4096 samples (1-D), or the first linear
+    layer's features.
 
     Raises:
         InputError: nothing in the model tells.
     """
-    shape, source = _input_shape(model)
-    zeros = torch.zeros((1, *shape), dtype=dtype_of(model), device=device_of(model))
-    text = "x".join(map(str, (1, *shape)))
-    return Inputs((zeros,), {}, f"input {text}, from {source}")
+    known = adapters.example_inputs(model)
+    if known is None:
+        shape, source = _input_shape(model)
+        known = (torch.zeros(1, *shape),), source
+    inputs = Inputs(known[0]).map(lambda t: t.to(device_of(model), dtype_of(model)))
+    text = " and ".join("x".join(map(str, t.shape)) for t in inputs.tensors())
+    return Inputs(inputs.args, {}, f"input {text}, from {known[1]}")
 
 
 def inputs_like(shapes: Sequence[Sequence[int]], model: nn.Module) -> torch.Tensor | None:
@@ -161,18 +166,13 @@ def inputs_like(shapes: Sequence[Sequence[int]], model: nn.Module) -> torch.Tens
 
 
 def _input_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
-    source = "the model's default_cfg"
-    if size is None:
-        size, source = getattr(model, "input_size", None), "the model's input_size"
+    size = getattr(model, "input_size", None)
     if isinstance(size, (tuple, list)) and size and all(isinstance(n, int) for n in size):
-        return tuple(size), source
+        return tuple(size), "the model's input_size"
     for module in model.modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             rank = len(module.kernel_size)
-            side = (299, 299) if type(model).__name__ == "Inception3" else _SIDES[rank]
-            return (module.in_channels, *side), "the first convolution and the field's usual size"
+            return (module.in_channels, *_SIDES[rank]), "the first convolution and the field's usual size"
         if isinstance(module, nn.Linear):
             return (module.in_features,), "the first linear layer"
         if isinstance(module, nn.Embedding):

@@ -116,7 +116,9 @@ def _check_attributes(model: nn.Module, allocation: Allocation) -> None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether this is a number, or numbers in lists."""
+    """Whether this is a number, or numbers in lists or by names."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return isinstance(value, (int, float))

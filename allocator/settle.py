@@ -7,7 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
+
+from allocator import adapters
 
 from .allocation import Allocation, architecture_hash
 from .analysis import RuleError, run_rules
@@ -16,8 +19,8 @@ from .flow import Attribute, Facts, Flow, Slots
 from .graph import ChannelGraph, Options, build_graph, kept_of
 from .planning import Plan
 from .rewriting import describes_itself, materialise, norms_without_tensors, sliced, sliced_on_meta, standard_attributes
-from .skeleton import modules_of, shapes_of
-from .structure import Image, Mismatch, compare
+from .skeleton import modules_of, shapes_of, tensor_names
+from .structure import Image, Mismatch, compare, numbers_in
 from .tracing import ForwardError, Op, record
 
 MAX_ROUNDS = 24
@@ -67,7 +70,7 @@ def settle(model: nn.Module, graph: ChannelGraph, planner: Planner) -> Settled:
         graph = _repair(model, graph, plan, mismatch, mends, notes)
     raise RewriteError(
         f"the rewritten forward did not fit after {MAX_ROUNDS} plans; the last time at {mismatch}: "
-        "exclude this module with exclude=[...], or register an adapter for its class"
+        "exclude this module with exclude=[...], or register an adapter for its class (docs/extending.md)"
     )
 
 
@@ -118,6 +121,8 @@ def describe(
     attributes = standard_attributes(graph.modules, graph.tensors, shapes, groups, absent)
     for path, name, value in _following(model, graph, stays, mends or {}, alone):
         attributes.setdefault(path, {})[name] = value
+    for path, name, value in _declared(model, graph, stays):
+        attributes.setdefault(path, {})[name] = value
     kept = {
         name: [None if d is None else d.tolist() for d in dims]
         for name, dims in indices.items()
@@ -160,6 +165,24 @@ def _following(
         value = _attribute_value(current, [int(stays[piece].sum()) for piece in attribute.pieces])
         if value != (list(current) if isinstance(current, tuple) else current):
             yield attribute.module, attribute.name, value
+
+
+def _declared(model: nn.Module, graph: ChannelGraph, stays: np.ndarray) -> Iterator[tuple[str, str, Any]]:
+    """(module, attribute, new value) of attributes that an adapter knows, where the value changes."""
+    first = {id(tensor): name for name, tensor in tensor_names(model).items()}
+
+    def keep(tensor: torch.Tensor, dim: int) -> np.ndarray:
+        name = first[id(tensor)]
+        start = graph.slots.base[name][dim]
+        return stays[start : start + tensor.shape[dim]]
+
+    for path, module, adapter in adapters.adapted(graph.modules):
+        if adapter.sizes is None:
+            continue
+        whole = adapters.sizes_of(path, module, adapter)
+        for name, value in adapters.sizes_of(path, module, adapter, keep).items():
+            if value != whole[name]:
+                yield path, name, list(value) if isinstance(value, tuple) else value
 
 
 def _attribute_value(current: Any, sizes: list[int]) -> Any:
@@ -262,7 +285,7 @@ def _repair(
         notes.append(f"the parts of {op} stay equal: {mismatch.what}")
         options = replace(options, tied_parts=options.tied_parts | alike)
     else:
-        notes.append(f"the neurons at {op} stay: {mismatch.what}")
+        notes.append(f"the neurons at {op} stay: {mismatch.what}{_hint(model, flow, op)}")
         options = _freeze(flow, options, op, plan, graph)
     mends.forget(alike)
     return build_graph(model, graph.inputs, options)
@@ -306,6 +329,25 @@ def _freeze(flow: Flow, options: Options, op: Op, plan: Plan, graph: ChannelGrap
     return replace(options, frozen_ops=options.frozen_ops | more)
 
 
+def _hint(model: nn.Module, flow: Flow, op: Op) -> str:
+    """Which attributes of the running module may be sizes that the forward reads, and how to say what they follow."""
+    module = model.get_submodule(op.module)
+    sizes = {n for i in (*op.inputs(), *op.outputs) for n in flow.shape(i) if n > 1}
+    sizes |= {n for n in numbers_in((op.args, op.kwargs)) if type(n) in (int, float) and n not in (0, 1)}
+    held = [
+        f"{name}={value!r}"
+        for name, value in vars(module).items()
+        if not name.startswith("_") and type(value) in (int, float, list, tuple) and _any_of(value, sizes)
+    ]
+    read = f"; its forward may read {', '.join(held)}" if held else ""
+    return f"{read}; {adapters.how_to(module)}"
+
+
+def _any_of(value: Any, sizes: set[Any]) -> bool:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return any(type(item) in (int, float) and item in sizes for item in items)
+
+
 def _alike(flow: Flow, op: Op, paths: set[str]) -> list[Op]:
     return [other for other in flow.trace.ops if other.module in paths and other.name == op.name]
 
@@ -317,6 +359,7 @@ def _attribute_of_size(
     module = model.get_submodule(op.module)
     stays = np.append(plan.kept, True)[graph.unit_of_slot]
     taken = {(a.module, a.name) for a in graph.facts.attributes} | mends.pieces.keys() | mends.wrong
+    taken |= {(op.module, name) for name in _known_sizes(op.module, module)}
     if describes_itself(module):
         return None
     for value in (*op.inputs(), *op.outputs):
@@ -329,6 +372,12 @@ def _attribute_of_size(
                 if plain and (only is None or name == only) and (op.module, name) not in taken:
                     return name, label
     return None
+
+
+def _known_sizes(path: str, module: nn.Module) -> Collection[str]:
+    """Attributes whose values the module's adapter gives."""
+    adapter = adapters.find(module)
+    return () if adapter is None else adapters.sizes_of(path, module, adapter)
 
 
 _STRUCTURAL = frozenset({"groups", "num_heads", "stride", "padding", "dilation", "kernel_size", "training"})

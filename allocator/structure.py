@@ -247,21 +247,21 @@ def _compare_arguments(old: Flow, new: Flow, a: Op, b: Op, values: dict[int, int
 
 
 def _compare_numbers(a: Op, b: Op) -> str | None:
-    for x, y in zip(_numbers((a.args, a.kwargs)), _numbers((b.args, b.kwargs)), strict=False):
+    for x, y in zip(numbers_in((a.args, a.kwargs)), numbers_in((b.args, b.kwargs)), strict=False):
         size = a.name in _SIZED and type(x) is int and type(y) is int
         if x != y and not size and not (x != x and y != y):
             return f"has the number {y}, expected {x}"
     return None
 
 
-def _numbers(tree: Iterable[Any]) -> list[Any]:
+def numbers_in(tree: Iterable[Any]) -> list[Any]:
     """All that is no tensor in the arguments of a call, in order."""
     found: list[Any] = []
     for item in tree:
         if isinstance(item, tuple):
-            found += _numbers(item)
+            found += numbers_in(item)
         elif isinstance(item, dict):
-            found += _numbers(item.values())
+            found += numbers_in(item.values())
         elif not isinstance(item, Ref):
             found.append(item)
     return found

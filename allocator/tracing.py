@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from allocator.adapters.torchvision import one_suppression
+from allocator import adapters
 
 from . import shortcuts
 from .errors import TraceError
@@ -280,7 +280,7 @@ def record(
         recorder = _Recorder(running)
         stack.enter_context(torch.no_grad())
         if mode != "real":
-            stack.enter_context(one_suppression())
+            stack.enter_context(adapters.while_tracing())
         stack.enter_context(recorder.hooks())
         stack.enter_context(_Functions(recorder))
         stack.enter_context(recorder)

@@ -8,13 +8,18 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from docs_blocks import PAGES, ROOT, Page
 
 import allocator
+from allocator import adapters
 from allocator.cli import make_parser
+from allocator.criteria import CRITERIA
+from allocator.rules.registry import RULES
 
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 SLOW = [name for name, path in zip(NAMES, PAGES) if re.search(r"<!--.*\bquick\b", path.read_text(encoding="utf-8"))]
@@ -29,6 +34,19 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("NO_COLOR", "1")
 
 
+@pytest.fixture
+def _registries() -> Iterator[None]:
+    """What a page registers is forgotten after it."""
+    known: tuple[dict[str, Any], ...] = (RULES, CRITERIA, adapters._ADAPTERS)
+    before = [dict(registry) for registry in known]
+    yield
+    for registry, old in zip(known, before):
+        for name in registry.keys() - old.keys():
+            if not name.startswith(("allocator.", "timm.", "torchvision.", "transformers.")):  # loaded by use
+                del registry[name]
+
+
+@pytest.mark.usefixtures("_registries")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_block_of_a_page_runs(name: str) -> None:
     page = Page(ROOT / name, quick=True)

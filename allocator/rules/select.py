@@ -45,7 +45,7 @@ def _free_or_tie(flow: Flow, op: Op, label: np.ndarray, pieces: list[np.ndarray]
         for piece in pieces[1:]:
             flow.tie(piece, pieces[0], op)
     else:
-        flow.freeze(label, op, f"a split into fixed sizes {sizes}")
+        flow.fix_sizes(label, op, sizes)
 
 
 @rule("glu")

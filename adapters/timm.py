@@ -1,0 +1,75 @@
+"""What is particular to timm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from allocator.errors import UnknownNameError
+
+from . import Adapter, Kept, register
+from .library import library, unknown
+
+
+def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """The model of this name, with random weights unless `pretrained` is true."""
+    timm = library("timm")
+    is_remote = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    if not is_remote and not timm.is_model(name.partition(".")[0]):
+        raise UnknownNameError(unknown("timm model", name, timm.list_models()))
+    model: nn.Module = timm.create_model(name, **kwargs)
+    return model
+
+
+def _image(model: nn.Module) -> tuple[tuple[Any, ...], str] | None:
+    """One image of the size in the model's configuration."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
+    if not isinstance(size, (tuple, list)) or not size or not all(isinstance(n, int) for n in size):
+        return None
+    return (torch.zeros(1, *size),), "the model's default_cfg"
+
+
+def _features(model: nn.Module, kept: Kept) -> Mapping[str, Any]:
+    """`num_features` and `head_hidden_size` of a whole model follow what its classifier reads."""
+    classifier = getattr(model, "get_classifier", None)
+    layer = classifier() if callable(classifier) else None
+    if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+        return {}
+    path = next(name for name, module in model.named_modules() if module is layer)
+    read = kept(f"{path}.weight", 1)
+    names = ("num_features", "head_hidden_size")
+    return {name: int(read.sum()) for name in names if getattr(model, name, None) == len(read)}
+
+
+def _res2net(block: nn.Module, kept: Kept) -> Mapping[str, Any]:
+    """`width` is given to `torch.split`, which takes a list of sizes where the parts differ."""
+    width: Any = block.width
+    widths = width if isinstance(width, (list, tuple)) else [width] * int(block.scale)  # type: ignore[arg-type]
+    parts = [int(part.sum()) for part in np.split(kept("conv1.weight", 0), np.cumsum(widths)[:-1])]
+    return {"width": parts[0] if len(set(parts)) == 1 else parts}
+
+
+def _attention(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
+    """Heads go whole, and `head_dim` stays with `scale`; else all of them narrow alike."""
+    heads = kept("proj.weight", 1).reshape(int(module.num_heads), -1)  # type: ignore[arg-type]
+    whole = bool((heads.all(1) | ~heads.any(1)).all())
+    count, size = (int(heads.all(1).sum()), heads.shape[1]) if whole else (len(heads), int(heads[0].sum()))
+    return {"num_heads": count, "head_dim": size, "attn_dim": count * size}
+
+
+def _ghost(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
+    """`out_chs` is where the joined halves are cut off: all of what they write, unless a channel is cut off."""
+    both = np.append(kept("primary_conv.0.weight", 0), kept("cheap_operation.0.weight", 0))
+    return {"out_chs": int(both.sum())} if module.out_chs == len(both) else {}
+
+
+register("timm.layers.attention.Attention", Adapter(sizes=_attention))
+register("timm.models.*", Adapter(sizes=_features, inputs=_image))
+register("timm.layers.norm_act.FrozenBatchNormAct2d", Adapter(norm_scale="weight"))
+register("timm.models.res2net.Bottle2neck", Adapter(sizes=_res2net))
+register(["timm.models.ghostnet.GhostModule", "timm.models.ghostnet.GhostModuleV2"], Adapter(sizes=_ghost))

@@ -1,0 +1,249 @@
+"""What is particular to a library's blocks: declared once, applied to any of its models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import allocator
+from allocator import adapters
+from allocator.adapters import Adapter, Kept
+
+pytestmark = pytest.mark.filterwarnings("ignore::allocator.AllocatorWarning")
+
+
+class Table(nn.Module):
+    """Its forward reads from a table how the channels are split: no int attribute has these sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = {"first": 6, "second": 10}
+        self.write, self.norm, self.read = nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.Conv2d(16, 4, 1)
+        self.norm.weight = nn.Parameter(0.5 + torch.arange(16) * 7 % 16 / 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.norm(self.write(x)).split(list(self.table.values()), dim=1)
+        return self.read(torch.cat([a.sigmoid(), b.relu()], 1))
+
+
+IMAGE = torch.randn(1, 3, 4, 4)
+
+
+def table_sizes(module: nn.Module, kept: Kept) -> Mapping[str, object]:
+    """The table follows the two runs of rows of the convolution that writes."""
+    rows, first = kept("write.weight", 0), module.table["first"]  # type: ignore[index]
+    return {"table": {"first": int(rows[:first].sum()), "second": int(rows[first:].sum())}}
+
+
+@pytest.fixture
+def _own() -> Iterator[None]:
+    """The adapter of this file's block, for one test."""
+    adapters.register(Table)(table_sizes)
+    yield
+    adapters.unregister(Table)
+
+
+@pytest.mark.usefixtures("_own")
+def test_a_registered_block_drops_its_lowest_neurons_wherever_they_are() -> None:
+    model = Table()
+    result = allocator.allocate(model, "50%", example_inputs=IMAGE)
+    table = result.model.table
+    assert isinstance(table, dict)
+    rows = result.allocation.kept["write.weight"][0]
+    assert rows is not None
+    best = sorted(range(16), key=lambda i: 7 * i % 16)[-len(rows) :]
+    assert rows == sorted(best)
+    assert table == {"first": sum(i < 6 for i in rows), "second": sum(i >= 6 for i in rows)}
+    assert model.table == {"first": 6, "second": 10}
+    again = allocator.apply(model, allocator.Allocation.from_json(result.allocation.to_json()))
+    assert torch.equal(again.eval()(IMAGE), result.model.eval()(IMAGE))
+
+
+def test_without_it_the_report_names_module_operator_attribute_and_remedy() -> None:
+    """All of the block stays, so there is a second one beside it that can be allocated."""
+    model = nn.Sequential(Table(), nn.Conv2d(4, 32, 1), nn.BatchNorm2d(32), nn.Conv2d(32, 4, 1))
+    nn.init.uniform_(model[2].weight, 0.5, 1.5)  # type: ignore[arg-type]
+    result = allocator.allocate(model, "50%", example_inputs=IMAGE)
+    assert result.certificate.ok
+    note = next(note for note in result.notes if "split" in note)
+    assert "split_with_sizes.default in 0 stay" in note
+    assert "[6, 10]" in note
+    assert f"allocator.adapters.register('{__name__}.Table')" in note
+    assert "docs/extending.md" in note
+
+
+class Forgetful(nn.Module):
+    """A size in a list, which nothing but the forward's failing tells of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = [4, 3]
+        self.write, self.norm, self.read = nn.Linear(5, 12), nn.BatchNorm1d(12), nn.Linear(12, 2)
+        self.norm.weight = nn.Parameter(torch.linspace(0.5, 1.5, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(self.norm(self.write(x)).view(-1, *self.sizes).flatten(1))
+
+
+def test_neurons_frozen_by_tracing_are_named_with_the_attribute() -> None:
+    beside = nn.Sequential(nn.Linear(2, 16), nn.BatchNorm1d(16), nn.Linear(16, 2))
+    nn.init.uniform_(beside[1].weight, 0.5, 1.5)  # type: ignore[arg-type]
+    result = allocator.allocate(nn.Sequential(Forgetful(), beside), "60%", example_inputs=torch.randn(2, 5))
+    assert result.certificate.ok
+    note = next(note for note in result.notes if "stay" in note)
+    assert "view.default in 0 stay" in note
+    assert "its forward may read sizes=[4, 3]" in note
+    assert f"allocator.adapters.register('{__name__}.Forgetful')" in note
+
+
+def test_importing_the_package_loads_no_library_and_using_one_loads_its_file_only() -> None:
+    script = """
+import sys, torch, allocator
+files = lambda: {m.rpartition(".")[2] for m in sys.modules if m.startswith("allocator.adapters.")} - {"library"}
+assert not files() and not {"timm", "torchvision", "transformers", "monai"} & sys.modules.keys(), files()
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 3, 1))
+allocator.allocate(model, "50%", criterion="magnitude", example_inputs=torch.zeros(1, 3, 4, 4))
+assert not files() and not {"timm", "torchvision"} & sys.modules.keys(), files()
+with torch.device("meta"):
+    allocator.trace(allocator.build("torchvision:resnet18"))
+assert files() == {"torchvision"} and "timm" not in sys.modules, files()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attention_goes_by_whole_heads_and_keeps_its_scale(fused: bool, batch: int) -> None:
+    attention = pytest.importorskip("timm.layers").Attention
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.last = attention(16, num_heads=4, qkv_bias=True), nn.Linear(16, 5)
+            self.attn.fused_attn = fused
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(x + self.attn(x))
+
+    result = allocator.allocate(Net(), "60%", criterion="magnitude", example_inputs=torch.randn(batch, 7, 16))
+    small: Any = result.model.attn
+    assert (small.num_heads, small.head_dim, small.scale, small.attn_dim) == (2, 4, 0.5, 8)
+    rows = result.allocation.kept["attn.qkv.weight"][0]
+    assert rows is not None
+    columns = result.allocation.kept["attn.proj.weight"][1]
+    assert columns == [i for i in range(16) if i in rows]  # a head's values lie where its queries do
+    assert rows == [i + 16 * part for part in range(3) for i in columns]
+    assert result.certificate.ok
+    assert result.certificate.relative_error is not None
+    assert result.certificate.relative_error < 1e-12
+
+
+def test_res2net_width_becomes_a_list() -> None:
+    block = pytest.importorskip("timm.models.res2net").Bottle2neck
+    down = nn.Conv2d(32, 64, 1)
+    model = nn.Sequential(block(32, 16, base_width=128, norm_layer=nn.BatchNorm2d, act_layer=nn.ReLU, downsample=down))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    result = allocator.allocate(model, "50%", example_inputs=torch.randn(1, 32, 4, 4))
+    width = result.model[0].width  # type: ignore[index]
+    rows = result.allocation.kept["0.conv1.weight"][0]
+    assert rows is not None
+    expected = [sum(32 * i <= row < 32 * i + 32 for row in rows) for i in range(4)]
+    assert width == expected
+    assert len(set(expected)) > 1
+    assert allocator.allocate(result.model, "80%", example_inputs=torch.randn(1, 32, 4, 4)).certificate.ok
+
+
+def test_num_features_follow_what_the_classifier_reads() -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet10t", num_classes=3).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    result = allocator.allocate(model, "40%", example_inputs=torch.randn(1, 3, 32, 32), scope="all")
+    assert result.model.num_features == result.model.get_classifier().in_features < 512  # type: ignore[operator]
+    assert result.model.forward_features(torch.randn(1, 3, 32, 32)).shape[1] == result.model.num_features  # type: ignore[operator]
+
+
+def test_heads_of_a_detector_keep_their_outputs() -> None:
+    pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        model = allocator.build("torchvision:retinanet_resnet50_fpn", num_classes=7)
+    layers = adapters.output_layers(dict(model.named_modules()))
+    assert layers == ["head.classification_head.cls_logits", "head.regression_head.bbox_reg"]
+    graph = allocator.trace(model)
+    assert "a detector takes a list of images" in graph.notes[0]
+    for name in layers:
+        label = graph.slots.labels(f"{name}.weight")[0]
+        assert label is not None
+        assert (graph.unit_of_slot[label] == -1).all()
+
+
+def test_a_head_stays_whatever_is_done_with_what_it_gives() -> None:
+    model = nn.Sequential(Table(), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1))
+    free = allocator.trace(model, IMAGE)
+    adapters.register(Table, Adapter(outputs=lambda _: ["read"]))
+    try:
+        held = allocator.trace(model, IMAGE)
+    finally:
+        adapters.unregister(Table)
+    assert free.size - held.size == 4
+    assert ("a head of the model in 0.read", 4) in held.reasons()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        (lambda m, kept: {"tabel": {}}, r"Table, asked about the model, gives tabel, which the module does not have"),
+        (lambda m, kept: {"table": kept("wirte.weight", 0)}, r"asked about the model, raised AttributeError: .*wirte"),
+        (lambda m, kept: 1 / 0, r"raised ZeroDivisionError"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_says_so(sizes: adapters.Sizes, said: str) -> None:
+    adapters.register(Table)(sizes)
+    try:
+        with pytest.raises(allocator.AdapterError, match=said):
+            allocator.allocate(Table(), "50%", example_inputs=IMAGE)
+    finally:
+        adapters.unregister(Table)
+
+
+def test_a_class_has_one_adapter_and_a_package_is_second_to_it() -> None:
+    name = f"{__name__}.Table"
+    adapters.register([f"{__name__}.*"], Adapter(norm_scale="v"))
+    try:
+        assert adapters.find(Table()) == Adapter(norm_scale="v")
+        adapters.register(name, Adapter(norm_scale="w"))
+        assert adapters.find(Table()) == Adapter(norm_scale="w")
+        with pytest.raises(ValueError, match="has an adapter already"):
+            adapters.register(Table, Adapter())
+    finally:
+        adapters.unregister(Table)
+        adapters.unregister(f"{__name__}.*")
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("torchvision:inception_v3", [(1, 3, 299, 299)]),
+        ("torchvision:r3d_18", [(1, 3, 16, 112, 112)]),
+        ("torchvision:raft_small", [(1, 3, 128, 128)] * 2),
+        ("timm:vit_tiny_patch16_384", [(1, 3, 384, 384)]),
+    ],
+)
+def test_a_library_knows_what_its_models_take(name: str, shapes: list[tuple[int, ...]]) -> None:
+    from allocator.inputs import infer_inputs
+
+    with torch.device("meta"):
+        model = allocator.build(name)
+    inputs = infer_inputs(model)
+    assert [tuple(t.shape) for t in inputs.tensors()] == shapes
+    assert all(t.is_meta for t in inputs.tensors())
