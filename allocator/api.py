@@ -155,7 +155,7 @@ def _finish(
     clock: _Clock,
 ) -> Result:
     graph, plan, allocation = settled.graph, settled.plan, settled.allocation
-    with clock("rewrite"):
+    with clock("rewrite"), _without_collection():
         small = materialise(model, allocation)
         small.train(model.training)
         remember(small, model, allocation)

@@ -324,13 +324,12 @@ def _merged(flow: Flow, calls: nx.DiGraph) -> Iterable[tuple[Join, list[tuple[in
 def _gamma_of_slot(graph: ChannelGraph) -> np.ndarray:
     """Mean |gamma| per slot over the batch norms of its component; NaN where there is none."""
     tensors = graph.tensors
-    total, count = np.zeros(graph.component.max() + 1), np.zeros(graph.component.max() + 1)
-    for slots, name in graph.facts.gammas:
-        if tensors[name].is_meta:
-            continue
-        values = tensors[name].detach().abs().to("cpu", torch.float64).numpy()
-        np.add.at(total, graph.component[slots], values)
-        np.add.at(count, graph.component[slots], 1)
+    rows = [(graph.component[slots], tensors[name]) for slots, name in graph.facts.gammas if not tensors[name].is_meta]
+    where = np.concatenate([np.zeros(0, int), *(of for of, _ in rows)])
+    values = [tensor.detach().abs().to("cpu", torch.float64).numpy() for _, tensor in rows]
+    size = int(graph.component.max()) + 1
+    count = np.bincount(where, minlength=size)
+    total = np.bincount(where, weights=np.concatenate([np.zeros(0), *values]), minlength=size)
     mean = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
     mean[graph.component[FROZEN]] = np.nan
     return np.asarray(mean[graph.component])

@@ -115,12 +115,11 @@ def score(graph: ChannelGraph, criterion: str) -> Scores:
 
 def _mean_per_unit(graph: ChannelGraph, rows: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Mean over all (slots, values) rows that fall on a neuron; NaN where none does."""
-    total, count = np.zeros(graph.size), np.zeros(graph.size)
-    for slots, values in rows:
-        units = graph.unit_of_slot[slots]
-        free = units >= 0
-        np.add.at(total, units[free], values[free])
-        np.add.at(count, units[free], 1)
+    units = graph.unit_of_slot[np.concatenate([np.zeros(0, int), *(slots for slots, _ in rows)])]
+    values = np.concatenate([np.zeros(0), *(values for _, values in rows)])
+    free = units >= 0
+    count = np.bincount(units[free], minlength=graph.size)
+    total = np.bincount(units[free], weights=values[free], minlength=graph.size)
     return np.divide(total, count, out=np.full(graph.size, np.nan), where=count > 0)
 
 

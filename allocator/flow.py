@@ -218,7 +218,7 @@ class Flow:
         """Slots in the same place of `a` and `b` (broadcast) go together."""
         if a is b:
             return
-        b = np.broadcast_to(b, a.shape)
+        b = b if b.shape == a.shape else np.broadcast_to(b, a.shape)
         self.facts.ties.append((a, b, op.index))
         if self.active.isdisjoint(op.inputs()):
             self.facts.computed.append((a, b))
