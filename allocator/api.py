@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import gc
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,20 +36,7 @@ from .planning import Plan, make_plan, parse_budget, smallest_reachable, unmet
 from .report import Report
 from .rewriting import check_fits, materialise, reset_parameters
 from .settle import Settled, compare_models, settle
-
-Progress = Callable[[str], None]
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Hold garbage collection back: what a trace and its rules make stays in use until they are done."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+from .stages import Clock, Progress, without_collection
 
 
 @dataclass
@@ -134,10 +118,10 @@ def allocate(
     """
     _check_choice("weights", weights, ("keep", "reset"))
     check_model(model, values=True)
-    clock = _Clock(progress)
-    with clock("trace"), _without_collection():
+    clock = Clock(progress)
+    with clock("trace"), without_collection():
         graph = _trace(model, example_inputs, groups, norms, exclude)
-    with clock("score and plan"), _without_collection():
+    with clock("score and plan"), without_collection():
         budget = _budget(flops, graph)
         notes = list(graph.notes)
         settled = _settle(graph, criterion, budget, policy, scope, fill)
@@ -152,10 +136,10 @@ def _finish(
     weights: str,
     certify: bool,
     seed: int,
-    clock: _Clock,
+    clock: Clock,
 ) -> Result:
     graph, plan, allocation = settled.graph, settled.plan, settled.allocation
-    with clock("rewrite"), _without_collection():
+    with clock("rewrite"), without_collection():
         small = materialise(model, allocation)
         small.train(model.training)
         remember(small, model, allocation)
@@ -497,19 +481,3 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def _as_patterns(exclude: Sequence[str | type] | str | type) -> tuple[str | type, ...]:
     return (exclude,) if isinstance(exclude, (str, type)) else tuple(exclude)
-
-
-class _Clock:
-    """Seconds per stage, and word of each to the caller."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.progress = progress
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        if self.progress is not None:
-            self.progress(stage)
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = time.perf_counter() - start
