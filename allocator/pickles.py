@@ -118,7 +118,10 @@ def check_archive(path: Path) -> None:
     except Exception as error:  # zipfile raises a dozen kinds, up to NotImplementedError
         raise FileError(f"{_damaged(path)} ({_first_line(error)})") from error
     if broken is not None:
-        raise FileError(f"{_damaged(path)} (the checksum of {broken} does not fit)")
+        raise FileError(
+            f"{_damaged(path)} (the checksum of {broken} does not fit; if it was saved without checksums, open it with "
+            "--trust and save it again)"
+        )
 
 
 def _check_content(found: Any, path: Path) -> None:
