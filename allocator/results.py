@@ -380,11 +380,15 @@ def check_harmless(name: str, kwargs: dict[str, Any], path: PathLike) -> None:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """All numbers in plain data."""
+    """All numbers in plain data that may be sizes; figures such as an allocation's FLOPs are none."""
     if isinstance(value, (int, float)):
         yield value
-    elif isinstance(value, (list, dict)):
-        for each in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            if not key.startswith("flops"):
+                yield from _numbers(each)
+    elif isinstance(value, list):
+        for each in value:
             yield from _numbers(each)
 
 

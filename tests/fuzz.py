@@ -9,6 +9,7 @@ import argparse
 import collections
 import json
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -203,6 +204,7 @@ def fuzz(count: int, first: int = 0) -> Outcome:
             if said is None:
                 said = f"FAILED the process died with status {server.wait(30)}"
                 server = _start()
+            outcome.memory = max(outcome.memory, peak(server))
             if said.startswith("FAILED"):
                 outcome.failures.append(f"{subject.name}, {damage}, number {number}: {said}")
                 said = "FAILED"
@@ -210,8 +212,13 @@ def fuzz(count: int, first: int = 0) -> Outcome:
         assert server.stdin is not None
         server.stdin.close()
         server.wait(30)
-    outcome.memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
     return outcome
+
+
+def peak(server: subprocess.Popen[str]) -> int:
+    """Most resident memory of the process so far, in MiB."""
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) // 1024
 
 
 def _start() -> subprocess.Popen[str]:

@@ -42,8 +42,7 @@ def _refused(server: Server, path: Path) -> None:
     """The file is refused by a process that takes little memory for it."""
     said = fuzz._ask(server, path)
     assert said in ("FileError", "UnsafeFileError")
-    (peak,) = (line for line in Path(f"/proc/{server.pid}/status").read_text().splitlines() if "VmHWM" in line)
-    assert int(peak.split()[1]) < 1200 * 1024  # KiB, of which the libraries take most
+    assert fuzz.peak(server) < 1200  # MiB, of which the libraries take most
 
 
 def _module() -> nn.Sequential:

@@ -44,8 +44,8 @@ def link_code() -> None:
             link.symlink_to(source)
 
 
-def on_pre_build(config: Any) -> None:
-    """Before anything is read."""
+def on_startup(command: str, dirty: bool) -> None:
+    """Before the plugins look for the code."""
     link_code()
 
 
