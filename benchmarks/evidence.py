@@ -1,7 +1,7 @@
 """Is a learned allocation worth it? Test error of four ways to spend the same FLOPs, on digits at varying size.
 
 python -m benchmarks.evidence                # all random seeds and budgets, into results/evidence.{json,md,png}
-python -m benchmarks.evidence --short        # one budget, two random seeds; shown, not written
+python -m benchmarks.evidence --short        # one budget, one random seed, under ten minutes; shown, not written
 python -m benchmarks.evidence --pilot        # even and single-scale arms alone, to choose how hard the task is
 
 A run that was cut off goes on where it was: every trained network is a row in results/evidence.json.
@@ -140,7 +140,7 @@ def _key(row: Row) -> tuple[int, float, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__.split("\n")[0])
-    parser.add_argument("--short", action="store_true", help="one budget, two random seeds; shown, not written")
+    parser.add_argument("--short", action="store_true", help="one budget, one random seed; shown, not written")
     parser.add_argument("--pilot", action="store_true", help="even and single-scale arms alone, on several tasks")
     chosen = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -150,10 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measure("", task, 2, ("even", "single"), BUDGETS[:1], keep=False)
         return 0
     if chosen.short:
-        rows = measure("", TASK, 2, ARMS, BUDGETS[:1], keep=False)
+        rows = measure("", TASK, 1, ARMS, BUDGETS[:1], keep=False)
         print(markdown({"settings": {"task": asdict(TASK)}, "environment": environment(), "rows": rows}, ARMS))
         return 0
     rows = measure("evidence", TASK, SEEDS, ARMS, BUDGETS, keep=True)
+    data = read("evidence")
+    write("evidence", data, markdown(data, ARMS))
     draw(rows, "evidence")
     return 0
 

@@ -50,10 +50,10 @@ def errors(rows: Sequence[Row], share: float, arms: Sequence[str]) -> str:
         if not of:
             continue
         flops = statistics.mean(r["flops"] for r in of.values())
-        seconds = statistics.mean(r["seconds"] for r in of.values())
+        seconds = statistics.median(r["seconds"] for r in of.values())
         line = [WORDS[arm], len(of), f"{flops:,.0f}", _spread([r["error"] for r in of.values()])]
         lines.append([*line, _paired(found["learned"], of) if arm != "learned" else "", f"{seconds:.0f}"])
-    header = ["network", "random seeds", "FLOPs", "test error, mean ± sd", "minus learned (paired t-test)", "seconds"]
+    header = ["network", "random seeds", "FLOPs", "test error, mean ± sd", "minus learned (paired t-test)", "median s"]
     return table(header, lines)
 
 
@@ -71,7 +71,8 @@ def _paired(learned: dict[int, Row], other: dict[int, Row]) -> str:
         return ""
     a, b = ([100 * of[seed]["error"] for seed in common] for of in (other, learned))
     difference = statistics.mean(x - y for x, y in zip(a, b, strict=True))
-    return f"{difference:+.2f} (p = {ttest_rel(a, b).pvalue:.3f})"
+    chance = ttest_rel(a, b).pvalue
+    return f"{difference:+.2f} (p {'< 0.001' if chance < 0.001 else f'= {chance:.3f}'})"
 
 
 def _learned(rows: Sequence[Row], shares: Sequence[float]) -> str:
