@@ -297,3 +297,20 @@ def stdout_console() -> Console:
 
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(width=_PIPE_WIDTH if piped else None, soft_wrap=False, highlight=False)
+
+
+def asked_format(args: argparse.Namespace) -> str:
+    """The format of a report: by name (`--json`, `--format`), else by the suffix of `-o`, else "rich"."""
+    from ..errors import UnknownNameError
+    from ..reporting.render import check_format, format_of
+
+    if args.json and args.format not in (None, "json"):
+        raise UsageError(f"--json and --format {args.format} do not go together")
+    try:
+        if args.json or args.format is not None:
+            format = check_format("json" if args.json else args.format)
+        else:
+            format = "rich" if args.output is None else format_of(args.output)
+    except UnknownNameError as error:
+        raise UsageError(str(error)) from error
+    return format

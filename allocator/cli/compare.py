@@ -13,6 +13,7 @@ from .common import (
     add_command,
     add_input_options,
     add_model_options,
+    asked_format,
     check_outputs,
     example_inputs,
     open_model,
@@ -71,19 +72,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _format(args: argparse.Namespace) -> str:
-    from ..errors import UnknownNameError
     from ..reporting.compare import COMPARISONS
-    from ..reporting.render import check_format, format_of
 
-    if args.json and args.format not in (None, "json"):
-        raise UsageError(f"--json and --format {args.format} do not go together")
-    try:
-        if args.json or args.format is not None:
-            format = check_format("json" if args.json else args.format)
-        else:
-            format = "rich" if args.output is None else format_of(args.output)
-    except UnknownNameError as error:
-        raise UsageError(str(error)) from error
+    format = asked_format(args)
     if format not in COMPARISONS:
         raise UsageError(f"a comparison has no {format} form (there are {', '.join(COMPARISONS)})")
     return format

@@ -13,6 +13,7 @@ from .common import (
     add_command,
     add_input_options,
     add_model_options,
+    asked_format,
     check_outputs,
     example_inputs,
     open_model,
@@ -79,19 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _format(args: argparse.Namespace) -> str:
-    """The format asked for, by name or by suffix, before any work is done."""
-    from ..errors import UnknownNameError
-    from ..reporting.render import check_format, format_of
-
-    if args.json and args.format not in (None, "json"):
-        raise UsageError(f"--json and --format {args.format} do not go together")
-    try:
-        if args.json or args.format is not None:
-            format = check_format("json" if args.json else args.format)
-        else:
-            format = "rich" if args.output is None else format_of(args.output)
-    except UnknownNameError as error:
-        raise UsageError(str(error)) from error
+    """The format asked for, before any work is done."""
+    format = asked_format(args)
     if format == "html" and args.output is None and sys.stdout.isatty():
         raise UsageError("HTML is not for a terminal: give -o FILE.html")
     return format
