@@ -93,24 +93,47 @@ def unbind(flow: Flow, op: Op) -> None:
         flow.set(index, labels)
 
 
-@rule("index_select", "index")
+@rule("index_select")
+def index_select(flow: Flow, op: Op) -> None:
+    """Places along one dim are picked."""
+    _pick(flow, op, [int(op.arg("dim")) % len(flow.shape(op.inputs()[0]))])
+
+
+@rule("index")
 def index(flow: Flow, op: Op) -> None:
-    """Indexing by a tensor along one dim; the other dims pass, and so do those of an activation as index."""
+    """Places along one dim or several are picked; a mask of n dims names n of them."""
+    named: list[int] = []
+    dim = 0
+    for ref in op.arg("indices"):
+        size = len(flow.shape(ref.index)) if ref is not None and _is_mask(flow, ref.index) else 1
+        named += range(dim, dim + size) if ref is not None else ()
+        dim += size
+    _pick(flow, op, named)
+
+
+def _is_mask(flow: Flow, picks: int) -> bool:
+    return flow.trace.values[picks].dtype in (torch.bool, torch.uint8)
+
+
+def _pick(flow: Flow, op: Op, named: list[int]) -> None:
+    """Picked dims stay, the others pass, and so do those of an activation that is the only index.
+
+    What is picked takes the place of the named dims where these follow one another, else it comes first.
+    """
     source, *indices = op.inputs()
     labels = flow.labels(source)
-    if op.name == "index_select":
-        dim = int(op.arg("dim")) % len(labels)
+    for d in named:
+        flow.freeze(labels[d], op, "channels are picked by an index tensor")
+    rest = [label for d, label in enumerate(labels) if d not in named]
+    picked: list[Label] = [None] * (len(flow.shape(op.outputs[0])) - len(rest))
+    active = [i for i in indices if i in flow.active and not _is_mask(flow, i)]
+    if len(indices) == 1 and active:
+        picked = list(flow.labels(indices[0]))
     else:
-        dim = next((d for d, ref in enumerate(op.arg("indices")) if ref is not None), 0)
-    picks = flow.trace.values[indices[0]]
-    mask = picks.dtype in (torch.bool, torch.uint8)
-    if len(indices) > 1 or (mask and len(picks.shape) > 1):
-        flow.refuse(op, "indexing by several tensors")
-        return
-    follow = indices[0] in flow.active and not mask
-    picked = flow.labels(indices[0]) if follow else (None,) * len(picks.shape)
-    flow.freeze(labels[dim], op, "channels are picked by an index tensor")
-    flow.set(op.outputs[0], [*labels[:dim], *picked, *labels[dim + 1 :]])
+        for label in (label for i in active for label in flow.labels(i)):
+            flow.freeze(label, op, "channels are picked by several index tensors")
+    at = named[0] if named[-1] - named[0] + 1 == len(named) else 0
+    flow.set(op.outputs[0], [*rest[:at], *picked, *rest[at:]])
 
 
 @rule("index_put", "_index_put_impl")
