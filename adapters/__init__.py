@@ -11,6 +11,7 @@ library turns up. A user registers what is particular to a block of their own in
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -194,6 +195,7 @@ def while_tracing() -> Iterator[None]:
         yield
 
 
+@functools.cache
 def _load(module: str) -> None:
     """Load what is known of the library that a module is of."""
     for library, file in _LIBRARIES.items():

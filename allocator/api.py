@@ -119,18 +119,23 @@ def allocate(
     _check_choice("weights", weights, ("keep", "reset"))
     check_model(model, values=True)
     clock = Clock(progress)
-    with clock("trace"), without_collection():
-        graph = _trace(model, example_inputs, groups, norms, exclude)
-    with clock("score and plan"), without_collection():
-        budget = _budget(flops, graph)
-        notes = list(graph.notes)
-        settled = _settle(graph, criterion, budget, policy, scope, fill)
-        notes += settled.notes
-    return _finish(model, settled, notes, weights, certify, seed, clock)
+    with without_collection():
+        with clock("trace"):
+            graph = _trace(model, example_inputs, groups, norms, exclude)
+        with clock("score and plan"):
+            budget = _budget(flops, graph)
+            notes = list(graph.notes)
+            settled = _settle(graph, criterion, budget, policy, scope, fill)
+            notes += settled.notes
+        with clock("rewrite"):
+            small = materialise(model, settled.allocation)
+            remember(small, model, settled.allocation)
+    return _finish(model, small, settled, notes, weights, certify, seed, clock)
 
 
 def _finish(
     model: nn.Module,
+    small: nn.Module,
     settled: Settled,
     notes: list[str],
     weights: str,
@@ -139,10 +144,6 @@ def _finish(
     clock: Clock,
 ) -> Result:
     graph, plan, allocation = settled.graph, settled.plan, settled.allocation
-    with clock("rewrite"), without_collection():
-        small = materialise(model, allocation)
-        small.train(model.training)
-        remember(small, model, allocation)
     with clock("certificate"):
         certificate = require(_certificate(model, small, graph, plan.kept, seed, certify), "the result")
     with clock("fvcore"):
@@ -255,7 +256,7 @@ def rewrite(model: nn.Module, allocation: Allocation, weights: str = "keep") -> 
     """
     _check_choice("weights", weights, ("keep", "reset"))
     check_fits(check_model(model), allocation)
-    small = materialise(model, allocation).train(model.training)
+    small = materialise(model, allocation)
     remember(small, model, allocation)
     if weights == "reset":
         reset_parameters(small)

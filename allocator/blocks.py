@@ -189,8 +189,8 @@ class _Finder:
         ops = [] if end in stops else self._between(end, stops)
         convs = [op for op in ops if op.name == "convolution"]
         writers = [op for op in ops if op.index in self.written]
-        field_, jump, coarsest = self._geometry(ops)
         start, out = self._start(ops), self._pixels(self.flow.shape(join.outputs[0]))
+        field_, jump, coarsest = self._geometry(ops, start)
         inner = tuple(self.written[op.index] for op in writers[:-1])
         return Branch(
             name=_relative(writers[-1].module, join.module) if writers else "identity",
@@ -219,10 +219,9 @@ class _Finder:
                     queue.append(before)
         return [self.flow.trace.ops[i] for i in sorted(seen) if i != INPUT]
 
-    def _geometry(self, ops: Sequence[Op]) -> tuple[Axes, Axes, Axes]:
+    def _geometry(self, ops: Sequence[Op], start: Axes) -> tuple[Axes, Axes, Axes]:
         """Per axis: the receptive field of the branch's end, its stride, and the largest stride on the way."""
         one = (1.0,) * self.rank
-        start = self._start(ops)
         known: dict[int, tuple[Axes, Axes]] = {}
         coarsest = one
         for op in ops:
@@ -230,12 +229,13 @@ class _Finder:
             size, jump = before[0]
             for other_size, other_jump in before[1:]:
                 size, jump = tuple(map(max, size, other_size)), tuple(map(min, jump, other_jump))
-            kernel, stride, dilation = self._window(op)
-            size = tuple(n + (k - 1) * d * j for n, k, d, j in zip(size, kernel, dilation, jump, strict=True))
-            jump = tuple(map(mul, jump, stride))
-            given, made = (self._pixels(self.flow.shape(v)) for v in (op.inputs()[0], op.outputs[0]))
-            if op.name not in _WINDOWED and len(given) == len(made) and given != made:
-                jump = _stride(start, made)
+            if op.name in _WINDOWED:
+                kernel, stride, dilation = self._window(op)
+                size = tuple(n + (k - 1) * d * j for n, k, d, j in zip(size, kernel, dilation, jump, strict=True))
+                jump = tuple(map(mul, jump, stride))
+            else:
+                given, made = (self._pixels(self.flow.shape(v)) for v in (op.inputs()[0], op.outputs[0]))
+                jump = _stride(start, made) if len(given) == len(made) and given != made else jump
             known[op.index] = (size, jump)
             coarsest = tuple(map(max, coarsest, jump))
         size, jump = known[ops[-1].index] if ops else (one, one)

@@ -359,9 +359,12 @@ def kept_of(graph: ChannelGraph, kept: np.ndarray) -> dict[str, list[np.ndarray 
         kept: (graph.size,) bool, which neurons stay.
     """
     stays = np.append(kept, True)[graph.unit_of_slot]
+    starts, left = graph.slots.starts, np.flatnonzero(stays)
+    losing = np.unique(np.searchsorted(starts, np.flatnonzero(~stays), side="right") - 1).tolist()
+    ends = np.searchsorted(left, [*starts.tolist(), len(stays)]).tolist()
     result: dict[str, list[np.ndarray | None]] = {}
-    losing = np.unique(np.searchsorted(graph.slots.starts, np.flatnonzero(~stays), side="right") - 1)
-    for start, name, dim in (graph.slots.names[i] for i in losing):
-        shape = graph.slots.shapes[name]
-        result.setdefault(name, [None] * len(shape))[dim] = np.flatnonzero(stays[start : start + shape[dim]])
+    for i in losing:
+        start, name, dim = graph.slots.names[i]
+        dims = result.setdefault(name, [None] * len(graph.slots.shapes[name]))
+        dims[dim] = left[ends[i] : ends[i + 1]] - start
     return result

@@ -12,7 +12,7 @@ from torch import nn
 from .allocation import Allocation, Indices, architecture_hash
 from .errors import AllocationMismatchError
 from .flow import Flow
-from .skeleton import shapes_of, skeleton
+from .skeleton import modules_of, shapes_of, skeleton
 
 Slice = Callable[[torch.Tensor, Sequence[Indices | None]], torch.Tensor]
 
@@ -68,8 +68,9 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = sliced) -
     for path in allocation.absent:
         owner, _, name = path.rpartition(".")
         small.get_submodule(owner)._modules[name] = None
+    modules = modules_of(small)
     for path, values in allocation.attributes.items():
-        module = small.get_submodule(path)
+        module = modules[path] if path in modules else small.get_submodule(path)
         for name, value in values.items():
             current = getattr(module, name, None)
             setattr(module, name, tuple(value) if isinstance(current, tuple) else value)
@@ -158,7 +159,7 @@ def standard_attributes(
     first = {id(tensor): name for name, tensor in tensors.items()}
     changed: dict[str, dict[str, Any]] = {}
     for path, module in modules.items():
-        if not (module._parameters or module._buffers or hasattr(module, "parametrizations")):
+        if not (module._parameters or module._buffers or "parametrizations" in module._modules):
             continue
         sources = _sources(module)
         own = {field: first[id(tensor)] for field, tensor in sources.items()}
@@ -202,8 +203,8 @@ def _sources(module: nn.Module) -> dict[str, torch.Tensor]:
     Looked up where it is stored: reading the field would run a parametrisation (spectral norm then takes a step).
     """
     held: dict[str, torch.Tensor | None] = {**module._parameters, **module._buffers}
-    computed = getattr(module, "parametrizations", {})
-    if "weight" in computed:
+    computed = module._modules.get("parametrizations")
+    if isinstance(computed, nn.ModuleDict) and "weight" in computed:
         held.update({f"weight_{name}": tensor for name, tensor in computed["weight"]._parameters.items()})
     # weight_norm keeps a length (original0, weight_g) beside the direction, which has the weight's size.
     names = ("weight", "weight_original", "weight_orig", "weight_original1", "weight_v")

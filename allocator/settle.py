@@ -19,7 +19,7 @@ from .flow import Attribute, Facts, Flow, Slots
 from .graph import ChannelGraph, Options, build_graph, kept_of
 from .planning import Plan
 from .rewriting import describes_itself, materialise, norms_without_tensors, sliced, sliced_on_meta, standard_attributes
-from .skeleton import modules_of, shapes_of, tensor_names
+from .skeleton import modules_of, shapes_of
 from .structure import Image, Mismatch, compare, numbers_in
 from .tracing import ForwardError, Op, record
 
@@ -121,7 +121,7 @@ def describe(
     attributes = standard_attributes(graph.modules, graph.tensors, shapes, groups, absent)
     for path, name, value in _following(model, graph, stays, mends or {}, alone):
         attributes.setdefault(path, {})[name] = value
-    for path, name, value in _declared(model, graph, stays):
+    for path, name, value in _declared(graph, stays):
         attributes.setdefault(path, {})[name] = value
     kept = {
         name: [None if d is None else d.tolist() for d in dims]
@@ -167,9 +167,9 @@ def _following(
             yield attribute.module, attribute.name, value
 
 
-def _declared(model: nn.Module, graph: ChannelGraph, stays: np.ndarray) -> Iterator[tuple[str, str, Any]]:
+def _declared(graph: ChannelGraph, stays: np.ndarray) -> Iterator[tuple[str, str, Any]]:
     """(module, attribute, new value) of attributes that an adapter knows, where the value changes."""
-    first = {id(tensor): name for name, tensor in tensor_names(model).items()}
+    first = {id(tensor): name for name, tensor in graph.tensors.items()}
 
     def keep(tensor: torch.Tensor, dim: int) -> np.ndarray:
         name = first[id(tensor)]

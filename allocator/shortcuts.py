@@ -7,11 +7,13 @@ decompositions most of the time of a trace. What is not plainly one of these run
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+_META = torch.device("meta")
 # Without torch's tag for calls that work number by number, though they do.
 _POINTWISE = frozenset({torch.ops.aten.hardswish.default, torch.ops.aten.hardswish_.default})
 
@@ -23,18 +25,15 @@ _GIVES: dict[tuple[Any, torch.dtype], torch.dtype] = {}
 def run(func: Any, args: Any, kwargs: Any) -> Any:
     """What `func(*args, **kwargs)` gives."""
     x = args[0] if args else None
-    if not isinstance(x, torch.Tensor) or not x.is_meta:
+    if kwargs or not isinstance(x, torch.Tensor) or not x.is_meta:
         return func(*args, **kwargs)
     if func is torch.ops.aten.native_batch_norm.default:
         return _like(x, x.dtype), _empty([x.shape[1]], x.dtype), _empty([x.shape[1]], x.dtype)
-    if not kwargs and _works_number_by_number(func):
+    if _works_number_by_number(func):
         return _pointwise(func, args)
-    shape = None
-    if func is torch.ops.aten.mean.dim and len(args) == 3:
-        shape = _averaged(*args)
-    elif func is torch.ops.aten.convolution.default:
-        shape = _convolved(*args)
-    return func(*args, **kwargs) if shape is None else _empty(shape, x.dtype)
+    known = _SHAPES.get(func)
+    shape = None if known is None else known(*args)
+    return func(*args) if shape is None else _empty(shape, x.dtype)
 
 
 @functools.cache
@@ -86,11 +85,21 @@ def _convolved(
     return [x.shape[0], weight.shape[0], *sides]
 
 
+def _multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> list[int] | None:
+    """Shape of a linear layer's result; None where it does not fit, or may lie in memory in another order."""
+    plain = x.is_contiguous() and x.dim() > 1 and weight.dim() == 2 and x.dtype == weight.dtype
+    if not plain or x.shape[-1] != weight.shape[1]:
+        return None
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
+        return None
+    return [*x.shape[:-1], weight.shape[0]]
+
+
 def _like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
 
 
-def _averaged(x: torch.Tensor, dims: list[int] | None, keepdim: bool) -> list[int] | None:
+def _averaged(x: torch.Tensor, dims: list[int] | None, keepdim: bool = False) -> list[int] | None:
     """Shape of a mean over dims; None where it is over all, or the result may lie in memory in another order."""
     if not dims or not x.is_contiguous():
         return None
@@ -99,9 +108,16 @@ def _averaged(x: torch.Tensor, dims: list[int] | None, keepdim: bool) -> list[in
 
 
 def _empty(shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device=_META)
 
 
 def _fits(size: int, other: int) -> bool:
     """Whether a dim of this size broadcasts to the other."""
     return size in (1, other)
+
+
+_SHAPES: dict[Any, Callable[..., list[int] | None]] = {
+    torch.ops.aten.convolution.default: _convolved,
+    torch.ops.aten.linear.default: _multiplied,
+    torch.ops.aten.mean.dim: _averaged,
+}

@@ -140,7 +140,7 @@ _COPY_HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "_
 
 
 def _as_parameter(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
-    if isinstance(tensor, nn.Parameter):
+    if type(tensor) is not torch.Tensor and isinstance(tensor, nn.Parameter):
         return tensor
     return nn.Parameter(tensor, requires_grad=like.requires_grad)
 

@@ -22,6 +22,7 @@ from . import shortcuts
 from .errors import TraceError
 from .inputs import Inputs
 from .largest import largest
+from .operators import Operator, operator_of
 from .skeleton import modules_of, skeleton, tensor_names
 
 # Functions that fvcore counts as a whole, or whose meaning is lost in their parts.
@@ -98,6 +99,8 @@ class Op:
         outputs: indices into `Trace.values`.
         module: path of the innermost module that was running, "" for the model itself.
         call: the composite call it is part of, or None.
+        operator: what torch says of `target`.
+        name: operator name without namespace or overload, such as `convolution`.
     """
 
     index: int
@@ -108,17 +111,18 @@ class Op:
     outputs: tuple[int, ...]
     module: str
     call: Call | None
+    operator: Operator = field(init=False, repr=False)
+    name: str = field(init=False)
 
-    @property
-    def name(self) -> str:
-        """Operator name without namespace or overload, such as `convolution`."""
-        return _name(self.target)
+    def __post_init__(self) -> None:
+        self.operator = operator_of(self.target)
+        self.name = self.operator.name
 
     def arg(self, name: str) -> Any:
         """An argument by its name in the schema, or its default."""
         if name in self.kwargs:
             return self.kwargs[name]
-        position, default = _arguments(self.target).get(name, (len(self.args), None))
+        position, default = self.operator.arguments.get(name, (len(self.args), None))
         return self.args[position] if position < len(self.args) else default
 
     def inputs(self) -> tuple[int, ...]:
@@ -127,40 +131,15 @@ class Op:
 
     def writes(self) -> bool:
         """Whether it changes one of its inputs in place."""
-        schema = getattr(self.target, "_schema", None)
-        return schema is not None and bool(schema.is_mutable)
+        return self.operator.writes
 
     def takes_apart(self) -> bool:
         """Whether it gives views of its input in a list."""
-        schema = getattr(self.target, "_schema", None)
-        alias = schema.arguments[0].alias_info if schema is not None and schema.arguments else None
-        listed = alias is not None and "*" in alias.after_set
-        return listed or (self.call is not None and self.call.name == "tensor_split" and bool(self.reads))
+        split = self.call is not None and self.call.name == "tensor_split" and bool(self.reads)
+        return split or self.operator.lists_views
 
     def __str__(self) -> str:
         return f"{self.target} in {self.module or 'the model'}"
-
-
-@functools.cache
-def _name(target: Any) -> str:
-    return str(target._schema.name.split("::")[1])
-
-
-@functools.cache
-def _reshapes_in_place(target: Any) -> bool:
-    return torch.Tag.inplace_view in getattr(target, "tags", ())
-
-
-@functools.cache
-def _gives_views(target: Any) -> bool:
-    schema = getattr(target, "_schema", None)
-    return schema is not None and any(r.alias_info is not None for r in schema.returns)
-
-
-@functools.cache
-def _arguments(target: Any) -> dict[str, tuple[int, Any]]:
-    """Position and default of each argument of an overload, by its name."""
-    return {a.name: (i, a.default_value) for i, a in enumerate(target._schema.arguments)}
 
 
 @dataclass(slots=True)
@@ -272,7 +251,7 @@ def record(
     """
     with contextlib.ExitStack() as stack:
         convert = _converter(mode, stack)
-        running = (model if copied else skeleton(model, convert)).train(training)
+        running = in_mode(model if copied else skeleton(model, convert), training)
         args, kwargs = tree_map(
             lambda leaf: convert("", leaf) if isinstance(leaf, torch.Tensor) else leaf,
             (inputs.batch(2 if training else 1)),
@@ -290,6 +269,12 @@ def record(
             recorder.drop_unfinished()
             raise ForwardError(error, recorder.path, recorder.compact(None, mode, training)) from error
     return recorder.compact(output, mode, training)
+
+
+def in_mode(model: nn.Module, training: bool) -> nn.Module:
+    """`model.train(training)`, unless all of it is in that mode."""
+    alike = all(module.training is training for module in modules_of(model).values())
+    return model if alike else model.train(training)
 
 
 def _converter(mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.Tensor], torch.Tensor]:
@@ -333,7 +318,7 @@ class _Recorder(TorchDispatchMode):
     def note(self, target: Any, args: Any, kwargs: Any, run: Callable[[Any, Any, Any], Any]) -> Any:
         """Record a call to `target`, entered before `run` makes it, so that calls within it come later."""
         entry = len(self.raw)
-        if _reshapes_in_place(target):
+        if operator_of(target).reshapes:
             self.before.setdefault(id(args[0]), []).append(tuple(args[0].shape))
         self.raw.append((target, args, kwargs, None, self.stack[-1], self.call))
         out = run(target, args, kwargs)
@@ -349,7 +334,7 @@ class _Recorder(TorchDispatchMode):
         """Run a call without recording its parts."""
         self.paused = True
         try:
-            return target(*args, **kwargs)
+            return shortcuts.run(target, args, kwargs)
         finally:
             self.paused = False
 
@@ -398,7 +383,7 @@ class _Recorder(TorchDispatchMode):
             composite.outputs = outputs(composite.outputs)
         ops = []
         for i, (func, args, kwargs, out, module, call) in enumerate(self.raw):
-            reshaped = id(args[0]) if _reshapes_in_place(func) else None
+            reshaped = id(args[0]) if operator_of(func).reshapes else None
             read.clear()
             args, kwargs = _replace(args, ref), _replace(kwargs, ref)
             reads = tuple(read)
@@ -463,7 +448,7 @@ _LITERALS = frozenset({int, float, bool, str, type(None)})
 
 def _note_views(op: Op, values: list[Value]) -> None:
     """Where a call gives views of its first tensor, say so in their values."""
-    if not op.reads or not _gives_views(op.target):
+    if not op.reads or not op.operator.gives_views:
         return
     source = op.reads[0]
     base = source if values[source].base is None else values[source].base

@@ -59,6 +59,7 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "batch norm, train mode": (aten.native_batch_norm.default, (X, *(meta(6) for _ in range(4)), True, 0.1, 1e-5)),
     "mean": (aten.mean.dim, (X, [-1, -2], True)),
     "mean without dims": (aten.mean.dim, (X, [2, 3], False)),
+    "mean, keepdim left out": (aten.mean.dim, (X, [2, 3])),
     "mean of all": (aten.mean.dim, (X, [], True)),
     "mean, channels last": (aten.mean.dim, (LAST, [1], True)),
     "convolution": convolution(X, meta(4, 6, 3, 3)),
@@ -70,6 +71,14 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "convolution, 3-D": convolution(meta(2, 6, 5, 5, 5), meta(4, 6, 3, 3, 3)),
     "convolution, wrong channels": convolution(X, meta(4, 5, 3, 3)),
     "convolution, kernel too large": convolution(X, meta(4, 6, 13, 13)),
+    "linear": (aten.linear.default, (X, meta(5, 7), meta(5))),
+    "linear, no bias": (aten.linear.default, (meta(3, 7), meta(5, 7))),
+    "linear, a vector": (aten.linear.default, (meta(7), meta(5, 7))),
+    "linear, one output": (aten.linear.default, (meta(3, 7), meta(7))),
+    "linear, transposed": (aten.linear.default, (X.transpose(1, 3), meta(5, 6))),
+    "linear, other dtype": (aten.linear.default, (X, meta(5, 7, dtype=torch.float64))),
+    "linear, wrong channels": (aten.linear.default, (X, meta(5, 6))),
+    "linear, wrong bias": (aten.linear.default, (X, meta(5, 7), meta(4))),
 }
 
 
