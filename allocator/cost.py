@@ -130,6 +130,7 @@ def _product(flow: Flow, op: Op) -> list[Product]:
 
 
 @counted(
+    "batch_norm",
     "native_batch_norm",
     "_native_batch_norm_legit",
     "_native_batch_norm_legit_no_training",

@@ -219,7 +219,7 @@ def compare_models(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, *, c
         copied: `small` is a copy on meta tensors, to be used up.
     """
     slots = Slots.of(shapes_of(small))
-    image = Image(graph, kept, kept_of(graph, kept), slots)
+    image = Image(graph, kept, slots)
     flows = [flow for flow in (graph.flow, graph.training_flow) if flow is not None]
     for flow in flows:
         error: Exception | None = None

@@ -18,8 +18,33 @@ _META = torch.device("meta")
 _POINTWISE = frozenset({torch.ops.aten.hardswish.default, torch.ops.aten.hardswish_.default})
 
 
+Call = tuple[Any, tuple[Any, ...]]
+
 # What dtype a pointwise call gives, known after the first of its kind.
 _GIVES: dict[tuple[Any, torch.dtype], torch.dtype] = {}
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Call:
+    """`torch.nn.functional.linear` as one ATen call."""
+    return torch.ops.aten.linear.default, (x, weight) if bias is None else (x, weight, bias)
+
+
+def batch_norm(
+    x: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Call | None:
+    """`torch.nn.functional.batch_norm` as one ATen call; None on values, in train mode, and where sizes differ."""
+    statistics = (weight, bias, running_mean, running_var)
+    plain = x.is_meta and not training and running_mean is not None and running_var is not None
+    if not plain or any(t is not None and t.shape != x.shape[1:2] for t in statistics):
+        return None
+    return torch.ops.aten.batch_norm.default, (x, *statistics, training, momentum, eps, False)
 
 
 def run(func: Any, args: Any, kwargs: Any) -> Any:
@@ -29,6 +54,8 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     if func is torch.ops.aten.native_batch_norm.default:
         return _like(x, x.dtype), _empty([x.shape[1]], x.dtype), _empty([x.shape[1]], x.dtype)
+    if func is torch.ops.aten.batch_norm.default:
+        return _like(x, x.dtype)
     if _works_number_by_number(func):
         return _pointwise(func, args)
     known = _SHAPES.get(func)

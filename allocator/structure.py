@@ -81,27 +81,20 @@ class Image:
     Args:
         graph: the original's neurons.
         kept: (neurons,) bool.
-        kept_indices: per tensor and dim the indices kept, None for all.
         slots: slots of the rewritten model.
     """
 
-    def __init__(
-        self,
-        graph: ChannelGraph,
-        kept: np.ndarray,
-        kept_indices: dict[str, list[np.ndarray | None]],
-        slots: Slots,
-    ) -> None:
+    def __init__(self, graph: ChannelGraph, kept: np.ndarray, slots: Slots) -> None:
         self.stays = np.append(kept, True)[graph.unit_of_slot]
         self.origin = np.full(slots.total, -1)
         self.origin[FROZEN] = FROZEN
+        left, before = np.flatnonzero(self.stays), np.append(0, np.cumsum(self.stays))
         for name, shape in slots.shapes.items():
-            old_base = graph.slots.base[name]
-            for dim, (start, size) in enumerate(zip(slots.base[name], shape, strict=True)):
-                indices = kept_indices[name][dim] if name in kept_indices else None
-                own = np.arange(size) if indices is None else indices
+            starts = graph.slots.base[name]
+            for old, n, new, size in zip(starts, graph.slots.shapes[name], slots.base[name], shape, strict=True):
+                own = left[before[old] : before[old + n]]
                 if len(own) == size:
-                    self.origin[start : start + size] = old_base[dim] + own
+                    self.origin[new : new + size] = own
         self._sizes: dict[int, int] = {}
         self._same: set[tuple[int, int]] = set()
 

@@ -49,8 +49,12 @@ COMPOSITES = frozenset(
         "tensordot",
     }
 )
-# Functions recorded as one ATen call, because their parts depend on how large a dim is and how it lies in memory.
-_WHOLE = {torch.nn.functional.linear: torch.ops.aten.linear.default}
+# Functions recorded as one ATen call: the parts of one depend on how large a dim is and how it lies in memory, those
+# of the other take long to find. Given as the call that stands for them, None where their parts are to be seen.
+_WHOLE: dict[Any, Callable[..., tuple[Any, tuple[Any, ...]] | None]] = {
+    torch.nn.functional.linear: shortcuts.linear,
+    torch.nn.functional.batch_norm: shortcuts.batch_norm,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,8 +414,9 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _WHOLE and not self.recorder.paused:
-            return self.recorder.note(_WHOLE[func], args, kwargs, self.recorder.whole)
+        whole = _WHOLE[func](*args, **kwargs) if func in _WHOLE and not self.recorder.paused else None
+        if whole is not None:
+            return self.recorder.note(*whole, {}, self.recorder.whole)
         name = _composite(func)
         if name is None or self.recorder.call is not None:
             return func(*args, **kwargs)

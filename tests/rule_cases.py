@@ -175,14 +175,17 @@ def raw_norm(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 NORMS = {
-    "native_batch_norm": [
-        *normed(raw_norm(lambda x, g, b, *m: aten.native_batch_norm(x, g, b, *m, False, 0.1, 1e-5)[0])),
-        *normed(raw_norm(lambda x, g, b, *m: aten.native_batch_norm(x, g, b, *m, True, 0.1, 1e-5))),
-        *normed(lambda m, x: F.batch_norm(x, None, None, training=True)),
+    "batch_norm": [
+        *normed(batch_norm),
         *normed(lambda m, x: F.batch_norm(x, m.mean, m.var)),
         *normed(batch_norm, VOLUME, weights=dict.fromkeys(_RUNNING, (4,))),
         *normed(batch_norm, image(dims=())),
         *normed(batch_norm, image(dims=(0, 1, 2))),
+    ],
+    "native_batch_norm": [
+        *normed(raw_norm(lambda x, g, b, *m: aten.native_batch_norm(x, g, b, *m, False, 0.1, 1e-5)[0])),
+        *normed(raw_norm(lambda x, g, b, *m: aten.native_batch_norm(x, g, b, *m, True, 0.1, 1e-5))),
+        *normed(lambda m, x: F.batch_norm(x, None, None, training=True)),
         *normed(lambda m, x: F.batch_norm(x, None, None, training=True), image(dims=(0, 1))),
         *normed(lambda m, x: F.instance_norm(x, weight=m.g, bias=m.b), IMAGE),
     ],

@@ -338,7 +338,7 @@ WRONG: dict[str, tuple[str, Callable[[Flow, Op], None], Case, str]] = {
     "mean over channels": ("mean", _mean_over_anything, each(lambda x: x.mean(1), IMAGE)[0], "output 0 differs"),
     "softmax over channels": ("_softmax", _passing(), each(lambda x: x.softmax(1), IMAGE)[0], "output 0 differs"),
     "parameter forgotten": (
-        "native_batch_norm",
+        "batch_norm",
         _without_running_variance,
         compute.normed(compute.batch_norm, IMAGE)[0],
         "raises RuntimeError",

@@ -17,6 +17,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 X = meta(2, 6, 9, 7)
+STATISTICS = tuple(meta(6) for _ in range(4))
 LAST = X.to(memory_format=torch.channels_last)
 
 
@@ -55,8 +56,13 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "is nan": (aten.isnan.default, (X,)),
     "clamp with a missing bound": (aten.clamp.default, (X, None, 6.0)),
     "where": (aten.where.self, (X.to(torch.bool), X, X)),
-    "batch norm": (aten.native_batch_norm.default, (X, *(meta(6) for _ in range(4)), False, 0.1, 1e-5)),
-    "batch norm, train mode": (aten.native_batch_norm.default, (X, *(meta(6) for _ in range(4)), True, 0.1, 1e-5)),
+    "batch norm": (aten.native_batch_norm.default, (X, *STATISTICS, False, 0.1, 1e-5)),
+    "batch norm, train mode": (aten.native_batch_norm.default, (X, *STATISTICS, True, 0.1, 1e-5)),
+    "batch norm as a whole": (aten.batch_norm.default, (X, *STATISTICS, False, 0.1, 1e-5, False)),
+    "batch norm, channels last": (
+        aten.batch_norm.default,
+        (LAST, *STATISTICS, False, 0.1, 1e-5, False),
+    ),
     "mean": (aten.mean.dim, (X, [-1, -2], True)),
     "mean without dims": (aten.mean.dim, (X, [2, 3], False)),
     "mean, keepdim left out": (aten.mean.dim, (X, [2, 3])),

@@ -10,6 +10,7 @@ _JOINT = "a norm over the channels mixes them all"
 
 
 @rule(
+    "batch_norm",
     "native_batch_norm",
     "_native_batch_norm_legit",
     "_native_batch_norm_legit_no_training",
