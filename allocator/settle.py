@@ -275,7 +275,7 @@ def _repair(
     flow = graph.flow if any(op is other for other in graph.flow.trace.ops) else graph.training_flow
     assert flow is not None
     mends.judge((flow.trace.training, op.index))
-    alike = _same_class(model, op.module)
+    alike = _alike_modules(model, op.module)
     attribute = _mend(model, graph, flow, op, alike, plan, mends)
     if attribute is not None:
         notes.append(f"{attribute!r} of {_class_name(model, op.module)} follows the kept channels")
@@ -325,7 +325,7 @@ def _freeze(flow: Flow, options: Options, op: Op, plan: Plan, graph: ChannelGrap
         raise RewriteError(f"the rewritten forward does not fit at {op}, though all its neurons stay")
     known = {(path, name) for path, name, _ in options.frozen_ops}
     which = None if (found.module, found.name) in known else flow.places[found.index][2]
-    more = {(path, found.name, which) for path in _same_class(graph.model, found.module)}
+    more = {(path, found.name, which) for path in _alike_modules(graph.model, found.module)}
     return replace(options, frozen_ops=options.frozen_ops | more)
 
 
@@ -383,9 +383,15 @@ def _known_sizes(path: str, module: nn.Module) -> Collection[str]:
 _STRUCTURAL = frozenset({"groups", "num_heads", "stride", "padding", "dilation", "kernel_size", "training"})
 
 
-def _same_class(model: nn.Module, path: str) -> set[str]:
-    cls = type(model.get_submodule(path))
-    return {other for other, module in modules_of(model).items() if type(module) is cls}
+def _alike_modules(model: nn.Module, path: str) -> set[str]:
+    """Modules of the same class; for a layer of torch's own, those in the same place of the same class of block."""
+    modules = modules_of(model)
+    block = path
+    while block and type(modules[block]).__module__.startswith("torch.nn."):
+        block = block.rpartition(".")[0]
+    block = block or path
+    found = {other + path[len(block) :] for other, module in modules.items() if type(module) is type(modules[block])}
+    return found & modules.keys()
 
 
 def _class_name(model: nn.Module, path: str) -> str:

@@ -45,11 +45,23 @@ def example(model: nn.Module) -> Any:
     return as_inputs(None, model).args
 
 
+def _batch(inputs: Any) -> list[Any]:
+    """Two of the example; for a detector, with an object in each image."""
+    if not isinstance(inputs[0], list):
+        return [torch.cat([x, x + 0.1 * torch.randn_like(x)]) for x in inputs]
+    (image,) = inputs[0]
+    corners = torch.tensor([[40.0, 60.0, 200.0, 240.0]])
+    points = torch.tensor([60.0, 80.0, 1.0]).expand(1, 17, 3)
+    target = {"boxes": corners, "labels": torch.ones(1, dtype=torch.int64), "keypoints": points}
+    target["masks"] = torch.ones(1, *image.shape[-2:], dtype=torch.uint8)
+    return [[image, image.flip(-1)], [target, target]]
+
+
 def trains(model: nn.Module, inputs: Any) -> bool:
     """One step in train mode on a batch of two; raises what the model raises."""
     model = copy.deepcopy(model).train()
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-4)
-    batch = [torch.cat([x, x + 0.1 * torch.randn_like(x)]) if isinstance(x, torch.Tensor) else x for x in inputs]
+    batch = _batch(inputs)
     loss = sum(t.float().square().mean() for t in tensors_in(model(*batch)) if t.is_floating_point())
     assert isinstance(loss, torch.Tensor)
     loss.backward()
@@ -82,7 +94,7 @@ def ours(model: nn.Module, inputs: Any, row: Row) -> None:
 
 
 def _trains_like(model: nn.Module, small: nn.Module, inputs: Any, row: Row) -> bool:
-    """Whether the result trains a step, or fails to as the original does (a detector wants targets)."""
+    """Whether the result trains a step, or fails to as the original does."""
     try:
         return trains(small, inputs)
     except Exception as error:  # whatever it raises is a result here

@@ -218,6 +218,35 @@ def test_a_slice_that_became_the_whole_is_where_the_repair_is_made() -> None:
     assert result.model.get_parameter("body.0.weight").shape[0] < 8
 
 
+class Halves(nn.Module):
+    """Gives what half as many channels say twice, in the shape of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.narrow(x)
+        return torch.stack([half, half.square()], 1).reshape(x.shape)
+
+
+def test_layers_outside_the_block_that_does_not_fit_stay_free() -> None:
+    """What a block's own convolution reads had to stay; so did the inputs of every other convolution."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.body(net.second(net.between(net.first(net.stem(x))))))
+
+    def layers() -> dict[str, nn.Module]:
+        blocks = {"first": Halves(), "between": _unit(8, 8), "second": Halves()}
+        return {"stem": _unit(3, 8), **blocks, "body": nn.Sequential(_unit(8, 8), _unit(8, 8)), "head": _head(8)}
+
+    assert _hold(run, layers) == "result"
+    small = _smallest(_net(run, layers), scope="all").model
+    stay = [small.get_parameter(f"{name}.narrow.weight").shape[:2] for name in ("first", "second")]
+    assert stay == [(4, 8), (4, 8)]
+    assert small.get_parameter("body.0.0.weight").shape[0] == 1
+
+
 def test_a_number_that_is_computed_from_a_size() -> None:
     """Nothing is lost at the division by the root of the number of keys, and no plan was found that ran."""
 
