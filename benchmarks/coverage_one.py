@@ -19,11 +19,16 @@ from allocator.tracing import tensors_in
 from . import peer
 
 SHARE = 60
+DETECTION = "torchvision.models.detection"
+SIDE = 320
 Row = dict[str, Any]
 
 
 def built(name: str) -> nn.Module:
-    """The network with random weights, and batch norms that rank something and are not at their start."""
+    """The network with random weights, and batch norms that rank something and are not at their start.
+
+    A detector that takes images of any size takes them at `SIDE` pixels instead of at 800.
+    """
     torch.manual_seed(0)
     model = allocator.build(name)
     generator = torch.Generator().manual_seed(0)
@@ -31,13 +36,15 @@ def built(name: str) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
             nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
             nn.init.normal_(module.bias, 0, 0.1, generator=generator)
+    if type(model).__module__.startswith(DETECTION) and model.transform.fixed_size is None:  # type: ignore[union-attr]
+        model.transform.min_size = (SIDE,)  # type: ignore[union-attr]
     return model.eval()
 
 
 def example(model: nn.Module) -> Any:
     """Example inputs: an image as the model takes it; for a detector, a list of one."""
-    if type(model).__module__.startswith("torchvision.models.detection"):
-        return ([torch.rand(3, 320, 320)],)
+    if type(model).__module__.startswith(DETECTION):
+        return ([torch.rand(3, SIDE, SIDE)],)
     if type(model).__module__.startswith("torchvision.models.video"):
         return (torch.rand(1, 3, 16, 112, 112),)
     if type(model).__module__.startswith("torchvision.models.optical_flow"):

@@ -23,7 +23,8 @@ def markdown(data: dict[str, Any]) -> str:
     text = [
         "# Coverage",
         "",
-        "Made by `python -m benchmarks.coverage`. Random weights; each network in a process of its own. "
+        "Made by `python -m benchmarks.coverage`. Random weights; each network in a process of its own; detectors "
+        "at 320 pixels. "
         "Asked for, by the default criterion: 60 % of the FLOPs; where that is out of reach, the smallest that is not "
         "(marked ≥). Torch-Pruning: "
         "`BNScalePruner`, global, one pass at a ratio of 0.35, then a forward and a train step. Seconds are of the "

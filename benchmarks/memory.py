@@ -31,6 +31,7 @@ from reference_set import example, randomised  # isort: skip
 import allocator
 
 WARM_UP = "torchvision:resnet18"
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -101,11 +102,8 @@ def measure(name: str, what: str) -> dict[str, int] | str:
     Returns:
         Bytes of the model's weights, of the peak and of what stays after the call; or why it failed.
     """
-    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-m", "benchmarks.memory", name, "--what", what]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=False)
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["no message"])[-1][:160]
     result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
