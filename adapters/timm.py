@@ -55,11 +55,16 @@ def _res2net(block: nn.Module, kept: Kept) -> Mapping[str, Any]:
 
 
 def _attention(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
-    """Heads go whole, and `head_dim` stays with `scale`; else all of them narrow alike."""
+    """Heads go whole, and `head_dim` stays with `scale`."""
     heads = kept("proj.weight", 1).reshape(int(module.num_heads), -1)  # type: ignore[arg-type]
-    whole = bool((heads.all(1) | ~heads.any(1)).all())
-    count, size = (int(heads.all(1).sum()), heads.shape[1]) if whole else (len(heads), int(heads[0].sum()))
-    return {"num_heads": count, "head_dim": size, "attn_dim": count * size}
+    count = int(heads.all(1).sum())
+    return {"num_heads": count, "attn_dim": count * heads.shape[1]}
+
+
+def _position_bias(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
+    """The last of the dims that the table is shaped to counts the heads."""
+    *places, _ = module.bias_shape  # type: ignore[misc]
+    return {"bias_shape": (*places, int(kept("relative_position_bias_table", 1).sum()))}
 
 
 def _ghost(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
@@ -69,6 +74,7 @@ def _ghost(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
 
 
 register("timm.layers.attention.Attention", Adapter(sizes=_attention))
+register("timm.layers.pos_embed_rel.RelPosBias", Adapter(sizes=_position_bias))
 register("timm.models.*", Adapter(sizes=_features, inputs=_image))
 register("timm.layers.norm_act.FrozenBatchNormAct2d", Adapter(norm_scale="weight"))
 register("timm.models.res2net.Bottle2neck", Adapter(sizes=_res2net))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -143,6 +144,31 @@ def test_attention_goes_by_whole_heads_and_keeps_its_scale(fused: bool, batch: i
     assert result.certificate.ok
     assert result.certificate.relative_error is not None
     assert result.certificate.relative_error < 1e-12
+
+
+@pytest.mark.parametrize("block", ["AttentionCl", "Attention2d"])
+def test_a_table_of_relative_positions_follows_the_heads(block: str) -> None:
+    """MaxViT's and CoAtNet's attention, one of them after and one before its channels."""
+    blocks = pytest.importorskip("timm.models.maxxvit")
+    bias = functools.partial(pytest.importorskip("timm.layers").RelPosBias, window_size=(3, 3))
+    last = block == "AttentionCl"
+    attention: Any = getattr(blocks, block)(16, dim_head=4, rel_pos_cls=bias)
+    model = nn.Sequential(nn.Linear(16, 16) if last else nn.Conv2d(16, 16, 1), attention)
+    nn.init.normal_(attention.rel_pos.relative_position_bias_table)
+    image = torch.randn(2, 3, 3, 16) if last else torch.randn(2, 16, 3, 3)
+    result = allocator.allocate(model, "70%", criterion="magnitude", example_inputs=image, exclude=["0"])
+    small: Any = result.model[1]  # type: ignore[index]
+    heads = small.num_heads
+    assert heads < 4
+    assert small.qkv.weight.shape[0] == 3 * 4 * heads
+    assert small.rel_pos.bias_shape == (9, 9, heads)
+    assert small.rel_pos.relative_position_bias_table.shape == (25, heads)
+    assert not any(" stay" in note for note in result.notes), result.notes
+    stay = result.allocation.kept["1.proj.weight"][1]
+    assert stay is not None
+    with torch.no_grad():  # by hand: the projection of the original without the columns that read the dropped heads
+        attention.proj.weight[:, [i for i in range(16) if i not in stay]] = 0
+    torch.testing.assert_close(result.model(image), model(image))
 
 
 def test_res2net_width_becomes_a_list() -> None:
