@@ -35,15 +35,17 @@ def _image(model: nn.Module) -> tuple[tuple[Any, ...], str] | None:
 
 
 def _features(model: nn.Module, kept: Kept) -> Mapping[str, Any]:
-    """`num_features` and `head_hidden_size` of a whole model follow what its classifier reads."""
+    """`num_features` and `head_hidden_size` of a whole model follow what its classifier reads, or a layer before it."""
     classifier = getattr(model, "get_classifier", None)
-    layer = classifier() if callable(classifier) else None
-    if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-        return {}
-    path = next(name for name, module in model.named_modules() if module is layer)
-    read = kept(f"{path}.weight", 1)
-    names = ("num_features", "head_hidden_size")
-    return {name: int(read.sum()) for name in names if getattr(model, name, None) == len(read)}
+    layers = [classifier() if callable(classifier) else None, getattr(model, "conv_head", None)]
+    paths = [path for layer in layers for path, m in model.named_modules() if m is layer and hasattr(m, "weight")]
+    read = [kept(f"{path}.weight", 1) for path in paths]
+    found = {}
+    for name in ("num_features", "head_hidden_size"):
+        follows = next((each for each in read if len(each) == getattr(model, name, None)), None)
+        if follows is not None:
+            found[name] = int(follows.sum())
+    return found
 
 
 def _res2net(block: nn.Module, kept: Kept) -> Mapping[str, Any]:

@@ -199,6 +199,17 @@ def test_num_features_follow_what_the_classifier_reads() -> None:
     assert result.model.forward_features(torch.randn(1, 3, 32, 32)).shape[1] == result.model.num_features  # type: ignore[operator]
 
 
+def test_num_features_follow_the_layer_that_widens_them() -> None:
+    """MobileNetV3 has a last convolution between its features and what its classifier reads."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("mobilenetv3_small_050", num_classes=3).eval()
+    image = torch.randn(1, 3, 32, 32)
+    result = allocator.allocate(model, "50%", example_inputs=image, criterion="magnitude", scope="all")
+    small: Any = result.model
+    assert small.num_features == small.forward_features(image).shape[1] < model.num_features == 288
+    assert small.head_hidden_size == small.get_classifier().in_features < model.head_hidden_size == 1024
+
+
 def test_heads_of_a_detector_keep_their_outputs() -> None:
     pytest.importorskip("torchvision")
     with torch.device("meta"):
