@@ -101,9 +101,7 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
         return empty
     if isinstance(value, nn.Module) and _copies_plainly(kind):
         new = memo[id(value)] = kind.__new__(kind)
-        # A forward compiled in place (Module.compile) stays behind: it would run the original's weights.
-        state = value.__getstate__() if "_compiled_call_impl" in vars(value) else vars(value)
-        _copy_items(state, vars(new), memo)
+        _copy_fields(value, vars(new), memo)
         return new
     if kind is tuple:
         return value if _ATOMS.issuperset(map(type, value)) else tuple(_copy(item, memo) for item in value)
@@ -114,18 +112,20 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
     return copy.deepcopy(value, memo)
 
 
+def _copy_fields(module: nn.Module, into: dict[str, Any], memo: dict[int, Any]) -> None:
+    """Copies of all fields of a module; most are numbers, and torch's own that hold nothing."""
+    # A forward compiled in place (Module.compile) stays behind: it would run the original's weights.
+    state = module.__getstate__() if "_compiled_call_impl" in vars(module) else vars(module)
+    into.update(state)
+    for key, item in state.items():
+        kind: Any = type(item)
+        if kind not in _ATOMS:
+            into[key] = kind() if key in _MODULE_FIELDS and not item else _copy(item, memo)
+
+
 def _copy_items(items: Mapping[Any, Any], into: dict[Any, Any], memo: dict[int, Any]) -> None:
-    """Copies of all items; those that need no call of their own are most of a module's."""
     for key, item in items.items():
-        if type(key) not in _ATOMS:
-            key = _copy(key, memo)
-        kind = type(item)
-        if kind in _ATOMS:
-            into[key] = item
-        elif kind in _PLAIN and not item:
-            into[key] = memo.setdefault(id(item), kind())
-        else:
-            into[key] = _copy(item, memo)
+        into[key if type(key) in _ATOMS else _copy(key, memo)] = item if type(item) in _ATOMS else _copy(item, memo)
 
 
 @functools.lru_cache
@@ -154,9 +154,8 @@ def _tensor_attributes(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, 
             items = value if isinstance(value, (list, tuple)) else (value,)
             if isinstance(value, dict):
                 items = tuple(value.values())
-            for item in items:
-                if isinstance(item, torch.Tensor):
-                    yield f"{path}.{key}".lstrip("."), item
+            if not _ATOMS.issuperset(map(type, items)):
+                yield from ((f"{path}.{key}".lstrip("."), item) for item in items if isinstance(item, torch.Tensor))
 
 
 _MODULE_FIELDS = frozenset(vars(nn.Module()))
