@@ -20,15 +20,12 @@ from . import peer
 
 SHARE = 60
 DETECTION = "torchvision.models.detection"
-SIDE = 320
+SIDE, OBJECTS = 320, 10
 Row = dict[str, Any]
 
 
 def built(name: str) -> nn.Module:
-    """The network with random weights, and batch norms that rank something and are not at their start.
-
-    A detector that takes images of any size takes them at `SIDE` pixels instead of at 800.
-    """
+    """The network with random weights, and batch norms that rank something and are not at their start."""
     torch.manual_seed(0)
     model = allocator.build(name)
     generator = torch.Generator().manual_seed(0)
@@ -36,9 +33,17 @@ def built(name: str) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
             nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
             nn.init.normal_(module.bias, 0, 0.1, generator=generator)
-    if type(model).__module__.startswith(DETECTION) and model.transform.fixed_size is None:  # type: ignore[union-attr]
-        model.transform.min_size = (SIDE,)  # type: ignore[union-attr]
+    if type(model).__module__.startswith(DETECTION):
+        _scale_down(model)
     return model.eval()
+
+
+def _scale_down(detector: Any) -> None:
+    """Images that may have any size at `SIDE` pixels instead of 800, and at most `OBJECTS` objects instead of 100."""
+    if detector.transform.fixed_size is None:
+        detector.transform.min_size = (SIDE,)
+    if hasattr(detector, "roi_heads"):
+        detector.roi_heads.detections_per_img = OBJECTS
 
 
 def example(model: nn.Module) -> Any:

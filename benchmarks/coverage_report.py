@@ -24,7 +24,7 @@ def markdown(data: dict[str, Any]) -> str:
         "# Coverage",
         "",
         "Made by `python -m benchmarks.coverage`. Random weights; each network in a process of its own; detectors "
-        "at 320 pixels. "
+        "at 320 pixels, and where a second stage looks at objects at most 10 of them. "
         "Asked for, by the default criterion: 60 % of the FLOPs; where that is out of reach, the smallest that is not "
         "(marked ≥). Torch-Pruning: "
         "`BNScalePruner`, global, one pass at a ratio of 0.35, then a forward and a train step. Seconds are of the "
