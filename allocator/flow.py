@@ -293,10 +293,17 @@ class Flow:
                 self.freeze(label, op, "a weight is computed from all of these channels")
 
     def group(self, op: Op, weight_value: int, representatives: np.ndarray) -> None:
-        """A grouped convolution whose groups come and go whole; one slot per group."""
+        """A grouped convolution whose groups come and go whole; one slot per group.
+
+        Torch's own layers are told by their weight how many there are; other modules hold the number as an attribute.
+        """
         name = self.trace.values[weight_value].name
         if name is not None:
             self.facts.groups[name] = representatives
+        module = self.trace.modules.get(op.module)
+        if module is not None and not isinstance(module, nn.modules.conv._ConvNd):
+            held = [n for n, value in vars(module).items() if "groups" in n and value == len(representatives)]
+            self.facts.attributes.extend(Attribute(op.module, n, (representatives,)) for n in held)
 
     def freeze(self, label: Label, op: Op, reason: str) -> None:
         """These slots must stay."""

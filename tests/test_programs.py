@@ -23,9 +23,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 NETWORKS = [
     ("recipe:scalenet-small-seed", torch.zeros(1, 1, 32, 32)),
     ("recipe:res2net-small", torch.zeros(1, 1, 32, 32)),
+    ("recipe:resnext-small", torch.zeros(1, 1, 32, 32)),
     pytest.param("torchvision:resnet18", torch.zeros(1, 3, 64, 64), marks=pytest.mark.sweep),
     pytest.param("timm:res2net50_26w_4s", torch.zeros(1, 3, 64, 64), marks=pytest.mark.sweep),
     pytest.param("torchvision:shufflenet_v2_x0_5", torch.zeros(1, 3, 64, 64), marks=pytest.mark.sweep),
+    pytest.param("torchvision:mobilenet_v3_small", torch.zeros(1, 3, 64, 64), marks=pytest.mark.sweep),
+    pytest.param("torchvision:resnext50_32x4d", torch.zeros(1, 3, 64, 64), marks=pytest.mark.sweep),
 ]
 
 
