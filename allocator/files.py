@@ -2,7 +2,8 @@
 
 Reading never runs code from a file, and writing is all or nothing. Four kinds of file:
 
-- ``.pt2`` holds an exported program, which is read as a line of ATen calls;
+- ``.pt2`` holds an exported program and ``.ts`` or ``.pt`` a TorchScript archive, which are read as a line of ATen
+  calls;
 - ``.pt`` and ``.pth`` hold a pickled module, as ``torch.save(model)`` writes it, or a state_dict;
 - ``.safetensors`` holds an allocated model as data alone: its tensors, its allocation and the name it was
   built from, so that it opens without pickle;
@@ -20,8 +21,8 @@ from torch import nn
 from .build import build
 from .disk import PathLike, check_writable, existing, shorten, write_atomically, write_text
 from .errors import FileError
+from .exported import is_program, load_program
 from .pickles import open_pickle
-from .programs import is_program, load_program
 from .results import (
     RESULT_SUFFIX,
     is_result,
@@ -30,6 +31,7 @@ from .results import (
     read_safetensors,
     save_result,
 )
+from .scripts import is_script, load_script
 
 if TYPE_CHECKING:
     from .allocation import Allocation
@@ -77,14 +79,14 @@ def load_model(path: PathLike, *, arch: str | None = None, trust: bool = False) 
     """Read a model from a file, on the CPU.
 
     Args:
-        path: a pickled module or a state_dict (``.pt``, ``.pth``, ...), an exported program (``.pt2``), or a saved
-            result or weights alone (``.safetensors``).
+        path: a pickled module or a state_dict (``.pt``, ``.pth``, ...), an exported program (``.pt2``), a TorchScript
+            archive (``.pt``, ``.ts``, ...), or a saved result or weights alone (``.safetensors``).
         arch: the name (see `build`) of the network that a state_dict belongs to.
         trust: let the file run the code it asks for.
 
     Raises:
         UnsafeFileError: the file would run code that is not on the allow-list.
-        UnsupportedModelError: TorchScript, an ONNX graph, or an exported program that branches.
+        UnsupportedModelError: an ONNX graph, or a program that branches on its input.
         FileError: missing, empty, truncated, not a model, or a state_dict that does not fit ``arch``.
     """
     file = existing(path)
@@ -94,6 +96,8 @@ def load_model(path: PathLike, *, arch: str | None = None, trust: bool = False) 
         raise FileError(f"{path}: unknown kind of file {file.suffix!r}; a model is read from .pt, .pth or .safetensors")
     if is_program(file):
         return load_program(file)
+    if is_script(file):
+        return load_script(file)
     found = _unwrap(open_pickle(file, trust=trust))
     if isinstance(found, nn.Module):
         return found

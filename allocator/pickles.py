@@ -282,8 +282,7 @@ def _refuse_programs(path: Path) -> None:
     inner = {entry.partition("/")[2] for entry in entries} | set(entries)
     if "constants.pkl" in inner or any(entry.startswith("code/") for entry in inner):
         raise UnsupportedModelError(
-            f"{path} is a TorchScript program, whose modules cannot be rewritten: give the Python model it "
-            "was made from (a pickled module, or a state_dict with an architecture name)"
+            f"{path} is a TorchScript program, not a pickle: allocator.load_model reads it as a line of ATen calls"
         )
     exported = ("serialized_exported_program.json", "archive_format", "models/model.json")
     if any(entry in inner for entry in exported):

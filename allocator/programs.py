@@ -1,21 +1,15 @@
-"""Exported programs (``.pt2``) as plain modules, read without torch's own reader.
+"""Programs: a straight line of ATen calls as a plain module, whatever file it was read from.
 
-``torch.export.load`` unpickles without restrictions and evaluates the file's expressions as Python. What is needed
-of the format is little: a list of ATen calls as JSON, and tensors as raw bytes. These are read here, and the calls
-become modules whose literal arguments are attributes, so that they can be rewritten like any other.
+The literal arguments of a call are attributes of its module, so that they can be rewritten like those of any other.
 """
 
 from __future__ import annotations
 
 import functools
-import io
-import json
 import math
 import operator
 import re
-import zipfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,21 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
-from .errors import AllocatorError, FileError, UnsafeFileError, UnsupportedModelError
-from .pickles import check_archive
+from .errors import FileError, UnsafeFileError
 
-_DTYPES = {
-    1: torch.uint8,
-    2: torch.int8,
-    3: torch.int16,
-    4: torch.int32,
-    5: torch.int64,
-    6: torch.float16,
-    7: torch.float32,
-    8: torch.float64,
-    12: torch.bool,
-    13: torch.bfloat16,
-}
 # Calls that are followed as a whole where a forward makes them; see `tracing.COMPOSITES`.
 _WHOLE: dict[str, Callable[..., Any]] = {
     "adaptive_avg_pool1d": F.adaptive_avg_pool1d,
@@ -51,37 +32,39 @@ _WHOLE: dict[str, Callable[..., Any]] = {
 }
 _PYTHON = {
     f"_operator.{name}": getattr(operator, name)
-    for name in ("add", "sub", "mul", "floordiv", "mod", "neg", "eq", "ne", "ge", "gt", "le", "lt")
+    for name in ("add", "sub", "mul", "floordiv", "mod", "neg", "eq", "ne", "ge", "gt", "le", "lt", "getitem")
 }
 _ATEN = re.compile(r"torch\.ops\.aten\.([a-z0-9_]+)\.([A-Za-z0-9_]+)")
 _FACTORIES = frozenset({"arange", "full", "ones", "scalar_tensor", "zeros"})
 _WORDS = frozenset({"approximate", "equation", "mode", "padding", "padding_mode", "reduce", "rounding_mode"})
-_PLAIN = ("as_int", "as_ints", "as_float", "as_floats", "as_bool", "as_bools", "as_string", "as_strings")
 
 
 class Step(nn.Module):
     """One call. Its literal arguments are attributes named ``arg_...``; the others are looked up by name.
 
     Attributes:
-        target: the operator, as the exported program names it.
+        target: the operator, as exported programs name it.
         names: per argument that is computed, the value or list of values it takes; None in place of None.
         keywords: the arguments that have to be passed by name.
-        results: names of what comes out.
+        results: names of what comes out, one by one; or one name for all of it.
     """
 
-    def __init__(self, target: str, results: list[str]) -> None:
+    def __init__(self, target: str, results: list[str] | str) -> None:
         super().__init__()
         self.target, self.results = target, results
         self.order: list[str] = []
         self.names: dict[str, Any] = {}
         self.keywords: list[str] = []
 
-    def forward(self, values: dict[str, Any]) -> Any:
-        """Call the operator with values by name."""
-        function = _function(self.target)
+    def forward(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Call the operator with values by name; what comes out, by name."""
+        function = operator_of(self.target)
         arguments = {name: self._argument(name, values) for name in self.order}
         keywords = {name: value for name, value in arguments.items() if name in self.keywords}
-        return function(*(value for name, value in arguments.items() if name not in self.keywords), **keywords)
+        made = function(*(value for name, value in arguments.items() if name not in self.keywords), **keywords)
+        if isinstance(self.results, str):
+            return {self.results: made}
+        return dict(zip(self.results, tree_flatten(made)[0] if len(self.results) > 1 else [_only(made)]))
 
     def _argument(self, name: str, values: dict[str, Any]) -> Any:
         if name not in self.names:
@@ -96,12 +79,15 @@ class Program(nn.Module):
     """A straight line of ATen calls over tensors that keep the names they had.
 
     Attributes:
+        held: per value that is a parameter or buffer, its name.
+        takes, gives: the values that go in and come out.
         input_size: sizes of the first input, without its batch.
+        aten: the calls.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.held: dict[str, str] = {}  # value to parameter or buffer
+        self.held: dict[str, str] = {}
         self.takes: list[str] = []
         self.gives: list[str] = []
         self.input_size: tuple[int, ...] | None = None
@@ -114,11 +100,30 @@ class Program(nn.Module):
         values = dict(zip(self.takes, inputs, strict=True))
         values.update((value, _tensor(self, name)) for value, name in self.held.items())
         for step in self.aten:
-            assert isinstance(step, Step)
-            made = step(values)
-            values.update(zip(step.results, tree_flatten(made)[0] if len(step.results) > 1 else [_only(made)]))
+            values.update(step(values))
         found = tuple(values[name] for name in self.gives)
         return found[0] if len(found) == 1 else found
+
+    def hold(self, value: str, name: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
+        """Keep a tensor under its dotted name: a parameter, or a buffer that is saved or not.
+
+        Raises:
+            FileError: the name would hide the calls.
+            KeyError: the name would hide an attribute of a module.
+        """
+        *path, key = name.split(".")
+        if path[:1] == ["aten"]:
+            raise FileError(f"there is a tensor called {name}, where the calls are kept")
+        owner: nn.Module = self
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(key, tensor)
+        else:
+            owner.register_buffer(key, tensor, persistent=persistent)
+        self.held[value] = name
 
 
 def _only(made: Any) -> Any:
@@ -133,7 +138,7 @@ def _tensor(model: nn.Module, name: str) -> torch.Tensor:
 
 
 @functools.lru_cache(None)
-def _function(target: str) -> Callable[..., Any]:
+def operator_of(target: str) -> Callable[..., Any]:
     """The operator that a file names: ATen alone, and of that nothing that touches the outside.
 
     Raises:
@@ -153,186 +158,14 @@ def _function(target: str) -> Callable[..., Any]:
     return _WHOLE.get(match[1], found)
 
 
-# ------------------------------------------------------------------------------------------ reading
-
-
-def is_program(path: Path) -> bool:
-    """Whether this is an archive as ``torch.export.save`` of torch 2.8 or newer writes it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            inner = {name.partition("/")[2] for name in archive.namelist()}
-    except Exception:  # no zip archive, or a damaged one
-        return False
-    return "archive_format" in inner and any(name.startswith("models/") for name in inner)
-
-
-def load_program(path: Path) -> Program:
-    """Read an exported program; nothing in the file is unpickled or evaluated.
+def strided(data: bytes, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], offset: int) -> torch.Tensor:
+    """A tensor of its own out of raw bytes; its shape has to lie within them.
 
     Raises:
-        UnsafeFileError: it calls something else than ATen operators on tensors, or holds objects that would have
-            to be unpickled.
-        UnsupportedModelError: it branches, calls other programs, or changes its own buffers.
-        FileError: damaged, or several programs in one file.
+        FileError: it does not.
     """
-    check_archive(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return _Reader(archive, path).read()
-    except AllocatorError:
-        raise
-    except Exception as error:  # JSON of another shape than expected raises nearly anything
-        raise FileError(f"{path} is truncated or damaged: {type(error).__name__}: {error!s:.200}") from error
-
-
-class _Reader:
-    """One archive being turned into a `Program`."""
-
-    def __init__(self, archive: zipfile.ZipFile, path: Path) -> None:
-        self.archive, self.path = archive, path
-        self.root = archive.namelist()[0].partition("/")[0]
-        models = [name for name in archive.namelist() if name.startswith(f"{self.root}/models/")]
-        if len(models) != 1:
-            raise FileError(f"{path} holds {len(models)} programs, expected 1")
-        self.name = models[0].rpartition("/")[2].removesuffix(".json")
-        self.program = Program()
-        self.tensors: dict[tuple[str, str], torch.Tensor] = {}
-
-    def read(self) -> Program:
-        module = self._json(f"models/{self.name}.json")["graph_module"]
-        graph, signature = module["graph"], module["signature"]
-        tensors = self._tensors("weights") | self._tensors("constants")
-        for spec in signature["input_specs"]:
-            self._input(spec, tensors)
-        for spec in signature["output_specs"]:
-            if "user_output" not in spec:
-                raise UnsupportedModelError(
-                    f"{self.path} changes its own buffers ({', '.join(spec)}): export the model in eval mode"
-                )
-        self.program.gives = [output["as_tensor"]["name"] for output in graph["outputs"]]
-        for node in graph["nodes"]:
-            if not node["target"].startswith("torch.ops.aten._assert_"):
-                self.program.aten.append(self._step(node))
-        if self.program.takes:
-            sizes = graph["tensor_values"][self.program.takes[0]]["sizes"]
-            known = tuple(size.get("as_int", 0) for size in sizes[1:])
-            self.program.input_size = known if all(known) else None
-        return self.program.eval()
-
-    def _json(self, name: str) -> Any:
-        return json.loads(self.archive.read(f"{self.root}/{name}"))
-
-    def _input(self, spec: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        ((kind, said),) = spec.items()
-        if kind == "user_input":
-            self.program.takes.append(said["arg"]["as_tensor"]["name"])
-            return
-        if kind not in ("parameter", "buffer", "tensor_constant"):
-            raise UnsafeFileError(f"{self.path} holds a {kind}, which would have to be unpickled")
-        name = said[f"{kind}_name"]
-        value = tensors[name] if kind != "buffer" or said.get("persistent", True) else tensors[name].clone()
-        *path, key = name.split(".")
-        if path[:1] == ["aten"]:
-            raise FileError(f"{self.path} has a tensor called {name}, where the calls are kept")
-        owner: nn.Module = self.program
-        for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        if kind == "parameter":
-            owner.register_parameter(key, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
-        else:
-            owner.register_buffer(key, value, persistent=kind == "buffer" and bool(said.get("persistent", True)))
-        self.program.held[said["arg"]["name"]] = name
-
-    def _tensors(self, kind: str) -> dict[str, torch.Tensor]:
-        """Parameters and buffers, or constants, by name."""
-        found = {}
-        for name, entry in self._json(f"data/{kind}/{self.name}_{kind}_config.json")["config"].items():
-            key = entry["path_name"], json.dumps(entry)
-            if key not in self.tensors:
-                self.tensors[key] = self._read(f"{self.root}/data/{kind}/{entry['path_name']}", name, entry)
-            found[name] = self.tensors[key]
-        return found
-
-    def _read(self, file: str, name: str, entry: dict[str, Any]) -> torch.Tensor:
-        data = self.archive.read(file)
-        said = entry["tensor_meta"]
-        if said is None:
-            raise UnsafeFileError(f"{self.path} holds {name}, an object that would have to be unpickled")
-        if entry["use_pickle"]:
-            tensor = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-            if not isinstance(tensor, torch.Tensor):
-                raise FileError(f"{self.path} is damaged: {name} is a {type(tensor).__name__}, not a tensor")
-        else:
-            tensor = _strided(data, said)
-        return nn.Parameter(tensor, requires_grad=bool(said["requires_grad"])) if entry["is_param"] else tensor
-
-    def _step(self, node: dict[str, Any]) -> Step:
-        results = [name for output in node["outputs"] for name in _names(output)]
-        if not node["target"].startswith(("torch.ops.aten.", "_operator.")):
-            raise UnsupportedModelError(
-                f"{self.path} calls {node['target']!r:.100}, which is no ATen operator: give the Python model it "
-                "was made from"
-            )
-        _function(node["target"])
-        step = Step(node["target"], results)
-        for i, given in enumerate(node["inputs"]):
-            name = given["name"] or f"_{i}"
-            ((kind, value),) = given["arg"].items()
-            step.order.append(name)
-            if given.get("kind") == 2:
-                step.keywords.append(name)
-            if name in ("train", "training") and kind == "as_bool" and value:
-                raise UnsupportedModelError(f"{self.path} was exported in training mode: export the model in eval mode")
-            if kind in _PLAIN:
-                setattr(step, f"arg_{name}", value)
-            else:
-                self._computed(step, name, kind, value)
-        return step
-
-    def _computed(self, step: Step, name: str, kind: str, value: Any) -> None:
-        """An argument that is not a plain literal."""
-        if kind == "as_none":
-            setattr(step, f"arg_{name}", None)
-        elif kind == "as_tensor":
-            step.names[name] = value["name"]
-        elif kind in ("as_tensors", "as_nested_tensors"):
-            step.names[name] = [each["name"] for each in value]
-        elif kind == "as_optional_tensors":
-            step.names[name] = [each["as_tensor"]["name"] if "as_tensor" in each else None for each in value]
-        elif kind in ("as_sym_int", "as_sym_bool", "as_sym_float"):
-            ((how, said),) = value.items()
-            if how == "as_name":
-                step.names[name] = said
-            else:
-                setattr(step, f"arg_{name}", said)
-        elif kind == "as_sym_ints":
-            step.names[name] = [each["as_name"] if "as_name" in each else each["as_int"] for each in value]
-        elif kind == "as_scalar_type":
-            setattr(step, f"arg_{name}", _DTYPES[value])
-        elif kind in ("as_device", "as_layout", "as_memory_format"):
-            step.order.remove(name)  # the defaults serve
-        else:
-            raise UnsupportedModelError(f"{self.path} calls {step.target} with {kind}: give the Python model instead")
-
-
-def _names(output: dict[str, Any]) -> list[str]:
-    ((kind, value),) = output.items()
-    if kind == "as_none":
-        return []
-    if kind.startswith("as_sym"):
-        return [value["as_name"]]
-    return [each["name"] for each in value] if isinstance(value, list) else [value["name"]]
-
-
-def _strided(data: bytes, said: dict[str, Any]) -> torch.Tensor:
-    """A tensor of its own out of raw bytes; its shape has to lie within them."""
-    dtype = _DTYPES[said["dtype"]]
-    sizes, strides = ([each["as_int"] for each in said[key]] for key in ("sizes", "strides"))
-    offset = said["storage_offset"]["as_int"]
     if not math.prod(sizes):
-        return torch.zeros(sizes, dtype=dtype)
+        return torch.zeros(tuple(sizes), dtype=dtype)
     flat = torch.frombuffer(bytearray(data), dtype=dtype)
     last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     if min([*sizes, *strides, offset]) < 0 or last >= flat.numel() or math.prod(sizes) > flat.numel():

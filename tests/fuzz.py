@@ -45,6 +45,7 @@ def write_subjects(folder: Path) -> list[Path]:
     result.allocation.save(folder / "allocation.json")
     (folder / "version1.json").write_bytes((HERE / "files/version1/own.json").read_bytes())
     torch.export.save(torch.export.export(net, (torch.zeros(1, 3, 8, 8),)), folder / "program.pt2")
+    torch.jit.script(net).save(folder / "script.ts")
     return sorted(folder.iterdir())
 
 

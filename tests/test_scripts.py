@@ -1,0 +1,336 @@
+"""TorchScript archives: the same numbers, names and allocation as the module they were made from, and nothing runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fuzz
+import pytest
+import torch
+from subjects import IMAGE, trained, untouched
+from torch import nn
+
+import allocator
+from allocator.cli import main
+from allocator.errors import AllocatorError, FileError, UnsafeFileError, UnsupportedModelError
+from allocator.files import load_model
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+SMALL, LARGE = torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 64, 64)
+WAYS: dict[str, Callable[[nn.Module, torch.Tensor], Any]] = {
+    "scripted": lambda model, _: torch.jit.script(model),
+    "traced": torch.jit.trace,
+}
+LONG = (
+    "torchvision:resnet18",
+    "torchvision:mobilenet_v3_small",
+    "torchvision:googlenet",
+    "torchvision:resnext50_32x4d",
+    "torchvision:densenet121",
+    "timm:res2net50_26w_4s",
+    "timm:skresnet18",
+)
+NETWORKS = [
+    ("recipe:scalenet-small-seed", SMALL, "traced"),
+    ("recipe:res2net-small", SMALL, "traced"),
+    ("torchvision:shufflenet_v2_x0_5", LARGE, "scripted"),
+    *(pytest.param(name, LARGE, way, marks=pytest.mark.sweep) for name in LONG for way in WAYS),
+]
+
+
+def _first(outputs: Any) -> Any:
+    """The logits, where a scripted network gives those of its auxiliary heads beside them."""
+    return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scripts") / "m.pt"
+    torch.jit.script(trained()).save(path)
+    return path
+
+
+@pytest.mark.parametrize(("name", "image", "way"), NETWORKS)
+def test_an_archive_is_allocated_like_its_module(tmp_path: Path, name: str, image: torch.Tensor, way: str) -> None:
+    model = trained(allocator.build(name))
+    script = WAYS[way](model, image)
+    script.save(tmp_path / "m.ts")
+    program = load_model(tmp_path / "m.ts")
+    given = torch.randn(3, *image.shape[1:])
+    torch.testing.assert_close(program(given), _first(script(given)), atol=1e-6, rtol=1e-6)
+    assert program.state_dict().keys() == model.state_dict().keys()
+    assert {n for n, _ in program.named_parameters()} == {n for n, _ in model.named_parameters()}
+    with untouched(program):
+        result = allocator.allocate(program, "60%", example_inputs=image)
+    assert result.certificate.ok
+    assert result.flops_before == allocator.trace(model, image).flops
+    assert 0.58 * result.flops_before < result.flops_after <= 0.6 * result.flops_before
+    assert result.model(given).shape == _first(model(given)).shape
+
+
+def test_what_was_traced_says_its_size(tmp_path: Path) -> None:
+    torch.jit.trace(trained(), IMAGE).save(tmp_path / "m.pt")
+    assert allocator.trace(load_model(tmp_path / "m.pt")).flops == allocator.trace(trained(), IMAGE).flops
+
+
+def test_report_allocate_and_export_an_archive(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    size = ["--input-size", "x".join(map(str, IMAGE.shape))]
+    assert main(["report", str(written), "--json", *size]) == 0
+    assert json.loads(capsys.readouterr().out)["blocks"]
+    assert main(["allocate", str(written), "--flops", "60%", "-o", "s.pt", *size]) == 0
+    assert main(["export", "s.pt", "-o", "s.pt2"]) == 0
+    small, again = load_model("s.pt"), load_model("s.pt2")
+    given = torch.randn(2, *IMAGE.shape[1:])
+    torch.testing.assert_close(small(given), again(given))
+
+
+def test_tied_weights_stay_one(tmp_path: Path) -> None:
+    model = trained()
+    model.other = model.stem
+    torch.jit.script(model).save(tmp_path / "m.pt")
+    program = load_model(tmp_path / "m.pt")
+    names = dict(program.named_parameters(remove_duplicate=False))
+    assert names["other.weight"] is names["stem.weight"]
+    assert len(list(program.parameters())) == len(list(model.parameters()))
+
+
+# ------------------------------------------------------------------------------------------ what is followed
+
+
+class Follows(nn.Module):
+    """Decisions, loops and arithmetic that do not depend on what comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.drop = nn.Dropout(0.5)
+        self.names = [1, 2]
+        self.skip = None
+        self.shift = nn.Parameter(torch.arange(4.0).reshape(4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        assert x.dim() == 4
+        found: list[torch.Tensor] = []
+        for i, conv in enumerate(self.convs):
+            x = conv(x) + self.shift * (i + 1)
+            if i % 2 == 0 and self.skip is None:
+                found.append(x)
+        a, b = x.chunk(2, dim=1)
+        n = len(self.names)
+        while n > 0:
+            a = a * 2
+            n -= 1
+        high, _ = torch.max(self.drop(a), dim=1, keepdim=True)
+        return torch.cat([a, b, high], 1).reshape(x.shape[0], -1, x.shape[2] * x.shape[3]), found
+
+
+def test_what_does_not_depend_on_the_input_is_worked_out(tmp_path: Path) -> None:
+    model = Follows().eval()
+    torch.jit.script(model).save(tmp_path / "m.pt")
+    program = load_model(tmp_path / "m.pt")
+    given = torch.randn(2, 4, 5, 6)
+    out, found = model(given)
+    for mine, its in zip(program(given), [out, *found], strict=True):
+        torch.testing.assert_close(mine, its)
+
+
+class Branches(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if bool(x.sum() > 0):
+            return x + 1
+        return x - 1
+
+
+class Sizes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu() if x.shape[0] > 3 else x
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        return x
+
+
+class Loops(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(x.shape[0]):
+            x = x + 1
+        return x
+
+
+class Takes(nn.Module):
+    def forward(self, x: torch.Tensor, times: int) -> torch.Tensor:
+        return x * times
+
+
+class Endless(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n = 0
+        while n >= 0:
+            n += 1
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (Branches(), r"number or list of its input: bool\("),
+        (Sizes(), "branches on its input: `if torch.gt"),
+        (Counts(), "changes its own state: `self.seen`"),
+        (Loops(), r"makes a number or list of its input: range\("),
+        (Takes(), "takes times: int, which is not a tensor"),
+    ],
+)
+def test_what_cannot_be_straightened_is_named(tmp_path: Path, model: nn.Module, said: str) -> None:
+    torch.jit.script(model).save(tmp_path / "m.pt")
+    with pytest.raises(UnsupportedModelError, match=rf"m\.pt: the TorchScript program.*{said}.*give the Python model"):
+        load_model(tmp_path / "m.pt")
+    assert main(["report", str(tmp_path / "m.pt")]) == 1
+
+
+def test_what_never_ends_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("allocator.straighten._MOST_STATEMENTS", 1000)
+    torch.jit.script(Endless()).save(tmp_path / "m.pt")
+    with pytest.raises(UnsupportedModelError, match="more than 1,000 statements"):
+        load_model(tmp_path / "m.pt")
+
+
+def test_what_was_traced_in_training_is_refused(tmp_path: Path) -> None:
+    torch.jit.trace(trained().train(), torch.randn(4, *IMAGE.shape[1:])).save(tmp_path / "m.pt")
+    with pytest.raises(UnsupportedModelError, match="training mode"):
+        load_model(tmp_path / "m.pt")
+
+
+# ------------------------------------------------------------------------------------------ hostile archives
+
+
+def _forge(source: Path, target: Path, entry: str, change: Callable[[bytes], bytes]) -> None:
+    """The archive with one of its entries changed."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for item in old.infolist():
+            data = old.read(item)
+            new.writestr(item.filename, change(data) if item.filename.endswith(entry) else data)
+
+
+class Plain(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plain") / "m.pt"
+    torch.jit.script(Plain()).save(path)
+    return path
+
+
+def _forge_call(source: Path, target: Path, call: str) -> None:
+    with zipfile.ZipFile(source) as archive:
+        entry = next(name for name in archive.namelist() if name.endswith(".py"))
+    _forge(source, target, entry, lambda text: text.replace(b"torch.relu(x)", call.encode()))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        'torch.from_file("ran", True, 10)',
+        'torch.save(x, "ran")',
+        'ops.aten.from_file("ran", True, 10)',
+        'ops.profiler._record_function_enter("a")',
+        '__import__("os").system("touch ran")',
+        'open("ran", "w")',
+        "().__class__.__bases__[0].__subclasses__()",
+        "self.__class__.__init__.__globals__",
+        "torch.os.system('touch ran')",
+        "(lambda: x)()",
+        "[x for _ in range(3)]",
+        "torch.__class__",
+        "CONSTANTS.c7",
+        "torch.mul(9223372036854775807, 9223372036854775807)",
+        "(self).forward(x, )",
+        "x" + "[0]" * 20_000,
+        "-" * 20_000 + "1",
+    ],
+)
+def test_code_is_not_run(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    _forge_call(plain, tmp_path / "m.pt", call)
+    with pytest.raises((FileError, UnsupportedModelError)):
+        load_model(tmp_path / "m.pt")
+    assert not Path("ran").exists()
+
+
+def test_torchs_own_reader_runs_default_arguments(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why it is not used: this archive writes a file when it is opened."""
+    monkeypatch.chdir(tmp_path)
+
+    def change(text: bytes) -> bytes:
+        return text.replace(b"x: Tensor)", b'x: Tensor,\n    y: Tensor=torch.from_file("ran", True, 10))')
+
+    _forge(plain, tmp_path / "m.pt", "test_scripts.py", change)
+    with pytest.raises(UnsafeFileError, match="from_file"):
+        load_model("m.pt")
+    assert not Path("ran").exists()
+    torch.jit.load("m.pt")
+    assert Path("ran").exists()
+
+
+class Runs:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize("entry", ["data.pkl", "constants.pkl"])
+def test_a_pickle_is_not_obeyed(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    _forge(plain, tmp_path / "m.pt", entry, lambda _: pickle.dumps(Runs(), protocol=2))
+    with pytest.raises(UnsafeFileError, match="system"):
+        load_model("m.pt")
+    assert not Path("ran").exists()
+
+
+def test_a_memo_index_beyond_the_file_costs_no_memory(plain: Path, tmp_path: Path) -> None:
+    _forge(plain, tmp_path / "m.pt", "data.pkl", lambda _: b"\x80\x02Nr\xff\xff\xff\x7f.")
+    with pytest.raises(FileError, match="not a module"):
+        load_model(tmp_path / "m.pt")
+
+
+def test_damaged_entries_are_told(written: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(written) as archive:
+        entries = [name for name in archive.namelist() if name.endswith("data.pkl") or "/data/" in name]
+    for entry in entries:
+        _forge(written, tmp_path / "m.pt", entry, lambda data: data[: len(data) // 2])
+        with pytest.raises(AllocatorError):
+            load_model(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(4000, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("entry", ["data.pkl", ".py"])
+def test_damage_that_its_checksums_do_not_show(written: Path, tmp_path: Path, entry: str, count: int) -> None:
+    """Each opens or is refused by name: the code and the objects themselves are damaged, not the archive."""
+    seen: set[type] = set()
+    for number in range(count):
+
+        def change(data: bytes, number: int = number) -> bytes:
+            return fuzz.damaged(data, number)[1]
+
+        _forge(written, tmp_path / "m.pt", entry, change)
+        try:
+            seen.add(type(load_model(tmp_path / "m.pt")))
+        except AllocatorError as error:
+            seen.add(type(error))
+    assert FileError in seen
