@@ -35,18 +35,29 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 @contextlib.contextmanager
 def while_tracing() -> Iterator[None]:
-    """Let torchvision suppress boxes of all classes in one call.
+    """Let torchvision's detectors run without values.
 
-    Many boxes it takes class by class, in a loop over the classes that it found, which needs values; few it takes
-    in one call with the same result.
+    Many boxes are suppressed class by class, in a loop over the classes that were found, which needs values; few are
+    in one call with the same result, and so are all here. Keypoints are looked for in heatmaps that are resized to
+    their boxes, whose sizes are values; here the heatmaps keep their size.
     """
-    boxes = sys.modules.get("torchvision.ops.boxes")
-    by_class, at_once = "_batched_nms_vanilla", "_batched_nms_coordinate_trick"
-    if boxes is None or not (hasattr(boxes, by_class) and hasattr(boxes, at_once)):
+    boxes, heads = (sys.modules.get(f"torchvision.{name}") for name in ("ops.boxes", "models.detection.roi_heads"))
+    with contextlib.ExitStack() as stack:
+        if hasattr(boxes, "_batched_nms_vanilla") and hasattr(boxes, "_batched_nms_coordinate_trick"):
+            at_once = boxes._batched_nms_coordinate_trick  # type: ignore[union-attr]
+            stack.enter_context(mock.patch.object(boxes, "_batched_nms_vanilla", at_once))
+        if hasattr(heads, "heatmaps_to_keypoints"):
+            stack.enter_context(mock.patch.object(heads, "heatmaps_to_keypoints", _keypoints))
         yield
-        return
-    with mock.patch.object(boxes, by_class, getattr(boxes, at_once)):
-        yield
+
+
+def _keypoints(maps: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best place of each heatmap in its box: (K, N, H, W) and (K, 4) to (K, N, 3) and scores (K, N)."""
+    scores, places = maps.flatten(2).max(2)
+    left, top, right, bottom = boxes[:, :, None].unbind(1)
+    x = left + (places % maps.shape[3] + 0.5) * (right - left) / maps.shape[3]
+    y = top + (places // maps.shape[3] + 0.5) * (bottom - top) / maps.shape[2]
+    return torch.stack([x, y, torch.ones_like(x)], 2), scores
 
 
 def _image(*shape: int, times: int = 1, source: str) -> Callable[[nn.Module], tuple[tuple[Any, ...], str]]:

@@ -224,6 +224,23 @@ def test_heads_of_a_detector_keep_their_outputs() -> None:
         assert (graph.unit_of_slot[label] == -1).all()
 
 
+def test_keypoints_are_found_without_the_sizes_of_boxes() -> None:
+    """Where a box has the size of its heatmap, as torchvision finds them; a whole detector needs no values."""
+    heads = pytest.importorskip("torchvision.models.detection.roi_heads")
+    maps, corner = torch.randn(5, 17, 56, 56), torch.randint(0, 50, (5, 2)).float()
+    boxes = torch.cat([corner, corner + 56], 1)
+    expected = heads.heatmaps_to_keypoints(maps, boxes)
+    with adapters.while_tracing():
+        found = heads.heatmaps_to_keypoints(maps, boxes)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.device("meta"):
+        model = allocator.build("torchvision:keypointrcnn_resnet50_fpn")
+    graph = allocator.trace(model, ([torch.rand(3, 64, 64)],))
+    assert graph.flow.trace.mode == "meta"
+    assert heads.heatmaps_to_keypoints.__module__ == heads.__name__
+
+
 def test_a_head_stays_whatever_is_done_with_what_it_gives() -> None:
     model = nn.Sequential(Table(), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1))
     free = allocator.trace(model, IMAGE)
