@@ -31,7 +31,7 @@ _DTYPES = {
     12: torch.bool,
     13: torch.bfloat16,
 }
-_PLAIN = ("as_int", "as_ints", "as_float", "as_floats", "as_bool", "as_bools", "as_string", "as_strings")
+_PLAIN = ("as_int", "as_ints", "as_bool", "as_bools", "as_string", "as_strings")
 
 
 def is_program(path: Path) -> bool:
@@ -157,6 +157,8 @@ class _Reader:
                 raise UnsupportedModelError(f"{self.path} was exported in training mode: export the model in eval mode")
             if kind in _PLAIN:
                 setattr(step, f"arg_{name}", value)
+            elif kind in ("as_float", "as_floats"):  # infinities are words
+                setattr(step, f"arg_{name}", float(value) if kind == "as_float" else list(map(float, value)))
             else:
                 self._computed(step, name, kind, value)
         return step

@@ -9,7 +9,7 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ _PYTHON = {
     f"_operator.{name}": getattr(operator, name)
     for name in ("add", "sub", "mul", "floordiv", "mod", "neg", "eq", "ne", "ge", "gt", "le", "lt", "getitem")
 }
+_DTYPES = {str(found): found for found in vars(torch).values() if isinstance(found, torch.dtype)}
 _ATEN = re.compile(r"torch\.ops\.aten\.([a-z0-9_]+)\.([A-Za-z0-9_]+)")
 _FACTORIES = frozenset({"arange", "full", "ones", "scalar_tensor", "zeros"})
 _WORDS = frozenset({"approximate", "equation", "mode", "padding", "padding_mode", "reduce", "rounding_mode"})
@@ -65,6 +66,22 @@ class Step(nn.Module):
         if isinstance(self.results, str):
             return {self.results: made}
         return dict(zip(self.results, tree_flatten(made)[0] if len(self.results) > 1 else [_only(made)]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        literals = {name: _as_json(getattr(self, f"arg_{name}")) for name in self.order if name not in self.names}
+        plain = {key: getattr(self, key) for key in ("target", "results", "order", "names", "keywords")}
+        return {**plain, "literals": literals}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Step:
+        """Make what `to_dict` gave; see `Program.from_dict`."""
+        operator_of(data["target"])
+        step = cls(data["target"], data["results"])
+        step.order, step.names, step.keywords = list(data["order"]), dict(data["names"]), list(data["keywords"])
+        for name, value in data["literals"].items():
+            setattr(step, f"arg_{name}", _DTYPES[value["dtype"]] if isinstance(value, dict) else value)
+        return step
 
     def _argument(self, name: str, values: dict[str, Any]) -> Any:
         if name not in self.names:
@@ -99,7 +116,7 @@ class Program(nn.Module):
             raise TypeError(f"this program takes {len(self.takes)} inputs, got {len(inputs)}")
         values = dict(zip(self.takes, inputs, strict=True))
         values.update((value, _tensor(self, name)) for value, name in self.held.items())
-        for step in self.aten:
+        for step in self._steps():
             values.update(step(values))
         found = tuple(values[name] for name in self.gives)
         return found[0] if len(found) == 1 else found
@@ -124,6 +141,50 @@ class Program(nn.Module):
         else:
             owner.register_buffer(key, tensor, persistent=persistent)
         self.held[value] = name
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that is held, by name, with the buffers that a state_dict leaves out."""
+        return {name: _tensor(self, name) for name in self.held.values()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form of all but the tensors' values."""
+        saved = self.state_dict().keys()
+        kinds = {
+            name: ["parameter" if isinstance(tensor, nn.Parameter) else "buffer", name in saved, tensor.requires_grad]
+            for name, tensor in self.tensors().items()
+        }
+        plain = {key: getattr(self, key) for key in ("held", "takes", "gives", "input_size")}
+        return {**plain, "tensors": kinds, "steps": [step.to_dict() for step in self._steps()]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Program:
+        """Make what `to_dict` gave, around these tensors.
+
+        Raises:
+            UnsafeFileError: it calls something else than ATen operators on tensors.
+            FileError, KeyError, TypeError, ValueError, AttributeError: not what `to_dict` gave, or a tensor is missing.
+        """
+        program = cls()
+        parameters: dict[int, nn.Parameter] = {}
+        for value, name in data["held"].items():
+            kind, persistent, learns = data["tensors"][name]
+            tensor = tensors[name]
+            if kind == "parameter":
+                tensor = parameters.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=bool(learns)))
+            program.hold(value, name, tensor, persistent=bool(persistent))
+        program.takes, program.gives = list(data["takes"]), list(data["gives"])
+        program.input_size = None if data["input_size"] is None else tuple(map(int, data["input_size"]))
+        program.aten.extend(Step.from_dict(each) for each in data["steps"])
+        return program
+
+    def _steps(self) -> Iterator[Step]:
+        for step in self.aten:
+            assert isinstance(step, Step)
+            yield step
+
+
+def _as_json(literal: Any) -> Any:
+    return {"dtype": str(literal)} if isinstance(literal, torch.dtype) else literal
 
 
 def _only(made: Any) -> Any:

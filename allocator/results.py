@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from .allocation import Allocation, architecture_hash
 from .build import BUILD_ATTRIBUTE, build
 from .disk import PathLike, existing, shorten, write_atomically
 from .errors import AllocationMismatchError, AllocatorError, FileError, UnsafeFileError
-from .lineage import led_to
+from .lineage import led_to, remember
+from .programs import Program
 from .rewriting import gives
 from .skeleton import shapes_of, tensor_names
 
@@ -32,7 +33,7 @@ _UNSAFE_KWARGS = ("pretrained", "weights", "checkpoint", "cache_dir", "file", "u
 
 
 def save_result(result: Any, path: PathLike) -> None:
-    """Write an allocated model as data alone: tensors, allocation and the name it was built from.
+    """Write an allocated model as data alone: tensors, allocation and the name it was built from, or its program.
 
     Args:
         result: what ``allocator.allocate`` returned; or a model that came out of an allocation, trained since or
@@ -54,7 +55,7 @@ def save_result(result: Any, path: PathLike) -> None:
     _check_gives(model, allocation)
     if recorded is not None:
         _check_leads_to(model, recorded, allocation)
-    tensors, aliases = _distinct_tensors(model)
+    tensors, aliases = _distinct_tensors(model.tensors() if isinstance(model, Program) else model.state_dict())
     flops = {"asked": allocation.flops_asked, "before": allocation.flops_before, "after": allocation.flops_after}
     metadata = {
         "format": _FORMAT,
@@ -69,6 +70,8 @@ def save_result(result: Any, path: PathLike) -> None:
         "architecture": json.dumps(architecture_hash(shapes_of(model))),
         "certificate": json.dumps(certificate),
     }
+    if isinstance(model, Program):
+        metadata["program"] = json.dumps(model.to_dict())
     metadata["digest"] = _digest(metadata, tensors)
     with write_atomically(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
@@ -97,7 +100,7 @@ def load_result(
     Args:
         path: a ``.safetensors`` file.
         model: a fresh build of the original architecture, or a function that makes one; needed where the file
-            does not name it. It is not changed.
+            neither names it nor holds it as a program. It is not changed.
         trust: let the file name any ``package.module:factory`` to import and call.
 
     Returns:
@@ -118,7 +121,11 @@ def load_result(
     training = _parse(metadata, "training", path, bool)
     if model is not None:
         fresh = model if isinstance(model, nn.Module) else model()
+        if isinstance(fresh, Program):
+            tensors = {name: tensor for name, tensor in tensors.items() if name in fresh.state_dict()}
         loaded = _assemble(fresh, allocation, tensors, path)
+    elif "program" in metadata:
+        loaded = _program(_parse(metadata, "program", path, dict), allocation, tensors, path)
     elif recorded is None:
         raise FileError(
             f"{path} does not say how to build its network (a {metadata.get('class', 'model')}): give a "
@@ -131,6 +138,21 @@ def load_result(
     ):
         raise AllocationMismatchError(f"{path} was saved from a network with other tensors than the one it rebuilds")
     return loaded.train(training)
+
+
+def _program(
+    data: dict[str, Any], allocation: Allocation, tensors: dict[str, torch.Tensor], path: PathLike
+) -> nn.Module:
+    """The program that was saved as it was left: nothing has to be built."""
+    try:
+        program = Program.from_dict(data, tensors)
+    except AllocatorError:
+        raise
+    except Exception as error:  # JSON of another shape than expected raises nearly anything
+        raise FileError(f"{path} is damaged: its program cannot be read ({shorten(str(error), 200)})") from error
+    _check_gives(program, allocation)
+    remember(program, program, allocation)
+    return program
 
 
 def load_result_allocation(path: PathLike) -> Allocation:
@@ -259,12 +281,12 @@ def _has_meta(model: nn.Module) -> bool:
     return False
 
 
-def _distinct_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _distinct_tensors(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """A state_dict with each stored tensor once, and the other names of tied ones."""
     seen: dict[tuple[Any, ...], str] = {}
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             raise FileError(f"cannot save {name}: it is a {type(value).__name__}, not a tensor; use .pt")
         identity = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())

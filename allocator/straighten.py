@@ -308,7 +308,7 @@ class _Walk:
             raise unsupported(f"raises {args[1:]}")
         if dotted in ("torch.format", "torch.warn"):
             return ""
-        if dotted == "ops.prim.NumToTensor":
+        if dotted in ("ops.prim.NumToTensor", "torch.device"):
             return args[0]
         if name in ("dim", "len") and isinstance(args[0], Value):
             return Value("", "int")

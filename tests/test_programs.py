@@ -16,8 +16,15 @@ from torch import nn
 
 import allocator
 from allocator.cli import main
-from allocator.errors import AllocatorError, FileError, UnsafeFileError, UnsupportedModelError
-from allocator.files import load_model
+from allocator.errors import (
+    AllocationMismatchError,
+    AllocatorError,
+    FileError,
+    UnsafeFileError,
+    UnsupportedModelError,
+)
+from allocator.files import load_allocation, load_model
+from allocator.results import _digest, read_safetensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 NETWORKS = [
@@ -78,11 +85,83 @@ def test_report_allocate_and_export_a_program(
     torch.testing.assert_close(small(given), again(given))
 
 
-def test_a_result_of_a_program_is_saved(written: Path, tmp_path: Path) -> None:
+class Constants(nn.Module):
+    """Tensors that a state_dict leaves out, tied weights, literals of every kind."""
+
+    scale: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 12, 3)
+        self.same = self.conv
+        self.mix = nn.Conv2d(12, 12, 3, groups=3)
+        self.head = nn.Conv2d(12, 4, 1)
+        self.register_buffer("scale", torch.full((1, 1, 1), 3.0), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.mix(torch.relu(self.conv(x)) * self.scale + self.same(x).clamp(min=-float("inf")))
+        out = self.head(y)
+        high, _ = out.to(torch.float64).max(1)
+        return high.float(), torch.cat(out.split([1, 3], 1), 1).mean((2, 3), keepdim=True) * torch.tensor([2.0])
+
+
+@pytest.mark.parametrize("kind", ["pt2", "script"])
+@pytest.mark.parametrize("model", [trained(), Constants()], ids=["trained", "constants"])
+def test_a_result_of_a_program_comes_back_alone(tmp_path: Path, kind: str, model: nn.Module) -> None:
+    if kind == "pt2":
+        _write(model.eval(), IMAGE, tmp_path / "m.pt2")
+    else:
+        torch.jit.trace(model.eval(), IMAGE).save(tmp_path / "m.pt2")
+    program = load_model(tmp_path / "m.pt2")
+    result = allocator.allocate(program, "60%", example_inputs=IMAGE)
+    allocator.save(result, tmp_path / "s.safetensors")
+    given = torch.randn(2, *IMAGE.shape[1:])
+    for loaded in (
+        allocator.load(tmp_path / "s.safetensors"),
+        allocator.load(tmp_path / "s.safetensors", model=program),
+    ):
+        torch.testing.assert_close(loaded(given), result.model(given))
+        assert list(loaded.state_dict()) == list(result.model.state_dict())
+        assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in result.model.named_parameters()]
+    allocation = load_allocation(tmp_path / "s.safetensors")
+    assert allocator.verify(program, allocator.load(tmp_path / "s.safetensors"), allocation, example_inputs=IMAGE).ok
+    assert allocator.export(allocator.load(tmp_path / "s.safetensors"), tmp_path / "s.pt2").difference < 1e-4
+    allocator.save(allocator.load(tmp_path / "s.safetensors"), tmp_path / "again.safetensors")
+    torch.testing.assert_close(allocator.load(tmp_path / "again.safetensors")(given), result.model(given))
+
+
+Said = Callable[[dict[str, Any]], Any]
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda said: said["steps"][0].update(target="torch.ops.aten.from_file.default"), UnsafeFileError),
+        (lambda said: said["steps"][0].update(target="os.system"), UnsafeFileError),
+        (lambda said: said["steps"][0].update(target=7), FileError),
+        (lambda said: said["steps"][0].pop("names"), FileError),
+        (lambda said: said["steps"][0]["literals"].update(x={"dtype": "torch.os"}), FileError),
+        (lambda said: said.update(steps=None), FileError),
+        (lambda said: said.update(held={"v": "aten.0.x"}), FileError),
+        (lambda said: said.update(held={"v": "forward"}, tensors={"forward": ["buffer", True, False]}), FileError),
+        (lambda said: said["tensors"].clear(), FileError),
+        (lambda said: said["tensors"].update({"stem.weight": "buffer"}), FileError),
+        (lambda said: said["held"].popitem(), (FileError, AllocationMismatchError)),
+    ],
+)
+def test_a_saved_program_is_as_suspect_as_its_file(written: Path, tmp_path: Path, change: Said, error: Any) -> None:
+    from safetensors.torch import save_file
+
     result = allocator.allocate(load_model(written), "60%", example_inputs=IMAGE)
     allocator.save(result, tmp_path / "s.safetensors")
-    loaded = allocator.load(tmp_path / "s.safetensors", model=load_model(written))
-    torch.testing.assert_close(loaded(IMAGE), result.model(IMAGE))
+    metadata, tensors = read_safetensors(tmp_path / "s.safetensors")
+    said = json.loads(metadata["program"])
+    change(said)
+    metadata["program"] = json.dumps(said)
+    metadata["digest"] = _digest(metadata, tensors)
+    save_file(tensors, tmp_path / "s.safetensors", metadata=metadata)
+    with pytest.raises(error):
+        allocator.load(tmp_path / "s.safetensors")
 
 
 def test_plain_safetensors_weights_need_their_architecture(tmp_path: Path) -> None:
