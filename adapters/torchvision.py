@@ -35,29 +35,52 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 @contextlib.contextmanager
 def while_tracing() -> Iterator[None]:
-    """Let torchvision's detectors run without values.
-
-    Many boxes are suppressed class by class, in a loop over the classes that were found, which needs values; few are
-    in one call with the same result, and so are all here. Keypoints are looked for in heatmaps that are resized to
-    their boxes, whose sizes are values; here the heatmaps keep their size.
-    """
-    boxes, heads = (sys.modules.get(f"torchvision.{name}") for name in ("ops.boxes", "models.detection.roi_heads"))
+    """Let torchvision's detectors run without values, by functions of `_WITHOUT_VALUES`."""
     with contextlib.ExitStack() as stack:
-        if hasattr(boxes, "_batched_nms_vanilla") and hasattr(boxes, "_batched_nms_coordinate_trick"):
-            at_once = boxes._batched_nms_coordinate_trick  # type: ignore[union-attr]
-            stack.enter_context(mock.patch.object(boxes, "_batched_nms_vanilla", at_once))
-        if hasattr(heads, "heatmaps_to_keypoints"):
-            stack.enter_context(mock.patch.object(heads, "heatmaps_to_keypoints", _keypoints))
+        for path, name, other in _WITHOUT_VALUES:
+            module = sys.modules.get(f"torchvision.{path}")
+            if hasattr(module, name):
+                stack.enter_context(mock.patch.object(module, name, other))
         yield
 
 
+def _suppressed(boxes: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor, threshold: float) -> torch.Tensor:
+    """All classes in one call, by boxes that are moved apart class by class, as torchvision does where they are few.
+
+    Many it takes class by class, in a loop over the classes that were found.
+    """
+    from torchvision.ops.boxes import _batched_nms_coordinate_trick
+
+    kept: torch.Tensor = _batched_nms_coordinate_trick(boxes, scores, classes, threshold)
+    return kept
+
+
 def _keypoints(maps: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best place of each heatmap in its box: (K, N, H, W) and (K, 4) to (K, N, 3) and scores (K, N)."""
+    """The best place of each heatmap in its box: (K, N, H, W) and (K, 4) to (K, N, 3) and scores (K, N).
+
+    torchvision resizes each heatmap to its box before.
+    """
     scores, places = maps.flatten(2).max(2)
     left, top, right, bottom = boxes[:, :, None].unbind(1)
     x = left + (places % maps.shape[3] + 0.5) * (right - left) / maps.shape[3]
     y = top + (places // maps.shape[3] + 0.5) * (bottom - top) / maps.shape[2]
     return torch.stack([x, y, torch.ones_like(x)], 2), scores
+
+
+def _masks(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], padding: int = 1) -> torch.Tensor:
+    """Masks (K, 1, M, M) as large as the image, (K, 1, H, W), as if their boxes were.
+
+    torchvision resizes each mask to its box, and pastes it there.
+    """
+    return torch.nn.functional.interpolate(masks, size, mode="bilinear", align_corners=False)
+
+
+# Functions whose calls depend on values, by module and name, and those that take their place.
+_WITHOUT_VALUES = (
+    ("ops.boxes", "_batched_nms_vanilla", _suppressed),
+    ("models.detection.roi_heads", "heatmaps_to_keypoints", _keypoints),
+    ("models.detection.transform", "paste_masks_in_image", _masks),
+)
 
 
 def _image(*shape: int, times: int = 1, source: str) -> Callable[[nn.Module], tuple[tuple[Any, ...], str]]:

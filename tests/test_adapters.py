@@ -224,21 +224,31 @@ def test_heads_of_a_detector_keep_their_outputs() -> None:
         assert (graph.unit_of_slot[label] == -1).all()
 
 
-def test_keypoints_are_found_without_the_sizes_of_boxes() -> None:
-    """Where a box has the size of its heatmap, as torchvision finds them; a whole detector needs no values."""
+def test_keypoints_and_masks_are_found_without_the_sizes_of_boxes() -> None:
+    """Where boxes have the size of their heatmaps, and of the image, as torchvision finds them."""
     heads = pytest.importorskip("torchvision.models.detection.roi_heads")
+    resize = pytest.importorskip("torchvision.models.detection.transform")
     maps, corner = torch.randn(5, 17, 56, 56), torch.randint(0, 50, (5, 2)).float()
     boxes = torch.cat([corner, corner + 56], 1)
-    expected = heads.heatmaps_to_keypoints(maps, boxes)
+    keypoints = heads.heatmaps_to_keypoints(maps, boxes)
+    masks, image = torch.rand(2, 1, 6, 6), torch.tensor([[0.0, 0.0, 24.0, 24.0]]).expand(2, 4)
+    pasted = resize.paste_masks_in_image(masks, image, (24, 24))
     with adapters.while_tracing():
-        found = heads.heatmaps_to_keypoints(maps, boxes)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
+        for a, b in zip(heads.heatmaps_to_keypoints(maps, boxes), keypoints, strict=True):
+            torch.testing.assert_close(a, b)
+        whole = resize.paste_masks_in_image(masks, image, (24, 24))
+    assert whole.shape == pasted.shape
+    assert float((whole - pasted).abs().mean()) < 0.1  # torchvision pads them by a pixel
+    assert resize.paste_masks_in_image is heads.paste_masks_in_image
+
+
+@pytest.mark.parametrize("name", ["keypointrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn"])
+def test_detectors_with_a_third_head_need_no_values(name: str) -> None:
+    pytest.importorskip("torchvision")
     with torch.device("meta"):
-        model = allocator.build("torchvision:keypointrcnn_resnet50_fpn")
-    graph = allocator.trace(model, ([torch.rand(3, 64, 64)],))
-    assert graph.flow.trace.mode == "meta"
-    assert heads.heatmaps_to_keypoints.__module__ == heads.__name__
+        model = allocator.build(f"torchvision:{name}")
+    model.transform.min_size = (64,)  # type: ignore[union-attr]
+    assert allocator.trace(model, ([torch.rand(3, 64, 64)],)).flow.trace.mode == "meta"
 
 
 def test_a_head_stays_whatever_is_done_with_what_it_gives() -> None:
