@@ -41,6 +41,7 @@ from .files import load_model, save_model
 from .graph import ChannelGraph, Neuron
 from .results import load_result as load
 from .results import save_result as save
+from .timing import Latency, latency
 
 __all__ = [
     "AdapterError",
@@ -63,6 +64,7 @@ __all__ = [
     "ExportError",
     "FileError",
     "InputError",
+    "Latency",
     "MissingPackageError",
     "Neuron",
     "NothingToAllocateError",
@@ -80,6 +82,7 @@ __all__ = [
     "build",
     "criterion",
     "export",
+    "latency",
     "load",
     "load_model",
     "plan",

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import re
 
+import jsonschema
+import pytest
 from report_subjects import IMAGE, mixed, summary
 
 import allocator
+from allocator.errors import UnknownNameError
+from allocator.reporting import schema
 from allocator.reporting.compare import COMPARISONS, Side, compare, side_of_allocation, side_of_summary
 
 A = Side("a", 1000, {"one": {"x": 4, "y": 3}, "two": {"p": 8, "q": 8}}, {"one": "concat", "two": "sum"})
@@ -56,3 +62,40 @@ def test_blocks_that_are_alike_are_counted_and_not_shown() -> None:
     assert "two" not in said
     assert "1 block alike, not shown" in said
     assert "B has -200 FLOPs, 80.0% of A's" in said
+
+
+HOSTILE = "</title><script>document.title='owned'</script>名前"
+
+
+def test_the_page_holds_every_branch_and_fetches_nothing() -> None:
+    page = COMPARISONS["html"](compare(A, WIDER))
+    for said in ("<th scope=row>y</th><td>3</td>", "<td>9</td>", "<td>+6</td>", "B has -200 FLOPs, 80.0% of A&#x27;s"):
+        assert said in page
+    assert "width:33.3%" in page
+    assert not re.search(r"(src|href)=", page)
+    alike = COMPARISONS["html"](compare(A, B)).split("<details>")[1]
+    assert "1 block<" in alike
+    assert "<th scope=row>q</th>" in alike
+
+
+def test_names_on_the_page_are_text() -> None:
+    hostile = Side(HOSTILE, 10, {HOSTILE: {HOSTILE: 3}}, {HOSTILE: "concat"})
+    page = COMPARISONS["html"](compare(hostile, A))
+    assert "<script>document.title='owned'" not in page
+    assert "名前" in page
+
+
+def test_the_page_of_nothing() -> None:
+    nothing = Side("a", 0, {}, {})
+    assert "<p>none</p>" in COMPARISONS["html"](compare(nothing, nothing))
+
+
+def test_its_json_is_as_its_schema_says() -> None:
+    for a, b in ((A, B), (side_of_summary(summary()), A)):
+        jsonschema.validate(json.loads(COMPARISONS["json"](compare(a, b))), schema("compare"))
+    facts = compare(A, B).to_dict()
+    for key in facts:
+        with pytest.raises(jsonschema.ValidationError, match=key):
+            jsonschema.validate({k: v for k, v in facts.items() if k != key}, schema("compare"))
+    with pytest.raises(UnknownNameError, match="did you mean compare"):
+        schema("compere")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..allocation import Allocation
+    from ..timing import Latency
 
 MODEL_SUFFIXES = (".pt", ".pth", ".safetensors")
 _PIPE_WIDTH = 120
@@ -75,6 +76,31 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
         type=parse_size,
         help="size of an input, such as 1x3x224x224 (repeat for more inputs); left out: the model's own",
     )
+
+
+def add_latency_options(parser: argparse.ArgumentParser) -> None:
+    """Options to measure the time of a forward."""
+    group = parser.add_argument_group("latency")
+    group.add_argument("--latency", action="store_true", help="also measure the median time of a forward, here")
+    group.add_argument("--threads", type=_positive, metavar="N", help="for --latency (default: as torch has it)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+    return int(text)
+
+
+def measured(model: nn.Module, name: str, inputs: Any, args: argparse.Namespace, talk: Talk) -> Latency | None:
+    """The latency of a model, where it is asked for."""
+    if not args.latency:
+        if args.threads is not None:
+            raise UsageError("--threads goes with --latency")
+        return None
+    from ..timing import latency
+
+    with talk.stage(f"measuring {name}"):
+        return latency(model, inputs, threads=args.threads)
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -313,4 +339,6 @@ def asked_format(args: argparse.Namespace) -> str:
             format = "rich" if args.output is None else format_of(args.output)
     except UnknownNameError as error:
         raise UsageError(str(error)) from error
+    if format == "html" and args.output is None and sys.stdout.isatty():
+        raise UsageError("HTML is not for a terminal: give -o FILE.html")
     return format

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,12 @@ from .common import (
     UsageError,
     add_command,
     add_input_options,
+    add_latency_options,
     add_model_options,
     asked_format,
     check_outputs,
     example_inputs,
+    measured,
     open_model,
 )
 from .plan import check_report
@@ -37,11 +40,12 @@ def register(commands: Any) -> None:
         parser.add_argument(name, metavar=name.upper(), help=help_)
     parser.add_argument("--all", action="store_true", help="also list the blocks that are alike")
     parser.add_argument(
-        "--format", metavar="FORMAT", help="rich, json, csv or md (default: the suffix of FILE, else rich)"
+        "--format", metavar="FORMAT", help="rich, json, csv, html or md (default: the suffix of FILE, else rich)"
     )
-    parser.add_argument("-o", "--output", metavar="FILE", help="write it here: .txt, .json, .csv or .md")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write it here: .txt, .json, .csv, .html or .md")
     parser.add_argument("--plot", metavar="FILE", help="draw both side by side: .png, .svg or .pdf")
     parser.add_argument("--force", action="store_true", help="overwrite files that exist")
+    add_latency_options(parser)
     add_input_options(parser)
     add_model_options(parser)
     parser.set_defaults(run=run)
@@ -49,7 +53,7 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read both, pair their branches, print or write the comparison."""
-    format = _format(args)
+    format = asked_format(args)
     check_report(None, args.plot)
     check_outputs(args, args.output, args.plot)
     from ..reporting.compare import COMPARISONS, ComparisonText, compare
@@ -71,15 +75,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _format(args: argparse.Namespace) -> str:
-    from ..reporting.compare import COMPARISONS
-
-    format = asked_format(args)
-    if format not in COMPARISONS:
-        raise UsageError(f"a comparison has no {format} form (there are {', '.join(COMPARISONS)})")
-    return format
-
-
 def _side(spec: str, args: argparse.Namespace, talk: Talk) -> Side:
     """What an argument stands for: an allocation where the file holds one, else a model."""
     from ..api import trace
@@ -87,12 +82,22 @@ def _side(spec: str, args: argparse.Namespace, talk: Talk) -> Side:
     from ..reporting import summarise
     from ..reporting.compare import side_of_allocation, side_of_summary
 
-    if Path(spec).suffix in (".json", RESULT_SUFFIX):
+    if Path(spec).suffix == ".json":
+        if args.latency:
+            raise UsageError(f"{spec} is an allocation alone, which takes no time: give the model or the saved result")
         with talk.stage(f"reading {spec}"):
             return side_of_allocation(spec, load_allocation(spec))
+    if Path(spec).suffix == RESULT_SUFFIX:
+        with talk.stage(f"reading {spec}"):
+            allocation = load_allocation(spec)
+        inputs = example_inputs(args, allocation)
+        time = measured(open_model(spec, args, talk), spec, inputs, args, talk) if args.latency else None
+        return side_of_allocation(spec, allocation, time)
     model = open_model(spec, args, talk)
     with talk.stage(f"tracing {spec}"):
-        return side_of_summary(summarise(trace(model, example_inputs(args)), spec))
+        graph = trace(model, example_inputs(args))
+        summary = summarise(graph, spec)
+    return side_of_summary(replace(summary, latency=measured(model, spec, graph.inputs, args, talk)))
 
 
 def _draw(comparison: Comparison, path: str) -> None:

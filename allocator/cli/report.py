@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from .common import (
     Talk,
-    UsageError,
     add_command,
     add_input_options,
+    add_latency_options,
     add_model_options,
     asked_format,
     check_outputs,
     example_inputs,
+    measured,
     open_model,
     parse_flops,
 )
@@ -52,6 +53,7 @@ def register(commands: Any) -> None:
         "--blocks", type=_limit, default=None, metavar="N", help="list at most N blocks, 0 for all (default: 64)"
     )
     add_plan_options(parser.add_argument_group("plan"))
+    add_latency_options(parser)
     add_input_options(parser)
     add_model_options(parser)
     parser.set_defaults(run=run)
@@ -65,7 +67,7 @@ def _limit(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Trace the model, plan if there is a budget, and print or write the report."""
-    format = _format(args)
+    format = asked_format(args)
     check_report(None, args.plot)
     check_outputs(args, args.output, args.plot)
     talk = Talk(args)
@@ -77,14 +79,6 @@ def run(args: argparse.Namespace) -> int:
             draw_summary(summary, args.plot)
     _show(args, talk, summary, format)
     return 0
-
-
-def _format(args: argparse.Namespace) -> str:
-    """The format asked for, before any work is done."""
-    format = asked_format(args)
-    if format == "html" and args.output is None and sys.stdout.isatty():
-        raise UsageError("HTML is not for a terminal: give -o FILE.html")
-    return format
 
 
 def _summary(args: argparse.Namespace, talk: Talk, format: str) -> Summary:
@@ -103,7 +97,7 @@ def _summary(args: argparse.Namespace, talk: Talk, format: str) -> Summary:
 
 def _planned(args: argparse.Namespace, talk: Talk, graph: ChannelGraph, format: str) -> Summary:
     """With what a budget would leave, where one is given, and with the curve, where it is drawn."""
-    from ..api import kept_by, plan, score
+    from ..api import kept_by, plan, rewrite, score
     from ..reporting import pareto, summarise
 
     notes: list[str] = []
@@ -120,8 +114,22 @@ def _planned(args: argparse.Namespace, talk: Talk, graph: ChannelGraph, format: 
     if format == "html" and scores is not None:
         with talk.stage("drawing the curve of budgets") as update:
             curve = pareto(graph, scores, progress=update)
+    now = measured(graph.model, args.model, graph.inputs, args, talk)
+    left = None
+    if now is not None and allocation is not None:
+        left = measured(rewrite(graph.model, allocation), "what is left of it", graph.inputs, args, talk)
     with talk.stage("collecting"):
-        return summarise(graph, args.model, scores=scores, allocation=allocation, kept=kept, curve=curve, notes=notes)
+        return summarise(
+            graph,
+            args.model,
+            scores=scores,
+            allocation=allocation,
+            kept=kept,
+            curve=curve,
+            notes=notes,
+            latency=now,
+            latency_kept=left,
+        )
 
 
 def _scores(criterion: str, talk: Talk, graph: ChannelGraph, notes: list[str]) -> Scores | None:

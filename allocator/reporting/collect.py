@@ -19,6 +19,7 @@ from .sizes import totals
 
 if TYPE_CHECKING:
     from ..allocation import Allocation
+    from ..timing import Latency
 
 BINS = 24
 
@@ -34,6 +35,8 @@ def summarise(
     curve: Sequence[Point] = (),
     uncounted: dict[str, int] | None = None,
     notes: Sequence[str] = (),
+    latency: Latency | None = None,
+    latency_kept: Latency | None = None,
 ) -> Summary:
     """Collect what a report says of a model.
 
@@ -46,6 +49,7 @@ def summarise(
         curve: from `pareto`.
         uncounted: operators that fvcore does not count.
         notes: further remarks.
+        latency, latency_kept: of the model and of what the budget leaves of it, where they were measured.
     """
     everything = np.ones(graph.size, dtype=bool)
     collector = _Blocks(graph, scores, kept)
@@ -61,6 +65,7 @@ def summarise(
             neurons=int(kept.sum()),
             importance=importance(scores, kept),
             certificate=certificate,
+            latency=latency_kept,
         )
     return Summary(
         model=name,
@@ -82,6 +87,7 @@ def summarise(
         uncounted=dict(uncounted or {}),
         assumptions=tuple(graph.assumptions),
         notes=tuple(notes),
+        latency=latency,
         lanes=lanes(graph, collector.owner, collector.parents, everything if kept is None else kept),
     )
 

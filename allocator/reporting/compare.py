@@ -13,12 +13,14 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from .document import plain
 from .facts import SHARED, BlockFacts, Summary
 from .tables import csv_cell, escaped, markdown_table
-from .words import plural, printable, short
+from .words import plural, printable, short, timed
 
 if TYPE_CHECKING:
     from ..allocation import Allocation
+    from ..timing import Latency
 
 Channels = dict[str, dict[str, int]]
 
@@ -32,12 +34,14 @@ class Side:
         flops: as fvcore counts them.
         channels: per block and branch; the groups of a convolution are one branch.
         kinds: of the blocks.
+        latency: where it was measured.
     """
 
     name: str
     flops: int
     channels: Channels
     kinds: dict[str, str]
+    latency: Latency | None = None
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,20 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
-        sides = {key: {"name": side.name, "flops": side.flops} for key, side in (("a", self.a), ("b", self.b))}
+        sides = {
+            key: {
+                "name": side.name,
+                "flops": side.flops,
+                "latency": None if side.latency is None else plain(asdict(side.latency)),
+            }
+            for key, side in (("a", self.a), ("b", self.b))
+        }
         rows = [{**asdict(row), "difference": row.difference} for row in self.rows]
         return {**sides, "flops_difference": self.b.flops - self.a.flops, "branches": rows}
 
 
-def side_of_allocation(name: str, allocation: Allocation) -> Side:
-    """What an allocation keeps."""
+def side_of_allocation(name: str, allocation: Allocation, latency: Latency | None = None) -> Side:
+    """What an allocation keeps, and the time that it was found to take."""
     channels: Channels = {}
     kinds = {}
     for block in allocation.blocks:
@@ -81,7 +92,7 @@ def side_of_allocation(name: str, allocation: Allocation) -> Side:
         for branch in block["branches"]:
             key = "groups" if block["kind"] == "groups" else branch["name"]
             row[key] = row.get(key, 0) + branch["after"]
-    return Side(name, allocation.flops_after, channels, kinds)
+    return Side(name, allocation.flops_after, channels, kinds, latency)
 
 
 def side_of_summary(summary: Summary) -> Side:
@@ -89,7 +100,8 @@ def side_of_summary(summary: Summary) -> Side:
     channels: Channels = {}
     for block in summary.blocks:
         channels[block.name] = _channels(block)
-    return Side(summary.model, summary.totals.flops, channels, {block.name: block.kind for block in summary.blocks})
+    kinds = {block.name: block.kind for block in summary.blocks}
+    return Side(summary.model, summary.totals.flops, channels, kinds, summary.latency)
 
 
 def _channels(block: BlockFacts) -> dict[str, int]:
@@ -125,11 +137,21 @@ class ComparisonText:
             )
         share = f", {b.flops / a.flops:.1%} of A's" if a.flops else ""
         yield Text(f"B has {b.flops - a.flops:+,} FLOPs{share}")
+        yield from map(Text, _latencies(self.comparison))
         shown, hidden = _shown(self.comparison, self.everything)
         if shown:
             yield _table(shown)
         if hidden:
             yield Text(f"{plural(hidden, 'block')} alike, not shown (--all shows them)", style="dim")
+
+
+def _latencies(comparison: Comparison) -> list[str]:
+    """A line per side whose time was measured, and one for both."""
+    a, b = comparison.a.latency, comparison.b.latency
+    lines = [f"{letter} takes {timed(time)}" for letter, time in (("A", a), ("B", b)) if time is not None]
+    if a is not None and b is not None:
+        lines.append(f"B takes {b.seconds / a.seconds:.1%} of A's time")
+    return lines
 
 
 def _shown(comparison: Comparison, everything: bool) -> tuple[list[Row], int]:
@@ -169,13 +191,16 @@ def _cells(row: Row) -> tuple[str, str, str]:
 
 
 def comparison_csv(comparison: Comparison) -> str:
-    """One line per branch."""
+    """One line per branch, and a last one for the latency where it was measured."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["block", "kind", "branch", "a", "b", "difference"])
     for row in comparison.rows:
         known = ["" if n is None else n for n in (row.a, row.b)]
         writer.writerow([csv_cell(row.block), row.kind, csv_cell(row.branch), *known, row.difference])
+    a, b = comparison.a.latency, comparison.b.latency
+    if a is not None and b is not None:
+        writer.writerow(["", "latency (seconds)", "", a.seconds, b.seconds, b.seconds - a.seconds])
     return text.getvalue()
 
 
@@ -184,6 +209,7 @@ def comparison_markdown(comparison: Comparison) -> str:
     a, b = comparison.a, comparison.b
     lines = [f"# {escaped(a.name)} and {escaped(b.name)}", ""]
     lines += [f"A has {a.flops:,} FLOPs, B {b.flops:,} ({b.flops - a.flops:+,}).", ""]
+    lines += [part for line in _latencies(comparison) for part in (f"{line}.", "")]
     shown, hidden = _shown(comparison, False)
     rows = [[escaped(row.block), escaped(row.branch), *_cells(row)] for row in shown]
     lines += markdown_table(["block", "branch", "A", "B", "B - A"], rows, right=(2, 3, 4))
@@ -201,9 +227,16 @@ def _rich(comparison: Comparison) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def _html(comparison: Comparison) -> str:
+    from .compare_page import to_html
+
+    return to_html(comparison, _latencies(comparison))
+
+
 COMPARISONS: dict[str, Callable[[Comparison], str]] = {
     "rich": _rich,
     "json": comparison_json,
     "csv": comparison_csv,
+    "html": _html,
     "md": comparison_markdown,
 }

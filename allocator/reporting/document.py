@@ -7,7 +7,11 @@ from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
+from ..build import unknown
+from ..errors import UnknownNameError
 from .facts import FORMAT, BlockFacts, Summary
+
+SCHEMAS = ("report", "compare", "allocate")
 
 
 def document(summary: Summary) -> dict[str, Any]:
@@ -22,12 +26,18 @@ def document(summary: Summary) -> dict[str, Any]:
         "flops_kept": summary.outside_kept,
         "share": summary.outside / whole,
     }
-    return _plain({"format": FORMAT, **facts})
+    return plain({"format": FORMAT, **facts})
 
 
-def schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of `document`."""
-    text = resources.files(__package__).joinpath("report.schema.json").read_text(encoding="utf-8")
+def schema(of: str = "report") -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of what `allocator-cli report`, `compare` or `allocate` gives with ``--json``.
+
+    Raises:
+        UnknownNameError: another command; names a near one.
+    """
+    if of not in SCHEMAS:
+        raise UnknownNameError(unknown("schema", of, SCHEMAS))
+    text = resources.files(__package__).joinpath(f"{of}.schema.json").read_text(encoding="utf-8")
     return json.loads(text)
 
 
@@ -39,10 +49,10 @@ def _block(summary: Summary, block: BlockFacts) -> dict[str, Any]:
     return facts
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Tuples as lists, as JSON gives them back."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return value

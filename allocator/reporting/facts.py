@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..timing import Latency
 
 FORMAT = 1
 """Version of the JSON form; `report.schema.json` describes it."""
@@ -131,6 +134,7 @@ class Budget:
         neurons: how many stay.
         importance: share of all scores that the kept neurons have; None without scores.
         certificate: verdict on the rewritten model; None where there is only a plan.
+        latency: of the rewritten model, where it was measured.
     """
 
     asked: float
@@ -141,6 +145,7 @@ class Budget:
     neurons: int
     importance: float | None
     certificate: str | None = None
+    latency: Latency | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,7 @@ class Summary:
         uncounted: operators that fvcore does not count, where that is known.
         assumptions: what was inferred because the caller left it out.
         notes: further remarks.
+        latency: where it was measured.
         lanes: per (block, branch), and (-1, -1) for what is in no block: layers (as `Layer`) and the indices
             of the blocks within, in the order that they run.
     """
@@ -198,6 +204,7 @@ class Summary:
     uncounted: dict[str, int]
     assumptions: tuple[str, ...]
     notes: tuple[str, ...]
+    latency: Latency | None = None
     lanes: dict[tuple[int, int], list[Layer | int]] = field(repr=False, compare=False, default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from . import charts
 from .facts import SHARED, BlockFacts, Histogram, Layer, Summary
 from .pictures import library
 from .rows import condensed
-from .words import percent, printable, short, size
+from .words import percent, printable, short, size, timed
 
 
 def to_html(summary: Summary) -> str:
@@ -24,15 +24,19 @@ def to_html(summary: Summary) -> str:
     """
     parts = {
         "title": html.escape(printable(summary.model)),
-        "style": _asset("page.css"),
+        "style": asset("page.css"),
         "head": _head(summary),
         "remarks": _remarks(summary),
         "data": json.dumps(page_data(summary), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
         "library": _library(),
-        "script": _asset("page.js"),
+        "script": asset("page.js"),
     }
-    page = _asset("page.html")
-    pieces = page.split("%%")
+    return filled("page.html", parts)
+
+
+def filled(template: str, parts: dict[str, str]) -> str:
+    """A page with its parts, which stand between ``%%`` in the template, put in."""
+    pieces = asset(template).split("%%")
     return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
 
 
@@ -42,7 +46,8 @@ def _library() -> str:
     return re.sub("</(?=script)", r"<\\/", str(library().javascript_bundle()), flags=re.IGNORECASE)
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A file that lies beside this one."""
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
@@ -68,7 +73,11 @@ def _head(summary: Summary) -> str:
             after = getattr(budget.totals, key)
             lines.append(f"<td>{after:,}</td><td>{percent(after / max(before, 1))}</td>")
         lines.append("</tr>")
-    lines.append("</tbody></table><p>FLOPs are not latency: measure that on your device.</p>")
+    if summary.latency is None:
+        lines.append("</tbody></table><p>FLOPs are not latency: measure that on your device.</p>")
+    else:
+        said = timed(summary.latency, budget.latency if budget else None)
+        lines.append(f"</tbody></table><p>Latency {html.escape(said)}.</p>")
     return "".join(lines)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from .facts import Summary
 from .rows import LIMIT, condensed, select
-from .words import change, percent, plural, printable, short, size, spread
+from .words import change, percent, plural, printable, short, size, spread, timed
 
 COLUMNS = (
     "block", "kind", "branch", "scale", "stride", "kernel", "dilation", "receptive_field", "channels", "kept",
@@ -19,10 +19,14 @@ _FORMULA = ("=", "+", "-", "@")
 
 
 def to_csv(summary: Summary) -> str:
-    """One line per branch, then one for what is in no block; `own_flops` adds up to the network's FLOPs."""
+    """One line per branch, then one for what is in no block; `own_flops` adds up to the network's FLOPs.
+
+    Where the latency was measured, there are two columns more, and a last line for it.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    columns = COLUMNS if summary.latency is None else (*COLUMNS, "seconds", "seconds_kept")
+    writer.writerow(columns)
     for block in summary.blocks:
         for row in block.branches:
             writer.writerow(
@@ -31,7 +35,7 @@ def to_csv(summary: Summary) -> str:
                     size(row.kernel), row.dilation, size(row.receptive_field), row.channels, _known(row.kept),
                     row.inner, _known(row.inner_kept), row.flops, row.own_flops, _known(row.own_flops_kept),
                     repr(row.share), *(repr(n) for n in row.gamma or ()), *[""] * (0 if row.gamma else 3),
-                    _known(row.before),
+                    _known(row.before), *[""] * (len(columns) - len(COLUMNS)),
                 ]
             )  # fmt: skip
     outside = {
@@ -41,7 +45,11 @@ def to_csv(summary: Summary) -> str:
         "own_flops_kept": _known(summary.outside_kept),
         "share": repr(summary.outside / max(summary.totals.flops, 1)),
     }
-    writer.writerow([outside.get(column, "") for column in COLUMNS])
+    writer.writerow([outside.get(column, "") for column in columns])
+    if summary.latency is not None:
+        kept = summary.budget.latency if summary.budget else None
+        times = {"kind": "latency", "seconds": summary.latency.seconds, "seconds_kept": kept.seconds if kept else ""}
+        writer.writerow([times.get(column, "") for column in columns])
     return text.getvalue()
 
 
@@ -68,6 +76,8 @@ def to_markdown(summary: Summary, limit: int | None = LIMIT) -> str:
         rows.append(["FLOPs" if what == "flops" else what, f"{before:,}", short(before), *after])
     lines += markdown_table(["", "now", "", *(["kept", ""] if kept else [])], rows, right=(1, 2, 3, 4))
     lines += ["", "One FLOP is one multiply-add, as fvcore counts. FLOPs are not latency.", ""]
+    if summary.latency is not None:
+        lines += [f"Latency {timed(summary.latency, budget.latency if budget else None)}.", ""]
     if budget is not None:
         lines += [
             f"Budget of {budget.asked:,.0f} FLOPs: policy {budget.policy}, criterion {budget.criterion}, scope "

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .facts import BlockFacts, BranchFacts, Histogram, Summary
 from .rows import LIMIT, condensed, select
-from .words import change, percent, plural, printable, short, size, spread
+from .words import change, percent, plural, printable, short, size, spread, timed
 
 NARROW = 60
 _LONGEST_NAME = 44
@@ -87,6 +87,8 @@ class SummaryText:
         counts = [plural(summary.neurons, "neuron"), plural(len(summary.blocks), "block"), plural(branches, "branch")]
         yield Text(", ".join(counts) + (f"; ranked by {summary.criterion}" if summary.criterion else ""))
         budget = summary.budget
+        if summary.latency is not None:
+            yield Text(f"latency {timed(summary.latency, budget.latency if budget else None)}")
         if budget is not None:
             share = budget.totals.flops / budget.asked if budget.asked else 0.0
             yield Text(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..timing import Latency
 
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
@@ -42,6 +46,22 @@ def spread(gamma: tuple[float, float, float] | None) -> str:
         return ""
     low, high = (f"{number:.2g}" for number in gamma[1:])
     return low if low == high else f"{low}–{high}"
+
+
+def milliseconds(seconds: float) -> str:
+    """0.01234 as "12.3 ms", 1.234 as "1,234 ms"."""
+    thousandths = seconds * 1e3
+    return (f"{thousandths:,.0f}" if thousandths >= 999.5 else f"{thousandths:#.3g}".rstrip(".")) + " ms"
+
+
+def timed(now: Latency, kept: Latency | None = None) -> str:
+    """The time of a forward, and what is left of it, with how it was measured."""
+    said = milliseconds(now.seconds)
+    if kept is not None:
+        said += f" now, {milliseconds(kept.seconds)} ({percent(kept.seconds / now.seconds)}) kept"
+    threads = plural(now.threads, "thread")
+    inputs = ", ".join(size(shape) for shape in now.inputs)
+    return f"{said}; median of {plural(now.forwards, 'forward')}, {now.device}, {threads}, input {inputs}"
 
 
 def printable(text: str) -> str:
