@@ -40,6 +40,26 @@ class Mixed(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Scales(nn.Module):
+    """Two kernels side by side, concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Conv2d(4, 2, 3, padding=1)
+        self.coarse = nn.Conv2d(4, 2, 1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 4, h, w), the same size."""
+        return F.relu(self.norm(torch.cat([self.fine(x), self.coarse(x)], 1)))
+
+
+def many_blocks(blocks: int = 5000) -> nn.Module:
+    """As many blocks as asked for, one after the other, each with the parameters of a few neurons."""
+    body = (Scales() for _ in range(blocks))
+    return nn.Sequential(nn.Conv2d(3, 4, 1), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
 def mixed() -> nn.Module:
     """`Mixed` as after training, the same every time."""
     torch.manual_seed(0)

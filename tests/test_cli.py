@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import allocator
 from allocator.cli import main
 from allocator.cli.common import parse_flops, parse_setting, parse_size
 from allocator.files import load_allocation, load_model, save_model
@@ -212,6 +213,25 @@ def test_existing_outputs_are_kept_unless_forced(capsys: pytest.CaptureFixture[s
     assert Path("s.pt").read_text() == "precious"
     assert main([*command, "--force"]) == 0
     assert isinstance(load_model("s.pt"), nn.Sequential)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_apply_keeps_an_existing_output_unless_forced(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _save_sequential("m.pt")
+    assert main(["allocate", "m.pt", "--flops", "60%", "-o", "s.pt", "--allocation", "a.json", *SIZE]) == 0
+    Path(name).write_text("precious")
+    before = sorted(os.listdir())
+    command = ["apply", "m.pt", "a.json", "-o", name]
+    assert main(command) == 1
+    assert f"{name} exists; use --force to overwrite it" in capsys.readouterr().err
+    assert Path(name).read_text() == "precious"
+    assert main([*command[:-1], "m.pt"]) == 1  # nor its own input
+    assert sorted(os.listdir()) == before
+    assert main([*command, "--force"]) == 0
+    assert sorted(os.listdir()) == before
+    applied = load_model(name) if name.endswith(".pt") else allocator.load(name, model=load_model("m.pt"))
+    for mine, its in zip(applied.parameters(), load_model("s.pt").parameters(), strict=True):
+        assert torch.equal(mine, its)
 
 
 def test_an_unreachable_budget_says_what_can_be_reached(capsys: pytest.CaptureFixture[str]) -> None:

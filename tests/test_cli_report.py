@@ -6,9 +6,11 @@ import csv
 import io
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
@@ -23,7 +25,7 @@ from allocator.cli.common import Talk
 from allocator.reporting import schema
 
 SIZE = ("--input-size", "1x3x16x16")
-NET = "import sys\nsys.path.insert(0, {folder!r})\nfrom report_subjects import mixed\n"
+NET = "import sys\nsys.path.insert(0, {folder!r})\nfrom report_subjects import many_blocks, mixed\n"
 
 
 @pytest.fixture(autouse=True)
@@ -207,6 +209,85 @@ def test_long_stages_say_so_where_there_is_no_spinner(capsys: pytest.CaptureFixt
     with Talk(args, patience=0.01).stage("silent"):
         time.sleep(0.1)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(1200)
+def test_a_network_of_five_thousand_blocks(record_property: Callable[[str, object], None]) -> None:
+    import resource
+    import time
+
+    start = time.perf_counter()
+    done = run_command("report", "nets:many_blocks", "--input-size", "1x3x8x8", "--flops", "60%", "-o", "r.html", "-v")
+    assert done.returncode == 0, done.stderr
+    record_property("seconds", time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
+    record_property("MiB of memory", peak)
+    page = Path("r.html").read_text(encoding="utf-8")
+    record_property("MB of HTML", len(page.encode()) / 1e6)
+    print(
+        done.stderr.decode(), f"{time.perf_counter() - start:.0f} s, {peak:.0f} MiB, {len(page.encode()) / 1e6:.2f} MB"
+    )
+    assert len(page.encode()) < 10e6
+    assert peak < 3000
+    data = json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    assert len(data["blocks"]) == 5000
+
+
+# ------------------------------------------------------------------------------------------ Ctrl-C
+
+INTERRUPTED = """
+import os, signal, sys
+from allocator import disk
+from allocator.cli import main
+plain = disk.os.fsync
+def interrupted(file):
+    plain(file)
+    assert any(name.endswith(".tmp") and os.path.getsize(name) for name in os.listdir()), "nothing was written yet"
+    os.kill(os.getpid(), signal.SIGINT)
+disk.os.fsync = interrupted
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("suffix", "before"), [("html", None), ("html", "precious"), ("json", "precious")])
+def test_an_interrupted_report_leaves_no_half_written_file(suffix: str, before: str | None) -> None:
+    """The signal comes when all is written and nothing is in place."""
+    file = Path(f"r.{suffix}")
+    if before is not None:
+        file.write_text(before)
+    command = ["report", "nets:mixed", *SIZE, "-o", str(file), *(["--force"] if before else [])]
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, *command], capture_output=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert b"interrupted; unfinished files were removed" in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert (file.read_text() if file.exists() else None) == before
+    assert {name for name in os.listdir() if name != "__pycache__"} == {"nets.py", *([file.name] if before else [])}
+
+
+def test_a_report_interrupted_while_it_works_writes_nothing() -> None:
+    code = "import sys; from allocator.cli import main; sys.exit(main())"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "report",
+        "nets:many_blocks",
+        "--input-size",
+        "1x3x8x8",
+        "-o",
+        "r.html",
+        "-v",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        while b"building" not in process.stderr.readline():  # the line that says how long it took: tracing begins
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert b"interrupted" in said
+    assert not [name for name in os.listdir() if name.startswith((".", "r."))]
 
 
 # ------------------------------------------------------------------------------------------ compare

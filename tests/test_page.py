@@ -96,9 +96,10 @@ def test_the_keyboard_opens_blocks_and_tables(browser: Any, tmp_path: Path) -> N
     assert seen.index("theme") < seen.index("find") < seen.index("close")
     browser.switch_to.active_element.send_keys(Keys.ENTER)
     lanes = "return [...document.querySelectorAll('#block-0 .lane > .name')].map(e => e.textContent)"
-    assert run(lanes) == ["fine.0", "coarse.0"]
+    wait(browser, 10).until(lambda _: run(lanes) == ["fine.0", "coarse.0"])
     run("document.getElementById('block-2').open = true")
-    assert run("return document.querySelector('#block-2 #block-1') !== null")  # the groups lie within the sum
+    inner = "return document.querySelector('#block-2 #block-1') !== null"  # the groups lie within the sum
+    wait(browser, 10).until(lambda _: run(inner))
     run("document.querySelector('#chart-flops details').open = true")
     rows = "return [...document.querySelectorAll('#chart-flops tbody tr')].map(e => e.textContent)"
 
