@@ -17,7 +17,7 @@ from torch import nn
 
 from .errors import AllocatorError, FileError, UnsafeFileError, UnsupportedModelError
 from .pickles import check_archive
-from .programs import Program, Step, operator_of, strided
+from .programs import Bytes, Program, Step, operator_of
 
 _DTYPES = {
     1: torch.uint8,
@@ -67,7 +67,7 @@ class _Reader:
     """One archive being turned into a `Program`."""
 
     def __init__(self, archive: zipfile.ZipFile, path: Path) -> None:
-        self.archive, self.path = archive, path
+        self.archive, self.path, self.bytes = archive, path, Bytes(path)
         self.root = archive.namelist()[0].partition("/")[0]
         models = [name for name in archive.namelist() if name.startswith(f"{self.root}/models/")]
         if len(models) != 1:
@@ -135,7 +135,7 @@ class _Reader:
                 raise FileError(f"{self.path} is damaged: {name} is a {type(tensor).__name__}, not a tensor")
         else:
             sizes, strides = ([each["as_int"] for each in said[key]] for key in ("sizes", "strides"))
-            tensor = strided(data, _DTYPES[said["dtype"]], sizes, strides, said["storage_offset"]["as_int"])
+            tensor = self.bytes.tensor(data, _DTYPES[said["dtype"]], sizes, strides, said["storage_offset"]["as_int"])
         return nn.Parameter(tensor, requires_grad=bool(said["requires_grad"])) if entry["is_param"] else tensor
 
     def _step(self, node: dict[str, Any]) -> Step:

@@ -10,6 +10,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ _PYTHON = {
     for name in ("add", "sub", "mul", "floordiv", "mod", "neg", "eq", "ne", "ge", "gt", "le", "lt", "getitem")
 }
 _DTYPES = {str(found): found for found in vars(torch).values() if isinstance(found, torch.dtype)}
+_TIMES, _FREE = 4, 16 * 2**20
 _ATEN = re.compile(r"torch\.ops\.aten\.([a-z0-9_]+)\.([A-Za-z0-9_]+)")
 _FACTORIES = frozenset({"arange", "full", "ones", "scalar_tensor", "zeros"})
 _WORDS = frozenset({"approximate", "equation", "mode", "padding", "padding_mode", "reduce", "rounding_mode"})
@@ -219,16 +221,32 @@ def operator_of(target: str) -> Callable[..., Any]:
     return _WHOLE.get(match[1], found)
 
 
-def strided(data: bytes, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], offset: int) -> torch.Tensor:
-    """A tensor of its own out of raw bytes; its shape has to lie within them.
+class Bytes:
+    """Tensors out of one file's raw bytes; together they take no more than a few times its size.
 
-    Raises:
-        FileError: it does not.
+    Args:
+        path: the file.
     """
-    if not math.prod(sizes):
-        return torch.zeros(tuple(sizes), dtype=dtype)
-    flat = torch.frombuffer(bytearray(data), dtype=dtype)
-    last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-    if min([*sizes, *strides, offset]) < 0 or last >= flat.numel() or math.prod(sizes) > flat.numel():
-        raise FileError(f"a tensor of shape {tuple(sizes)} has only {flat.numel()} numbers")
-    return flat.as_strided(sizes, strides, offset).contiguous()
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.left = path, _TIMES * path.stat().st_size + _FREE
+
+    def tensor(
+        self, data: bytes, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], offset: int
+    ) -> torch.Tensor:
+        """A tensor of its own.
+
+        Raises:
+            FileError: its shape does not lie within the data, or the file's tensors take far more than it holds.
+        """
+        if not math.prod(sizes):
+            return torch.zeros(tuple(sizes), dtype=dtype)
+        count = len(data) // dtype.itemsize
+        last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+        if min([*sizes, *strides, offset]) < 0 or last >= count or math.prod(sizes) > count:
+            raise FileError(f"{self.path} is damaged: a tensor of shape {tuple(sizes)} has only {count} numbers")
+        self.left -= math.prod(sizes) * dtype.itemsize
+        if self.left < 0:
+            raise FileError(f"{self.path} is damaged: its tensors take far more than its own bytes, over and over")
+        flat = torch.frombuffer(bytearray(data), dtype=dtype, count=count)
+        return flat.as_strided(sizes, strides, offset).contiguous()

@@ -21,7 +21,7 @@ from torch import nn
 
 from .errors import AllocatorError, FileError, UnsafeFileError, UnsupportedModelError
 from .pickles import check_archive
-from .programs import Program, strided
+from .programs import Bytes, Program
 from .script_code import Code, Record
 from .straighten import straighten
 
@@ -37,6 +37,7 @@ _STORAGES = {
     "LongStorage": torch.int64,
     "ShortStorage": torch.int16,
 }
+_LARGEST = {".py": 2 * 2**20, ".pkl": 4 * 2**20}
 
 
 def is_script(path: Path) -> bool:
@@ -70,7 +71,16 @@ def load_script(path: Path) -> Program:
         raise FileError(f"{path} is truncated or damaged: {type(error).__name__}: {error!s:.200}") from error
 
 
+def _check_text(archive: zipfile.ZipFile, path: Path) -> None:
+    """Source and objects take hundreds of times their size in memory; densenet121 has 0.3 MB of both."""
+    for suffix, most in _LARGEST.items():
+        size = sum(item.file_size for item in archive.infolist() if item.filename.endswith(suffix))
+        if size > most:
+            raise FileError(f"{path} holds {size:,} bytes of {suffix}, more than the {most:,} that any network needs")
+
+
 def _read(archive: zipfile.ZipFile, path: Path) -> Program:
+    _check_text(archive, path)
     names = set(archive.namelist())
     root = archive.namelist()[0].partition("/")[0]
 
@@ -122,6 +132,7 @@ class _Objects(pickle._Unpickler):  # the one in C allots what a file asks for
     def __init__(self, archive: zipfile.ZipFile, folder: str, path: Path, values: bool) -> None:
         super().__init__(io.BytesIO(archive.read(f"{folder}.pkl")))
         self.archive, self.folder, self.path, self.has_values = archive, folder, path, values
+        self.bytes = Bytes(path)
         self.classes: dict[str, type[Record]] = {}
         self.tensors: dict[Any, torch.Tensor] = {}
 
@@ -158,7 +169,9 @@ class _Objects(pickle._Unpickler):  # the one in C allots what a file asks for
         if identity not in self.tensors:
             dtype, key = storage
             data = self.archive.read(f"{self.folder}/{key}")
-            self.tensors[identity] = strided(data, dtype, sizes, strides, offset).requires_grad_(bool(rest[0]))
+            self.tensors[identity] = self.bytes.tensor(data, dtype, sizes, strides, offset).requires_grad_(
+                bool(rest[0])
+            )
         return self.tensors[identity]
 
 

@@ -17,7 +17,7 @@ from .errors import FileError
 from .programs import Program, Step, operator_of
 from .script_code import Code, Function, Record, Value, unsupported
 
-_MOST_STATEMENTS = 2_000_000
+_MOST_STATEMENTS = 500_000
 _DEEPEST = 100  # calls within calls
 _LARGEST = 2**62
 _DROPPED = ("device", "layout", "pin_memory", "memory_format")  # the defaults serve

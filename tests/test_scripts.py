@@ -309,6 +309,23 @@ def test_a_memo_index_beyond_the_file_costs_no_memory(plain: Path, tmp_path: Pat
         load_model(tmp_path / "m.pt")
 
 
+@pytest.mark.parametrize(("entry", "piece"), [("test_scripts.py", b"x=1\n"), ("data.pkl", b"]")])
+def test_source_and_objects_beyond_all_bounds(plain: Path, tmp_path: Path, entry: str, piece: bytes) -> None:
+    _forge(plain, tmp_path / "m.pt", entry, lambda data: data + piece * (5 * 2**20 // len(piece)))
+    with pytest.raises(FileError, match="more than the"):
+        load_model(tmp_path / "m.pt")
+
+
+def test_tensors_that_share_their_bytes_over_and_over(tmp_path: Path) -> None:
+    model, whole = Plain(), torch.zeros(2**20)
+    for i in range(40):
+        model.register_buffer(f"b{i}", whole[i:])
+    torch.jit.script(model).save(tmp_path / "m.pt")
+    assert (tmp_path / "m.pt").stat().st_size < 5 * 2**20
+    with pytest.raises(FileError, match="over and over"):
+        load_model(tmp_path / "m.pt")
+
+
 def test_damaged_entries_are_told(written: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(written) as archive:
         entries = [name for name in archive.namelist() if name.endswith("data.pkl") or "/data/" in name]
