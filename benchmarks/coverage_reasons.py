@@ -7,8 +7,8 @@ REASONS = {
     "the stream under others: nothing can go exactly; `norms='loose'` lets them go",
     "timm:test_nfnet": "weight standardisation: every weight depends on all inputs of its layer, so that no layer's "
     "inputs can go exactly",
-    "timm:csatv2": "most of the cost is in a stream under norms over channels; 76 % is the smallest figure, and the "
-    "search for it by bisection takes longer than the limit",
+    "timm:csatv2": "the hidden widths of its blocks pass a global response norm, whose mean runs over all of their "
+    "channels, and the stream lies under norms over channels: neither can go exactly",
 }
 WHY_HEADS_STAY = (
     "Where a forward computes the width of a head from the stream (`C // num_heads`), or gives its result the width of "
