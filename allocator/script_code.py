@@ -61,7 +61,7 @@ class Code:
     """
 
     parse: Callable[[str], ast.Module]
-    constants: Sequence[Any]
+    constants: Sequence[Any] = ()
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def find(self, path: str) -> Any:
@@ -79,6 +79,17 @@ class Code:
         if name not in self.files[home]:
             raise FileError(f"the archive's code has no {path:.200}")
         return self.files[home][name]
+
+    def record_class(self, path: str) -> type[Record]:
+        """A class for the records of one class of the archive.
+
+        Raises:
+            UnsupportedModelError: it is made of something else than attributes.
+        """
+        bases = [ast.unparse(base) for base in self.find(path).bases]
+        if bases != ["Module"]:
+            raise unsupported(f"holds {path}, which is no module but {', '.join(bases) or 'an object'}")
+        return type(path.rpartition(".")[2], (Record,), {"path": path})
 
     def members(self, path: str) -> Iterator[tuple[str, ast.AST]]:
         """(name, value or function) of what a class defines."""

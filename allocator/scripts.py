@@ -51,7 +51,9 @@ def is_script(path: Path) -> bool:
 
 
 def load_script(path: Path) -> Program:
-    """Read a TorchScript archive as what its forward does in eval mode; nothing in the file is run.
+    """Read a TorchScript archive as what its forward does in eval mode, for inputs of its weights' type.
+
+    Nothing in the file is run.
 
     Raises:
         UnsafeFileError: it calls something else than ATen operators on tensors, or holds other objects than
@@ -85,12 +87,13 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Program:
     root = archive.namelist()[0].partition("/")[0]
 
     def unpickled(name: str, *, values: bool = True) -> Any:
-        return _Objects(archive, f"{root}/{name}", path, values).load() if f"{root}/{name}.pkl" in names else None
+        return _Objects(archive, f"{root}/{name}", path, code, values).load() if f"{root}/{name}.pkl" in names else None
 
+    code = Code(lambda name: ast.parse(archive.read(f"{root}/code/{name}")))
+    code.constants = unpickled("constants") or ()
     top = unpickled("data")
     if not isinstance(top, Record):
         raise FileError(f"{path} is damaged: it holds a {type(top).__name__}, not a module")
-    code = Code(lambda name: ast.parse(archive.read(f"{root}/code/{name}")), unpickled("constants") or ())
     program = Program()
     _hold(program, top, code)
     straighten(program, top, code)
@@ -129,11 +132,10 @@ class _Objects(pickle._Unpickler):  # the one in C allots what a file asks for
     Its tensors lie in the folder of its name, or have none but their shapes.
     """
 
-    def __init__(self, archive: zipfile.ZipFile, folder: str, path: Path, values: bool) -> None:
+    def __init__(self, archive: zipfile.ZipFile, folder: str, path: Path, code: Code, values: bool) -> None:
         super().__init__(io.BytesIO(archive.read(f"{folder}.pkl")))
         self.archive, self.folder, self.path, self.has_values = archive, folder, path, values
-        self.bytes = Bytes(path)
-        self.classes: dict[str, type[Record]] = {}
+        self.bytes, self.code = Bytes(path), code
         self.tensors: dict[Any, torch.Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -142,7 +144,7 @@ class _Objects(pickle._Unpickler):  # the one in C allots what a file asks for
         if whole.startswith("__torch__.torch.classes."):
             raise UnsupportedModelError(f"it holds {whole[10:]:.200}, an object of C++: give the Python model instead")
         if whole.startswith("__torch__."):
-            return self.classes.setdefault(whole, type(name, (Record,), {"path": whole}))
+            return self.code.record_class(whole)
         if module == "torch" and name in _STORAGES:
             return name
         if module == "torch.jit._pickle" and name in ("build_intlist", "build_doublelist", "build_boollist"):

@@ -116,7 +116,7 @@ class _Walk:
     def __init__(self, program: Program, code: Code) -> None:
         self.program, self.code = program, code
         self.steps: list[Step] = []
-        self.statements = self.depth = self.made = 0
+        self.statements = self.depth = self.made = self.undecided = 0
 
     def finish(self) -> None:
         """Give the program its calls, without those that nothing needs."""
@@ -163,8 +163,8 @@ class _Walk:
                     self._eval(value, scope)
                 case ast.Return(value=value):
                     return (self._eval(value, scope) if value is not None else None,)
-                case ast.If(test=test, body=body, orelse=other):
-                    done = self._run(self._arm(test, body, other, scope), scope)
+                case ast.If():
+                    done = self._if(each, scope)
                 case ast.For(target=target, iter=source, body=body):
                     for item in self._known(source, scope, (list, tuple, range)):
                         self._bind(target, item, scope)
@@ -180,17 +180,29 @@ class _Walk:
                 return done
         return None
 
-    def _arm(
-        self, test: ast.expr, body: list[ast.stmt], other: list[ast.stmt], scope: dict[str, Any]
-    ) -> list[ast.stmt]:
-        """The branch that is taken; where the input decides whether to raise an error, the one that does not."""
-        found = self._eval(test, scope)
+    def _if(self, node: ast.If, scope: dict[str, Any]) -> tuple[Any] | None:
+        """Follow the branch that is taken; where the input decides, neither may do more than decide further.
+
+        Where it decides whether to raise an error, the branch that does not is followed.
+        """
+        found = self._eval(node.test, scope)
         if not isinstance(found, Value):
-            return body if found else other
-        going_on = [arm for arm in (body, other) if not any("RaiseException" in ast.unparse(each) for each in arm)]
-        if len(going_on) != 1:
-            raise unsupported(f"branches on its input: `if {ast.unparse(test)[:80]}`")
-        return going_on[0]
+            return self._run(node.body if found else node.orelse, scope)
+        arms = (node.body, node.orelse)
+        going_on = [arm for arm in arms if not any("RaiseException" in ast.unparse(each) for each in arm)]
+        if len(going_on) == 1:
+            return self._run(going_on[0], scope)
+        steps, scopes = len(self.steps), (dict(scope), dict(scope))
+        self.undecided += 1
+        done = [self._run(arm, each) for arm, each in zip(arms, scopes)]
+        self.undecided -= 1
+        if any(done) or len(self.steps) > steps:
+            raise unsupported(f"branches on its input: `if {ast.unparse(node.test)[:80]}`")
+        for name in scopes[0].keys() & scopes[1].keys():
+            one, other = scopes[0][name], scopes[1][name]
+            same = one is other or (isinstance(one, (int, float, str)) and one == other)
+            scope[name] = one if same else Value("", "number")
+        return None
 
     def _known(self, node: ast.expr, scope: dict[str, Any], kinds: tuple[type, ...]) -> Any:
         found = self._eval(node, scope)
@@ -312,14 +324,20 @@ class _Walk:
             return args[0]
         if name in ("dim", "len") and isinstance(args[0], Value):
             return Value("", "int")
+        if dotted == "ops.prim.dtype":
+            return Value("", "dtype")
+        if name == "to" and Value("", "dtype") in args[1:]:  # the input is of the weights' type
+            return args[0]
         if name in ("__is__", "__isnot__") and isinstance(args[0], Value) and args[1] is None:
             return name == "__isnot__"
-        if name == "append" and isinstance(args[0], list):
+        if name == "append" and isinstance(args[0], list) and not self.undecided:
             return args[0].append(args[1])
         if name in _KNOWN and not any(map(_is_computed, [*args, *keywords.values()])):
             return _bounded(_KNOWN[name](*args))
         if name == "rsub":
             name, args = "sub", [args[1], args[0], *args[2:]]
+        if name in _KNOWN and any(map(_is_undecided, args)) and not any(map(_is_followed, args)):
+            return Value("", "number")
         if name in _COMPUTED and all(map(_is_number, args[:2])) and args[2:] in ([], [1]):
             return self._number(_COMPUTED[name], args[:2])
         if dotted.rpartition(".")[0] not in ("torch", "ops.aten"):
@@ -330,7 +348,7 @@ class _Walk:
 
     def _number(self, name: str, args: list[Any]) -> Any:
         """Arithmetic on numbers that the input decides, such as its size."""
-        if any(isinstance(each, Value) and not each.name for each in args):
+        if any(map(_is_undecided, args)):
             return Value("", "number")
         args = [each.item() if isinstance(each, torch.Tensor) else each for each in args]
         return self._step(f"_operator.{name}", dict(zip("ab", args)), [], "int")
@@ -400,6 +418,15 @@ def _is_computed(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_is_computed, value))
     return isinstance(value, (Value, torch.Tensor))
+
+
+def _is_undecided(value: Any) -> bool:
+    return isinstance(value, Value) and not value.name
+
+
+def _is_followed(value: Any) -> bool:
+    """Whether this is a tensor, or a list, that the forward computes."""
+    return isinstance(value, Value) and bool(value.name) and value.kind not in _NUMBERS
 
 
 def _is_number(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 import pickle
@@ -143,6 +144,52 @@ def test_what_does_not_depend_on_the_input_is_worked_out(tmp_path: Path) -> None
         torch.testing.assert_close(mine, its)
 
 
+class Decides(nn.Module):
+    """Decisions on the input that lead to nothing but errors, and a cast to its type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 2 and x.dim() != 3:
+            raise ValueError("two or three dims")
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+def test_decisions_that_only_raise_are_passed_by(tmp_path: Path) -> None:
+    torch.jit.script(Decides()).save(tmp_path / "m.pt")
+    given = torch.randn(2, 3)
+    torch.testing.assert_close(load_model(tmp_path / "m.pt")(given), Decides()(given))
+
+
+class Kind(enum.Enum):
+    ONE = 1
+
+
+class Enumerates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind = Kind.ONE
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if self.kind == Kind.ONE else x
+
+
+class Appends(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = [x]
+        if x.shape[0] > 3:
+            found.append(x)
+        return torch.cat(found)
+
+
+class Chooses(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        times = 2 if x.shape[0] > 3 else 3
+        return x * times
+
+
 class Branches(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if bool(x.sum() > 0):
@@ -191,6 +238,9 @@ class Endless(nn.Module):
         (Branches(), r"number or list of its input: bool\("),
         (Sizes(), "branches on its input: `if torch.gt"),
         (Counts(), "changes its own state: `self.seen`"),
+        (Enumerates(), "holds .*Kind, which is no module but Enum"),
+        (Appends(), "torch.append"),
+        (Chooses(), "number of dims"),
         (Loops(), r"makes a number or list of its input: range\("),
         (Takes(), "takes times: int, which is not a tensor"),
     ],
