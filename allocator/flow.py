@@ -302,7 +302,8 @@ class Flow:
             self.facts.groups[name] = representatives
         module = self.trace.modules.get(op.module)
         if module is not None and not isinstance(module, nn.modules.conv._ConvNd):
-            held = [n for n, value in vars(module).items() if "groups" in n and value == len(representatives)]
+            count = len(representatives)
+            held = [n for n, value in vars(module).items() if "groups" in n and type(value) is int and value == count]
             self.facts.attributes.extend(Attribute(op.module, n, (representatives,)) for n in held)
 
     def freeze(self, label: Label, op: Op, reason: str) -> None:

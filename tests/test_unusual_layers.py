@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from subjects import IMAGE, Branches, trained, untouched
@@ -345,3 +346,27 @@ def test_a_list_that_two_modules_share_is_shared_in_the_result() -> None:
     assert result.certificate.ok
     first, second = (id(result.model.get_submodule(path).shared) for path in "01")
     assert first == second != id(shared)
+
+
+class OwnGroups(nn.Module):
+    """A grouped convolution called as a function, by a number of groups beside a tensor of a like name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 2, 3, 3))
+        self.groups = 8
+        self.groups_order = np.arange(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight, padding=1, groups=self.groups)
+
+
+def test_the_number_of_groups_follows_in_a_module_of_ones_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), OwnGroups(), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    result = allocator.allocate(model, "60%", example_inputs=torch.zeros(1, 3, 8, 8), criterion="magnitude")
+    assert result.certificate.ok
+    own = result.model.get_submodule("1")
+    assert isinstance(own, OwnGroups)
+    assert own.groups < 8
+    assert own.weight.shape == (2 * own.groups, 2, 3, 3)
