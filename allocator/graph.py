@@ -346,7 +346,7 @@ def _components(slots: Slots, facts: Facts) -> tuple[np.ndarray, np.ndarray, int
     first = component[written]
     first = first[first != component[FROZEN]]
     unique, position = np.unique(first, return_index=True)
-    number = np.full(component.max() + 1, -1)
+    number = np.full(component.max() + 1, -1, dtype=component.dtype)
     number[unique[np.argsort(position)]] = np.arange(len(unique))
     return component, number[component], len(unique)
 

@@ -155,7 +155,7 @@ class Trace:
         values: all tensors; `outputs` and `Op.outputs` index into it.
         outputs: tensors that the model returned.
         calls: composite calls in order.
-        model: the copy that ran; it holds no weights unless `mode` is "real".
+        modules: by path those of the model that was given; a copy of them ran, and is gone.
         mode: "meta", "fake" or "real": what the tensors were.
         training: whether the model was in train mode.
     """
@@ -164,10 +164,9 @@ class Trace:
     values: list[Value]
     outputs: list[int]
     calls: list[Call]
-    model: nn.Module
+    modules: dict[str, nn.Module] = field(repr=False)
     mode: str
     training: bool = False
-    modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
     def live(self, gone: Collection[int] = frozenset()) -> list[Op]:
         """Calls that the outputs depend on, in order; those that only serve values in `gone` do not count.
@@ -271,8 +270,9 @@ def record(
             output = running(*args, **kwargs)
         except Exception as error:
             recorder.drop_unfinished()
-            raise ForwardError(error, recorder.path, recorder.compact(None, mode, training)) from error
-    return recorder.compact(output, mode, training)
+            partial = recorder.compact(None, modules_of(model), mode, training)
+            raise ForwardError(error, recorder.path, partial) from error
+    return recorder.compact(output, modules_of(model), mode, training)
 
 
 def in_mode(model: nn.Module, training: bool) -> nn.Module:
@@ -360,7 +360,7 @@ class _Recorder(TorchDispatchMode):
         if module in self.paths:
             self.stack.pop()
 
-    def compact(self, output: Any, mode: str, training: bool) -> Trace:
+    def compact(self, output: Any, modules: dict[str, nn.Module], mode: str, training: bool) -> Trace:
         names = {id(tensor): name for name, tensor in tensor_names(self.model, self.modules).items()}
         values: list[Value] = []
         index: dict[int, int] = {}
@@ -397,7 +397,7 @@ class _Recorder(TorchDispatchMode):
             ops.append(Op(i, func, args, kwargs, reads, outputs(out), module, call))
             _note_views(ops[-1], values)
         returned = list(outputs(tensors_in(output)))
-        return Trace(ops, values, returned, self.calls, self.model, mode, training, self.modules)
+        return Trace(ops, values, returned, self.calls, modules, mode, training)
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:

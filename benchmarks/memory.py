@@ -6,7 +6,7 @@ The kernel's high-water mark of resident memory (VmHWM) is reset after the model
 has gone through the same call, so that the mark holds neither the interpreter, nor imports, nor the model,
 but all else: copies of weights, activations, labels, the smaller model itself. The C library is told to give
 freed blocks of 64 KiB and more back at once, so that what building the model left over hides nothing.
-Needs Linux.
+It is reset between the stages of `allocate` too, so that each has a mark of its own. Needs Linux.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,39 +31,54 @@ from reference_set import example, randomised  # isort: skip
 
 import allocator
 
+Data = dict[str, Any]
 WARM_UP = "torchvision:resnet18"
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def forward(model: nn.Module, name: str) -> object:
+Progress = Callable[[str], None]
+
+
+def forward(model: nn.Module, name: str, progress: Progress) -> object:
     """The model's own eval-mode forward on one image, for comparison."""
     with torch.no_grad():
         return model(example(name))
 
 
-def allocate(model: nn.Module, name: str) -> object:
+def allocate(model: nn.Module, name: str, progress: Progress) -> object:
     """The whole flow to 60 % of the FLOPs, certificate and fvcore included; the result stays alive."""
-    return allocator.allocate(model, flops="60%")
+    return allocator.allocate(model, flops="60%", progress=progress)
 
 
-def allocate_uncertified(model: nn.Module, name: str) -> object:
-    """The flow without the float64 comparison."""
-    return allocator.allocate(model, flops="60%", certify=False)
-
-
-def trace(model: nn.Module, name: str) -> object:
+def trace(model: nn.Module, name: str, progress: Progress) -> object:
     """Tracing and channel flow alone."""
     return allocator.trace(model)
 
 
-WHAT: dict[str, Callable[[nn.Module, str], object]] = {
+WHAT: dict[str, Callable[[nn.Module, str, Progress], object]] = {
     "forward": forward,
     "trace": trace,
     "allocate": allocate,
-    "allocate_uncertified": allocate_uncertified,
-    "peer_once": lambda model, name: prune_once(model, example(name)),
+    "peer_once": lambda model, name, progress: prune_once(model, example(name)),
 }
+
+
+class HighWater:
+    """Peak resident memory of each stage, above what was resident at first."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, int] = {}
+        self.stage = "before"
+        self.base = resident("VmRSS")
+        self("begin")
+        self.peaks.clear()
+
+    def __call__(self, stage: str) -> None:
+        """End the stage that was, and begin another."""
+        self.peaks[self.stage] = max(self.peaks.get(self.stage, 0), resident("VmHWM") - self.base)
+        self.stage = stage
+        REFERENCES.write_text("5", encoding="ascii")  # resets VmHWM to what is resident now
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -78,21 +94,21 @@ def resident(field: str) -> int:
     raise OSError(f"{STATUS} has no {field}")
 
 
-def measure_here(name: str, what: str) -> dict[str, int]:
+def measure_here(name: str, what: str) -> Data:
     """Measure in this process, once; see `measure`."""
     warnings.simplefilter("ignore")
-    WHAT[what](randomised(WARM_UP), WARM_UP)
+    WHAT[what](randomised(WARM_UP), WARM_UP, lambda stage: None)
     model = randomised(name)
     weights = weight_bytes(model)
-    REFERENCES.write_text("5", encoding="ascii")  # resets VmHWM to what is resident now
-    before = resident("VmRSS")
-    kept = WHAT[what](model, name)
-    peak, after = resident("VmHWM") - before, resident("VmRSS") - before
+    water = HighWater()
+    kept = WHAT[what](model, name, water)
+    water("end")
+    after = resident("VmRSS") - water.base
     del kept
-    return {"weights": weights, "peak": peak, "after": after}
+    return {"weights": weights, "peak": max(water.peaks.values()), "after": after, "stages": water.peaks}
 
 
-def measure(name: str, what: str) -> dict[str, int] | str:
+def measure(name: str, what: str) -> Data | str:
     """Peak resident memory of a call above the model, in a fresh process.
 
     Args:
@@ -100,13 +116,14 @@ def measure(name: str, what: str) -> dict[str, int] | str:
         what: one of `WHAT`.
 
     Returns:
-        Bytes of the model's weights, of the peak and of what stays after the call; or why it failed.
+        Bytes of the model's weights, of the peak, of what stays after the call, and of each stage's peak; or why it
+        failed.
     """
     command = [sys.executable, "-m", "benchmarks.memory", name, "--what", what]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=False)
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["no message"])[-1][:160]
-    result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    result: Data = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
