@@ -99,13 +99,17 @@ def _each(name: str) -> Callable[[nn.Module], list[str]]:
     return lambda module: [f"{name}.{i}" for i in range(len(module.get_submodule(name)))]  # type: ignore[arg-type]
 
 
-_DETECTION = "torchvision.models.detection"
+_DETECTION, _VIDEO = "torchvision.models.detection", "torchvision.models.video"
 register("torchvision.ops.misc.FrozenBatchNorm2d", Adapter(norm_scale="weight"))
 register(
     "torchvision.models.inception.Inception3",
     Adapter(inputs=_image(1, 3, 299, 299, source="the size that Inception v3 is trained at")),
 )
-register("torchvision.models.video.*", Adapter(inputs=_image(1, 3, 16, 112, 112, source="a clip of 16 frames")))
+register(f"{_VIDEO}.*", Adapter(inputs=_image(1, 3, 16, 112, 112, source="a clip of 16 frames")))
+register(
+    [f"{_VIDEO}.s3d.S3D", f"{_VIDEO}.mvit.MViT", f"{_VIDEO}.swin_transformer.SwinTransformer3d"],
+    Adapter(inputs=_image(1, 3, 16, 224, 224, source="a clip of 16 frames")),
+)
 register(
     "torchvision.models.optical_flow.raft.RAFT",
     Adapter(inputs=_image(1, 3, 128, 128, times=2, source="two images of 128 pixels")),

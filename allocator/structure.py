@@ -8,7 +8,7 @@ that changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -231,17 +231,20 @@ def _compare_arguments(old: Flow, new: Flow, a: Op, b: Op, values: dict[int, int
         name, other = old.trace.values[i].name, new.trace.values[j].name
         if values.setdefault(i, j) != j or name != other:
             return f"reads {other or 'another tensor'}, expected {name or 'the same as before'}"
-    if a.target is not b.target:
+        what = _compare_numbers(old.trace.values[i].literal, new.trace.values[j].literal)
+        if what:
+            return what
+    if a.target is not b.target or (a.args == b.args and a.kwargs == b.kwargs):
         return None
-    return _compare_numbers(a, b)
+    found = [numbers_in((op.args, op.kwargs)) for op in (a, b)]
+    sized = a.name in _SIZED and a.arg("fill_value") == b.arg("fill_value")
+    return _compare_numbers(*found, sized=sized)
 
 
-def _compare_numbers(a: Op, b: Op) -> str | None:
-    if a.args == b.args and a.kwargs == b.kwargs:
-        return None
-    for x, y in zip(numbers_in((a.args, a.kwargs)), numbers_in((b.args, b.kwargs)), strict=False):
-        size = a.name in _SIZED and type(x) is int and type(y) is int
-        if x != y and not size and not (x != x and y != y):
+def _compare_numbers(old: Sequence[Any], new: Sequence[Any], *, sized: bool = False) -> str | None:
+    """The first number that changed; whole ones may, where they are sizes."""
+    for x, y in zip(old, new, strict=False):
+        if x != y and not (sized and type(x) is int and type(y) is int) and not (x != x and y != y):
             return f"has the number {y}, expected {x}"
     return None
 

@@ -73,12 +73,14 @@ class Value:
         dtype: its dtype.
         name: the name of the parameter or buffer it is, or None for an activation.
         base: the value whose memory it is a view of, or None.
+        literal: its numbers, where the forward wrote them down (`torch.tensor(8)`).
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     name: str | None = None
     base: int | None = None
+    literal: tuple[Any, ...] = ()
 
 
 @dataclass(slots=True)
@@ -295,6 +297,10 @@ def _converter(mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.T
 _DEVICE = torch.ops.prim.device.default
 
 
+# They make a tensor of numbers that the forward wrote down.
+_WRITTEN_DOWN = frozenset({torch.tensor, torch.as_tensor, torch.Tensor.new_tensor})
+
+
 class _Recorder(TorchDispatchMode):
     """Collects raw calls; `compact` turns them into a `Trace` once the forward is over."""
 
@@ -303,6 +309,7 @@ class _Recorder(TorchDispatchMode):
         self.model = model
         self.raw: list[tuple[Any, Any, Any, Any, str, Call | None]] = []
         self.before: dict[int, list[tuple[int, ...]]] = {}
+        self.literals: dict[int, tuple[Any, ...]] = {}
         self.calls: list[Call] = []
         self.call: Call | None = None
         self.paused = False
@@ -374,7 +381,8 @@ class _Recorder(TorchDispatchMode):
             if known is None:
                 known = index[id(leaf)] = len(values)
                 shape = (self.before.get(id(leaf)) or [_shape(leaf)])[0]
-                values.append(Value(shape, leaf.dtype, names.get(id(leaf))))
+                literal = self.literals.get(id(leaf), ())
+                values.append(Value(shape, leaf.dtype, names.get(id(leaf)), literal=literal))
             read.append(known)
             return Ref(known)
 
@@ -419,7 +427,11 @@ class _Functions(TorchFunctionMode):
             return self.recorder.note(*whole, {}, self.recorder.whole)
         name = _composite(func)
         if name is None or self.recorder.call is not None:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if func in _WRITTEN_DOWN:
+                numbers = [leaf for leaf in tree_flatten((args, kwargs))[0] if type(leaf) in _LITERALS]
+                self.recorder.literals[id(out)] = tuple(numbers)
+            return out
         call = Call(name, args, kwargs)
         self.recorder.calls.append(call)
         self.recorder.call = call

@@ -47,14 +47,8 @@ def _scale_down(detector: Any) -> None:
 
 
 def example(model: nn.Module) -> Any:
-    """Example inputs: an image as the model takes it; for a detector, a list of one."""
-    if type(model).__module__.startswith(DETECTION):
-        return ([torch.rand(3, SIDE, SIDE)],)
-    if type(model).__module__.startswith("torchvision.models.video"):
-        return (torch.rand(1, 3, 16, 112, 112),)
-    if type(model).__module__.startswith("torchvision.models.optical_flow"):
-        return (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
-    return as_inputs(None, model).args
+    """Example inputs as the model takes them: an image, a clip, two frames; for a detector, a list of one image."""
+    return as_inputs(None, model).map(torch.rand_like).args
 
 
 def _batch(inputs: Any) -> list[Any]:

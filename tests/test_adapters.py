@@ -299,6 +299,8 @@ def test_a_class_has_one_adapter_and_a_package_is_second_to_it() -> None:
     [
         ("torchvision:inception_v3", [(1, 3, 299, 299)]),
         ("torchvision:r3d_18", [(1, 3, 16, 112, 112)]),
+        ("torchvision:s3d", [(1, 3, 16, 224, 224)]),
+        ("torchvision:mvit_v2_s", [(1, 3, 16, 224, 224)]),
         ("torchvision:raft_small", [(1, 3, 128, 128)] * 2),
         ("timm:vit_tiny_patch16_384", [(1, 3, 384, 384)]),
     ],

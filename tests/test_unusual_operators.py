@@ -211,3 +211,40 @@ def test_two_widths_of_a_bottleneck_in_einsum_are_one() -> None:
     assert down.shape[1] == up.shape[1] < 12
     assert result.allocation.kept["middle.down"][1] == result.allocation.kept["middle.up"][1]
     assert down.shape[0] == result.model.get_parameter("stem.weight").shape[0]
+
+
+WRITTEN_DOWN: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "torch.tensor": lambda x, n: torch.tensor(n),
+    "on a device": lambda x, n: torch.tensor([n], device=x.device),
+    "as_tensor": lambda x, n: torch.as_tensor(float(n)),
+    "new_tensor": lambda x, n: x.new_tensor([n]),
+    "full": lambda x, n: torch.full((1,), n),
+    "new_full": lambda x, n: x.new_full((1,), n),
+    "scalar_tensor": lambda x, n: torch.scalar_tensor(n),
+    "ones": lambda x, n: torch.ones(n).sum(),
+}
+
+
+class DividesByWidth(nn.Module):
+    """Divides by the root of the number of channels, which it writes into a tensor first."""
+
+    def __init__(self, write: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.write(x, x.shape[1]).sqrt()
+
+
+@pytest.mark.parametrize("kind", WRITTEN_DOWN)
+def test_a_size_that_is_written_into_a_tensor_keeps_the_channels_it_counts(kind: str) -> None:
+    """RAFT does so; the structural check alone let it pass."""
+    torch.manual_seed(0)
+    model = trained(Around(DividesByWidth(WRITTEN_DOWN[kind])))
+    result = allocator.allocate(
+        model, "60%", example_inputs=IMAGE, scope="all", criterion="magnitude", policy="uniform", certify=False
+    )
+    small: Any = result.model
+    assert (small.stem.out_channels, small.body.out_channels < 48) == (16, True)
+    assert any("in middle stay" in note for note in result.notes)
+    _same_as_zeroed(model, result)
