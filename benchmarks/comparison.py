@@ -69,7 +69,7 @@ def coverage() -> str:
     ours = sum(bool(row["ours"].get("train_step")) for row in rows)
     peer = sum(bool(row["peer"].get("train_step")) for row in rows)
     return (
-        f"Of {len(rows)} networks that both were run on (so far the smallest), each in a process of its own, {ours} "
+        f"Of {len(rows)} networks that both were run on, each in a process of its own, {ours} "
         "are allocated, certified and train a step here; Torch-Pruning returns a network that runs and trains for "
         f"{peer}."
     )
