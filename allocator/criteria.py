@@ -147,7 +147,8 @@ def magnitude(graph: ChannelGraph, weights: Weights) -> np.ndarray:
     for name, dim, slots in table.values():
         tensor = weights(name).detach()
         other = [d for d in range(tensor.dim()) if d != dim]
-        norms = _array(torch.linalg.vector_norm(tensor.to(torch.float64), dim=other))
+        wide = tensor.to(torch.float64)
+        norms = _array(torch.linalg.vector_norm(wide, dim=other) if other else wide.abs())
         mean = norms.mean()
         rows.append((slots, norms / mean if mean > 0 else norms))
     return _mean_per_unit(graph, rows)

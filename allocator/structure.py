@@ -182,7 +182,7 @@ def _restrides(trace: Trace, op: Op) -> bool:
 def _gone(flow: Flow, image: Image) -> set[int]:
     """Values of the original with a dim that lost all its indices."""
     values = range(len(flow.trace.values))
-    return {i for i in values if any(lab is not None and not image.size(lab) for lab in flow.labels(i))}
+    return {i for i in values if any(lab is not None and len(lab) and not image.size(lab) for lab in flow.labels(i))}
 
 
 def _compare_call(

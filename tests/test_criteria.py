@@ -80,3 +80,24 @@ def test_a_budget_that_no_criterion_meets_says_what_one_can_reach() -> None:
     with pytest.warns(CriterionFallbackWarning):
         result = allocator.allocate(model, float(caught.value.reachable or 0), example_inputs=IMAGE)
     assert result.flops_after == caught.value.reachable
+
+
+class Rates(nn.Module):
+    """Hidden neurons that a vector writes, as the frequencies of a rotary embedding are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = nn.Parameter(torch.linspace(-1.2, 1.1, 12))
+        self.read = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(F.relu(x @ self.rates[None]))
+
+
+def test_neurons_that_a_vector_writes_are_ranked_by_its_numbers() -> None:
+    model: Any = Rates().eval()
+    result = allocator.allocate(model, "60%", example_inputs=torch.randn(3, 1), criterion="magnitude")
+    small: Any = result.model
+    largest = model.rates.detach().abs().argsort(descending=True)[: len(small.rates)].sort().values
+    assert 2 < len(small.rates) < 12
+    assert torch.equal(small.rates, model.rates[largest])

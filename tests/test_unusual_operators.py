@@ -248,3 +248,25 @@ def test_a_size_that_is_written_into_a_tensor_keeps_the_channels_it_counts(kind:
     assert (small.stem.out_channels, small.body.out_channels < 48) == (16, True)
     assert any("in middle stay" in note for note in result.notes)
     _same_as_zeroed(model, result)
+
+
+class WithoutPrefix(nn.Module):
+    """Sets a prefix of no tokens aside, as attentions with rotary embeddings do where there is no class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.randn(1, 6, 8))
+        self.wide, self.narrow = nn.Linear(8, 20), nn.Linear(20, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.place
+        prefix, rest = x[:, :0], x[:, 0:]
+        return torch.cat([prefix, self.narrow(F.relu(self.wide(rest)))], 1)
+
+
+def test_a_part_that_is_empty_from_the_start_is_not_lost() -> None:
+    torch.manual_seed(0)
+    result = allocator.allocate(WithoutPrefix().eval(), "60%", example_inputs=torch.randn(2, 6, 8))
+    small: Any = result.model
+    assert (small.wide.out_features, small.wide.in_features) == (12, 8)
+    assert not any("stay" in note for note in result.notes)
