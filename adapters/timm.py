@@ -58,9 +58,20 @@ def _res2net(block: nn.Module, kept: Kept) -> Mapping[str, Any]:
 
 def _attention(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
     """Heads go whole, and `head_dim` stays with `scale`."""
-    heads = kept("proj.weight", 1).reshape(int(module.num_heads), -1)  # type: ignore[arg-type]
-    count = int(heads.all(1).sum())
-    return {"num_heads": count, "attn_dim": count * heads.shape[1]}
+    count, width = _whole_heads(int(module.num_heads), kept)  # type: ignore[arg-type]
+    return {"num_heads": count, "attn_dim": count * width}
+
+
+def _mask_unit_attention(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
+    """Hiera's heads go whole; `dim_out` is the width of all of them together."""
+    count, width = _whole_heads(int(module.heads), kept)  # type: ignore[arg-type]
+    return {"heads": count, "dim_out": count * width}
+
+
+def _whole_heads(heads: int, kept: Kept) -> tuple[int, int]:
+    """How many heads the projection after them still reads, and the width of one."""
+    columns = kept("proj.weight", 1).reshape(heads, -1)
+    return int(columns.all(1).sum()), columns.shape[1]
 
 
 def _position_bias(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
@@ -76,6 +87,7 @@ def _ghost(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
 
 
 register("timm.layers.attention.Attention", Adapter(sizes=_attention))
+register("timm.models.hiera.MaskUnitAttention", Adapter(sizes=_mask_unit_attention))
 register("timm.layers.pos_embed_rel.RelPosBias", Adapter(sizes=_position_bias))
 register("timm.models.*", Adapter(sizes=_features, inputs=_image))
 register("timm.layers.norm_act.FrozenBatchNormAct2d", Adapter(norm_scale="weight"))

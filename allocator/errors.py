@@ -130,3 +130,8 @@ def warn(message: str, category: type[AllocatorWarning]) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "allocator":
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its class where it says nothing; at most 200 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import AllocatorError, FileError, UnsafeFileError, UnsupportedModelError
-from .pickles import check_archive
-from .programs import Bytes, Program, Step, operator_of
+from .archives import inner_names, reading
+from .errors import FileError, UnsafeFileError, UnsupportedModelError
+from .programs import Bytes, Program, Step, function_of
 
 _DTYPES = {
     1: torch.uint8,
@@ -36,11 +36,7 @@ _PLAIN = ("as_int", "as_ints", "as_bool", "as_bools", "as_string", "as_strings")
 
 def is_program(path: Path) -> bool:
     """Whether this is an archive as ``torch.export.save`` of torch 2.8 or newer writes it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            inner = {name.partition("/")[2] for name in archive.namelist()}
-    except Exception:  # no zip archive, or a damaged one
-        return False
+    inner = inner_names(path)
     return "archive_format" in inner and any(name.startswith("models/") for name in inner)
 
 
@@ -53,14 +49,8 @@ def load_program(path: Path) -> Program:
         UnsupportedModelError: it branches, calls other programs, or changes its own buffers.
         FileError: damaged, or several programs in one file.
     """
-    check_archive(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return _Reader(archive, path).read()
-    except AllocatorError:
-        raise
-    except Exception as error:  # JSON of another shape than expected raises nearly anything
-        raise FileError(f"{path} is truncated or damaged: {type(error).__name__}: {error!s:.200}") from error
+    with reading(path) as archive:
+        return _Reader(archive, path).read()
 
 
 class _Reader:
@@ -145,7 +135,7 @@ class _Reader:
                 f"{self.path} calls {node['target']!r:.100}, which is no ATen operator: give the Python model it "
                 "was made from"
             )
-        operator_of(node["target"])
+        function_of(node["target"])
         step = Step(node["target"], results)
         for i, given in enumerate(node["inputs"]):
             name = given["name"] or f"_{i}"

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten
 
 from .checks import check_model
 from .disk import PathLike, check_writable, shorten, write_atomically
-from .errors import ExportError, MissingPackageError, UnknownNameError
+from .errors import ExportError, MissingPackageError, UnknownNameError, first_line
 from .fvcore_count import fvcore_by_operator
 from .inputs import Inputs, as_inputs, inputs_like
 from .lineage import led_to
@@ -182,7 +182,7 @@ def _exported(network: nn.Module, inputs: Inputs) -> tuple[torch.export.Exported
             raise ExportError(
                 f"torch.export cannot follow {type(network).__name__}: {shorten(str(error), 400)}"
             ) from error
-        return program, [f"the batch size is fixed, because the network cannot leave it open: {_first_line(dynamic)}"]
+        return program, [f"the batch size is fixed, because the network cannot leave it open: {first_line(dynamic)}"]
 
 
 def _open_batch(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -309,10 +309,6 @@ def _dtype(inputs: Inputs) -> torch.dtype:
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, torch.Tensor)]
-
-
-def _first_line(error: Exception) -> str:
-    return shorten((str(error).strip() or type(error).__name__).splitlines()[0], 200)
 
 
 @contextmanager

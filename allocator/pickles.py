@@ -12,14 +12,14 @@ import importlib
 import pickle
 import pickletools
 import tarfile
-import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
-from .errors import FileError, UnsafeFileError, UnsupportedModelError
+from .archives import check_archive, damaged, inner_names, is_zip
+from .errors import FileError, UnsafeFileError, UnsupportedModelError, first_line
 
 _TRUSTED_MODULES = (
     "torch.nn.modules.",
@@ -62,7 +62,6 @@ _TRUSTED_HELPERS = frozenset(
     }
 )
 _ALWAYS_ALLOWED = ("collections.OrderedDict", "collections.Counter", "builtins.set", "__builtin__.set")
-_UNPACKED_TIMES, _UNPACKED_FREE = 4, 16 * 2**20
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number
 _LEGACY_PICKLES = 5  # magic number, protocol, system, object, storage keys; then raw bytes
 
@@ -85,7 +84,7 @@ def open_pickle(path: Path, *, trust: bool = False) -> Any:
     _refuse_programs(path)
     if trust:
         return _load(path, weights_only=False)
-    if _is_zip(path):
+    if is_zip(path):
         check_archive(path)
     admitted, refused = _admit(globals_in(path))
     if refused:
@@ -96,32 +95,6 @@ def open_pickle(path: Path, *, trust: bool = False) -> Any:
         found = _load(path, weights_only=True)
     _check_content(found, path)
     return found
-
-
-def check_archive(path: Path) -> None:
-    """Raise FileError where a zip archive unpacks to far more than it is, or fails its own checksums.
-
-    ``torch.save`` compresses nothing, and exported programs little; torch itself compares no checksums.
-    """
-    limit = _UNPACKED_TIMES * path.stat().st_size + _UNPACKED_FREE
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            unpacked = sum(entry.file_size for entry in entries)
-            if unpacked > limit:
-                raise FileError(f"{path} unpacks to {unpacked:,} bytes, more than a model's file of its size can hold")
-            if len({entry.filename for entry in entries}) < len(entries):
-                raise FileError(f"{path} is damaged: it holds two entries of one name")
-            broken = archive.testzip()
-    except FileError:
-        raise
-    except Exception as error:  # zipfile raises a dozen kinds, up to NotImplementedError
-        raise FileError(f"{_damaged(path)} ({_first_line(error)})") from error
-    if broken is not None:
-        raise FileError(
-            f"{_damaged(path)} (the checksum of {broken} does not fit; if it was saved without checksums, open it with "
-            "--trust and save it again)"
-        )
 
 
 def _check_content(found: Any, path: Path) -> None:
@@ -137,7 +110,7 @@ def _check_content(found: Any, path: Path) -> None:
     except FileError:
         raise
     except Exception as error:
-        raise FileError(f"{_damaged(path)} ({_first_line(error)})") from error
+        raise FileError(f"{damaged(path)} ({first_line(error)})") from error
 
 
 def _leaves(found: Any, depth: int = 4) -> list[Any]:
@@ -150,13 +123,13 @@ def _leaves(found: Any, depth: int = 4) -> list[Any]:
 
 def globals_in(path: Path) -> list[str]:
     """The globals a pickled file asks for beyond what weights-only loading always allows; nothing is run."""
-    if _is_zip(path):
+    if is_zip(path):
         try:
             return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
         except pickle.UnpicklingError as error:
             raise UnsafeFileError(_unsafe(path, [f"(pickle instruction: {error})"])) from error
         except Exception as error:  # whatever a damaged pickle makes the scanner trip over
-            raise FileError(_damaged(path)) from error
+            raise FileError(damaged(path)) from error
     if tarfile.is_tarfile(path):
         raise UnsafeFileError(
             f"{path} is in PyTorch's oldest (tar) format, which cannot be read without running its pickles: "
@@ -176,11 +149,11 @@ def _globals_in_legacy(path: Path) -> list[str]:
                 continue
             if names and not is_torch:
                 raise UnsafeFileError(_unsafe(path, sorted(names)))
-            raise FileError(_damaged(path))
+            raise FileError(damaged(path))
     default = ("torch._utils._rebuild_", "torch.storage.", "torch.serialization._get_layout")
     wanted = sorted(n for n in names if n not in _ALWAYS_ALLOWED and not _is_default_torch(n, default))
     if not is_torch and not wanted:
-        raise FileError(_damaged(path))
+        raise FileError(damaged(path))
     return wanted
 
 
@@ -258,32 +231,21 @@ def _load(path: Path, *, weights_only: bool) -> Any:
     except pickle.UnpicklingError as error:
         if weights_only:
             raise UnsafeFileError(_unsafe(path, [_refusal(error)])) from error
-        raise FileError(_damaged(path)) from error
+        raise FileError(damaged(path)) from error
     except (ModuleNotFoundError, AttributeError) as error:
         raise FileError(
-            f"{path} was pickled with code that is not here ({_first_line(error)}): make that code "
+            f"{path} was pickled with code that is not here ({first_line(error)}): make that code "
             "importable, or save the model's state_dict where it is and load that with an architecture name"
         ) from error
     except Exception as error:  # a damaged file makes torch raise nearly anything
-        raise FileError(f"{_damaged(path)} ({_first_line(error)})") from error
+        raise FileError(f"{damaged(path)} ({first_line(error)})") from error
 
 
 def _refuse_programs(path: Path) -> None:
-    """TorchScript and exported programs are zip files too; tell them by their entries."""
+    """Programs that no reader takes; exported ones of old are zip files too, told by their entries."""
     if path.suffix == ".onnx":
         raise UnsupportedModelError(f"{path} is an ONNX graph: give the PyTorch model it was exported from")
-    if not _is_zip(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.namelist()
-    except Exception as error:  # zipfile raises a dozen kinds, up to NotImplementedError
-        raise FileError(_damaged(path)) from error
-    inner = {entry.partition("/")[2] for entry in entries} | set(entries)
-    if "constants.pkl" in inner or any(entry.startswith("code/") for entry in inner):
-        raise UnsupportedModelError(
-            f"{path} is a TorchScript program, not a pickle: allocator.load_model reads it as a line of ATen calls"
-        )
+    inner = inner_names(path) if is_zip(path) else set()
     exported = ("serialized_exported_program.json", "archive_format", "models/model.json")
     if any(entry in inner for entry in exported):
         raise UnsupportedModelError(
@@ -292,14 +254,9 @@ def _refuse_programs(path: Path) -> None:
         )
 
 
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
 def _refuse_legacy_modules(path: Path) -> None:
     """Outside the zip format, weights-only loading takes weights and no modules."""
-    if not _is_zip(path):
+    if not is_zip(path):
         raise UnsafeFileError(
             f"{path} holds a module in PyTorch's format from before version 1.6, which cannot be read "
             "without running its pickle: open it with --trust (trust=True) if you trust where it came from, "
@@ -316,15 +273,7 @@ def _unsafe(path: Path, names: list[str]) -> str:
     )
 
 
-def _damaged(path: Path) -> str:
-    return f"{path} is truncated or damaged, or was not written by torch.save"
-
-
 def _refusal(error: Exception) -> str:
     """What the weights-only unpickler objected to, out of torch's long explanation."""
     text = " ".join(str(error).partition("WeightsUnpickler error:")[2].split())
-    return text.partition(" Please use ")[0].partition(" Check the documentation")[0] or _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return text.partition(" Please use ")[0].partition(" Check the documentation")[0] or first_line(error)

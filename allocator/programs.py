@@ -61,7 +61,7 @@ class Step(nn.Module):
 
     def forward(self, values: dict[str, Any]) -> dict[str, Any]:
         """Call the operator with values by name; what comes out, by name."""
-        function = operator_of(self.target)
+        function = function_of(self.target)
         arguments = {name: self._argument(name, values) for name in self.order}
         keywords = {name: value for name, value in arguments.items() if name in self.keywords}
         made = function(*(value for name, value in arguments.items() if name not in self.keywords), **keywords)
@@ -78,7 +78,7 @@ class Step(nn.Module):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Step:
         """Make what `to_dict` gave; see `Program.from_dict`."""
-        operator_of(data["target"])
+        function_of(data["target"])
         step = cls(data["target"], data["results"])
         step.order, step.names, step.keywords = list(data["order"]), dict(data["names"]), list(data["keywords"])
         for name, value in data["literals"].items():
@@ -201,8 +201,8 @@ def _tensor(model: nn.Module, name: str) -> torch.Tensor:
 
 
 @functools.lru_cache(None)
-def operator_of(target: str) -> Callable[..., Any]:
-    """The operator that a file names: ATen alone, and of that nothing that touches the outside.
+def function_of(target: str) -> Callable[..., Any]:
+    """The operator or function that a file names: ATen alone, and of that nothing that touches the outside.
 
     Raises:
         UnsafeFileError: anything else.

@@ -12,7 +12,7 @@ from torch import nn
 from .allocation import Allocation, Indices, architecture_hash
 from .errors import AllocationMismatchError
 from .flow import Flow
-from .skeleton import modules_of, shapes_of, skeleton
+from .skeleton import shapes_of, skeleton
 
 Slice = Callable[[torch.Tensor, Sequence[Indices | None]], torch.Tensor]
 
@@ -68,9 +68,9 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = sliced) -
     for path in allocation.absent:
         owner, _, name = path.rpartition(".")
         small.get_submodule(owner)._modules[name] = None
-    modules = modules_of(small)
+    modules = dict(small.named_modules(remove_duplicate=False))
     for path, values in allocation.attributes.items():
-        module = modules[path] if path in modules else small.get_submodule(path)
+        module = modules[path]
         for name, value in values.items():
             current = getattr(module, name, None)
             setattr(module, name, tuple(value) if isinstance(current, tuple) else value)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import AllocatorError, FileError, UnsafeFileError, UnsupportedModelError
-from .pickles import check_archive
+from .archives import inner_names, reading
+from .errors import FileError, UnsafeFileError, UnsupportedModelError
 from .programs import Bytes, Program
 from .script_code import Code, Record
 from .straighten import straighten
@@ -42,11 +42,7 @@ _LARGEST = {".py": 2 * 2**20, ".pkl": 4 * 2**20}
 
 def is_script(path: Path) -> bool:
     """Whether this is an archive as ``torch.jit.save`` writes it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            inner = {name.partition("/")[2] for name in archive.namelist()}
-    except Exception:  # no zip archive, or a damaged one
-        return False
+    inner = inner_names(path)
     return "constants.pkl" in inner or any(name.startswith("code/") for name in inner)
 
 
@@ -61,16 +57,11 @@ def load_script(path: Path) -> Program:
         UnsupportedModelError: its forward branches on its input, or keeps state.
         FileError: damaged.
     """
-    check_archive(path)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with reading(path) as archive:
             return _read(archive, path)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{path}: {error}") from error
-    except AllocatorError:
-        raise
-    except Exception as error:  # a damaged pickle or source raises nearly anything
-        raise FileError(f"{path} is truncated or damaged: {type(error).__name__}: {error!s:.200}") from error
 
 
 def _check_text(archive: zipfile.ZipFile, path: Path) -> None:

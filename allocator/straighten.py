@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .errors import FileError
-from .programs import Program, Step, operator_of
+from .programs import Program, Step, function_of
 from .script_code import Code, Function, Record, Value, unsupported
 
 _MOST_STATEMENTS = 500_000
@@ -362,7 +362,7 @@ class _Walk:
         except RuntimeError as error:
             raise unsupported(f"calls torch.{name:.80} in a way that this torch does not know") from error
         target = f"torch.ops.aten.{name}.{overload or 'default'}"
-        operator_of(target)
+        function_of(target)
         schema = getattr(getattr(torch.ops.aten, name), overload or "default")._schema
         given = {schema.arguments[i].name: value for i, value in enumerate(args)} | keywords
         if given.get("train") is True or (name == "batch_norm" and given.get("training") is True):

@@ -256,7 +256,7 @@ def record(
     """
     with contextlib.ExitStack() as stack:
         convert = _converter(mode, stack)
-        running = in_mode(model if copied else skeleton(model, convert), training)
+        running = _in_mode(model if copied else skeleton(model, convert), training)
         args, kwargs = tree_map(
             lambda leaf: convert("", leaf) if isinstance(leaf, torch.Tensor) else leaf,
             (inputs.batch(2 if training else 1)),
@@ -277,7 +277,7 @@ def record(
     return recorder.compact(output, modules_of(model), mode, training)
 
 
-def in_mode(model: nn.Module, training: bool) -> nn.Module:
+def _in_mode(model: nn.Module, training: bool) -> nn.Module:
     """`model.train(training)`, unless all of it is in that mode."""
     alike = all(module.training is training for module in modules_of(model).values())
     return model if alike else model.train(training)
@@ -309,7 +309,7 @@ class _Recorder(TorchDispatchMode):
         self.model = model
         self.raw: list[tuple[Any, Any, Any, Any, str, Call | None]] = []
         self.before: dict[int, list[tuple[int, ...]]] = {}
-        self.literals: dict[int, tuple[Any, ...]] = {}
+        self.literals: dict[int, tuple[torch.Tensor, tuple[Any, ...]]] = {}
         self.calls: list[Call] = []
         self.call: Call | None = None
         self.paused = False
@@ -381,7 +381,7 @@ class _Recorder(TorchDispatchMode):
             if known is None:
                 known = index[id(leaf)] = len(values)
                 shape = (self.before.get(id(leaf)) or [_shape(leaf)])[0]
-                literal = self.literals.get(id(leaf), ())
+                _, literal = self.literals.get(id(leaf), (leaf, ()))
                 values.append(Value(shape, leaf.dtype, names.get(id(leaf)), literal=literal))
             read.append(known)
             return Ref(known)
@@ -430,7 +430,7 @@ class _Functions(TorchFunctionMode):
             out = func(*args, **kwargs)
             if func in _WRITTEN_DOWN:
                 numbers = [leaf for leaf in tree_flatten((args, kwargs))[0] if type(leaf) in _LITERALS]
-                self.recorder.literals[id(out)] = tuple(numbers)
+                self.recorder.literals[id(out)] = out, tuple(numbers)  # held, so that no other tensor has its id
             return out
         call = Call(name, args, kwargs)
         self.recorder.calls.append(call)

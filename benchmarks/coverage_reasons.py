@@ -5,8 +5,6 @@ from __future__ import annotations
 REASONS = {
     "timm:gmlp_ti16_224": "the halves of every hidden layer meet under the spatial gate's LayerNorm over channels, and "
     "the stream under others: nothing can go exactly; `norms='loose'` lets them go",
-    "timm:hiera_tiny_224": "its attention gives its result the stream's width (`dim_out`), so that no heads go, and "
-    "what is tried in their place keeps neurons that could go; an adapter for its class would tell",
     "timm:mobilenetv5_base": "every hidden channel passes a root-mean-square norm over channels, written out as a "
     "mean of squares: none can go exactly",
     "timm:test_nfnet": "weight standardisation: every weight depends on all inputs of its layer, so that no layer's "

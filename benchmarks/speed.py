@@ -68,8 +68,8 @@ def compare(name: str, repeats: int) -> Data:
         bisected = peer.prune_to_budget(model, image, own * SHARE / 100)
         row["peer"] = {"ratio": bisected.flops / own, "tries": bisected.tries, "within": bisected.within}
         row["peer"]["training"] = peer.broken_in_training(bisected.model, name)
-        calls["bisected"] = lambda: timed(lambda: peer.prune_to_budget(model, image, own * SHARE / 100))[1]._asdict()
         calls["once"] = lambda: _once(model, name)
+        calls["bisected"] = lambda: timed(lambda: peer.prune_to_budget(model, image, own * SHARE / 100))[1]._asdict()
     except Exception as error:  # whatever the peer raises is a result here
         row["peer"] = {"failed": peer.reason(error)}
     result, _ = ours(model)

@@ -171,6 +171,26 @@ def test_a_table_of_relative_positions_follows_the_heads(block: str) -> None:
     torch.testing.assert_close(result.model(image), model(image))
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_hiera_attention_loses_whole_heads(masked: bool) -> None:
+    """Its `dim_out` is the width of its heads, though the stream is as wide."""
+    attention: Any = pytest.importorskip("timm.models.hiera").MaskUnitAttention(
+        16, 16, heads=4, q_stride=2, window_size=2, use_mask_unit_attn=masked
+    )
+    model: Any = nn.Sequential(nn.Linear(16, 16), attention)
+    tokens = torch.randn(2, 8, 16)
+    result = allocator.allocate(model, "70%", criterion="magnitude", example_inputs=tokens, exclude=["0"])
+    small: Any = result.model[1]  # type: ignore[index]
+    assert 1 < small.heads < 4
+    assert (small.dim_out, small.head_dim, small.qkv.out_features) == (4 * small.heads, 4, 12 * small.heads)
+    assert not any(" stay" in note for note in result.notes), result.notes
+    stay = result.allocation.kept["1.proj.weight"][1]
+    assert stay is not None
+    with torch.no_grad():  # by hand: the projection of the original without the columns that read the dropped heads
+        attention.proj.weight[:, [i for i in range(16) if i not in stay]] = 0
+    torch.testing.assert_close(result.model(tokens), model(tokens))
+
+
 def test_res2net_width_becomes_a_list() -> None:
     block = pytest.importorskip("timm.models.res2net").Bottle2neck
     down = nn.Conv2d(32, 64, 1)

@@ -270,3 +270,27 @@ def test_a_part_that_is_empty_from_the_start_is_not_lost() -> None:
     small: Any = result.model
     assert (small.wide.out_features, small.wide.in_features) == (12, 8)
     assert not any("stay" in note for note in result.notes)
+
+
+class Forgets(nn.Module):
+    """Writes the number of channels into tensors that it has no use for, before it computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(4):
+            torch.as_tensor(x.shape[1])
+            torch.tensor(x.shape[1])
+            x.new_tensor(x.shape[1])
+            x = F.relu(x) + 1
+        return x
+
+
+def test_a_size_that_is_written_down_and_forgotten_keeps_nothing() -> None:
+    """A later tensor may lie where the forgotten one lay."""
+    torch.manual_seed(0)
+    model = trained(Around(Forgets()))
+    result = allocator.allocate(
+        model, "60%", example_inputs=IMAGE, scope="all", criterion="magnitude", policy="uniform"
+    )
+    small: Any = result.model
+    assert small.stem.out_channels < 16
+    assert not any("stay" in note for note in result.notes), result.notes

@@ -56,17 +56,7 @@ def summarise(
     written, fixed = _fixed(graph)
     budget = None
     if allocation is not None and kept is not None:
-        budget = Budget(
-            asked=allocation.flops_asked,
-            totals=totals(graph, kept),
-            policy=allocation.policy,
-            criterion=allocation.criterion,
-            scope=allocation.scope,
-            neurons=int(kept.sum()),
-            importance=importance(scores, kept),
-            certificate=certificate,
-            latency=latency_kept,
-        )
+        budget = replace(_budget(graph, allocation, kept, scores), certificate=certificate, latency=latency_kept)
     return Summary(
         model=name,
         kind=type(graph.model).__name__,
@@ -89,6 +79,20 @@ def summarise(
         notes=tuple(notes),
         latency=latency,
         lanes=lanes(graph, collector.owner, collector.parents, everything if kept is None else kept),
+    )
+
+
+def _budget(graph: ChannelGraph, allocation: Allocation, kept: np.ndarray, scores: Scores | None) -> Budget:
+    """What an allocation leaves of a model, before it was proven or timed."""
+    return Budget(
+        asked=allocation.flops_asked,
+        totals=totals(graph, kept),
+        policy=allocation.policy,
+        criterion=allocation.criterion,
+        scope=allocation.scope,
+        neurons=int(kept.sum()),
+        importance=importance(scores, kept),
+        certificate=None,
     )
 
 
