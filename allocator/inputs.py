@@ -179,5 +179,6 @@ def _input_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
             break
     raise InputError(
         f"no input size can be inferred from {type(model).__name__}: "
-        "pass example_inputs, for example example_inputs=torch.zeros(1, 3, 224, 224)"
+        "pass example_inputs, for example example_inputs=torch.zeros(1, 3, 224, 224), or in a shell "
+        "--input-size 1x3x224x224"
     )

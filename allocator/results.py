@@ -151,6 +151,8 @@ def _program(
     except Exception as error:  # JSON of another shape than expected raises nearly anything
         raise FileError(f"{path} is damaged: its program cannot be read ({shorten(str(error), 200)})") from error
     _check_gives(program, allocation)
+    if program.input_size is None and len(allocation.input_shapes) == 1:
+        program.input_size = tuple(allocation.input_shapes[0][1:])
     remember(program, program, allocation)
     return program
 

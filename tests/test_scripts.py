@@ -94,6 +94,19 @@ def test_report_allocate_and_export_an_archive(
     torch.testing.assert_close(small(given), again(given))
 
 
+def test_a_result_of_an_archive_says_its_size(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(written)]) == 1
+    assert "--input-size" in capsys.readouterr().err
+    size = ["--input-size", "x".join(map(str, IMAGE.shape))]
+    assert main(["allocate", str(written), "--flops", "60%", "-o", "s.safetensors", *size]) == 0
+    capsys.readouterr()
+    assert main(["report", "s.safetensors", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["inputs"] == [list(IMAGE.shape)]
+
+
 def test_tied_weights_stay_one(tmp_path: Path) -> None:
     model = trained()
     model.other = model.stem
