@@ -113,8 +113,8 @@ def _convolved(
 
 
 def _multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> list[int] | None:
-    """Shape of a linear layer's result; None where it does not fit, or may lie in memory in another order."""
-    plain = x.is_contiguous() and x.dim() > 1 and weight.dim() == 2 and x.dtype == weight.dtype
+    """Shape of a linear layer's result; None where it does not fit."""
+    plain = x.dim() > 1 and weight.dim() == 2 and x.dtype == weight.dtype
     if not plain or x.shape[-1] != weight.shape[1]:
         return None
     if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):

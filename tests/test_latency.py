@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -157,3 +158,17 @@ def test_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["report", "nets:mixed", "--latency", "--threads", "0"])
     assert "not a number above zero" in capsys.readouterr().err
+
+
+class Sleeps(nn.Module):
+    """Takes a known time at least."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.05)
+        return x
+
+
+def test_no_forward_is_quicker_than_it_can_be() -> None:
+    found = allocator.latency(Sleeps(), torch.zeros(1, 3), threads=1)
+    assert found.seconds >= 0.05
+    assert found.spread != found.seconds

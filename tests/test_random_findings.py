@@ -107,6 +107,13 @@ def _into_what_is_split(net: Any, x: Tensor) -> Tensor:
     return z
 
 
+def _into_a_view(net: Any, x: Tensor) -> Tensor:
+    y = net.stem(x)
+    part = y[:, :4]
+    part += net.dead(y)[:, :4]
+    return net.head(y)
+
+
 def _into_what_is_sliced(net: Any, x: Tensor) -> Tensor:
     y = net.stem(x)
     z = net.head(torch.cat([y[:, :4], y[:, 4:]], 1))
@@ -116,7 +123,13 @@ def _into_what_is_sliced(net: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("run", "counts"),
-    [(_into_its_input, True), (_into_a_buffer, True), (_into_what_is_split, True), (_into_what_is_sliced, False)],
+    [
+        (_into_its_input, True),
+        (_into_a_buffer, True),
+        (_into_what_is_split, True),
+        (_into_a_view, True),
+        (_into_what_is_sliced, False),
+    ],
 )
 def test_what_only_a_write_reads(run: Run, counts: bool) -> None:
     """torch's tracer keeps a write that others could see, though no output depends on it; it was not counted."""

@@ -148,6 +148,16 @@ def test_every_tensor_is_its_own(model: nn.Module, result: Result) -> None:
 # --------------------------------------------------------------------------------------------- training
 
 
+def test_hooks_on_it_are_not_the_originals(model: nn.Module, result: Result) -> None:
+    modules = list(result.model.modules())
+    handles = [module.register_forward_hook(lambda *_: None) for module in modules]
+    handles += [module.register_full_backward_hook(lambda *_: None) for module in modules]
+    found = [module for module in model.modules() if module._forward_hooks or module._backward_hooks]
+    for handle in handles:
+        handle.remove()
+    assert found == []
+
+
 def test_it_trains_a_step_with_all_its_heads(model: nn.Module, small: Any, image: Tensor) -> None:
     small.train()
     before = {name: p.detach().clone() for name, p in small.named_parameters()}

@@ -112,3 +112,16 @@ def test_a_call_in_place_gives_its_argument() -> None:
 def test_values_are_computed_where_there_are_some() -> None:
     x = torch.tensor([-1.0, 2.0])
     assert shortcuts.run(aten.relu.default, (x,), {}).tolist() == [0.0, 2.0]
+
+
+def test_a_batch_norm_is_one_call_where_nothing_is_lost_by_it() -> None:
+    """Torch itself tells sizes that differ; values are computed, and statistics taken in train mode."""
+    weight, bias, mean, var = STATISTICS
+    assert shortcuts.batch_norm(X, mean, var, weight, bias) == (
+        aten.batch_norm.default,
+        (X, weight, bias, mean, var, False, 0.1, 1e-5, False),
+    )
+    assert shortcuts.batch_norm(X, mean, var, weight, meta(5)) is None
+    assert shortcuts.batch_norm(X, mean, var, training=True) is None
+    assert shortcuts.batch_norm(X, None, None, training=True) is None
+    assert shortcuts.batch_norm(torch.randn(2, 3), torch.zeros(3), torch.ones(3)) is None

@@ -294,3 +294,25 @@ def test_a_size_that_is_written_down_and_forgotten_keeps_nothing() -> None:
     small: Any = result.model
     assert small.stem.out_channels < 16
     assert not any("stay" in note for note in result.notes), result.notes
+
+
+class Reshapes(nn.Module):
+    """Gives tensors other shapes in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(x)
+        y.unsqueeze_(2)
+        y.transpose_(3, 4)
+        y.squeeze_(2)
+        return y.transpose_(2, 3)
+
+
+def test_shapes_that_change_in_place_are_followed() -> None:
+    torch.manual_seed(0)
+    model = trained(Around(Reshapes()))
+    result = allocator.allocate(
+        model, "60%", example_inputs=IMAGE, scope="all", criterion="magnitude", policy="uniform"
+    )
+    small: Any = result.model
+    assert small.stem.out_channels < 16
+    assert not any("stay" in note for note in result.notes), result.notes
