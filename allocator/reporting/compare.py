@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .document import plain
-from .facts import SHARED, BlockFacts, Summary
+from .facts import SHARED, Summary
 from .tables import csv_cell, escaped, markdown_table
 from .words import plural, printable, short, timed
 
@@ -84,32 +84,30 @@ class Comparison:
 
 def side_of_allocation(name: str, allocation: Allocation, latency: Latency | None = None) -> Side:
     """What an allocation keeps, and the time that it was found to take."""
-    channels: Channels = {}
-    kinds = {}
+    channels, kinds = {}, {}
     for block in allocation.blocks:
         kinds[block["name"]] = block["kind"]
-        row = channels.setdefault(block["name"], {})
-        for branch in block["branches"]:
-            key = "groups" if block["kind"] == "groups" else branch["name"]
-            row[key] = row.get(key, 0) + branch["after"]
+        after = ((branch["name"], branch["after"]) for branch in block["branches"])
+        channels[block["name"]] = _channels(block["kind"], after)
     return Side(name, allocation.flops_after, channels, kinds, latency)
 
 
 def side_of_summary(summary: Summary) -> Side:
     """What a network has."""
-    channels: Channels = {}
-    for block in summary.blocks:
-        channels[block.name] = _channels(block)
     kinds = {block.name: block.kind for block in summary.blocks}
+    channels = {
+        block.name: _channels(block.kind, ((branch.name, branch.channels) for branch in block.branches))
+        for block in summary.blocks
+    }
     return Side(summary.model, summary.totals.flops, channels, kinds, summary.latency)
 
 
-def _channels(block: BlockFacts) -> dict[str, int]:
-    if block.kind == "groups":
-        return {"groups": block.channels}
+def _channels(kind: str, branches: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Channels by branch; those of one name are added up, and the groups of a convolution are one branch."""
     row: dict[str, int] = {}
-    for branch in block.branches:
-        row[branch.name] = row.get(branch.name, 0) + branch.channels
+    for name, channels in branches:
+        key = "groups" if kind == "groups" else name
+        row[key] = row.get(key, 0) + channels
     return row
 
 
