@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
+_ATEN = torch.ops.aten
 _META = torch.device("meta")
 # Without torch's tag for calls that work number by number, though they do.
-_POINTWISE = frozenset({torch.ops.aten.hardswish.default, torch.ops.aten.hardswish_.default})
+_POINTWISE = frozenset({_ATEN.hardswish.default, _ATEN.hardswish_.default})
 
 
 Call = tuple[Any, tuple[Any, ...]]
@@ -24,13 +26,35 @@ Call = tuple[Any, tuple[Any, ...]]
 _GIVES: dict[tuple[Any, torch.dtype], torch.dtype] = {}
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Call:
+def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Call:
     """`torch.nn.functional.linear` as one ATen call."""
-    return torch.ops.aten.linear.default, (x, weight) if bias is None else (x, weight, bias)
+    return _ATEN.linear.default, (input, weight) if bias is None else (input, weight, bias)
+
+
+def convolution(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Call | None:
+    """`torch.conv2d` and its like as one ATen call.
+
+    None on values, unless each dim is given its own sizes, and where dtypes differ, which torch sees before that call.
+    """
+    sides = input.dim() - 2
+    if any(type(size) is not tuple or len(size) != sides for size in (stride, padding, dilation)):
+        return None
+    if not all(t is None or (t.is_meta and t.dtype == weight.dtype) for t in (input, weight, bias)):
+        return None
+    sizes = ([*stride], [*padding], [*dilation], False, [0] * sides, groups)
+    return _ATEN.convolution.default, (input, weight, bias, *sizes)
 
 
 def batch_norm(
-    x: torch.Tensor,
+    input: torch.Tensor,
     running_mean: torch.Tensor | None,
     running_var: torch.Tensor | None,
     weight: torch.Tensor | None = None,
@@ -41,10 +65,20 @@ def batch_norm(
 ) -> Call | None:
     """`torch.nn.functional.batch_norm` as one ATen call; None on values, in train mode, and where sizes differ."""
     statistics = (weight, bias, running_mean, running_var)
-    plain = x.is_meta and not training and running_mean is not None and running_var is not None
-    if not plain or any(t is not None and t.shape != x.shape[1:2] for t in statistics):
+    plain = input.is_meta and not training and running_mean is not None and running_var is not None
+    if not plain or any(t is not None and t.shape != input.shape[1:2] for t in statistics):
         return None
-    return torch.ops.aten.batch_norm.default, (x, *statistics, training, momentum, eps, False)
+    return _ATEN.batch_norm.default, (input, *statistics, training, momentum, eps, False)
+
+
+def _activation(name: str) -> Callable[..., Call | None]:
+    """`torch.nn.functional`'s function of this name as one ATen call; None on values."""
+    func, in_place = getattr(_ATEN, name).default, getattr(_ATEN, f"{name}_").default
+
+    def call(input: torch.Tensor, inplace: bool = False) -> Call | None:
+        return (in_place if inplace else func, (input,)) if input.is_meta else None
+
+    return call
 
 
 def run(func: Any, args: Any, kwargs: Any) -> Any:
@@ -52,9 +86,9 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     x = args[0] if args else None
     if kwargs or not isinstance(x, torch.Tensor) or not x.is_meta:
         return func(*args, **kwargs)
-    if func is torch.ops.aten.native_batch_norm.default:
+    if func is _ATEN.native_batch_norm.default:
         return _like(x, x.dtype), _empty([x.shape[1]], x.dtype), _empty([x.shape[1]], x.dtype)
-    if func is torch.ops.aten.batch_norm.default:
+    if func is _ATEN.batch_norm.default:
         return _like(x, x.dtype)
     if _works_number_by_number(func):
         return _pointwise(func, args)
@@ -144,7 +178,18 @@ def _fits(size: int, other: int) -> bool:
 
 
 _SHAPES: dict[Any, Callable[..., list[int] | None]] = {
-    torch.ops.aten.convolution.default: _convolved,
-    torch.ops.aten.linear.default: _multiplied,
-    torch.ops.aten.mean.dim: _averaged,
+    _ATEN.convolution.default: _convolved,
+    _ATEN.linear.default: _multiplied,
+    _ATEN.mean.dim: _averaged,
+}
+
+# Functions recorded as one ATen call: the parts of some depend on how large a dim is and how it lies in memory, those
+# of others take long to find. Given as the call that stands for them, None where their parts are to be seen.
+WHOLE: dict[Any, Callable[..., Call | None]] = {
+    functional.linear: linear,
+    functional.batch_norm: batch_norm,
+    torch.conv1d: convolution,
+    torch.conv2d: convolution,
+    torch.conv3d: convolution,
+    **{getattr(functional, name): _activation(name) for name in ("relu", "silu", "hardswish", "hardsigmoid")},
 }

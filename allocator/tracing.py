@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -49,12 +48,6 @@ COMPOSITES = frozenset(
         "tensordot",
     }
 )
-# Functions recorded as one ATen call: the parts of one depend on how large a dim is and how it lies in memory, those
-# of the other take long to find. Given as the call that stands for them, None where their parts are to be seen.
-_WHOLE: dict[Any, Callable[..., tuple[Any, tuple[Any, ...]] | None]] = {
-    torch.nn.functional.linear: shortcuts.linear,
-    torch.nn.functional.batch_norm: shortcuts.batch_norm,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,31 +249,28 @@ def record(
     """
     with contextlib.ExitStack() as stack:
         convert = _converter(mode, stack)
-        running = _in_mode(model if copied else skeleton(model, convert), training)
+        running = model if copied else skeleton(model, convert)
         args, kwargs = tree_map(
             lambda leaf: convert("", leaf) if isinstance(leaf, torch.Tensor) else leaf,
             (inputs.batch(2 if training else 1)),
         )
         recorder = _Recorder(running)
+        if any(module.training is not training for module in recorder.modules.values()):
+            running.train(training)
+        given = recorder.modules if copied else modules_of(model)
         stack.enter_context(torch.no_grad())
         if mode != "real":
             stack.enter_context(adapters.while_tracing())
-        stack.enter_context(recorder.hooks())
+        stack.enter_context(recorder.following())
         stack.enter_context(_Functions(recorder))
         stack.enter_context(recorder)
         try:
             output = running(*args, **kwargs)
         except Exception as error:
             recorder.drop_unfinished()
-            partial = recorder.compact(None, modules_of(model), mode, training)
+            partial = recorder.compact(None, given, mode, training)
             raise ForwardError(error, recorder.path, partial) from error
-    return recorder.compact(output, modules_of(model), mode, training)
-
-
-def _in_mode(model: nn.Module, training: bool) -> nn.Module:
-    """`model.train(training)`, unless all of it is in that mode."""
-    alike = all(module.training is training for module in modules_of(model).values())
-    return model if alike else model.train(training)
+    return recorder.compact(output, given, mode, training)
 
 
 def _converter(mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.Tensor], torch.Tensor]:
@@ -315,7 +305,6 @@ class _Recorder(TorchDispatchMode):
         self.paused = False
         self.stack: list[str] = [""]
         self.modules = modules_of(model)
-        self.paths = {module: path for path, module in self.modules.items()}
 
     @property
     def path(self) -> str:
@@ -350,22 +339,25 @@ class _Recorder(TorchDispatchMode):
             self.paused = False
 
     @contextlib.contextmanager
-    def hooks(self) -> Iterator[None]:
-        """Follow which module runs, by two hooks for all modules instead of two for each."""
-        handles = [register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave)]
+    def following(self) -> Iterator[None]:
+        """Note which module runs: each is called as one that was compiled in place, which costs less than hooks do."""
+        for path, module in self.modules.items():
+            vars(module)["_compiled_call_impl"] = self._noting(path, module)
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for module in self.modules.values():
+                del vars(module)["_compiled_call_impl"]
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        if module in self.paths:
-            self.stack.append(self.paths[module])
+    def _noting(self, path: str, module: nn.Module) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            depth = len(self.stack)
+            self.stack.append(path)
+            out = module._call_impl(*args, **kwargs)
+            del self.stack[depth:]  # with those in it that raised what it caught
+            return out
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module in self.paths:
-            self.stack.pop()
+        return call
 
     def compact(self, output: Any, modules: dict[str, nn.Module], mode: str, training: bool) -> Trace:
         names = {id(tensor): name for name, tensor in tensor_names(self.model, self.modules).items()}
@@ -422,7 +414,8 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        whole = _WHOLE[func](*args, **kwargs) if func in _WHOLE and not self.recorder.paused else None
+        known = None if self.recorder.paused else shortcuts.WHOLE.get(func)
+        whole = None if known is None else known(*args, **kwargs)
         if whole is not None:
             return self.recorder.note(*whole, {}, self.recorder.whole)
         name = _composite(func)

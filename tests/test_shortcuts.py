@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from allocator import shortcuts
 
@@ -125,3 +127,60 @@ def test_a_batch_norm_is_one_call_where_nothing_is_lost_by_it() -> None:
     assert shortcuts.batch_norm(X, mean, var, training=True) is None
     assert shortcuts.batch_norm(X, None, None, training=True) is None
     assert shortcuts.batch_norm(torch.randn(2, 3), torch.zeros(3), torch.ones(3)) is None
+
+
+class Dispatched(TorchDispatchMode):
+    """The ATen calls that torch makes of a function, with tensors by their identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append((func, by_identity(args)))
+        return func(*args, **(kwargs or {}))
+
+
+def by_identity(args: Any) -> list[Any]:
+    return [id(item) if isinstance(item, torch.Tensor) else item for item in args]
+
+
+W, B = meta(4, 6, 3, 3), meta(4)
+FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
+    "conv2d": (torch.conv2d, (X, W, B, (2, 1), (1, 0), (1, 2), 1), {}),
+    "conv2d, by name": (torch.conv2d, (), {"input": X, "weight": W, "stride": (1, 1), "padding": (0, 0),
+                                           "dilation": (1, 1)}),
+    "conv2d, groups": (torch.conv2d, (X, meta(6, 1, 3, 3), None, (1, 1), (1, 1), (1, 1), 6), {}),
+    "conv1d": (torch.conv1d, (meta(2, 6, 9), meta(4, 6, 3), B, (1,), (1,), (1,), 1), {}),
+    "conv3d": (torch.conv3d, (meta(2, 6, 5, 5, 5), meta(4, 6, 3, 3, 3), B, *[(1, 1, 1)] * 3, 1), {}),
+    **{name: (getattr(functional, name), (X,), {}) for name in ("relu", "silu", "hardswish", "hardsigmoid")},
+    **{f"{name} in place": (getattr(functional, name), (X.clone(),), {"inplace": True})
+       for name in ("relu", "silu", "hardswish", "hardsigmoid")},
+    "relu by name": (functional.relu, (), {"input": X, "inplace": False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_recorded_as_one_call_is_the_call_that_torch_makes(name: str) -> None:
+    function, args, kwargs = FUNCTIONS[name]
+    with torch.no_grad(), Dispatched() as dispatched:
+        function(*args, **kwargs)
+    target, given = shortcuts.WHOLE[function](*args, **kwargs)  # type: ignore[misc]
+    assert [(target, by_identity(given))] == dispatched.calls
+
+
+@pytest.mark.parametrize("sizes", [(1, 0, 1), ((1, 1), "same", (1, 1)), ((1,), (0, 0), (1, 1)), ([1, 1], (0, 0), 1)])
+def test_a_convolution_whose_sizes_are_not_one_per_dim_is_left_to_torch(sizes: Any) -> None:
+    assert shortcuts.convolution(X, W, B, *sizes) is None
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_convolution_of_other_dtypes_is_left_to_torch(place: int) -> None:
+    tensors = [t.to(torch.float64) if i == place else t for i, t in enumerate((X, W, B))]
+    assert shortcuts.convolution(tensors[0], tensors[1], tensors[2], (1, 1), (0, 0), (1, 1)) is None
+
+
+def test_a_convolution_or_activation_of_values_is_left_to_torch() -> None:
+    x = torch.randn(1, 6, 5, 5)
+    assert shortcuts.convolution(x, torch.randn(4, 6, 3, 3), None, (1, 1), (0, 0), (1, 1)) is None
+    assert shortcuts.WHOLE[functional.relu](x) is None

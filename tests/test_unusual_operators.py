@@ -316,3 +316,52 @@ def test_shapes_that_change_in_place_are_followed() -> None:
     small: Any = result.model
     assert small.stem.out_channels < 16
     assert not any("stay" in note for note in result.notes), result.notes
+
+
+class ByName(nn.Module):
+    """Its functions are given their arguments by name, as their documentation has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.linear = nn.Conv2d(16, 24, 3), nn.BatchNorm2d(24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        x = F.conv2d(input=x, weight=self.conv.weight, bias=self.conv.bias, stride=(1, 1))
+        x = F.batch_norm(
+            input=x, running_mean=norm.running_mean, running_var=norm.running_var, weight=norm.weight, bias=norm.bias
+        )
+        x = F.relu(input=x).movedim(1, -1)
+        return F.linear(input=x, weight=self.linear.weight, bias=self.linear.bias).movedim(-1, 1)
+
+
+def test_functions_that_are_given_arguments_by_name() -> None:
+    model = trained(Around(ByName()))
+    graph = allocator.trace(model, IMAGE)
+    assert {"convolution", "batch_norm", "relu", "linear"} <= {op.name for op in graph.flow.trace.ops}
+    assert allocator.allocate(model, "60%", example_inputs=IMAGE).certificate.ok
+
+
+class Refusing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("not today")
+
+
+class Falling(nn.Module):
+    """Falls back where a part of it raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.ReLU(), Refusing())
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.first(x)
+        except ValueError:
+            return x
+
+
+def test_a_part_that_raised_and_was_caught_has_not_run_on() -> None:
+    graph = allocator.trace(trained(Around(Falling())), IMAGE)
+    modules = [op.module for op in graph.flow.trace.ops]
+    assert modules[modules.index("middle.first.0") + 1 :][:2] == ["body", "norm2"]
