@@ -102,7 +102,8 @@ def allocate(
             residual streams), "all", or "auto" for the narrowest of them that can meet the budget.
         fill: spend the rest of the budget on the next best neurons.
         groups: "whole" drops whole groups of grouped convolutions, "width" narrows all groups alike.
-        norms: "exact" keeps channels under a norm over channels, "loose" lets them go.
+        norms: "exact" keeps channels under a norm over channels (of a group norm, whole groups may go), "loose" lets
+            them go.
         exclude: name patterns (`"layer1.*"`) or module classes that stay as they are.
         weights: "keep", or "reset" to train the result from scratch.
         certify: compare weights and float64 outputs too; the structural check always runs.

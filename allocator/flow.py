@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from allocator import adapters
 
-from .tracing import Op, Trace, Value
+from .tracing import Op, Ref, Trace, Value
 
 Label = np.ndarray | None
 Labels = tuple[Label, ...]
@@ -292,16 +292,17 @@ class Flow:
             if self._used[label].any():
                 self.freeze(label, op, "a weight is computed from all of these channels")
 
-    def group(self, op: Op, weight_value: int, representatives: np.ndarray) -> None:
-        """A grouped convolution whose groups come and go whole; one slot per group.
+    def group(self, op: Op, weight: Ref | None, representatives: np.ndarray) -> None:
+        """A grouped convolution or norm whose groups come and go whole; one slot per group.
 
         Torch's own layers are told by their weight how many there are; other modules hold the number as an attribute.
         """
-        name = self.trace.values[weight_value].name
+        name = None if weight is None else self.trace.values[weight.index].name
         if name is not None:
             self.facts.groups[name] = representatives
         module = self.trace.modules.get(op.module)
-        if module is not None and not isinstance(module, nn.modules.conv._ConvNd):
+        told = isinstance(module, nn.modules.conv._ConvNd) or (name is not None and isinstance(module, nn.GroupNorm))
+        if module is not None and not told:
             count = len(representatives)
             held = [n for n, value in vars(module).items() if "groups" in n and type(value) is int and value == count]
             self.facts.attributes.extend(Attribute(op.module, n, (representatives,)) for n in held)

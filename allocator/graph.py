@@ -37,7 +37,8 @@ class Options:
 
     Attributes:
         groups: "whole" removes whole groups of a grouped convolution, "width" the same places of every group.
-        norms: "exact" keeps channels under a norm over channels, "loose" lets them go.
+        norms: "exact" keeps channels under a norm over channels (of a group norm, whole groups may go), "loose" lets
+            them go.
         exclude: module or parameter name patterns, or module classes, that stay as they are.
         tied_parts: modules whose split parts must stay equal (found by tracing).
         frozen_ops: (module, operator name, which of its calls there, or None for all) whose neurons stay (found

@@ -153,7 +153,7 @@ def standard_attributes(
         modules: the original's, by path.
         tensors: the original's parameters and buffers, by name.
         shapes: new sizes of the parameters and buffers that change.
-        groups: new number of groups per weight of a grouped convolution.
+        groups: new number of groups per weight of a grouped convolution or norm.
         absent: paths of layers that are gone.
     """
     first = {id(tensor): name for name, tensor in tensors.items()}
@@ -178,18 +178,25 @@ def standard_attributes(
     return changed
 
 
-def norms_without_tensors(flow: Flow) -> list[tuple[str, np.ndarray]]:
-    """(path, labels of its channels) of norms that have a number of features and no tensor to read it off."""
-    found: dict[str, np.ndarray] = {}
+def norms_without_tensors(flow: Flow) -> list[tuple[str, str, np.ndarray]]:
+    """(path, attribute, labels of the channels) of norms that hold a number of channels, and no tensor of them."""
+    found: dict[str, tuple[str, np.ndarray]] = {}
     for op in flow.trace.ops:
         module = flow.trace.modules.get(op.module)
-        if not isinstance(module, nn.modules.batchnorm._NormBase) or op.module in found or _sources(module):
+        name = next((name for cls, name in _COUNTED_BY.items() if isinstance(module, cls)), None)
+        if module is None or name is None or op.module in found or _sources(module):
             continue
         labels = [label for i in op.inputs() for label in flow.labels(i) if label is not None]
         for label in labels:
-            if len(label) == module.num_features:
-                found[op.module] = label
-    return list(found.items())
+            if len(label) == getattr(module, name):
+                found[op.module] = name, label
+    return [(path, *each) for path, each in found.items()]
+
+
+_COUNTED_BY: dict[type[nn.Module], str] = {
+    nn.modules.batchnorm._NormBase: "num_features",
+    nn.GroupNorm: "num_channels",
+}
 
 
 def describes_itself(module: nn.Module) -> bool:
@@ -229,7 +236,7 @@ def _describe(module: nn.Module, sizes: dict[str, Sequence[int]], groups: int | 
     if isinstance(module, nn.LayerNorm):
         return {"normalized_shape": tuple(weight)}
     if isinstance(module, nn.GroupNorm):
-        return {"num_channels": weight[0]}
+        return {"num_channels": weight[0], "num_groups": module.num_groups if groups is None else groups}
     if isinstance(module, nn.Embedding):
         return {"embedding_dim": weight[1]}
     if isinstance(module, nn.PReLU):

@@ -154,9 +154,9 @@ def _following(
     alone: Collection[tuple[str, str]],
 ) -> Iterator[tuple[str, str, Any]]:
     """(module, attribute, new value) of attributes that are numbers of channels, which no tensor of theirs tells."""
-    for path, label in norms_without_tensors(graph.flow):
+    for path, name, label in norms_without_tensors(graph.flow):
         if not stays[label].all():
-            yield path, "num_features", int(stays[label].sum())
+            yield path, name, int(stays[label].sum())
     found = [Attribute(path, name, pieces) for (path, name), pieces in mends.items()]
     for attribute in (*graph.facts.attributes, *found):
         if (attribute.module, attribute.name) in alone:

@@ -162,6 +162,10 @@ def batch_norm(m: Any, x: torch.Tensor) -> torch.Tensor:
     return F.batch_norm(x, m.mean, m.var, m.g, m.b)
 
 
+def group_norm(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.group_norm(x, m.groups, m.g, m.b)
+
+
 def raw_norm(function: Callable[..., Any]) -> Callable[..., Any]:
     """An ATen batch norm, which reads past the end of parameters that are too short, made to raise instead."""
 
@@ -229,11 +233,21 @@ NORMS = {
         ),
     ],
     "native_group_norm": [
-        *normed(lambda m, x: F.group_norm(x, 2, m.g, m.b), weights=_AFFINE),
+        *normed(group_norm, weights=_AFFINE, attributes={"groups": 2}),
+        *normed(group_norm, weights=_AFFINE, attributes={"groups": 6}),
+        *normed(group_norm, weights=_AFFINE, attributes={"groups": 1}),
+        *normed(lambda m, x: F.group_norm(x, m.groups), weights={}, attributes={"groups": 3}),
         *normed(lambda m, x: F.group_norm(x, 2, m.g, m.b), LEVEL, weights=_AFFINE, options=LOOSE),
         *normed(lambda m, x: F.group_norm(x, 3), LEVEL, weights={}, options=LOOSE),
-        *normed(lambda m, x: F.group_norm(x, 2, m.g, m.b), image(dims=()), weights=_AFFINE),
-        *normed(lambda m, x: F.group_norm(x, 2, m.g, m.b), image(dims=(0, 2)), weights=_AFFINE),
+        *normed(group_norm, image(dims=()), weights=_AFFINE, attributes={"groups": 2}),
+        *normed(group_norm, image(dims=(0, 2)), weights=_AFFINE, attributes={"groups": 2}),
+        case(
+            lambda m, x: aten.native_group_norm(x, m.g, m.b, 2, x.shape[1], 16, m.groups, 1e-5),
+            IMAGE,
+            weights=_AFFINE,
+            make=positive,
+            attributes={"groups": 3},
+        ),
     ],
 }
 

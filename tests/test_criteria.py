@@ -101,3 +101,12 @@ def test_neurons_that_a_vector_writes_are_ranked_by_its_numbers() -> None:
     largest = model.rates.detach().abs().argsort(descending=True)[: len(small.rates)].sort().values
     assert 2 < len(small.rates) < 12
     assert torch.equal(small.rates, model.rates[largest])
+
+
+def test_a_scale_counts_by_its_size_whatever_its_sign() -> None:
+    model: Any = trained(Branches())
+    before = allocator.allocate(model, "60%", example_inputs=IMAGE, scope="all")
+    with torch.no_grad():
+        for norm in (model.norm, model.narrow_norm, model.wide_norm):
+            norm.weight[1::2].neg_()
+    assert allocator.allocate(model, "60%", example_inputs=IMAGE, scope="all").allocation.kept == before.allocation.kept

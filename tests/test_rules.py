@@ -280,7 +280,7 @@ def _groups_off_by_one(flow: Flow, op: Op) -> None:
     inputs, outputs = source.reshape(groups, -1), np.roll(rows.reshape(groups, -1), 1, axis=0)
     flow.tie(inputs, inputs[:, :1], op)
     flow.tie(outputs, inputs[:, :1], op)
-    flow.group(op, weight, inputs[:, 0])
+    flow.group(op, op.arg("weight"), inputs[:, 0])
     flow.unify(rows, flow.labels(bias[0])[0], op)
     flow.produce(rows, op, weight)
     flow.set(op.outputs[0], [None, rows, None, None])

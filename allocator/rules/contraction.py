@@ -50,7 +50,7 @@ def _grouped(flow: Flow, op: Op, x: int, weight: int, groups: int, transposed: b
     if flow.groups == "whole" or inputs.shape[1] == 1:
         flow.tie(inputs, inputs[:, :1], op)
         flow.tie(rows, inputs[:, :1], op)
-        flow.group(op, weight, inputs[:, 0])
+        flow.group(op, op.arg("weight"), inputs[:, 0])
         return np.repeat(rows[:, 0], per_out) if transposed else w0
     flow.tie(inputs, inputs[:1], op)
     if transposed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ..flow import Flow
 from ..tracing import Op
 from .registry import rule
@@ -55,19 +57,30 @@ def layer_norm(flow: Flow, op: Op) -> None:
 
 @rule("native_group_norm")
 def group_norm(flow: Flow, op: Op) -> None:
-    """Channels of a group are normalised together: they stay, or every group keeps the same places."""
+    """Channels of a group are normalised together: it stays or goes whole, or every group keeps the same places."""
     labels = flow.labels(op.inputs()[0])
-    channels = labels[1]
+    channels, groups = labels[1], int(op.arg("group"))
     for name in ("weight", "bias"):
         ref = op.arg(name)
         if ref is not None:
             flow.unify(channels, flow.labels(ref.index)[0], op)
     if channels is not None:
-        if flow.norms == "exact":
-            flow.freeze(channels, op, _JOINT)
-        else:
-            grouped = channels.reshape(int(op.arg("group")), -1)
+        grouped = channels.reshape(groups, -1)
+        if flow.norms == "loose":
             flow.tie(grouped, grouped[:1], op)
+        else:
+            _whole_groups(flow, op, grouped)
     for label in labels[2:]:
         flow.freeze(label, op, "statistics are taken over this dim")
     flow.set(op.outputs[0], labels)
+
+
+def _whole_groups(flow: Flow, op: Op, grouped: np.ndarray) -> None:
+    """Each row of channels stays or goes as one, with its mean and deviation; a single row stays."""
+    if len(grouped) == 1:
+        flow.freeze(grouped[0], op, _JOINT)
+    else:
+        flow.tie(grouped, grouped[:, :1], op)
+        flow.group(op, op.arg("weight"), grouped[:, 0])
+    for index in op.outputs[1:]:
+        flow.set(index, [flow.labels(op.inputs()[0])[0], grouped[:, 0]])
