@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import zlib
 from collections.abc import Iterator, Sequence
@@ -164,7 +165,15 @@ def _convolve(
     dilation: Any = 1,
     groups: int = 1,
 ) -> torch.Tensor:
-    """A convolution as a sum over slices of its channels, where float64 on the CPU would unfold much at once."""
+    """A convolution as a sum over slices of its channels, where float64 on the CPU would unfold much at once.
+
+    There, a depthwise one is a convolution per channel, each started on all threads: as a sum over the places of
+    its kernel it takes half the time, and a small part of it where other processes hold up one of the threads.
+    """
+    sizes = (stride, padding, dilation)
+    each = all(type(size) is tuple and len(size) == input.dim() - 2 for size in sizes)
+    if input.device.type == "cpu" and each and 1 < groups == input.shape[1] == weight.shape[0]:
+        return _depthwise(input, weight, bias, *sizes)
     columns = 8 * input.numel() * math.prod(weight.shape[2:])
     slices = min(math.ceil(columns / COLUMNS), weight.shape[1])
     if slices <= 1 or groups > 1 or input.device.type != "cpu" or input.dim() != weight.dim():
@@ -174,3 +183,27 @@ def _convolve(
     for x, w in rest:
         result += func(x, w, None, stride, padding, dilation)
     return result
+
+
+def _depthwise(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Any, padding: Any, dilation: Any
+) -> torch.Tensor:
+    """A convolution of every channel with a kernel of its own, as a sum over the places of the kernel.
+
+    Args:
+        input: (N, C, ...).
+        weight: (C, 1, ...).
+        bias: (C) or None.
+        stride, padding, dilation: one number per dim of the kernel.
+    """
+    input = nn.functional.pad(input, [size for size in reversed(padding) for _ in range(2)])
+    kernel, per_channel = weight.shape[2:], (-1, *[1] * len(stride))
+    last = [n - d * (k - 1) - 1 for n, k, d in zip(input.shape[2:], kernel, dilation, strict=True)]
+    sides = [n // s + 1 for n, s in zip(last, stride, strict=True)]
+    result = input.new_zeros((*input.shape[:2], *sides))
+    places: Any = itertools.product(*map(range, kernel))
+    for place in places:
+        starts = [k * d for k, d in zip(place, dilation, strict=True)]
+        window: Any = (..., *(slice(a, a + n + 1, s) for a, n, s in zip(starts, last, stride, strict=True)))
+        result.addcmul_(input[window], weight[(..., *place)].view(per_channel))
+    return result if bias is None else result.add_(bias.view(per_channel))
