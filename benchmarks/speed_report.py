@@ -54,7 +54,8 @@ def _compare(rows: Sequence[Data]) -> list[str]:
         )  # fmt: skip
     text = [
         "## Beside Torch-Pruning: 60 % of the FLOPs",
-        "Milliseconds by the wall clock, one thread, one process; ours and the single pass in turn, then the bisection. *Ours* is the time to the "
+        "Milliseconds by the wall clock, one thread, one process; ours and the single pass in turn, then the "
+        "bisection. *Ours* is the time to the "
         "finished model, structural check included; fvcore's count of the result and the float64 certificate come "
         "on top. *Bisected* is `BNScalePruner`, global, its ratio bisected until fvcore's FLOPs are within 1 % under "
         "the budget. *Single pass* is one step at a ratio of 0.35, counting and checking nothing, on a copy that was "

@@ -208,6 +208,48 @@ def test_res2net_width_becomes_a_list() -> None:
     assert allocator.allocate(result.model, "80%", example_inputs=torch.randn(1, 32, 4, 4)).certificate.ok
 
 
+@pytest.mark.parametrize("channels", [16, 15])
+def test_a_ghost_module_cuts_off_what_it_cut_off(channels: int) -> None:
+    """15 channels are 8 that are written and 8 that are made of them, the last of which is left away."""
+    ghost = pytest.importorskip("timm.models.ghostnet").GhostModule
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12), ghost(12, channels), nn.Conv2d(channels, 4, 1))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    result = allocator.allocate(model, "60%", example_inputs=IMAGE, scope="all")
+    small: Any = result.model.get_submodule("2")
+    assert result.certificate.ok
+    written, made = small.primary_conv[0].out_channels, small.cheap_operation[0].out_channels
+    if channels == 16:
+        assert small.out_chs == written + made < 16
+    else:
+        assert small.out_chs == result.model.get_submodule("3").in_channels <= written + made
+
+
+class Misleading(nn.Module):
+    """Two attributes have the size of its channels; the first is a number that it scales by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor, self.width = 12, 12
+        self.write, self.norm, self.read = nn.Linear(5, 12), nn.BatchNorm1d(12), nn.Linear(12, 2)
+        self.norm.weight = nn.Parameter(torch.linspace(0.5, 1.5, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(self.norm(self.write(x)).view(-1, self.width, 1).flatten(1)) * self.factor
+
+
+def test_an_attribute_that_did_not_help_is_taken_back() -> None:
+    model = Misleading()
+    result = allocator.allocate(model, "60%", example_inputs=torch.randn(2, 5))
+    small: Any = result.model
+    assert result.certificate.ok
+    assert small.factor == 12
+    assert small.width == small.write.out_features < 12
+    assert not any("stay" in note for note in result.notes)
+
+
 def test_num_features_follow_what_the_classifier_reads() -> None:
     timm = pytest.importorskip("timm")
     model = timm.create_model("resnet10t", num_classes=3).eval()
