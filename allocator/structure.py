@@ -263,10 +263,7 @@ def numbers_in(tree: Iterable[Any]) -> list[Any]:
 
 
 def _compare_groups(old: Flow, a: Op, b: Op, image: Image, groups: dict[str, np.ndarray]) -> str | None:
-    """A convolution's integers other than its groups are the same; its groups, or a norm's, are those that stay."""
-    if a.name == "native_group_norm":
-        expected = _norm_groups(old, a, image)
-        return None if b.arg("group") == expected else f"has {b.arg('group')} groups, expected {expected}"
+    """A convolution's integers other than its groups are the same; its groups are those that stay."""
     if a.name != "convolution":
         return None
     for name in ("stride", "padding", "dilation", "output_padding", "transposed"):
@@ -277,11 +274,3 @@ def _compare_groups(old: Flow, a: Op, b: Op, image: Image, groups: dict[str, np.
     if b.arg("groups") != expected:
         return f"has {b.arg('groups')} groups, expected {expected}"
     return None
-
-
-def _norm_groups(old: Flow, op: Op, image: Image) -> int:
-    """How many of a norm's groups stay: each is whole or gone, unless the norm is loose."""
-    count, channels = int(op.arg("group")), old.labels(op.inputs()[0])[1]
-    if channels is None or old.norms == "loose":
-        return count
-    return int(image.stays[channels.reshape(count, -1)[:, 0]].sum())

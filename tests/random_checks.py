@@ -242,7 +242,7 @@ _SIZES = {
 }  # fmt: skip
 _SIZES |= {"MultiheadAttention": {"embed_dim", "kdim", "vdim", "head_dim", "num_heads"}}
 _STANDARD = {"in_channels", "out_channels", "groups", "in_features", "out_features", "num_features"}
-_STANDARD |= {"num_parameters", "num_channels", "normalized_shape"}
+_STANDARD |= {"num_parameters", "num_channels", "num_groups", "normalized_shape"}
 
 
 def check_attributes(model: nn.Module, small: nn.Module) -> None:
@@ -258,6 +258,10 @@ def check_attributes(model: nn.Module, small: nn.Module) -> None:
             a, b = shape[0], shape[1] * module.groups
             said = (module.in_channels, module.out_channels)
             assert said == ((a, b) if module.transposed else (b, a)), f"{path}: {module} with a weight of {shape}"
+        elif isinstance(module, nn.GroupNorm) and isinstance(old, nn.GroupNorm):
+            wide, kept = old.num_channels // old.num_groups, module.num_channels // module.num_groups
+            assert kept == wide or module.num_groups == old.num_groups, f"{path}: groups were lost, and made narrower"
+            assert module.weight is None or len(module.weight) == module.num_channels, path
         elif isinstance(module, nn.Linear):
             assert (module.out_features, module.in_features) == tuple(module.weight.shape), path
         elif isinstance(module, nn.modules.batchnorm._NormBase) and module.weight is not None:

@@ -57,7 +57,7 @@ def make_norm(kind: str, rank: int, channels: int) -> nn.Module:
     if kind == "none":
         return nn.Identity()
     if kind == "group":
-        return nn.GroupNorm(2 if channels % 2 == 0 else 1, channels)
+        return nn.GroupNorm(next(n for n in (4, 2, 1) if channels % n == 0), channels)
     if kind == "instance":
         return INSTANCE_NORM[rank](channels, affine=True)
     return BATCH_NORM[rank](channels, affine=kind != "plain", track_running_stats=kind != "stats")
