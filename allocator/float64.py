@@ -132,6 +132,8 @@ class _Float64(TorchFunctionMode):
         if getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ not in _VIEWS:
             return func(*args, **(kwargs or {}))
         args, kwargs = tree_map(self.convert, (args, kwargs or {}))
+        if getattr(func, "__name__", "") in _ORDERING:
+            args, kwargs = tree_map(_rounded, (args, kwargs))
         return _convolve(func, *args, **kwargs) if func in _CONVOLUTIONS else func(*args, **kwargs)
 
     def convert(self, leaf: Any) -> Any:
@@ -151,6 +153,20 @@ class _Float64(TorchFunctionMode):
         return wide
 
 
+_ORDERING = frozenset({"topk", "sort", "argsort", "argmax", "argmin", "nms"})
+ROUNDING = 2.0**-33
+"""Of the largest number there is: ten times less than a certificate tolerates, a thousand times what rounding does."""
+
+
+def _rounded(leaf: Any) -> Any:
+    """Numbers that are to be put in order, without their last bits: these would decide between equals."""
+    if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point() or not leaf.numel():
+        return leaf
+    largest = float(leaf.abs().nan_to_num(0.0, 0.0, 0.0).max())
+    step = 2.0 ** math.frexp(largest)[1] * ROUNDING  # a power of two, the same for numbers that are nearly the same
+    return leaf.div(step).round_().mul_(step)
+
+
 _VIEWS = frozenset({"T", "mT", "H", "mH", "data", "real"})
 _CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d})
 
@@ -167,8 +183,8 @@ def _convolve(
 ) -> torch.Tensor:
     """A convolution as a sum over slices of its channels, where float64 on the CPU would unfold much at once.
 
-    There, a depthwise one is a convolution per channel, each started on all threads: as a sum over the places of
-    its kernel it takes half the time, and a small part of it where other processes hold up one of the threads.
+    There, a depthwise one is a convolution per channel, each started on all threads. As a sum over the places of its
+    kernel it takes no longer, and a small part of the time where other processes hold up one of the threads.
     """
     sizes = (stride, padding, dilation)
     each = all(type(size) is tuple and len(size) == input.dim() - 2 for size in sizes)
@@ -190,6 +206,9 @@ def _depthwise(
 ) -> torch.Tensor:
     """A convolution of every channel with a kernel of its own, as a sum over the places of the kernel.
 
+    Products are rounded before they are added, so that a channel gives the same bits beside whatever others: where
+    a detector's scores are equal, their order hangs on the last bit.
+
     Args:
         input: (N, C, ...).
         weight: (C, 1, ...).
@@ -201,9 +220,10 @@ def _depthwise(
     last = [n - d * (k - 1) - 1 for n, k, d in zip(input.shape[2:], kernel, dilation, strict=True)]
     sides = [n // s + 1 for n, s in zip(last, stride, strict=True)]
     result = input.new_zeros((*input.shape[:2], *sides))
+    product = torch.empty_like(result)
     places: Any = itertools.product(*map(range, kernel))
     for place in places:
         starts = [k * d for k, d in zip(place, dilation, strict=True)]
         window: Any = (..., *(slice(a, a + n + 1, s) for a, n, s in zip(starts, last, stride, strict=True)))
-        result.addcmul_(input[window], weight[(..., *place)].view(per_channel))
+        result += torch.mul(input[window], weight[(..., *place)].view(per_channel), out=product)
     return result if bias is None else result.add_(bias.view(per_channel))

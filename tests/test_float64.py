@@ -54,6 +54,48 @@ def test_a_convolution_in_slices_is_a_convolution(name: str, monkeypatch: pytest
         torch.testing.assert_close(result, expected(x.double()), rtol=1e-12, atol=1e-12)
 
 
+def test_a_depthwise_convolution_gives_a_channel_the_same_bits_beside_whatever_others() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 37, 7, 5, dtype=torch.float64), torch.randn(37, 1, 3, 3, dtype=torch.float64)
+    kept = torch.tensor([0, 3, 4, 11, 20, 33, 36])
+    sizes = ((1, 1), (1, 1), (1, 1))
+    whole = float64._convolve(torch.conv2d, x, weight, None, *sizes, 37)
+    part = float64._convolve(torch.conv2d, x[:, kept], weight[kept], None, *sizes, 7)
+    assert torch.equal(part, whole[:, kept])
+
+
+class Ordered(nn.Module):
+    """Puts numbers in order by every function that does."""
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(x), 4) + 2 * torch.arange(len(x))[:, None]
+        ordered = [*x.topk(len(x)), *torch.sort(x, descending=True), x.argsort(), x.argmax(), torch.argmin(x)]
+        return [*ordered, torch.ops.torchvision.nms(boxes, x, 0.5)]
+
+
+def ordered(x: torch.Tensor) -> list[torch.Tensor]:
+    return float64.run_float64(Ordered(), as_inputs(x, Ordered()))
+
+
+@pytest.mark.parametrize("level", [0.3, 1e-20, 7e8])
+def test_the_last_bits_of_equal_numbers_do_not_order_them(level: float) -> None:
+    pytest.importorskip("torchvision")
+    equal = torch.full((40,), level, dtype=torch.float64)
+    expected = ordered(equal)
+    for seed in range(5):
+        noise = torch.rand(40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for found, right in zip(ordered(equal * (1 + 1e-14 * noise)), expected, strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-12, atol=0)
+
+
+def test_numbers_that_differ_are_ordered_by_their_size() -> None:
+    pytest.importorskip("torchvision")
+    numbers = torch.tensor([0.5, 0.5 * (1 + 1e-8), -float("inf"), 0.0, float("inf"), 1.0], dtype=torch.float64)
+    values, indices, *_, kept = ordered(numbers)
+    assert indices.tolist() == kept.tolist() == [4, 5, 1, 0, 3, 2]
+    torch.testing.assert_close(values, numbers[[4, 5, 1, 0, 3, 2]], rtol=1e-9, atol=0)
+
+
 def test_weights_read_as_zero() -> None:
     layer, x = nn.Linear(6, 4), torch.randn(2, 6)
     (result,) = float64.run_float64(layer, as_inputs(x, layer), zeroed={"weight": [(1, torch.tensor([1, 4]).numpy())]})
