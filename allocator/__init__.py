@@ -4,13 +4,16 @@
 >>> result.model, result.allocation, result.certificate  # doctest: +SKIP
 """
 
-from .allocation import Allocation
-from .api import Result, allocate, apply, plan, rewrite, score, trace, verify
-from .blocks import Block, Branch
-from .build import build
-from .certificate import Certificate
-from .criteria import Scores, criterion
-from .errors import (
+from pathlib import Path
+
+# In a clone adapters/ and recipes/ lie beside this folder, in an installation inside it. Looking there too makes the
+# clone's package whole, so that it works whether or not another copy is installed.
+if not (Path(__file__).parent / "adapters").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
+
+from allocator.api import Result, allocate, apply, plan, rewrite, score, trace, verify
+from allocator.cost.latency import Latency, latency
+from allocator.errors import (
     AdapterError,
     AllocationMismatchError,
     AllocatorError,
@@ -36,12 +39,16 @@ from .errors import (
     UnsupportedModelError,
     ValueDependentTraceWarning,
 )
-from .exporting import export
-from .files import load_model, save_model
-from .graph import ChannelGraph, Neuron
-from .results import load_result as load
-from .results import save_result as save
-from .timing import Latency, latency
+from allocator.graph.blocks import Block, Branch
+from allocator.graph.channel_graph import ChannelGraph, Neuron
+from allocator.io.export import export
+from allocator.io.files import load_model, save_model
+from allocator.io.models import build
+from allocator.io.results import load_result as load
+from allocator.io.results import save_result as save
+from allocator.rewriting.allocation import Allocation
+from allocator.scoring.criteria import Scores, criterion
+from allocator.verifying.certificate import Certificate
 
 __all__ = [
     "AdapterError",

@@ -11,13 +11,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .allocation import Allocation
-from .blocks import describe_blocks
-from .certificate import Certificate, compare_outputs, names_and_shapes_match, require, weights_match
-from .checks import check_model, unmatched, without_reset
-from .criteria import AUTO, NO_BATCH_NORM, Scores, candidates, say_fallback
-from .criteria import score as score_graph
-from .errors import (
+from allocator.clock import Clock, Progress, without_collection
+from allocator.cost.fvcore import fvcore_flops
+from allocator.errors import (
     BudgetError,
     BudgetNotBindingWarning,
     CostMismatchError,
@@ -28,15 +24,19 @@ from .errors import (
     ValueDependentTraceWarning,
     warn,
 )
-from .fvcore_count import fvcore_flops
-from .graph import ChannelGraph, Options, build_graph
-from .inputs import Inputs, as_inputs, infer_inputs, inputs_like
-from .lineage import remember
-from .planning import Plan, make_plan, parse_budget, smallest_reachable, unmet
-from .report import Report
-from .rewriting import check_fits, materialise, reset_parameters
-from .settle import Settled, compare_models, settle
-from .stages import Clock, Progress, without_collection
+from allocator.fitting.fit import Settled, compare_models, settle
+from allocator.graph.blocks import describe_blocks
+from allocator.graph.channel_graph import ChannelGraph, Options, build_graph
+from allocator.model_checks import check_model, unmatched, without_reset
+from allocator.planning.search import Plan, make_plan, parse_budget, smallest_reachable, unmet
+from allocator.reporting.result_report import Report
+from allocator.rewriting.allocation import Allocation
+from allocator.rewriting.lineage import remember
+from allocator.rewriting.materialise import check_fits, materialise, reset_parameters
+from allocator.scoring.criteria import AUTO, NO_BATCH_NORM, Scores, candidates, say_fallback
+from allocator.scoring.criteria import score as score_graph
+from allocator.tracing.inputs import Inputs, as_inputs, infer_inputs, inputs_like
+from allocator.verifying.certificate import Certificate, compare_outputs, names_and_shapes_match, require, weights_match
 
 
 @dataclass
@@ -271,7 +271,7 @@ def apply(model: nn.Module, allocation: Allocation | str | Path, weights: str = 
         FileError: the file cannot be read.
         AllocationMismatchError: the allocation was made for another architecture.
     """
-    from .files import load_allocation
+    from allocator.io.files import load_allocation
 
     if not isinstance(allocation, Allocation):
         allocation = load_allocation(allocation)

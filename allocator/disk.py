@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import FileError
+from allocator.errors import FileError
 
 PathLike = str | os.PathLike[str]
 

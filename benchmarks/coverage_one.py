@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import allocator
-from allocator.inputs import as_inputs
-from allocator.tracing import tensors_in
+from allocator.tracing.inputs import as_inputs
+from allocator.tracing.record import tensors_in
 
 from . import peer
 

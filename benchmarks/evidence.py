@@ -31,7 +31,7 @@ import allocator
 from allocator.recipes.digits import Split
 from allocator.recipes.scalenet import ScaleNet, scalenet_small_seed
 from allocator.recipes.training import evaluate, train
-from allocator.rewriting import reset_parameters
+from allocator.rewriting.materialise import reset_parameters
 
 TASK = Task()
 BLOCKS, PLANES, STEM_STRIDE = (2,), (8,), 2

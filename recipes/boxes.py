@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allocator.allocation import Allocation
 from allocator.api import trace
-from allocator.build import BUILD_ATTRIBUTE
 from allocator.errors import ConfigurationError, DataError, FileError, UnsafeFileError
+from allocator.io.models import BUILD_ATTRIBUTE
+from allocator.io.results import RESULT_SUFFIX, load_result_allocation
 from allocator.recipes.configuration import Config, Data, Detector, Training
 from allocator.recipes.data import Batch, DataSets, Samples, TestBatches, what_of_corrupt
 from allocator.recipes.detection import CocoBoxes, Target, check_backbone, faster_rcnn
 from allocator.recipes.engine import Engine
 from allocator.recipes.tasks import Met, build_network
-from allocator.results import RESULT_SUFFIX, load_result_allocation
+from allocator.rewriting.allocation import Allocation
 
 FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 """In the order of pycocotools."""

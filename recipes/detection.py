@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from allocator.allocation import Allocation
 from allocator.api import apply
-from allocator.build import build
 from allocator.errors import FileError, InputError, UnsupportedModelError
+from allocator.io.models import build
+from allocator.io.results import check_harmless
 from allocator.recipes.residual import stage_features
-from allocator.results import check_harmless
+from allocator.rewriting.allocation import Allocation
 
 if TYPE_CHECKING:
     from torchvision.models.detection import FasterRCNN

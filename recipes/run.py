@@ -17,17 +17,17 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from allocator.allocation import Allocation, architecture_hash
 from allocator.api import allocate, apply
 from allocator.disk import shorten, write_text
 from allocator.errors import AllocatorError, ConfigurationError, DataError, FileError, MissingPackageError
-from allocator.files import save_result
+from allocator.io.files import save_result
+from allocator.modules import shapes_of
 from allocator.recipes.checkpoints import NAME, load_checkpoint, remove_leftovers, save_checkpoint
 from allocator.recipes.configuration import Config, Training, load_config
 from allocator.recipes.data import Batches, TestBatches, number, unreadable
 from allocator.recipes.tasks import task_of
 from allocator.recipes.training import Fit, as_text, training_bar
-from allocator.skeleton import shapes_of
+from allocator.rewriting.allocation import Allocation, architecture_hash
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

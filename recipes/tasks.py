@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from allocator.allocation import Allocation
 from allocator.api import apply
-from allocator.build import build
+from allocator.cost.fvcore import fvcore_flops
 from allocator.disk import shorten
 from allocator.errors import ConfigurationError, DataError, FileError, InputError
-from allocator.files import load_model
-from allocator.fvcore_count import fvcore_flops
-from allocator.inputs import as_inputs
+from allocator.io.files import load_model
+from allocator.io.models import build
 from allocator.recipes.configuration import Config, Training
 from allocator.recipes.data import Batch, DataSets, TestBatches, number, open_data
 from allocator.recipes.engine import Engine, summed
+from allocator.rewriting.allocation import Allocation
+from allocator.tracing.inputs import as_inputs
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from allocator import analysis
-from allocator.flow import FROZEN, Attribute, Facts, Flow, Join, Labels, Slots
-from allocator.inputs import Inputs
-from allocator.tracing import Trace, record, tensors_in
+from allocator.flow import follow as analysis
+from allocator.flow.flow import FROZEN, Attribute, Facts, Flow, Join, Labels, Slots
+from allocator.tracing.inputs import Inputs
+from allocator.tracing.record import Trace, record, tensors_in
 
 Make = Callable[[tuple[int, ...]], torch.Tensor]
 Stays = np.ndarray

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import allocator
 from allocator.api import kept_by
-from allocator.lineage import LINEAGE_ATTRIBUTE
+from allocator.rewriting.lineage import LINEAGE_ATTRIBUTE
 
 TOLERANCE = 1e-9
 

@@ -368,7 +368,7 @@ def test_a_class_has_one_adapter_and_a_package_is_second_to_it() -> None:
     ],
 )
 def test_a_library_knows_what_its_models_take(name: str, shapes: list[tuple[int, ...]]) -> None:
-    from allocator.inputs import infer_inputs
+    from allocator.tracing.inputs import infer_inputs
 
     with torch.device("meta"):
         model = allocator.build(name)

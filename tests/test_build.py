@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from allocator.build import BUILD_ATTRIBUTE, build
 from allocator.errors import FileError, UnknownNameError, UnsupportedModelError
+from allocator.io.models import BUILD_ATTRIBUTE, build
 
 
 def test_torchvision_by_name_with_an_argument() -> None:

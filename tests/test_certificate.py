@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 import allocator
 from allocator import Allocation, Certificate, CertificateError, Result, UninformativeScoresWarning
-from allocator.certificate import MEASURABLE, TOLERANCE
-from allocator.rewriting import materialise
-from allocator.rules.registry import RULES
+from allocator.flow.rules.registry import RULES
+from allocator.rewriting.materialise import materialise
+from allocator.verifying.certificate import MEASURABLE, TOLERANCE
 
 
 class Shuffled(nn.Module):

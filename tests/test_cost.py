@@ -14,9 +14,9 @@ from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 import allocator
-from allocator.cost import CostModel, Term, counted
-from allocator.fvcore_count import fvcore_flops
-from allocator.inputs import as_inputs
+from allocator.cost.flops import CostModel, Term, counted
+from allocator.cost.fvcore import fvcore_flops
+from allocator.tracing.inputs import as_inputs
 
 Shape = tuple[int, ...]
 

@@ -21,9 +21,9 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 import allocator
 from allocator import recipes
 from allocator.errors import FileError, InputError, UnsupportedModelError
-from allocator.largest import downstream, value_sized
 from allocator.recipes.detection import CocoBoxes, collate, faster_rcnn, predict, train_step
 from allocator.recipes.scalenet import ScaleNet
+from allocator.tracing.value_sized import downstream, value_sized
 
 # Few and small, so that a forward takes milliseconds.
 SETTINGS: dict[str, Any] = {

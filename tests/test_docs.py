@@ -18,8 +18,8 @@ from docs_blocks import PAGES, ROOT, Page
 import allocator
 from allocator import adapters
 from allocator.cli import make_parser
-from allocator.criteria import CRITERIA
-from allocator.rules.registry import RULES
+from allocator.flow.rules.registry import RULES
+from allocator.scoring.criteria import CRITERIA
 
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 SLOW = [name for name, path in zip(NAMES, PAGES) if re.search(r"<!--.*\bquick\b", path.read_text(encoding="utf-8"))]

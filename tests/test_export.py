@@ -13,9 +13,9 @@ from subjects import randomised_norms, untouched
 from torch import Tensor, nn
 
 import allocator
-from allocator import exporting
 from allocator.cli import main
 from allocator.errors import ExportError, FileError, MissingPackageError, UnknownNameError
+from allocator.io import export as exporting
 
 IMAGE = torch.zeros(1, 1, 32, 32)
 NETWORKS = {
@@ -113,7 +113,7 @@ def test_counting_an_onnx_graph() -> None:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    from allocator.onnx_count import layer_flops
+    from allocator.io.onnx_flops import layer_flops
 
     def weight(name: str, *shape: int) -> Any:
         return numpy_helper.from_array(torch.zeros(shape).numpy(), name)

@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import nn
 
-from allocator.build import build
 from allocator.disk import write_atomically
 from allocator.errors import FileError, UnsafeFileError, UnsupportedModelError
-from allocator.files import load_allocation, load_model, save_model
-from allocator.pickles import globals_in, open_pickle
-from allocator.programs import Program
+from allocator.io.files import load_allocation, load_model, save_model
+from allocator.io.models import build
+from allocator.io.pickles import globals_in, open_pickle
+from allocator.io.programs.program import Program
 
 
 def _tiny() -> nn.Module:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from allocator import float64
-from allocator.inputs import as_inputs
+from allocator.tracing.inputs import as_inputs
+from allocator.verifying import float64
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "plain": (lambda: nn.Conv2d(7, 5, 3), (1, 7, 12, 11)),

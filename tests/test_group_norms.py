@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import allocator
-from allocator.files import load_model
+from allocator.io.files import load_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::allocator.AllocatorWarning"),

@@ -23,7 +23,7 @@ from torch import nn
 import allocator
 from allocator.cli import main
 from allocator.errors import AllocatorError, FileError, UnsafeFileError
-from allocator.files import load_allocation, load_model, save_model
+from allocator.io.files import load_allocation, load_model, save_model
 
 Server = subprocess.Popen[str]
 

@@ -20,8 +20,9 @@ from subjects import untouched
 from torch import nn
 
 import allocator
-from allocator import Latency, timing
+from allocator import Latency
 from allocator.cli import main
+from allocator.cost import latency as timing
 from allocator.errors import InputError, TraceError, UnsupportedModelError
 from allocator.reporting import FORMATS, as_text, schema
 from allocator.reporting.compare import COMPARISONS, compare, side_of_summary

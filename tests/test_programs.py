@@ -23,8 +23,8 @@ from allocator.errors import (
     UnsafeFileError,
     UnsupportedModelError,
 )
-from allocator.files import load_allocation, load_model
-from allocator.results import _digest, read_safetensors
+from allocator.io.files import load_allocation, load_model
+from allocator.io.results import _digest, read_safetensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 NETWORKS = [

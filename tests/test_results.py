@@ -12,13 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from allocator.allocation import Allocation
 from allocator.api import Result, allocate, verify
-from allocator.build import BUILD_ATTRIBUTE, build
 from allocator.errors import AllocationMismatchError, FileError, UnsafeFileError
-from allocator.files import load_allocation, load_model, save_model
-from allocator.lineage import led_to
-from allocator.results import load_result, save_result
+from allocator.io.files import load_allocation, load_model, save_model
+from allocator.io.models import BUILD_ATTRIBUTE, build
+from allocator.io.results import load_result, save_result
+from allocator.rewriting.allocation import Allocation
+from allocator.rewriting.lineage import led_to
 
 IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from oracle import Case, Claim, Data, below, claim, is_part, positive, truth, violations
 from rule_rows import FEATURES, IMAGE, SIGNAL, aten, case, each, image
 
-from allocator.flow import Flow
-from allocator.rules import RULES, find_rule, rule
-from allocator.tracing import Op
+from allocator.flow.flow import Flow
+from allocator.flow.rules import RULES, find_rule, rule
+from allocator.tracing.record import Op
 
 TABLE: dict[str, list[Case]] = {
     **compute.CONTRACTION,

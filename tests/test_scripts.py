@@ -20,7 +20,7 @@ from torch import nn
 import allocator
 from allocator.cli import main
 from allocator.errors import AllocatorError, FileError, UnsafeFileError, UnsupportedModelError
-from allocator.files import load_model
+from allocator.io.files import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 SMALL, LARGE = torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 64, 64)
@@ -266,7 +266,7 @@ def test_what_cannot_be_straightened_is_named(tmp_path: Path, model: nn.Module, 
 
 
 def test_what_never_ends_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("allocator.straighten._MOST_STATEMENTS", 1000)
+    monkeypatch.setattr("allocator.io.programs.torchscript_interpreter._MOST_STATEMENTS", 1000)
     torch.jit.script(Endless()).save(tmp_path / "m.pt")
     with pytest.raises(UnsupportedModelError, match="more than 1,000 statements"):
         load_model(tmp_path / "m.pt")

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from allocator import shortcuts
+from allocator.tracing import meta_kernels as shortcuts
 
 aten = torch.ops.aten
 

@@ -16,9 +16,9 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ..errors import AllocatorError, BudgetError
-from . import allocate, apply, compare, export, recipes, report, train, verify
-from .common import UsageError
+from allocator.cli import allocate, apply, compare, export, recipes, report, train, verify
+from allocator.cli.common import UsageError
+from allocator.errors import AllocatorError, BudgetError
 
 _DESCRIPTION = """\
 Learn how many neurons each branch of a PyTorch vision model gets, under a FLOPs budget, and write out the

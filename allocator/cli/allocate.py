@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .common import (
+from allocator.cli.common import (
     MODEL_SUFFIXES,
     Talk,
     UsageError,
@@ -20,12 +20,12 @@ from .common import (
     parse_flops,
     write_model,
 )
-from .plan import add_plan_options, check_report
+from allocator.cli.plan import add_plan_options, check_report
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..api import Result
+    from allocator.api import Result
 
 _EXAMPLE = """\
   allocator-cli allocate torchvision:resnet50 --flops 60% -o small.pt
@@ -92,7 +92,7 @@ def _write_reports(args: argparse.Namespace, talk: Talk, result: Result) -> dict
             result.report().save(args.report, name=args.model)
         written["report"] = args.report
     if args.plot is not None:
-        from ..reporting.pictures import draw_summary
+        from allocator.reporting.pictures import draw_summary
 
         with talk.stage(f"drawing {args.plot}"):
             draw_summary(result.report().summary(args.model), args.plot)
@@ -101,7 +101,7 @@ def _write_reports(args: argparse.Namespace, talk: Talk, result: Result) -> dict
 
 
 def _allocate(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
-    from ..api import allocate
+    from allocator.api import allocate
 
     with talk.stage("allocating") as update:
         result = allocate(

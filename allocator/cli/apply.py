@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import (
+from allocator.cli.common import (
     MODEL_SUFFIXES,
     Talk,
     UsageError,
@@ -44,12 +44,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("nothing to write: give -o OUT")
     check_suffix(args.output, MODEL_SUFFIXES, "the model (-o)")
     check_outputs(args, args.output)
-    from ..files import load_allocation
+    from allocator.io.files import load_allocation
 
     talk = Talk(args)
     allocation = load_allocation(args.allocation)
     model = open_model(args.model, args, talk)
-    from ..api import apply
+    from allocator.api import apply
 
     with talk.stage("applying"):
         small = apply(model, allocation, args.weights)

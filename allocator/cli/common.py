@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from ..allocation import Allocation
-    from ..timing import Latency
+    from allocator.cost.latency import Latency
+    from allocator.rewriting.allocation import Allocation
 
 MODEL_SUFFIXES = (".pt", ".pth", ".safetensors")
 _PIPE_WIDTH = 120
@@ -97,7 +97,7 @@ def measured(model: nn.Module, name: str, inputs: Any, args: argparse.Namespace,
         if args.threads is not None:
             raise UsageError("--threads goes with --latency")
         return None
-    from ..timing import latency
+    from allocator.cost.latency import latency
 
     with talk.stage(f"measuring {name}"):
         return latency(model, inputs, threads=args.threads)
@@ -147,9 +147,9 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 def open_model(spec: str, args: argparse.Namespace, talk: Talk) -> nn.Module:
     """The model a MODEL argument stands for: a file if there is one of that name, else a named network."""
-    from ..build import build
-    from ..errors import FileError
-    from ..files import load_model
+    from allocator.errors import FileError
+    from allocator.io.files import load_model
+    from allocator.io.models import build
 
     if os.path.exists(spec) or not _is_name(spec):
         if args.set:
@@ -193,8 +193,8 @@ def example_inputs(args: argparse.Namespace, allocation: Allocation | None = Non
 
 def check_outputs(args: argparse.Namespace, *paths: str | None) -> None:
     """Refuse, before any work is done, outputs that could not be written or would overwrite a file."""
-    from ..errors import FileError
-    from ..files import check_writable
+    from allocator.errors import FileError
+    from allocator.io.files import check_writable
 
     given = [path for path in paths if path is not None]
     if len({os.path.realpath(path) for path in given}) < len(given):
@@ -213,7 +213,7 @@ def check_suffix(path: str | None, suffixes: tuple[str, ...], what: str) -> None
 
 def write_model(result: Any, path: str) -> None:
     """Write a model that came out of an allocation, or a result, as pickle or as safetensors by the path's suffix."""
-    from ..files import RESULT_SUFFIX, save_model, save_result
+    from allocator.io.files import RESULT_SUFFIX, save_model, save_result
 
     if Path(path).suffix == RESULT_SUFFIX:
         save_result(result, path)
@@ -257,7 +257,7 @@ class Talk:
             self._take_warning(warning)
 
     def _take_warning(self, warning: warnings.WarningMessage) -> None:
-        from ..errors import AllocatorWarning
+        from allocator.errors import AllocatorWarning
 
         if issubclass(warning.category, AllocatorWarning):
             self.note(str(warning.message))
@@ -327,8 +327,8 @@ def stdout_console() -> Console:
 
 def asked_format(args: argparse.Namespace) -> str:
     """The format of a report: by name (`--json`, `--format`), else by the suffix of `-o`, else "rich"."""
-    from ..errors import UnknownNameError
-    from ..reporting.render import check_format, format_of
+    from allocator.errors import UnknownNameError
+    from allocator.reporting.render import check_format, format_of
 
     if args.json and args.format not in (None, "json"):
         raise UsageError(f"--json and --format {args.format} do not go together")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import (
+from allocator.cli.common import (
     Talk,
     UsageError,
     add_command,
@@ -21,10 +21,10 @@ from .common import (
     measured,
     open_model,
 )
-from .plan import check_report
+from allocator.cli.plan import check_report
 
 if TYPE_CHECKING:
-    from ..reporting.compare import Comparison, Side
+    from allocator.reporting.compare import Comparison, Side
 
 _EXAMPLE = """\
   allocator-cli compare learned.json even.json
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     format = asked_format(args)
     check_report(None, args.plot)
     check_outputs(args, args.output, args.plot)
-    from ..reporting.compare import COMPARISONS, ComparisonText, compare
+    from allocator.reporting.compare import COMPARISONS, ComparisonText, compare
 
     talk = Talk(args)
     comparison = compare(_side(args.a, args, talk), _side(args.b, args, talk))
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         with talk.stage(f"drawing {args.plot}"):
             _draw(comparison, args.plot)
     if args.output is not None:
-        from ..files import write_text
+        from allocator.io.files import write_text
 
         write_text(args.output, COMPARISONS[format](comparison))
         talk.said(f"comparison written to {args.output}")
@@ -77,10 +77,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _side(spec: str, args: argparse.Namespace, talk: Talk) -> Side:
     """What an argument stands for: an allocation where the file holds one, else a model."""
-    from ..api import trace
-    from ..files import RESULT_SUFFIX, load_allocation
-    from ..reporting import summarise
-    from ..reporting.compare import side_of_allocation, side_of_summary
+    from allocator.api import trace
+    from allocator.io.files import RESULT_SUFFIX, load_allocation
+    from allocator.reporting import summarise
+    from allocator.reporting.compare import side_of_allocation, side_of_summary
 
     if Path(spec).suffix == ".json":
         if args.latency:
@@ -102,9 +102,9 @@ def _side(spec: str, args: argparse.Namespace, talk: Talk) -> Side:
 
 def _draw(comparison: Comparison, path: str) -> None:
     """Each side's channels per branch of the blocks whose branches add up."""
-    from ..errors import InputError
-    from ..reporting.facts import SHARED
-    from ..reporting.pictures import Panel, draw_shares
+    from allocator.errors import InputError
+    from allocator.reporting.facts import SHARED
+    from allocator.reporting.pictures import Panel, draw_shares
 
     panels = []
     for side in (comparison.a, comparison.b):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .common import (
+from allocator.cli.common import (
     Talk,
     UsageError,
     add_command,
@@ -17,7 +17,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..exporting import Export
+    from allocator.io.export import Export
 
 _EXAMPLE = """\
   allocator-cli export small.safetensors --to onnx -o small.onnx
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
     """Export, compare, print the difference."""
     if args.output is None:
         raise UsageError("nothing to write: give -o FILE")
-    from ..errors import UnknownNameError
-    from ..exporting import export, format_of
+    from allocator.errors import UnknownNameError
+    from allocator.io.export import export, format_of
 
     try:
         to = format_of(args.output, args.to)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .common import UsageError
+from allocator.cli.common import UsageError
 
 
 def add_plan_options(group: Any) -> None:
@@ -51,9 +51,9 @@ def add_plan_options(group: Any) -> None:
 
 def check_report(report: str | None, plot: str | None) -> None:
     """Usage error, before any work is done, where the name of a report or a picture does not say its format."""
-    from ..errors import UnknownNameError
-    from ..reporting import format_of
-    from ..reporting.pictures import picture_format
+    from allocator.errors import UnknownNameError
+    from allocator.reporting import format_of
+    from allocator.reporting.pictures import picture_format
 
     try:
         if report is not None:

@@ -6,7 +6,7 @@ import argparse
 import fnmatch
 from typing import TYPE_CHECKING, Any
 
-from .common import Talk, UsageError, add_command
+from allocator.cli.common import Talk, UsageError, add_command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,7 +25,7 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build every recipe without storage, trace it, and print what it costs."""
-    from .. import recipes
+    from allocator import recipes
 
     talk = Talk(args)
     names = [name for name in recipes.names() if _wanted(name, args.pattern)]
@@ -44,8 +44,8 @@ def facts(name: str) -> dict[str, Any]:
     """A recipe's parameters and FLOPs (as fvcore counts them, for one image of the stated size) as plain data."""
     import torch
 
-    from .. import recipes
-    from ..api import trace
+    from allocator import recipes
+    from allocator.api import trace
 
     with torch.device("meta"):
         model = recipes.build(name)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import (
+from allocator.cli.common import (
     Talk,
     add_command,
     add_input_options,
@@ -20,14 +20,14 @@ from .common import (
     open_model,
     parse_flops,
 )
-from .plan import add_plan_options, check_report
+from allocator.cli.plan import add_plan_options, check_report
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from ..criteria import Scores
-    from ..graph import ChannelGraph
-    from ..reporting import Point, Summary
+    from allocator.graph.channel_graph import ChannelGraph
+    from allocator.reporting import Point, Summary
+    from allocator.scoring.criteria import Scores
 
 _EXAMPLE = """\
   allocator-cli report torchvision:googlenet
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     talk = Talk(args)
     summary = _summary(args, talk, format)
     if args.plot is not None:
-        from ..reporting.pictures import draw_summary
+        from allocator.reporting.pictures import draw_summary
 
         with talk.stage(f"drawing {args.plot}"):
             draw_summary(summary, args.plot)
@@ -82,9 +82,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _summary(args: argparse.Namespace, talk: Talk, format: str) -> Summary:
-    from ..api import trace
-    from ..files import RESULT_SUFFIX, load_allocation
-    from ..reporting import with_origin
+    from allocator.api import trace
+    from allocator.io.files import RESULT_SUFFIX, load_allocation
+    from allocator.reporting import with_origin
 
     model = open_model(args.model, args, talk)
     with talk.stage("tracing"):
@@ -97,8 +97,8 @@ def _summary(args: argparse.Namespace, talk: Talk, format: str) -> Summary:
 
 def _planned(args: argparse.Namespace, talk: Talk, graph: ChannelGraph, format: str) -> Summary:
     """With what a budget would leave, where one is given, and with the curve, where it is drawn."""
-    from ..api import kept_by, plan, rewrite, score
-    from ..reporting import pareto, summarise
+    from allocator.api import kept_by, plan, rewrite, score
+    from allocator.reporting import pareto, summarise
 
     notes: list[str] = []
     allocation = kept = None
@@ -134,8 +134,8 @@ def _planned(args: argparse.Namespace, talk: Talk, graph: ChannelGraph, format: 
 
 def _scores(criterion: str, talk: Talk, graph: ChannelGraph, notes: list[str]) -> Scores | None:
     """Of all neurons; a model that nothing ranks is no error here."""
-    from ..api import score
-    from ..errors import CriterionError
+    from allocator.api import score
+    from allocator.errors import CriterionError
 
     try:
         with talk.stage("scoring"):
@@ -146,9 +146,9 @@ def _scores(criterion: str, talk: Talk, graph: ChannelGraph, notes: list[str]) -
 
 
 def _show(args: argparse.Namespace, talk: Talk, summary: Summary, format: str) -> None:
-    from ..reporting import as_text, write
-    from ..reporting.rows import LIMIT
-    from ..reporting.text import SummaryText
+    from allocator.reporting import as_text, write
+    from allocator.reporting.rows import LIMIT
+    from allocator.reporting.text import SummaryText
 
     limit = LIMIT if args.blocks is None else args.blocks or None
     if args.output is not None:

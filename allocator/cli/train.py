@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .common import Talk, UsageError, add_command
+from allocator.cli.common import Talk, UsageError, add_command
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..recipes.run import RunResult
+    from allocator.recipes.run import RunResult
 
 _EXAMPLE = """\
   allocator-cli train scalenet_digits
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Train; print what each network reached."""
     if args.resume and args.dry_run is not None:
         raise UsageError("--resume and --dry-run do not go together")
-    from ..recipes.run import train
+    from allocator.recipes.run import train
 
     talk = Talk(args)
     result = train(

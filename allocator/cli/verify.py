@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import (
+from allocator.cli.common import (
     Talk,
     UsageError,
     add_command,
@@ -17,7 +17,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..certificate import Certificate
+    from allocator.verifying.certificate import Certificate
 
 _EXAMPLE = """\
   allocator-cli verify model.pt small.pt alloc.json
@@ -44,14 +44,14 @@ def run(args: argparse.Namespace) -> int:
     source = args.allocation or (args.small if Path(args.small).suffix == ".safetensors" else None)
     if source is None:
         raise UsageError("ALLOCATION is needed: only a .safetensors SMALL holds its own")
-    from ..files import load_allocation, load_model
+    from allocator.io.files import load_allocation, load_model
 
     talk = Talk(args)
     allocation = load_allocation(source)
     model = open_model(args.model, args, talk)
     with talk.stage(f"reading {args.small}"):
         small = load_model(args.small, trust=args.trust)
-    from ..api import verify
+    from allocator.api import verify
 
     with talk.stage("verifying"):
         certificate = verify(model, small, allocation, example_inputs=example_inputs(args, allocation))

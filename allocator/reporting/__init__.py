@@ -1,10 +1,10 @@
 """Reports of models and of allocations: `collect` gathers what they say, the other modules show it."""
 
-from .collect import importance, summarise, with_origin
-from .curve import pareto
-from .document import document, schema
-from .facts import Budget, Point, Summary, Totals
-from .render import FORMATS, as_text, format_of, write
+from allocator.reporting.collect import importance, summarise, with_origin
+from allocator.reporting.curve import pareto
+from allocator.reporting.document import document, schema
+from allocator.reporting.facts import Budget, Point, Summary, Totals
+from allocator.reporting.render import FORMATS, as_text, format_of, write
 
 __all__ = [
     "FORMATS",

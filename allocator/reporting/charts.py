@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import InputError
-from .facts import SHARED, BlockFacts, BranchFacts, Summary
-from .words import printable, size
+from allocator.errors import InputError
+from allocator.reporting.facts import SHARED, BlockFacts, BranchFacts, Summary
+from allocator.reporting.words import printable, size
 
 Spec = dict[str, Any]
 Parts = Mapping[str, Mapping[str, int]]

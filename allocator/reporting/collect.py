@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..blocks import Block, Branch
-from ..criteria import Scores
-from ..flow import FROZEN
-from ..graph import ChannelGraph, components
-from ..planning import least_flops
-from .facts import SHARED, BlockFacts, BranchFacts, Budget, Fixed, Histogram, Point, Summary
-from .lanes import lanes, places
-from .sizes import totals
+from allocator.flow.flow import FROZEN
+from allocator.graph.blocks import Block, Branch
+from allocator.graph.channel_graph import ChannelGraph, components
+from allocator.planning.search import least_flops
+from allocator.reporting.facts import SHARED, BlockFacts, BranchFacts, Budget, Fixed, Histogram, Point, Summary
+from allocator.reporting.lanes import lanes, places
+from allocator.reporting.sizes import totals
+from allocator.scoring.criteria import Scores
 
 if TYPE_CHECKING:
-    from ..allocation import Allocation
-    from ..timing import Latency
+    from allocator.cost.latency import Latency
+    from allocator.rewriting.allocation import Allocation
 
 BINS = 24
 

@@ -13,14 +13,14 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from .document import plain
-from .facts import SHARED, Summary
-from .tables import csv_cell, escaped, markdown_table
-from .words import plural, printable, short, timed
+from allocator.reporting.document import plain
+from allocator.reporting.facts import SHARED, Summary
+from allocator.reporting.tables import csv_cell, escaped, markdown_table
+from allocator.reporting.words import plural, printable, short, timed
 
 if TYPE_CHECKING:
-    from ..allocation import Allocation
-    from ..timing import Latency
+    from allocator.cost.latency import Latency
+    from allocator.rewriting.allocation import Allocation
 
 Channels = dict[str, dict[str, int]]
 
@@ -226,7 +226,7 @@ def _rich(comparison: Comparison) -> str:
 
 
 def _html(comparison: Comparison) -> str:
-    from .compare_page import to_html
+    from allocator.reporting.compare_page import to_html
 
     return to_html(comparison, _latencies(comparison))
 

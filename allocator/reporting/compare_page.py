@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from .page import asset, filled
-from .words import plural, printable, short
+from allocator.reporting.page import asset, filled
+from allocator.reporting.words import plural, printable, short
 
 if TYPE_CHECKING:
-    from .compare import Comparison, Row
+    from allocator.reporting.compare import Comparison, Row
 
 
 def to_html(comparison: Comparison, latencies: Sequence[str]) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ..criteria import Scores
-from ..errors import BudgetError, NothingToAllocateError
-from ..graph import ChannelGraph
-from ..planning import POLICIES, make_plan
-from .collect import importance
-from .facts import Point
+from allocator.errors import BudgetError, NothingToAllocateError
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.planning.search import POLICIES, make_plan
+from allocator.reporting.collect import importance
+from allocator.reporting.facts import Point
+from allocator.scoring.criteria import Scores
 
 STEPS = 12
 

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
-from ..build import unknown
-from ..errors import UnknownNameError
-from .facts import FORMAT, BlockFacts, Summary
+from allocator.errors import UnknownNameError
+from allocator.io.models import unknown
+from allocator.reporting.facts import FORMAT, BlockFacts, Summary
 
 SCHEMAS = ("report", "compare", "allocate")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..timing import Latency
+    from allocator.cost.latency import Latency
 
 FORMAT = 1
 """Version of the JSON form; `report.schema.json` describes it."""
@@ -209,6 +209,6 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; `allocator/reporting/report.schema.json` describes it."""
-        from .document import document
+        from allocator.reporting.document import document
 
         return document(self)

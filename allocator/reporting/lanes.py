@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..blocks import Block
-from ..flow import Flow
-from ..graph import ChannelGraph
-from ..tracing import Op
-from .facts import Layer
-from .words import size
+from allocator.flow.flow import Flow
+from allocator.graph.blocks import Block
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.reporting.facts import Layer
+from allocator.reporting.words import size
+from allocator.tracing.record import Op
 
 Place = tuple[int, int]
 """(block, branch) as indices."""

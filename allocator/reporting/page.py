@@ -9,11 +9,11 @@ import re
 from importlib import resources
 from typing import Any
 
-from . import charts
-from .facts import SHARED, BlockFacts, Histogram, Layer, Summary
-from .pictures import library
-from .rows import condensed
-from .words import percent, printable, short, size, timed
+from allocator.reporting import charts
+from allocator.reporting.facts import SHARED, BlockFacts, Histogram, Layer, Summary
+from allocator.reporting.pictures import library
+from allocator.reporting.rows import condensed
+from allocator.reporting.words import percent, printable, short, size, timed
 
 
 def to_html(summary: Summary) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..disk import PathLike, write_atomically
-from ..errors import InputError, MissingPackageError, UnknownNameError
-from .charts import Parts, Spec, part_names, parts_of, share_rows, shares, side_by_side
-from .facts import Summary
+from allocator.disk import PathLike, write_atomically
+from allocator.errors import InputError, MissingPackageError, UnknownNameError
+from allocator.reporting.charts import Parts, Spec, part_names, parts_of, share_rows, shares, side_by_side
+from allocator.reporting.facts import Summary
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _HEIGHT = 300

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..disk import PathLike, write_text
-from ..errors import UnknownNameError
-from .document import document
-from .facts import Summary
-from .rows import LIMIT
-from .tables import to_csv, to_markdown
-from .text import SummaryText
+from allocator.disk import PathLike, write_text
+from allocator.errors import UnknownNameError
+from allocator.reporting.document import document
+from allocator.reporting.facts import Summary
+from allocator.reporting.rows import LIMIT
+from allocator.reporting.tables import to_csv, to_markdown
+from allocator.reporting.text import SummaryText
 
 _TEXT_WIDTH = 120
 
@@ -32,7 +32,7 @@ def _json(summary: Summary, limit: int | None) -> str:
 
 
 def _html(summary: Summary, limit: int | None) -> str:
-    from .page import to_html
+    from allocator.reporting.page import to_html
 
     return to_html(summary)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .facts import BlockFacts, BranchFacts, Summary
+from allocator.reporting.facts import BlockFacts, BranchFacts, Summary
 
 LIMIT = 64
 """Blocks in a table for people; files for machines hold all."""

@@ -7,12 +7,12 @@ import math
 import numpy as np
 from torch import nn
 
-from ..cost import Term
-from ..flow import Flow
-from ..graph import ChannelGraph, kept_of
-from ..skeleton import tensor_names
-from ..tracing import Op
-from .facts import Totals
+from allocator.cost.flops import Term
+from allocator.flow.flow import Flow
+from allocator.graph.channel_graph import ChannelGraph, kept_of
+from allocator.modules import tensor_names
+from allocator.reporting.facts import Totals
+from allocator.tracing.record import Op
 
 _PRODUCTS = frozenset({"convolution", "_convolution", "mkldnn_convolution", "addmm", "mm", "bmm", "linear"})
 _WHOLE = frozenset({"matmul", "rmatmul", "einsum"})

@@ -6,9 +6,9 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
-from .facts import Summary
-from .rows import LIMIT, condensed, select
-from .words import change, percent, plural, printable, short, size, spread, timed
+from allocator.reporting.facts import Summary
+from allocator.reporting.rows import LIMIT, condensed, select
+from allocator.reporting.words import change, percent, plural, printable, short, size, spread, timed
 
 COLUMNS = (
     "block", "kind", "branch", "scale", "stride", "kernel", "dilation", "receptive_field", "channels", "kept",

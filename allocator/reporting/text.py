@@ -10,9 +10,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .facts import BlockFacts, BranchFacts, Histogram, Summary
-from .rows import LIMIT, condensed, select
-from .words import change, percent, plural, printable, short, size, spread, timed
+from allocator.reporting.facts import BlockFacts, BranchFacts, Histogram, Summary
+from allocator.reporting.rows import LIMIT, condensed, select
+from allocator.reporting.words import change, percent, plural, printable, short, size, spread, timed
 
 NARROW = 60
 _LONGEST_NAME = 44

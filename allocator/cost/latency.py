@@ -1,0 +1,97 @@
+"""How long a forward takes, on the device at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from allocator.errors import InputError, TraceError
+from allocator.model_checks import check_model
+from allocator.modules import skeleton, tensor_names
+from allocator.tracing.inputs import Inputs, as_inputs
+
+SECONDS = 1.0
+ROUNDS = 5  # so that a machine that stalls once does not decide
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The time of one forward in eval mode, without gradients.
+
+    Attributes:
+        seconds: the median.
+        spread: interquartile range of the measured blocks, in seconds.
+        forwards: how many were measured.
+        threads: that the CPU's operators may use.
+        device: what it ran on.
+        inputs: shapes of the inputs.
+    """
+
+    seconds: float
+    spread: float
+    forwards: int
+    threads: int
+    device: str
+    inputs: tuple[tuple[int, ...], ...]
+
+
+def latency(
+    model: nn.Module, example_inputs: Any = None, *, threads: int | None = None, seconds: float = SECONDS, seed: int = 0
+) -> Latency:
+    """Measure the forward where the model's parameters lie, with `torch.utils.benchmark`.
+
+    Args:
+        model: any module; it is not changed.
+        example_inputs: as for `allocate`; their floating-point values are drawn anew.
+        threads: for the CPU's operators; None for as many as torch uses now.
+        seconds: how long to measure for, at least.
+        seed: of the inputs.
+
+    Raises:
+        InputError: the inputs do not fit the model, or `threads` or `seconds` is not above zero.
+        UnsupportedModelError: the model has no values, or cannot be copied.
+        TraceError: its forward raised.
+    """
+    from torch.utils.benchmark import Measurement, Timer
+
+    threads = torch.get_num_threads() if threads is None else threads
+    if threads < 1 or not seconds > 0:
+        raise InputError(f"cannot measure with {threads} threads for {seconds} seconds: both must be above zero")
+    network = skeleton(check_model(model, values=True), lambda _, tensor: tensor.detach()).eval()
+    inputs = _drawn(network, as_inputs(example_inputs, network), seed)
+    scope = {"network": network, "args": inputs.args, "kwargs": inputs.kwargs}
+    timer = Timer("network(*args, **kwargs)", globals=scope, num_threads=threads)
+    with torch.no_grad():
+        try:
+            network(*inputs.args, **inputs.kwargs)
+        except Exception as error:
+            raise TraceError(
+                f"the forward raised {type(error).__name__} with {inputs.describe()}: {error!s:.300}"
+            ) from error
+        timer.timeit(1)  # threads are started at the first use of their number
+        rounds = [timer.blocked_autorange(min_run_time=seconds / ROUNDS) for _ in range(ROUNDS)]
+    (merged,) = Measurement.merge(rounds)
+    forwards = sum(len(each.times) * each.number_per_run for each in rounds)
+    shapes = tuple(tuple(tensor.shape) for tensor in inputs.tensors())
+    return Latency(merged.median, merged.iqr, forwards, threads, _device(network), shapes)
+
+
+def _drawn(network: nn.Module, inputs: Inputs, seed: int) -> Inputs:
+    floating = [tensor for tensor in tensor_names(network).values() if tensor.is_floating_point()]
+    dtype = floating[0].dtype if floating else torch.float32
+    return inputs.noise(seed, _place(network), dtype)
+
+
+def _place(network: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in tensor_names(network).values()), torch.device("cpu"))
+
+
+def _device(network: nn.Module) -> str:
+    """Such as "cpu (AVX512)" or "cuda (NVIDIA H100)"."""
+    place = _place(network)
+    if place.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(place)})"
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if place.type == "cpu" else str(place)

@@ -1,0 +1,1 @@
+"""Channel flow: which channel of which tensor came from which index of which parameter."""

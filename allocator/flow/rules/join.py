@@ -1,0 +1,47 @@
+"""Operators where branches meet: concatenation and stacking."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from allocator.flow.flow import Flow, Label
+from allocator.flow.rules.registry import rule
+from allocator.tracing.record import Op
+
+
+@rule("cat", "concat")
+def concatenate(flow: Flow, op: Op) -> None:
+    """Labels follow one another along the dim; on the other dims the parts must agree."""
+    inputs = [i for i in op.inputs() if flow.shape(i) != (0,)]
+    out = flow.shape(op.outputs[0])
+    dim = int(op.arg("dim") or 0) % len(out)
+    result = [
+        _joined(flow, op, inputs, dim) if d == dim else flow.unify_all([flow.labels(i)[d] for i in inputs], op)
+        for d in range(len(out))
+    ]
+    flow.set(op.outputs[0], result)
+
+
+def _joined(flow: Flow, op: Op, inputs: list[int], dim: int) -> Label:
+    parts = [flow.labels(i)[dim] for i in inputs]
+    if all(part is None for part in parts):
+        return None
+    fixed = [np.zeros(flow.shape(i)[dim], dtype=np.int64) for i in inputs]
+    joined = np.concatenate([f if part is None else part for part, f in zip(parts, fixed, strict=True)])
+    if len(inputs) > 1:
+        flow.join("concat", op, dim, inputs)
+        flow.floor(joined, op)
+    return joined
+
+
+@rule("stack")
+def stack(flow: Flow, op: Op) -> None:
+    """A new dim; the parts must agree on all others."""
+    inputs = op.inputs()
+    rank = len(flow.shape(op.outputs[0]))
+    dim = int(op.arg("dim") or 0) % rank
+    labels = [flow.unify_all([flow.labels(i)[d] for i in inputs], op) for d in range(rank - 1)]
+    for d, label in enumerate(labels):
+        if label is not None and len(inputs) > 1:
+            flow.join("stack", op, d, inputs)
+    flow.set(op.outputs[0], [*labels[:dim], None, *labels[dim:]])

@@ -1,0 +1,205 @@
+"""Operators that take a part: split, chunk, slice, select, indexing, padding."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from allocator.flow.flow import Flow, Label
+from allocator.flow.rules.registry import rule
+from allocator.tracing.record import Op
+
+
+@rule(
+    "split",
+    "split_with_sizes",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+    "split_copy",
+    "split_with_sizes_copy",
+)
+def split(flow: Flow, op: Op) -> None:
+    """Consecutive parts. Where the module's attributes give the sizes, each part is free to shrink."""
+    source = op.inputs()[0]
+    labels = flow.labels(source)
+    dim = int(op.arg("dim") or 0) % len(labels)
+    parts: list[Label] = [None] * len(op.outputs)
+    label = labels[dim]
+    sizes = [flow.shape(i)[dim] for i in op.outputs]
+    if label is not None:
+        pieces = np.split(label, np.cumsum(sizes)[:-1])
+        parts = list(pieces)
+        _free_or_tie(flow, op, label, pieces)
+    for index, part in zip(op.outputs, parts, strict=True):
+        flow.set(index, [*labels[:dim], part, *labels[dim + 1 :]])
+
+
+def _free_or_tie(flow: Flow, op: Op, label: np.ndarray, pieces: list[np.ndarray]) -> None:
+    """Decide what the parts of a split may lose, from where their sizes come."""
+    sizes = [len(piece) for piece in pieces]
+    literal = op.args[1] if len(op.args) > 1 else op.kwargs.get("split_size", op.kwargs.get("split_sizes"))
+    if (op.call is None or op.call.name != "chunk") and flow.sized_by_attribute(op, literal, pieces):
+        for piece in pieces:
+            flow.floor(piece, op)
+    elif len(set(sizes)) == 1:
+        for piece in pieces[1:]:
+            flow.tie(piece, pieces[0], op)
+    else:
+        flow.fix_sizes(label, op, sizes)
+
+
+@rule("glu")
+def gate(flow: Flow, op: Op) -> None:
+    """The first half of a dim times a gate from its second half: both keep the same places."""
+    labels = list(flow.labels(op.inputs()[0]))
+    dim = int(op.arg("dim"))
+    label = labels[dim]
+    if label is not None:
+        halves = label.reshape(2, -1)
+        flow.tie(halves[1], halves[0], op)
+        labels[dim] = halves[0]
+    flow.set(op.outputs[0], labels)
+
+
+@rule("slice", "slice_copy")
+def slice_(flow: Flow, op: Op) -> None:
+    """A range of one dim."""
+    source = op.inputs()[0]
+    labels, shape = list(flow.labels(source)), flow.shape(source)
+    dim = int(op.arg("dim") or 0)
+    label = labels[dim]
+    if label is not None:
+        part = label[slice(op.arg("start"), op.arg("end"), op.arg("step"))]
+        labels[dim] = part
+        if 0 < len(part) < shape[dim]:
+            flow.floor(part, op)
+    flow.set(op.outputs[0], labels)
+
+
+@rule("select", "select_copy")
+def select(flow: Flow, op: Op) -> None:
+    """One index of one dim."""
+    labels = list(flow.labels(op.inputs()[0]))
+    flow.freeze(labels.pop(int(op.arg("dim"))), op, "one index is read by number")
+    flow.set(op.outputs[0], labels)
+
+
+@rule("unbind", "unbind_copy")
+def unbind(flow: Flow, op: Op) -> None:
+    """Every index of one dim as a tensor of its own."""
+    labels = list(flow.labels(op.inputs()[0]))
+    flow.freeze(labels.pop(int(op.arg("dim") or 0)), op, "a dim is taken apart index by index")
+    for index in op.outputs:
+        flow.set(index, labels)
+
+
+@rule("index_select")
+def index_select(flow: Flow, op: Op) -> None:
+    """Places along one dim are picked."""
+    _pick(flow, op, [int(op.arg("dim")) % len(flow.shape(op.inputs()[0]))])
+
+
+@rule("index")
+def index(flow: Flow, op: Op) -> None:
+    """Places along one dim or several are picked; a mask of n dims names n of them."""
+    named: list[int] = []
+    dim = 0
+    for ref in op.arg("indices"):
+        size = len(flow.shape(ref.index)) if ref is not None and _is_mask(flow, ref.index) else 1
+        named += range(dim, dim + size) if ref is not None else ()
+        dim += size
+    _pick(flow, op, named)
+
+
+def _is_mask(flow: Flow, picks: int) -> bool:
+    return flow.trace.values[picks].dtype in (torch.bool, torch.uint8)
+
+
+def _pick(flow: Flow, op: Op, named: list[int]) -> None:
+    """Picked dims stay, the others pass, and so do those of an activation that is the only index.
+
+    What is picked takes the place of the named dims where these follow one another, else it comes first.
+    """
+    source, *indices = op.inputs()
+    labels = flow.labels(source)
+    for d in named:
+        flow.freeze(labels[d], op, "channels are picked by an index tensor")
+    rest = [label for d, label in enumerate(labels) if d not in named]
+    picked: list[Label] = [None] * (len(flow.shape(op.outputs[0])) - len(rest))
+    active = [i for i in indices if i in flow.active and not _is_mask(flow, i)]
+    if len(indices) == 1 and active:
+        picked = list(flow.labels(indices[0]))
+    else:
+        for label in (label for i in active for label in flow.labels(i)):
+            flow.freeze(label, op, "channels are picked by several index tensors")
+    at = named[0] if named[-1] - named[0] + 1 == len(named) else 0
+    flow.set(op.outputs[0], [*rest[:at], *picked, *rest[at:]])
+
+
+@rule("index_put", "_index_put_impl")
+def put(flow: Flow, op: Op) -> None:
+    """Places along one dim are written; on the other dims what is written is the same channels."""
+    target, *indices, values = op.inputs()
+    labels, shape = list(flow.labels(target)), flow.shape(target)
+    if len(indices) != 1 or len(flow.shape(indices[0])) != 1:
+        flow.refuse(op, "writing to places named by several tensors")
+        return
+    written = [None] * (len(shape) - len(flow.shape(values))) + list(flow.labels(values))
+    sizes = [1] * (len(shape) - len(flow.shape(values))) + list(flow.shape(values))
+    at = next(d for d, ref in enumerate(op.arg("indices")) if ref is not None)
+    for dim, label in enumerate(written):
+        if dim == at:
+            flow.freeze(label, op, "channels are picked by an index tensor")
+            flow.freeze(labels[dim], op, "channels are picked by an index tensor")
+        elif target in flow.uniform:
+            labels[dim] = label if sizes[dim] == shape[dim] else None
+        elif values not in flow.uniform and sizes[dim] == shape[dim]:
+            labels[dim] = flow.unify(labels[dim], label, op) if label is not labels[dim] else label
+    memory = flow.trace.root(op.outputs[0])
+    if memory in flow.uniform and flow.shape(memory) == shape:
+        flow.set(memory, labels)
+    flow.set(op.outputs[0], labels)
+
+
+@rule("nonzero", "masked_select")
+def pick_by_value(flow: Flow, op: Op) -> None:
+    """Which elements are picked depends on their values, so every channel stays."""
+    for value in op.inputs():
+        for label in flow.labels(value):
+            flow.freeze(label, op, "elements are picked by their values")
+    flow.set(op.outputs[0], [None] * len(flow.shape(op.outputs[0])))
+
+
+@rule("topk")
+def largest_along_dim(flow: Flow, op: Op) -> None:
+    """The largest along one dim, which so must stay; the others pass."""
+    labels = list(flow.labels(op.inputs()[0]))
+    if labels:
+        dim = -1 if op.arg("dim") is None else int(op.arg("dim"))
+        flow.freeze(labels[dim], op, "the largest of all channels are picked")
+        labels[dim] = None
+    for value in op.outputs:
+        flow.set(value, labels)
+
+
+@rule("constant_pad_nd")
+def constant_pad(flow: Flow, op: Op) -> None:
+    """Padding from the last dim backwards; a padded dim must keep its channels."""
+    labels = list(flow.labels(op.inputs()[0]))
+    pads = op.arg("pad")
+    for k in range(len(pads) // 2):
+        dim = len(labels) - 1 - k
+        if pads[2 * k] or pads[2 * k + 1]:
+            flow.freeze(labels[dim], op, "channels are padded")
+            if labels[dim] is not None:
+                labels[dim] = np.zeros(flow.shape(op.outputs[0])[dim], dtype=np.int64)
+    flow.set(op.outputs[0], labels)
+
+
+@rule("roll")
+def roll(flow: Flow, op: Op) -> None:
+    """Dims are rotated; rotated channels stay."""
+    labels = flow.labels(op.inputs()[0])
+    for d in op.arg("dims") or range(len(labels)):
+        flow.freeze(labels[d], op, "channels are rotated")
+    flow.set(op.outputs[0], labels)

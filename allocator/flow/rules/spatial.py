@@ -1,0 +1,91 @@
+"""Operators that work on the trailing (spatial) dims and leave batch and channels alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from allocator.flow.flow import Flow, Label
+from allocator.flow.rules.registry import rule
+from allocator.tracing.record import Op
+
+
+@rule(
+    "max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d",
+    "adaptive_avg_pool1d", "max_pool2d", "max_pool3d", "fractional_max_pool2d", "fractional_max_pool3d",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d",
+    "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+    "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
+    "replication_pad1d", "replication_pad2d", "replication_pad3d",
+)  # fmt: skip
+def spatial(flow: Flow, op: Op) -> None:
+    """Pooling, resampling and padding by reflection: the last n dims change, all others pass."""
+    labels = list(flow.labels(op.inputs()[0]))
+    match = re.search(r"([123])d", op.name)
+    assert match is not None
+    rank = int(match.group(1))
+    _stay(flow, op, labels[-rank:])
+    labels[-rank:] = [None] * rank
+    for index in op.outputs:
+        flow.set(index, labels)
+
+
+@rule("im2col")
+def patches(flow: Flow, op: Op) -> None:
+    """(B, C, H, W) to (B, C k k, L): a channel's k*k rows follow one another; the batch may be missing."""
+    *batch, channels, height, width = flow.labels(op.inputs()[0])
+    _stay(flow, op, [height, width])
+    factor = int(np.prod(op.arg("kernel_size")))
+    rows = None if channels is None else np.repeat(channels, factor)
+    flow.set(op.outputs[0], [*batch, rows, None])
+
+
+@rule("col2im")
+def fold(flow: Flow, op: Op) -> None:
+    """(B, C k k, L) to (B, C, H, W): a channel's k*k rows go together; the batch may be missing."""
+    *batch, rows, places = flow.labels(op.inputs()[0])
+    _stay(flow, op, [places])
+    if rows is not None:
+        grid = rows.reshape(-1, int(np.prod(op.arg("kernel_size"))))
+        flow.tie(grid, grid[:, :1], op)
+        rows = grid[:, 0]
+    flow.set(op.outputs[0], [*batch, rows, None, None])
+
+
+@rule("unfold", "unfold_copy")
+def windows(flow: Flow, op: Op) -> None:
+    """Sliding windows over one dim become a new last dim; neither carries anything further."""
+    labels = list(flow.labels(op.inputs()[0]))
+    dim = int(op.arg("dimension"))
+    _stay(flow, op, [labels[dim]])
+    labels[dim] = None
+    flow.set(op.outputs[0], [*labels, None])
+
+
+@rule("grid_sampler_2d", "grid_sampler_3d")
+def grid_sample(flow: Flow, op: Op) -> None:
+    """Samples every channel at the same places: (B, C, H, W) by (B, h, w, 2) to (B, C, h, w)."""
+    source, grid = op.inputs()
+    batch, channels, *pixels = flow.labels(source)
+    other, *places = flow.labels(grid)
+    _stay(flow, op, [*pixels, *places])
+    flow.set(op.outputs[0], [flow.unify_all([batch, other], op), channels, *([None] * len(pixels))])
+
+
+@rule("torchvision::roi_align", "torchvision::roi_pool")
+def roi_pool(flow: Flow, op: Op) -> None:
+    """Regions of every channel alike: (B, C, H, W) by (R, 5) to (R, C, h, w)."""
+    source, regions = op.inputs()
+    batch, channels, *pixels = flow.labels(source)
+    _stay(flow, op, [batch, *pixels, *flow.labels(regions)])
+    for index in op.outputs:
+        flow.set(index, [None, channels, None, None])
+
+
+def _stay(flow: Flow, op: Op, labels: Sequence[Label]) -> None:
+    for label in labels:
+        flow.freeze(label, op, "this dim is resampled")

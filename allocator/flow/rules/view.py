@@ -1,0 +1,257 @@
+"""Operators that rearrange dims: views, permutations, expansion, channel shuffles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from allocator.flow.flow import Flow, Label
+from allocator.flow.rules.registry import rule
+from allocator.tracing.record import Op
+
+Shape = tuple[int, ...]
+# Where a vector of one element becomes one of these many dims, sizes do not tell which of them is its own: it is
+# taken to be the second, as a scale of channels has it. (A wrong guess only keeps neurons.)
+_CHANNELS_SECOND = (2, 4, 5)
+
+
+@rule(
+    "alias", "detach", "clone", "contiguous", "_to_copy", "to", "lift_fresh", "lift_fresh_copy", "view_as",
+    "resolve_conj", "resolve_neg", "positive", "fill", "zero", "normal", "uniform",
+)  # fmt: skip
+def identity(flow: Flow, op: Op) -> None:
+    """The same indices in the same places."""
+    source = op.inputs()[0]
+    uniform = source in flow.uniform
+    for index in op.outputs:
+        flow.set(index, flow.labels(source))
+    if uniform:
+        flow.uniform.update(op.outputs)
+
+
+@rule("as_strided")
+def as_strided(flow: Flow, op: Op) -> None:
+    """Other strides for dims of size 1 (how pooling marks a memory format) move nothing; all else is refused."""
+    shape, strides = flow.shape(op.inputs()[0]), op.arg("stride")
+    dense = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    moved = [d for d, n in enumerate(shape) if n > 1 and strides[d] != dense[d]]
+    if shape == flow.shape(op.outputs[0]) and not moved:
+        identity(flow, op)
+    else:
+        flow.refuse(op, "reads memory by strides")
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
+def view(flow: Flow, op: Op) -> None:
+    """Merged dims repeat their labels; a dim that is split keeps every factor but one whole."""
+    source, out = op.inputs()[0], op.outputs[0]
+    labels, shape, target = flow.labels(source), flow.shape(source), flow.shape(out)
+    result: list[Label] = [None] * len(target)
+    for ins, outs in factor_groups(shape, target):
+        merged = _merge(flow, op, [labels[d] for d in ins], [shape[d] for d in ins])
+        if merged is not None:
+            parts = unflatten(flow, op, merged, [target[d] for d in outs], outs)
+            for d, label in zip(outs, parts, strict=True):
+                result[d] = label
+    if shape == (1,) and len(target) in _CHANNELS_SECOND:
+        result[:2] = [None, labels[0]]
+    flow.set(out, result)
+    if source in flow.uniform:
+        flow.uniform.add(out)
+
+
+def factor_groups(shape: Shape, target: Shape) -> list[tuple[list[int], list[int]]]:
+    """Smallest runs of dims of `shape` and `target` that hold the same number of elements.
+
+    >>> factor_groups((2, 6, 5), (2, 3, 2, 5))
+    [([0], [0]), ([1], [1, 2]), ([2], [3])]
+    """
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(shape) or j < len(target):
+        ins, outs = [i] if i < len(shape) else [], [j] if j < len(target) else []
+        a = shape[i] if ins else 1
+        b = target[j] if outs else 1
+        i, j = i + len(ins), j + len(outs)
+        while a != b:
+            if a < b and i < len(shape):
+                ins.append(i)
+                a, i = a * shape[i], i + 1
+            elif j < len(target):
+                outs.append(j)
+                b, j = b * target[j], j + 1
+            else:
+                break
+        groups.append((ins, outs))
+    return groups
+
+
+def _merge(flow: Flow, op: Op, labels: Sequence[Label], sizes: Sequence[int]) -> Label:
+    """Labels of the flattened dims; only one of them may lose indices."""
+    labelled = [k for k, label in enumerate(labels) if label is not None]
+    labelled = [k for k in labelled if sizes[k] > 1] or labelled[:1]
+    for k in labelled[1:]:
+        flow.freeze(labels[k], op, "two dims with neurons are flattened into one")
+    if not labelled:
+        return None
+    k = labelled[0]
+    label = labels[k]
+    assert label is not None
+    before = int(np.prod(sizes[:k], dtype=np.int64))
+    after = int(np.prod(sizes[k + 1 :], dtype=np.int64))
+    return np.tile(np.repeat(label, after), before)
+
+
+def unflatten(flow: Flow, op: Op, label: np.ndarray, sizes: Sequence[int], outs: Sequence[int]) -> list[Label]:
+    """Split labels over the dims `outs`; the last that varies may lose indices, or heads, the others stay whole."""
+    if len(sizes) < 2:
+        return [label] if sizes else []
+    grid = label.reshape(sizes)
+    varying = [d for d, n in enumerate(sizes) if n > 1 and not _constant(grid, d)]
+    result: list[Label] = [None] * len(sizes)
+    heads = flow.heads.get(flow.places[op.index]) if flow.heads else None
+    if len(label) == 1:
+        varying = [len(sizes) - 1]
+    if not varying:
+        flow.freeze(label, op, "a view leaves no dim for these neurons")
+        return result
+    keep = outs.index(heads) if heads in outs else varying[-1]
+    first = tuple(slice(None) if d == keep else slice(0, 1) for d in range(len(sizes)))
+    kept = grid[first].reshape(-1)
+    if varying != [keep]:
+        flow.tie(grid, grid[first], op)
+    if heads in outs:
+        flow.note_heads(kept)
+    elif len(varying) > 1:
+        flow.divide(op, [outs[d] for d in varying], kept)
+    result[keep] = kept
+    return result
+
+
+def _constant(grid: np.ndarray, dim: int) -> bool:
+    return bool((grid == grid.take([0], axis=dim)).all())
+
+
+@rule("unsqueeze")
+def unsqueeze(flow: Flow, op: Op) -> None:
+    """A new dim of size 1."""
+    labels = list(flow.labels(op.inputs()[0]))
+    dim = int(op.arg("dim"))
+    labels.insert(dim if dim >= 0 else dim + len(labels) + 1, None)
+    flow.set(op.outputs[0], labels)
+    if op.inputs()[0] in flow.uniform:
+        flow.uniform.add(op.outputs[0])
+
+
+@rule("squeeze")
+def squeeze(flow: Flow, op: Op) -> None:
+    """Dims of size 1 go: all of them, or those named."""
+    source = op.inputs()[0]
+    shape, labels = flow.shape(source), flow.labels(source)
+    dims = op.arg("dim")
+    named = range(len(shape)) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {d % len(shape) for d in named if shape[d] == 1}
+    for d in gone:
+        flow.freeze(labels[d], op, "a dim of size 1 is dropped")
+    flow.set(op.outputs[0], [label for d, label in enumerate(labels) if d not in gone])
+
+
+@rule("permute")
+def permute(flow: Flow, op: Op) -> None:
+    """Dims change places."""
+    labels = flow.labels(op.inputs()[0])
+    flow.set(op.outputs[0], [labels[d] for d in op.arg("dims")])
+
+
+@rule("t", "numpy_T")
+def matrix_transpose(flow: Flow, op: Op) -> None:
+    """The two dims change places."""
+    flow.set(op.outputs[0], list(reversed(flow.labels(op.inputs()[0]))))
+
+
+@rule("transpose", "swapaxes")
+def transpose(flow: Flow, op: Op) -> None:
+    """Two dims change places."""
+    labels = list(flow.labels(op.inputs()[0]))
+    a, b = (int(op.args[k]) for k in (1, 2))
+    labels[a], labels[b] = labels[b], labels[a]
+    flow.set(op.outputs[0], labels)
+
+
+@rule("expand", "expand_copy")
+def expand(flow: Flow, op: Op) -> None:
+    """Dims of size 1 grow, and so have no labels; new dims come first."""
+    source, out = op.inputs()[0], flow.shape(op.outputs[0])
+    shape, labels = flow.shape(source), list(flow.labels(source))
+    fresh = len(out) - len(shape)
+    for d, size in enumerate(shape):
+        if out[fresh + d] != size:
+            flow.freeze(labels[d], op, "a dim of size 1 is repeated")
+            labels[d] = None
+    flow.set(op.outputs[0], [None] * fresh + labels)
+
+
+@rule("repeat")
+def repeat(flow: Flow, op: Op) -> None:
+    """Whole dims are repeated one after the other."""
+    labels = flow.labels(op.inputs()[0])
+    times = op.arg("repeats")
+    own = times[len(times) - len(labels) :]
+    tiled = [None if lab is None else np.tile(lab, n) for lab, n in zip(labels, own, strict=True)]
+    flow.set(op.outputs[0], [None] * (len(times) - len(labels)) + tiled)
+
+
+@rule("flip")
+def flip(flow: Flow, op: Op) -> None:
+    """Dims are read backwards."""
+    labels = list(flow.labels(op.inputs()[0]))
+    for d in op.arg("dims"):
+        label = labels[d]
+        labels[d] = None if label is None else label[::-1]
+    flow.set(op.outputs[0], labels)
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(flow: Flow, op: Op) -> None:
+    """(C r r, H, W) to (C, H r, W r): a channel's r*r inputs go together."""
+    labels = list(flow.labels(op.inputs()[0]))
+    factor = int(op.arg("upscale_factor")) ** 2
+    _resample(flow, op, labels)
+    channels = labels[-3]
+    if channels is not None:
+        grid = channels.reshape(-1, factor)
+        flow.tie(grid, grid[:, :1], op)
+        labels[-3] = grid[:, 0]
+    flow.set(op.outputs[0], labels)
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(flow: Flow, op: Op) -> None:
+    """(C, H r, W r) to (C r r, H, W)."""
+    labels = list(flow.labels(op.inputs()[0]))
+    _resample(flow, op, labels)
+    channels = labels[-3]
+    if channels is not None:
+        labels[-3] = np.repeat(channels, int(op.arg("downscale_factor")) ** 2)
+    flow.set(op.outputs[0], labels)
+
+
+def _resample(flow: Flow, op: Op, labels: list[Label]) -> None:
+    """Pixels change places with channels: the last two dims stay, and carry nothing further."""
+    for d in (-2, -1):
+        flow.freeze(labels[d], op, "this dim is resampled")
+        labels[d] = None
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(flow: Flow, op: Op) -> None:
+    """(G, K) to (K, G): every group keeps the same places, so that the order survives."""
+    labels = list(flow.labels(op.inputs()[0]))
+    channels = labels[1]
+    if channels is not None:
+        grid = channels.reshape(int(op.arg("groups")), -1)
+        flow.tie(grid, grid[:1], op)
+        labels[1] = grid.T.reshape(-1)
+    flow.set(op.outputs[0], labels)

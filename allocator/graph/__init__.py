@@ -1,0 +1,1 @@
+"""The channel graph: neurons, and the blocks where branches meet."""

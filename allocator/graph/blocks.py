@@ -1,0 +1,370 @@
+"""Aggregation blocks: where branches meet, where they come from, and what each branch is like.
+
+A block runs from the call that dominates all its branches to the aggregation. A branch is what lies between
+that entry, or the end of another branch that it builds on, and the aggregation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from operator import mul, truediv
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+import numpy as np
+import torch
+
+from allocator.flow.flow import FROZEN, Flow, Join
+from allocator.tracing.record import Op
+
+if TYPE_CHECKING:
+    from allocator.graph.channel_graph import ChannelGraph
+
+INPUT = -1
+Axes = tuple[float, ...]  # a number per spatial axis
+_SPLITS = frozenset({"split", "split_with_sizes", "unsafe_split", "unbind"})
+_WINDOWED = frozenset(
+    {"convolution", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"}
+)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One of the paths that meet in a block.
+
+    Attributes:
+        name: the layer that writes its channels, relative to the block; "identity" where none does.
+        channels: how many channels it brings to the aggregation.
+        kernels: kernel sizes of its convolutions, in order.
+        dilation: largest dilation of its convolutions.
+        stride: how much smaller its features are at its end than at its start; below 1 where they grow.
+        scale: how much coarser its coarsest features are than the block's output (4: works at a quarter).
+        receptive_field: pixels of its start that one pixel of its end sees, per axis.
+        flops: FLOPs of its own calls, as fvcore counts them.
+        gamma: (mean, smallest, largest) |gamma| over its channels, or None without batch norm or its values.
+        inner: channels of layers inside the branch that do not reach the aggregation.
+        calls: its own calls, as indices into the trace's ops.
+    """
+
+    name: str
+    channels: int
+    kernels: tuple[tuple[int, ...], ...]
+    dilation: int
+    stride: float
+    scale: float
+    receptive_field: tuple[int, ...]
+    flops: int
+    gamma: tuple[float, float, float] | None
+    inner: int
+    label: np.ndarray = field(repr=False, compare=False)
+    inner_labels: tuple[np.ndarray, ...] = field(repr=False, compare=False, default=())
+    calls: tuple[int, ...] = field(repr=False, compare=False, default=())
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The largest kernel, () without a convolution."""
+        return max(self.kernels, key=math.prod, default=())
+
+
+@dataclass(frozen=True)
+class Block:
+    """A place where branches meet.
+
+    Attributes:
+        name: path of the module in which they meet.
+        kind: "concat", "split" (parts of one tensor, transformed and concatenated), "sum", "product",
+            "stack" or "groups" (of a convolution).
+        channels: channels of the aggregated tensor.
+        branches: the paths.
+        entry: the call that all of them come from, as text.
+        call: the aggregation, as an index into the trace's ops.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    branches: tuple[Branch, ...]
+    entry: str
+    call: int = field(repr=False, compare=False, default=INPUT)
+
+
+def call_graph(flow: Flow) -> nx.DiGraph:
+    """Calls as nodes (their index, with the `Op` as attribute `op`), tensors as edges; node -1 is the input."""
+    graph = nx.DiGraph()
+    graph.add_node(INPUT)
+    writer: dict[int, int] = {}
+    for op in flow.trace.ops:
+        inputs = [i for i in op.inputs() if i in flow.active]
+        if inputs:
+            graph.add_node(op.index, op=op)
+            for value in inputs:
+                source = writer.get(value, INPUT)
+                shape = flow.shape(value)
+                graph.add_edge(source, op.index, value=value, shape=shape)
+        for value in op.outputs:
+            writer[value] = op.index
+    return graph
+
+
+def find_blocks(graph: ChannelGraph) -> list[Block]:
+    """All aggregation blocks of a traced model, in the order of their aggregation."""
+    return _Finder(graph).blocks()
+
+
+def describe_blocks(graph: ChannelGraph, kept: np.ndarray) -> list[dict[str, Any]]:
+    """Blocks with channels before and after, as plain data.
+
+    Args:
+        graph: the model's neurons.
+        kept: (neurons,) bool.
+    """
+    stays = np.append(kept, True)[graph.unit_of_slot]
+    result = []
+    for block in graph.blocks:
+        rows = []
+        for branch in block.branches:
+            inner = [int(stays[label].sum()) for label in branch.inner_labels]
+            row = {"name": branch.name, "before": branch.channels, "after": int(stays[branch.label].sum())}
+            row |= {"kernel": list(branch.kernel), "scale": branch.scale, "stride": branch.stride}
+            rows.append(row | {"inner_before": branch.inner, "inner_after": sum(inner)})
+        result.append({"name": block.name, "kind": block.kind, "branches": rows})
+    return result
+
+
+class _Finder:
+    """Finds the blocks of one graph; holds what all of them need."""
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        self.graph, self.flow = graph, graph.flow
+        self.calls = call_graph(self.flow)
+        self.dominator = nx.immediate_dominators(self.calls, INPUT)
+        self.gamma = _gamma_of_slot(graph)
+        self.flops: dict[int, int] = {}
+        per_term = graph.cost.per_term(np.ones(graph.size, dtype=bool))
+        for term, flops in zip(graph.cost.terms, per_term.tolist(), strict=True):
+            self.flops[term.op] = self.flops.get(term.op, 0) + flops
+        self.rank = next((len(op.arg("stride")) for op in self.flow.trace.ops if op.name == "convolution"), 2)
+        self.windows: dict[int, tuple[Axes, Axes, Axes]] = {}
+        self.written: dict[int, np.ndarray] = {
+            op.index: label for op in self.flow.trace.ops if (label := self._label_written(op)) is not None
+        }
+
+    def _label_written(self, op: Op) -> np.ndarray | None:
+        if op.name not in ("convolution", "addmm", "mm", "linear"):
+            return None
+        return self.flow.labels(op.outputs[0])[1 if op.name == "convolution" else -1]
+
+    def blocks(self) -> list[Block]:
+        names: dict[str, int] = {}
+        result = []
+        for join, inputs in sorted(_merged(self.flow, self.calls), key=lambda item: item[0].op):
+            block = self._groups(join) if join.kind == "groups" else self._block(join, inputs)
+            seen = names[block.name] = names.get(block.name, 0) + 1
+            if seen > 1:
+                block = replace(block, name=f"{block.name}#{seen}")
+            result.append(block)
+        return result
+
+    def _block(self, join: Join, inputs: Sequence[tuple[int, int]]) -> Block:
+        """`inputs` are (value, the call that wrote it)."""
+        op = self.flow.trace.ops[join.op]
+        entry = self.dominator.get(join.op, INPUT)
+        ends = {writer for _, writer in inputs}
+        branches = []
+        for value, writer in inputs:
+            label = self.flow.labels(value)[join.dim]
+            if label is None:
+                label = np.zeros(self.flow.shape(value)[join.dim], dtype=np.int64)
+            stops = (ends | {entry, INPUT}) - {writer}
+            branches.append(self._branch(op, label, writer, stops if writer != entry else {entry}))
+        kind = join.kind
+        if kind == "concat" and entry != INPUT and self.flow.trace.ops[entry].name in _SPLITS:
+            kind = "split"
+        channels = sum(len(b.label) for b in branches) if join.kind == "concat" else len(branches[0].label)
+        return Block(op.module or "model", kind, channels, tuple(branches), self._text(entry), join.op)
+
+    def _branch(self, join: Op, label: np.ndarray, end: int, stops: set[int]) -> Branch:
+        ops = [] if end in stops else self._between(end, stops)
+        convs = [op for op in ops if op.name == "convolution"]
+        writers = [op for op in ops if op.index in self.written]
+        start, out = self._start(ops), self._pixels(self.flow.shape(join.outputs[0]))
+        field_, jump, coarsest = self._geometry(ops, start)
+        inner = tuple(self.written[op.index] for op in writers[:-1])
+        return Branch(
+            name=_relative(writers[-1].module, join.module) if writers else "identity",
+            channels=len(label),
+            kernels=tuple(self.flow.shape(op.inputs()[1])[2:] for op in convs),
+            dilation=max((max(op.arg("dilation")) for op in convs), default=1),
+            stride=_mean(jump),
+            scale=_mean(tuple(map(truediv, coarsest, _stride(start, out)))) if ops and len(out) else 1.0,
+            receptive_field=tuple(int(n) for n in field_),
+            flops=sum(self.flops.get(op.index, 0) for op in ops),
+            gamma=self._gamma(label),
+            inner=sum(len(lab) for lab in inner),
+            label=label,
+            inner_labels=inner,
+            calls=tuple(op.index for op in ops),
+        )
+
+    def _between(self, end: int, stops: set[int]) -> list[Op]:
+        """Calls from `end` backwards until `stops`, in order."""
+        seen = {end}
+        queue = [end]
+        while queue:
+            for before in self.calls.predecessors(queue.pop()):
+                if before not in seen and before not in stops:
+                    seen.add(before)
+                    queue.append(before)
+        return [self.flow.trace.ops[i] for i in sorted(seen) if i != INPUT]
+
+    def _geometry(self, ops: Sequence[Op], start: Axes) -> tuple[Axes, Axes, Axes]:
+        """Per axis: the receptive field of the branch's end, its stride, and the largest stride on the way."""
+        one = (1.0,) * self.rank
+        known: dict[int, tuple[Axes, Axes]] = {}
+        coarsest = one
+        for op in ops:
+            before = [known[i] for i in self.calls.predecessors(op.index) if i in known] or [(one, one)]
+            size, jump = before[0]
+            for other_size, other_jump in before[1:]:
+                size, jump = tuple(map(max, size, other_size)), tuple(map(min, jump, other_jump))
+            if op.name in _WINDOWED:
+                kernel, stride, dilation = self._window(op)
+                size = tuple(n + (k - 1) * d * j for n, k, d, j in zip(size, kernel, dilation, jump, strict=True))
+                jump = tuple(map(mul, jump, stride))
+            else:
+                given, made = (self._pixels(self.flow.shape(v)) for v in (op.inputs()[0], op.outputs[0]))
+                jump = _stride(start, made) if len(given) == len(made) and given != made else jump
+            known[op.index] = (size, jump)
+            coarsest = tuple(map(max, coarsest, jump))
+        size, jump = known[ops[-1].index] if ops else (one, one)
+        return size, jump, coarsest
+
+    def _window(self, op: Op) -> tuple[Axes, Axes, Axes]:
+        if op.index not in self.windows:
+            self.windows[op.index] = _window(self.flow, op, self.rank)
+        return self.windows[op.index]
+
+    def _pixels(self, shape: Sequence[int]) -> Axes:
+        """The spatial sizes of a tensor, none where it has too few dims."""
+        return tuple(shape[-self.rank :]) if len(shape) >= self.rank + 2 else ()
+
+    def _start(self, ops: Sequence[Op]) -> Axes:
+        """Spatial sizes of what the branch reads."""
+        inside = {op.index for op in ops}
+        for op in ops:
+            for before in self.calls.predecessors(op.index):
+                pixels = self._pixels(self.calls.edges[before, op.index]["shape"])
+                if before not in inside and len(pixels):
+                    return pixels
+        return (1.0,) * self.rank
+
+    def _gamma(self, label: np.ndarray) -> tuple[float, float, float] | None:
+        values = self.gamma[label]
+        values = values[~np.isnan(values)]
+        if not len(values):
+            return None
+        return float(values.mean()), float(values.min()), float(values.max())
+
+    def _groups(self, join: Join) -> Block:
+        op = self.flow.trace.ops[join.op]
+        groups = int(op.arg("groups"))
+        label = self.flow.labels(op.outputs[0])[1]
+        assert label is not None
+        kernel, stride, dilation = self._window(op)
+        kernels = (tuple(int(k) for k in kernel),)
+        field_ = tuple(int(1 + (k - 1) * d) for k, d in zip(kernel, dilation, strict=True))
+        branches = tuple(
+            Branch(
+                name=f"group{i}", channels=len(part), kernels=kernels,
+                dilation=int(max(dilation)), stride=_mean(stride),
+                scale=1.0, receptive_field=field_, flops=self.flops.get(op.index, 0) // groups, gamma=self._gamma(part),
+                inner=0, label=part, calls=(join.op,),
+            )
+            for i, part in enumerate(np.split(label, groups))
+        )  # fmt: skip
+        entry = next(iter(self.calls.predecessors(op.index)), INPUT)
+        return Block(op.module, "groups", len(label), branches, self._text(entry), join.op)
+
+    def _text(self, index: int) -> str:
+        return "the input" if index == INPUT else str(self.flow.trace.ops[index])
+
+
+def _merged(flow: Flow, calls: nx.DiGraph) -> Iterable[tuple[Join, list[tuple[int, int]]]]:
+    """Joins with their (value, writer) inputs; one that only feeds another of its kind is part of it."""
+    writers = {(data["value"], target): source for source, target, data in calls.edges(data=True)}
+    joins = {j.op: j for j in flow.joins if j.kind != "groups"}
+    inputs = {k: [(v, writers[v, k]) for v in j.inputs if (v, k) in writers] for k, j in joins.items()}
+    swallowed: set[int] = set()
+    for index, join in joins.items():
+        merged: list[tuple[int, int]] = []
+        for value, writer in inputs[index]:
+            inside = joins.get(writer)
+            if inside is not None and inside.kind == join.kind and list(calls.successors(writer)) == [index]:
+                swallowed.add(writer)
+                merged += inputs[writer]
+            else:
+                merged.append((value, writer))
+        inputs[index] = merged
+    latest = {pair: k for k, j in joins.items() if j.kind == "concat" for pair in inputs[k]}
+    for index, join in joins.items():
+        if join.kind == "concat" and inputs[index]:
+            later = latest[inputs[index][0]]
+            if later != index and set(inputs[index]) <= set(inputs[later]):
+                swallowed.add(index)
+    for index, join in joins.items():
+        if index not in swallowed and len(inputs[index]) > 1:
+            yield join, inputs[index]
+    for join in flow.joins:
+        if join.kind == "groups":
+            yield join, []
+
+
+def _gamma_of_slot(graph: ChannelGraph) -> np.ndarray:
+    """Mean |gamma| per slot over the batch norms of its component; NaN where there is none."""
+    tensors = graph.tensors
+    rows = [(graph.component[slots], tensors[name]) for slots, name in graph.facts.gammas if not tensors[name].is_meta]
+    where = np.concatenate([np.zeros(0, int), *(of for of, _ in rows)])
+    values = [tensor.detach().abs().to("cpu", torch.float64).numpy() for _, tensor in rows]
+    size = int(graph.component.max()) + 1
+    count = np.bincount(where, minlength=size)
+    total = np.bincount(where, weights=np.concatenate([np.zeros(0), *values]), minlength=size)
+    mean = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
+    mean[graph.component[FROZEN]] = np.nan
+    return np.asarray(mean[graph.component])
+
+
+def _window(flow: Flow, op: Op, rank: int) -> tuple[Axes, Axes, Axes]:
+    """Kernel, stride and dilation of a convolution or pooling; ones for any other call."""
+    one = (1.0,) * rank
+    if op.name not in _WINDOWED or len(flow.shape(op.inputs()[0])) != rank + 2:
+        return one, one, one
+    if op.name == "convolution":
+        stride = _axes(op.arg("stride"), rank)
+        if op.arg("transposed"):
+            stride = tuple(1 / n for n in stride)
+        return flow.shape(op.inputs()[1])[2:], stride, _axes(op.arg("dilation"), rank)
+    return _axes(op.arg("kernel_size"), rank), _axes(op.arg("stride") or op.arg("kernel_size"), rank), one
+
+
+def _axes(value: int | Sequence[int], rank: int) -> Axes:
+    """A number per axis, where torch takes one for all."""
+    sizes = (value,) if isinstance(value, int) else tuple(value)
+    return sizes * rank if len(sizes) == 1 else sizes
+
+
+def _stride(start: Axes, end: Axes) -> Axes:
+    """How many pixels of `start` one of `end` stands for; whole above 1, whatever padding left of it; 1 where empty."""
+    pairs = [(a, b) if a and b else (1.0, 1.0) for a, b in zip(start, end, strict=True)]
+    return tuple(float(round(a / b)) if a > b else a / b for a, b in pairs)
+
+
+def _mean(strides: Axes) -> float:
+    """The stride of all axes together."""
+    return round(float(math.prod(strides) ** (1 / max(len(strides), 1))), 2)
+
+
+def _relative(path: str, module: str) -> str:
+    """The path of a layer as seen from the block."""
+    return path[len(module) + 1 :] if module and path.startswith(f"{module}.") else path

@@ -1,0 +1,324 @@
+"""Hand a network on: written as ONNX or as an exported program, run from the file, and held against the module.
+
+The graph that was written is also counted: its convolutions and linear layers have the module's channels, and
+cost what fvcore counts in the module.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from allocator.cost.fvcore import fvcore_by_operator
+from allocator.disk import PathLike, check_writable, shorten, write_atomically
+from allocator.errors import ExportError, MissingPackageError, UnknownNameError, first_line
+from allocator.model_checks import check_model
+from allocator.modules import skeleton, tensor_names
+from allocator.rewriting.lineage import led_to
+from allocator.tracing.inputs import Inputs, as_inputs, inputs_like
+
+FORMATS = {"onnx": ".onnx", "pt2": ".pt2"}
+BATCHES = (1, 2, 5)
+TOLERANCE = 1e-4
+_LAYERS = ("conv", "linear", "addmm", "mm")
+
+Run = Callable[[Inputs], list[torch.Tensor]]
+Written = tuple[Run, "GraphFacts"]
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What the written graph says of itself.
+
+    Attributes:
+        shapes: of the parameters that kept their names.
+        flops: multiply-adds of its convolutions and linear layers for the example inputs.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    flops: int
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and how it compares with the module.
+
+    Attributes:
+        path, format: of the file.
+        batches: the batch sizes it was run with.
+        difference: largest difference of an output, relative to the module's largest output.
+        layer_flops: multiply-adds of the convolutions and linear layers in the written graph, for the example
+            inputs; fvcore's count of the module's is the same, or more where a note says so.
+        size: of the file, in bytes.
+        notes: what is not as asked, such as a batch size that is fixed.
+    """
+
+    path: str
+    format: str
+    batches: tuple[int, ...]
+    difference: float
+    layer_flops: int
+    size: int
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self)
+
+
+def export(
+    model: Any,
+    path: PathLike,
+    *,
+    to: str | None = None,
+    example_inputs: Any = None,
+    batches: Sequence[int] = BATCHES,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+) -> Export:
+    """Write a network as ONNX or as an exported program, run the file, and compare it with the module.
+
+    The network is exported in eval mode with a batch size that is left open. The file appears only if it gave the
+    module's outputs.
+
+    Args:
+        model: a module, or what ``allocator.allocate`` returned; not changed.
+        path: the file to write, ``.onnx`` or ``.pt2``.
+        to: "onnx" or "pt2"; None to go by the path.
+        example_inputs: as for ``allocate``; None for those that the allocation was made with, or one image.
+        batches: batch sizes to compare at.
+        tolerance: the largest difference that passes, relative to the module's largest output.
+        seed: of the inputs that are compared on.
+
+    Raises:
+        UnknownNameError: there is no such format; near names are given.
+        MissingPackageError: a package that the format needs is not installed.
+        ExportError: torch cannot export the module, or what was written does not do what the module does.
+        FileError: the path cannot be written.
+    """
+    to = format_of(path, to)
+    check_writable(path)
+    network = check_model(model if isinstance(model, nn.Module) else getattr(model, "model", model), values=True)
+    _check_dtype(network)
+    inputs = _example(network, example_inputs).map(lambda t: t.cpu())
+    network = skeleton(network, lambda _, t: t.detach().cpu()).eval()
+    with _quiet(), write_atomically(path) as temporary:
+        program, fixed = _exported(network, inputs)
+        sizes = (1,) if fixed else tuple(batches)
+        named = temporary.with_name(temporary.name + FORMATS[to])  # the writers go by the suffix
+        try:
+            run, facts = _WRITERS[to](program, named, inputs)
+            notes = [*fixed, *_check_layers(network, facts, inputs)]
+            difference = max(_difference(network, run, inputs, size, seed) for size in sizes)
+            if not difference <= tolerance:
+                raise ExportError(
+                    f"{path} was not written: its outputs differ from the module's by {difference:.2g} of the "
+                    f"largest, more than {tolerance:.2g}"
+                )
+            named.replace(temporary)
+        finally:
+            named.unlink(missing_ok=True)
+    return Export(str(path), to, sizes, difference, facts.flops, Path(path).stat().st_size, tuple(notes))
+
+
+def format_of(path: PathLike, to: str | None = None) -> str:
+    """The format that is meant, by its name or by the path's suffix.
+
+    Raises:
+        UnknownNameError: none is; near names are given.
+    """
+    suffix = Path(path).suffix
+    asked = suffix.removeprefix(".") if to is None else to
+    if asked not in FORMATS:
+        near = difflib.get_close_matches(asked.lower(), FORMATS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"there are {' and '.join(FORMATS)}"
+        raise UnknownNameError(f"no format {asked!r} to export to; {hint}")
+    if suffix != FORMATS[asked]:
+        raise UnknownNameError(f"{Path(path).name!r} does not end in {FORMATS[asked]}, as {asked} files do")
+    return asked
+
+
+def _check_dtype(network: nn.Module) -> None:
+    for name, tensor in tensor_names(network).items():
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+            raise ExportError(
+                f"{name} is {tensor.dtype}, which cannot be compared to {TOLERANCE}: export model.float(), and "
+                "convert the file with the tools of where it will run"
+            )
+
+
+def _example(network: nn.Module, example_inputs: Any) -> Inputs:
+    if example_inputs is None:
+        allocation = led_to(network)
+        example_inputs = inputs_like(allocation.input_shapes, network) if allocation else None
+    return as_inputs(example_inputs, network)
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def _exported(network: nn.Module, inputs: Inputs) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """The network as a graph of ATen calls, and why its batch size is fixed where it cannot be left open."""
+    args, kwargs = inputs.batch(2)  # torch.export takes a size of one for a constant
+    try:
+        return torch.export.export(network, args, kwargs, dynamic_shapes=_open_batch(network, args, kwargs)), []
+    except Exception as dynamic:
+        args, kwargs = inputs.batch(1)
+        try:
+            program = torch.export.export(network, args, kwargs)
+        except Exception as error:
+            raise ExportError(
+                f"torch.export cannot follow {type(network).__name__}: {shorten(str(error), 400)}"
+            ) from error
+        return program, [f"the batch size is fixed, because the network cannot leave it open: {first_line(dynamic)}"]
+
+
+def _open_batch(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Per argument of the forward, its first dim by one name."""
+    batch = torch.export.Dim("batch", min=1)
+
+    def opened(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return {0: batch} if value.dim() else None
+        if isinstance(value, (list, tuple)):
+            return type(value)(opened(each) for each in value)
+        return {key: opened(each) for key, each in value.items()} if isinstance(value, dict) else None
+
+    bound = inspect.signature(network.forward).bind(*args, **kwargs).arguments
+    return {name: opened(value) for name, value in bound.items()}
+
+
+def _write_pt2(program: torch.export.ExportedProgram, path: Path, inputs: Inputs) -> Written:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.export.save(program, path)
+    module = torch.export.load(path).module()
+
+    def run(given: Inputs) -> list[torch.Tensor]:
+        return _tensors(module(*given.args, **given.kwargs))
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run(inputs)
+    counts = {str(op).rpartition(".")[2]: flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    doubled = sum(counts.get(name, 0) for name in ("convolution", "addmm", "mm"))
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    return run, GraphFacts(shapes, doubled // 2)  # torch counts a multiply-add as two
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, inputs: Inputs) -> Written:
+    onnx, runtime = _package("onnx"), _package("onnxruntime")
+    _package("onnxscript")
+    try:
+        written = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert written is not None
+        written.save(path)
+    except Exception as error:
+        raise ExportError(f"torch.onnx cannot write this network: {shorten(str(error), 400)}") from error
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+
+    def run(given: Inputs) -> list[torch.Tensor]:
+        values = [tensor.numpy() for tensor in given.tensors()]
+        return [torch.from_numpy(value) for value in session.run(None, dict(zip(names, values, strict=True)))]
+
+    from allocator.io.onnx_flops import layer_flops
+
+    graph = onnx.load(path)
+    shapes = {each.name: tuple(each.dims) for each in graph.graph.initializer}
+    return run, GraphFacts(shapes, layer_flops(graph, [tuple(t.shape) for t in inputs.tensors()]))
+
+
+_WRITERS: dict[str, Callable[[torch.export.ExportedProgram, Path, Inputs], Written]] = {
+    "onnx": _write_onnx,
+    "pt2": _write_pt2,
+}
+
+
+def _package(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"exporting to ONNX needs {name}, which is not installed: pip install 'neuron-allocator[export]'"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------ comparing
+
+
+def _check_layers(network: nn.Module, facts: GraphFacts, inputs: Inputs) -> list[str]:
+    """The graph has the module's channels, and costs what fvcore counts in its convolutions and linear layers.
+
+    Returns:
+        A note where an exporter left out what has no effect.
+    """
+    for name, tensor in network.state_dict().items():
+        if isinstance(tensor, torch.Tensor) and facts.shapes.get(name, tensor.shape) != tuple(tensor.shape):
+            raise ExportError(
+                f"nothing was written: {name} has shape {facts.shapes[name]} in the exported graph, and "
+                f"{tuple(tensor.shape)} in the module"
+            )
+    counted = fvcore_by_operator(network, inputs)
+    expected = sum(flops for name, flops in counted.items() if name in _LAYERS)
+    if facts.flops > expected:
+        raise ExportError(
+            f"nothing was written: convolutions and linear layers cost {facts.flops:,} FLOPs in the exported graph, "
+            f"and {expected:,} in the module"
+        )
+    left_out = expected - facts.flops
+    return [f"the exporter left out {left_out:,} FLOPs of convolutions and linear layers"] if left_out else []
+
+
+def _difference(network: nn.Module, run: Run, inputs: Inputs, size: int, seed: int) -> float:
+    """Largest difference of an output at this batch size, relative to the module's largest output."""
+    args, kwargs = inputs.batch(size)
+    drawn = Inputs(args, kwargs).noise(seed, torch.device("cpu"), _dtype(inputs))
+    with torch.no_grad():
+        expected = _tensors(network(*drawn.args, **drawn.kwargs))
+        found = run(drawn)
+    if [tuple(t.shape) for t in found] != [tuple(t.shape) for t in expected]:
+        raise ExportError(
+            f"nothing was written: at a batch of {size} the exported graph gives "
+            f"{[tuple(t.shape) for t in found]}, the module {[tuple(t.shape) for t in expected]}"
+        )
+    a, b = (torch.cat([t.double().reshape(-1) for t in each]) for each in (expected, found))
+    if not a.isfinite().all():
+        raise ExportError("the module's own outputs are not finite, so that nothing can be compared: see its weights")
+    largest = float(a.abs().max())
+    apart = float((a - b).abs().max())  # nan where the graph gave one
+    return apart / largest if largest else apart
+
+
+def _dtype(inputs: Inputs) -> torch.dtype:
+    return next((t.dtype for t in inputs.tensors() if t.is_floating_point()), torch.float32)
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, torch.Tensor)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters warn and log about their own insides."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,171 @@
+"""Read and write models, results and allocations.
+
+Reading never runs code from a file, and writing is all or nothing. Four kinds of file:
+
+- ``.pt2`` holds an exported program and ``.ts`` or ``.pt`` a TorchScript archive, which are read as a line of ATen
+  calls;
+- ``.pt`` and ``.pth`` hold a pickled module, as ``torch.save(model)`` writes it, or a state_dict;
+- ``.safetensors`` holds an allocated model as data alone: its tensors, its allocation and the name it was
+  built from, so that it opens without pickle;
+- ``.json`` holds an allocation.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from allocator.disk import PathLike, check_writable, existing, shorten, write_atomically, write_text
+from allocator.errors import FileError
+from allocator.io.models import build
+from allocator.io.pickles import open_pickle
+from allocator.io.programs.exported_program import is_program, load_program
+from allocator.io.programs.torchscript import is_script, load_script
+from allocator.io.results import (
+    RESULT_SUFFIX,
+    is_result,
+    load_result,
+    load_result_allocation,
+    read_safetensors,
+    save_result,
+)
+
+if TYPE_CHECKING:
+    from allocator.rewriting.allocation import Allocation
+
+__all__ = [
+    "PICKLE_SUFFIXES",
+    "RESULT_SUFFIX",
+    "write_atomically",
+    "check_writable",
+    "load_allocation",
+    "load_model",
+    "load_result",
+    "save_model",
+    "save_result",
+    "write_text",
+]
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
+PROGRAM_SUFFIXES = (".pt2", ".onnx", ".torchscript", ".ts")
+
+
+def save_model(model: nn.Module, path: PathLike) -> None:
+    """Write a model as a pickled module, the way ``torch.save(model, path)`` does.
+
+    Raises:
+        FileError: the suffix is not ``.pt`` or ``.pth``, the place cannot be written to, or the model holds
+            something that cannot be pickled (a lambda, a hook); the message names it.
+    """
+    if Path(path).suffix not in (".pt", ".pth"):
+        raise FileError(f"cannot save a model as {path}: use .pt or .pth, or .safetensors for a result")
+    with write_atomically(path) as temporary:
+        try:
+            torch.save(model, temporary)
+        except OSError:
+            raise
+        except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+            raise FileError(f"cannot write {path}: {error}") from error
+        except Exception as error:
+            if type(error).__name__ != "PicklingError":
+                raise
+            raise FileError(f"cannot write {path}: the model does not pickle ({error})") from error
+
+
+def load_model(path: PathLike, *, arch: str | None = None, trust: bool = False) -> nn.Module:
+    """Read a model from a file, on the CPU.
+
+    Args:
+        path: a pickled module or a state_dict (``.pt``, ``.pth``, ...), an exported program (``.pt2``), a TorchScript
+            archive (``.pt``, ``.ts``, ...), or a saved result or weights alone (``.safetensors``).
+        arch: the name (see `build`) of the network that a state_dict belongs to.
+        trust: let the file run the code it asks for.
+
+    Raises:
+        UnsafeFileError: the file would run code that is not on the allow-list.
+        UnsupportedModelError: an ONNX graph, or a program that branches on its input.
+        FileError: missing, empty, truncated, not a model, or a state_dict that does not fit ``arch``.
+    """
+    file = existing(path)
+    if file.suffix == RESULT_SUFFIX:
+        return _load_safetensors(file, arch, trust)
+    if file.suffix not in PICKLE_SUFFIXES + PROGRAM_SUFFIXES:
+        raise FileError(f"{path}: unknown kind of file {file.suffix!r}; a model is read from .pt, .pth or .safetensors")
+    if is_program(file):
+        return load_program(file)
+    if is_script(file):
+        return load_script(file)
+    found = _unwrap(open_pickle(file, trust=trust))
+    if isinstance(found, nn.Module):
+        return found
+    state = _state_dict(found)
+    if state is None:
+        raise FileError(f"{path} holds a {type(found).__name__}, not a model")
+    return _fill(arch, state, path)
+
+
+def _load_safetensors(file: Path, arch: str | None, trust: bool) -> nn.Module:
+    """A saved result, or weights alone with the name of their network."""
+    if is_result(read_safetensors(file, tensors=False)[0]):
+        return load_result(file, model=build(arch) if arch else None, trust=trust)
+    state = _state_dict(read_safetensors(file)[1])
+    if state is None:
+        raise FileError(f"{file} holds no tensors")
+    return _fill(arch, state, file)
+
+
+def _unwrap(found: Any) -> Any:
+    """A module out of a checkpoint dictionary or a DataParallel wrapper, where there is one."""
+    if isinstance(found, dict) and isinstance(found.get("model"), nn.Module):
+        found = found["model"]
+    return found.module if isinstance(found, nn.DataParallel) else found
+
+
+def _state_dict(found: Any) -> dict[str, torch.Tensor] | None:
+    """The tensors by name, out of a state_dict or of a checkpoint that holds one; None if there are none."""
+    if not isinstance(found, dict):
+        return None
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(found.get(key), dict):
+            found = found[key]
+            break
+    is_state = bool(found) and all(isinstance(k, str) for k in found)
+    if not is_state or not any(isinstance(v, torch.Tensor) for v in found.values()):
+        return None
+    if all(key.startswith("module.") for key in found):
+        return {key.removeprefix("module."): value for key, value in found.items()}
+    return dict(found)
+
+
+def _fill(arch: str | None, state: dict[str, Any], path: PathLike) -> nn.Module:
+    """A fresh build of the named network with these weights."""
+    if arch is None:
+        raise FileError(
+            f"{path} holds weights alone (a state_dict of {len(state)} tensors): say which network they "
+            "belong to with --arch NAME (arch=...), for example --arch torchvision:resnet50"
+        )
+    model = build(arch)
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise FileError(f"the weights in {path} do not fit {arch}: {shorten(str(error))}") from error
+    return model
+
+
+def load_allocation(path: PathLike) -> Allocation:
+    """Read an allocation from a ``.json`` file or out of a saved result.
+
+    Raises:
+        FileError: missing, damaged, or neither of the two.
+    """
+    from allocator.rewriting.allocation import Allocation
+
+    file = existing(path)
+    if file.suffix == RESULT_SUFFIX:
+        return load_result_allocation(file)
+    if file.suffix != ".json":
+        raise FileError(f"{path} is not an allocation: it is read from a .json or {RESULT_SUFFIX} file")
+    return Allocation.load(file)

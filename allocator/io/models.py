@@ -1,0 +1,85 @@
+"""Build any model by name: ``torchvision:``, ``timm:``, ``recipe:``, ``hf:``, ``package.module:factory``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any
+
+from torch import nn
+
+from allocator.adapters.library import unknown
+from allocator.errors import UnknownNameError, UnsupportedModelError
+
+BUILD_ATTRIBUTE = "_allocator_build"
+"""Attribute of a built model: ``{"name": str, "kwargs": dict}``, how to build its like."""
+
+_FETCHING_KWARGS = ("pretrained", "weights", "weights_backbone", "checkpoint_path")
+# The adapter that builds what has this prefix.
+_BUILDERS = {"torchvision": "torchvision", "timm": "timm", "recipe": "recipes", "hf": "hf"}
+
+
+def build(name: str, **kwargs: Any) -> nn.Module:
+    """Build a model from its name.
+
+    Args:
+        name: ``torchvision:resnet50``, ``timm:res2net50_26w_4s``, ``recipe:scalenet50``,
+            ``hf:ResNetConfig`` or ``hf:./folder-with-a-config``, or ``package.module:factory``.
+        **kwargs: passed to the library's own constructor. Weights are random unless one of these asks for
+            pretrained ones (``weights="DEFAULT"`` for torchvision, ``pretrained=True`` for timm and hf).
+
+    Returns:
+        The model, in training mode as its library makes it.
+
+    Raises:
+        UnknownNameError: no such prefix, model or factory; near names are given.
+        UnsupportedModelError: the library is not installed, or what was built is not an ``nn.Module``.
+        FileError: ``hf:`` with a folder that holds no config.
+    """
+    prefix, colon, rest = name.partition(":")
+    if not colon or not rest or not prefix:
+        raise UnknownNameError(_no_prefix(name))
+    if prefix in _BUILDERS:
+        model = importlib.import_module(f"allocator.adapters.{_BUILDERS[prefix]}").build(rest, kwargs)
+    else:
+        model = _build_from_factory(prefix, rest, kwargs)
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"{name!r} gave a {type(model).__name__}, not a torch.nn.Module")
+    plain = _plain_kwargs(kwargs)
+    if plain is not None:
+        setattr(model, BUILD_ATTRIBUTE, {"name": name, "kwargs": plain})
+    return model
+
+
+def _plain_kwargs(kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The kwargs that shape the model, as JSON would give them back; None where one is not plain data."""
+    shaping = {key: value for key, value in kwargs.items() if key not in _FETCHING_KWARGS}
+    try:
+        return json.loads(json.dumps(shaping))
+    except (TypeError, ValueError):
+        return None
+
+
+def _build_from_factory(module_name: str, attribute: str, kwargs: dict[str, Any]) -> Any:
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if module_name != missing and not module_name.startswith(missing + "."):
+            raise UnsupportedModelError(f"importing {module_name!r} needs the package {missing!r}") from error
+        raise UnknownNameError(unknown("prefix or module", module_name, _BUILDERS)) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [each for each in dir(found) if not each.startswith("_")]
+            raise UnknownNameError(unknown(f"factory in {module_name}", attribute, public))
+        found = getattr(found, part)
+    if isinstance(found, nn.Module):
+        return found
+    if not callable(found):
+        raise UnsupportedModelError(f"{module_name}:{attribute} is a {type(found).__name__}, not a factory")
+    return found(**kwargs)
+
+
+def _no_prefix(name: str) -> str:
+    prefixes = ", ".join(f"{prefix}:" for prefix in _BUILDERS)
+    return f"{name!r} is not a model name: it needs a prefix ({prefixes} or package.module:factory)"

@@ -1,0 +1,1 @@
+"""Programs out of files that hold no Python: exported programs and TorchScript archives."""

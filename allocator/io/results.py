@@ -1,0 +1,427 @@
+"""Allocated models as data alone: tensors, allocation and the network's name in one ``.safetensors`` file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from allocator.disk import PathLike, existing, shorten, write_atomically
+from allocator.errors import AllocationMismatchError, AllocatorError, FileError, UnsafeFileError
+from allocator.io.models import BUILD_ATTRIBUTE, build
+from allocator.io.programs.program import Program
+from allocator.modules import shapes_of, tensor_names
+from allocator.rewriting.allocation import Allocation, architecture_hash
+from allocator.rewriting.lineage import led_to, remember
+from allocator.rewriting.materialise import gives
+
+_LARGEST_ARGUMENT = 2**17  # of a build that a file asks for: more than any width or number of classes
+RESULT_SUFFIX = ".safetensors"
+
+_FORMAT = "neuron-allocator"
+_FORMAT_VERSION = 2  # 1 had no flops, architecture, certificate and digest
+_SAFE_PREFIXES = ("torchvision:", "timm:", "recipe:")
+# Arguments that would fetch or open something else than the file at hand.
+_UNSAFE_KWARGS = ("pretrained", "weights", "checkpoint", "cache_dir", "file", "url")
+
+
+def save_result(result: Any, path: PathLike) -> None:
+    """Write an allocated model as data alone: tensors, allocation and the name it was built from, or its program.
+
+    Args:
+        result: what ``allocator.allocate`` returned; or a model that came out of an allocation, trained since or
+            not; or a pair ``(model, allocation)``, where the allocation leads from a fresh build of the
+            architecture to the model. After repeated allocation the first two know the whole way.
+        path: ends in ``.safetensors``.
+
+    Raises:
+        FileError: wrong suffix, unwritable place, a model with state that is not a tensor, or one that no
+            allocation is known of.
+        AllocationMismatchError: the allocation does not lead from the named architecture to this model.
+    """
+    from safetensors.torch import save_file
+
+    if Path(path).suffix != RESULT_SUFFIX:
+        raise FileError(f"cannot save a result as {path}: the name must end in {RESULT_SUFFIX}")
+    model, allocation, certificate = _parts(result)
+    recorded = getattr(model, BUILD_ATTRIBUTE, None)
+    _check_gives(model, allocation)
+    if recorded is not None:
+        _check_leads_to(model, recorded, allocation)
+    tensors, aliases = _distinct_tensors(model.tensors() if isinstance(model, Program) else model.state_dict())
+    flops = {"asked": allocation.flops_asked, "before": allocation.flops_before, "after": allocation.flops_after}
+    metadata = {
+        "format": _FORMAT,
+        "format_version": str(_FORMAT_VERSION),
+        "allocation": allocation.to_json(),
+        "build": json.dumps(recorded),
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "aliases": json.dumps(aliases),
+        "training": json.dumps(model.training),
+        "versions": json.dumps(_versions()),
+        "flops": json.dumps(flops),
+        "architecture": json.dumps(architecture_hash(shapes_of(model))),
+        "certificate": json.dumps(certificate),
+    }
+    if isinstance(model, Program):
+        metadata["program"] = json.dumps(model.to_dict())
+    metadata["digest"] = _digest(metadata, tensors)
+    with write_atomically(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def _parts(result: Any) -> tuple[nn.Module, Allocation, dict[str, Any] | None]:
+    """The model, the allocation that leads to it from a fresh build, and the certificate as data if there is one."""
+    if isinstance(result, tuple):
+        return (*result, None)
+    if not isinstance(result, nn.Module):
+        return result.model, led_to(result.model) or result.allocation, result.certificate.to_dict()
+    allocation = led_to(result)
+    if allocation is None:
+        raise FileError(
+            f"no allocation is known that leads to this {type(result).__name__}: it was never allocated, or its "
+            "tensors changed shape since. Pass (model, allocation), or save it as .pt with allocator.save_model"
+        )
+    return result, allocation, None
+
+
+def load_result(
+    path: PathLike, *, model: nn.Module | Callable[[], nn.Module] | None = None, trust: bool = False
+) -> nn.Module:
+    """Rebuild an allocated model from what `save_result` wrote.
+
+    Args:
+        path: a ``.safetensors`` file.
+        model: a fresh build of the original architecture, or a function that makes one; needed where the file
+            neither names it nor holds it as a program. It is not changed.
+        trust: let the file name any ``package.module:factory`` to import and call.
+
+    Returns:
+        The allocated model with its weights, on the CPU.
+
+    Raises:
+        FileError: missing, damaged or changed, not a saved result, from a newer format, or ``model`` is needed.
+        UnsafeFileError: the architecture the file names would be built by code outside the known libraries.
+        AllocationMismatchError: ``model`` is not the architecture the allocation was made for.
+    """
+    metadata, tensors = _read_result(path)
+    allocation = _allocation_of(metadata, path)
+    for alias, name in _parse(metadata, "aliases", path, dict).items():
+        if name not in tensors:
+            raise FileError(f"{path} is damaged: {alias} stands for {name}, which is missing")
+        tensors[alias] = tensors[name]
+    recorded = _parse(metadata, "build", path, (dict, type(None)))
+    training = _parse(metadata, "training", path, bool)
+    if model is not None:
+        fresh = model if isinstance(model, nn.Module) else model()
+        if isinstance(fresh, Program):
+            tensors = {name: tensor for name, tensor in tensors.items() if name in fresh.state_dict()}
+        loaded = _assemble(fresh, allocation, tensors, path)
+    elif "program" in metadata:
+        loaded = _program(_parse(metadata, "program", path, dict), allocation, tensors, path)
+    elif recorded is None:
+        raise FileError(
+            f"{path} does not say how to build its network (a {metadata.get('class', 'model')}): give a "
+            "fresh one with model=... (or --arch NAME)"
+        )
+    else:
+        loaded = _rebuild(recorded, allocation, tensors, path, trust)
+    if "architecture" in metadata and _parse(metadata, "architecture", path, str) != architecture_hash(
+        shapes_of(loaded)
+    ):
+        raise AllocationMismatchError(f"{path} was saved from a network with other tensors than the one it rebuilds")
+    return loaded.train(training)
+
+
+def _program(
+    data: dict[str, Any], allocation: Allocation, tensors: dict[str, torch.Tensor], path: PathLike
+) -> nn.Module:
+    """The program that was saved as it was left: nothing has to be built."""
+    try:
+        program = Program.from_dict(data, tensors)
+    except AllocatorError:
+        raise
+    except Exception as error:  # JSON of another shape than expected raises nearly anything
+        raise FileError(f"{path} is damaged: its program cannot be read ({shorten(str(error), 200)})") from error
+    _check_gives(program, allocation)
+    if program.input_size is None and len(allocation.input_shapes) == 1:
+        program.input_size = tuple(allocation.input_shapes[0][1:])
+    remember(program, program, allocation)
+    return program
+
+
+def load_result_allocation(path: PathLike) -> Allocation:
+    """The allocation inside a saved result."""
+    return _allocation_of(_read_result(path)[0], path)
+
+
+def _rebuild(
+    recorded: dict[str, Any],
+    allocation: Allocation,
+    tensors: dict[str, torch.Tensor],
+    path: PathLike,
+    trust: bool,
+) -> nn.Module:
+    """From the recorded build, without arithmetic on the meta device where the network can live there."""
+    name, kwargs = _build_spec(recorded, path)
+    if trust:
+        return _assemble_named(name, kwargs, allocation, tensors, path)
+    check_harmless(name, kwargs, path)
+    try:
+        with _no_larger_than(tensors, path):
+            return _assemble_named(name, kwargs, allocation, tensors, path)
+    except AllocatorError:
+        raise
+    except Exception as error:  # arguments that the constructor cannot make anything of
+        raise FileError(f"{path} is damaged: {name} cannot be built from it ({shorten(str(error), 200)})") from error
+
+
+def _assemble_named(
+    name: str, kwargs: dict[str, Any], allocation: Allocation, tensors: dict[str, torch.Tensor], path: PathLike
+) -> nn.Module:
+    meta = _build_on_meta(name, kwargs)
+    if meta is not None:
+        loaded = _assemble(meta, allocation, tensors, path)
+        if not _has_meta(loaded):
+            return loaded
+    with torch.random.fork_rng(devices=[]):
+        fresh = build(name, **kwargs)
+    return _assemble(fresh, allocation, tensors, path)
+
+
+@contextlib.contextmanager
+def _no_larger_than(tensors: dict[str, torch.Tensor], path: PathLike) -> Iterator[None]:
+    """Stop a build that makes far more layers than the file has tensors for."""
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    left = 8 * len(tensors) + 2_000
+
+    def count(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise FileError(f"{path} is damaged: its {len(tensors)} tensors are far too few for the network it names")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _assemble(fresh: nn.Module, allocation: Allocation, tensors: dict[str, torch.Tensor], path: PathLike) -> nn.Module:
+    """Apply the allocation to a fresh build and put the tensors in."""
+    from allocator.api import apply
+
+    small = apply(fresh, allocation)
+    held: dict[int, torch.Tensor] = {}  # one parameter per stored tensor, so that tied weights stay tied
+    state: dict[str, torch.Tensor] = {}
+    parameters = dict(small.named_parameters(remove_duplicate=False))
+    for key, value in tensors.items():
+        if key in parameters:
+            flag = parameters[key].requires_grad
+            state[key] = held.setdefault(id(value), nn.Parameter(value, requires_grad=flag))
+        else:
+            state[key] = value
+    try:
+        small.load_state_dict(state, assign=True)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise FileError(f"the weights in {path} do not fit its network: {shorten(str(error))}") from error
+    return small
+
+
+def _check_gives(model: nn.Module, allocation: Allocation) -> None:
+    """The tensors that the allocation cuts must have the sizes that it leaves."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensor_names(model).items()}
+    if not gives(allocation, shapes):
+        raise AllocationMismatchError(
+            f"this {type(model).__name__} is not what the allocation leads to: its tensors have other sizes. Give "
+            "the model that was allocated, and for repeated allocation first.compose(second)"
+        )
+
+
+def _check_leads_to(model: nn.Module, recorded: dict[str, Any], allocation: Allocation) -> None:
+    """The allocation, applied to the recorded build, must give tensors of the model's shapes."""
+    from allocator.api import apply
+
+    fresh = _build_on_meta(recorded["name"], recorded["kwargs"])
+    if fresh is None:
+        with torch.random.fork_rng(devices=[]):
+            fresh = build(recorded["name"], **recorded["kwargs"])
+    expected = {key: tuple(value.shape) for key, value in apply(fresh, allocation).state_dict().items()}
+    for key, value in model.state_dict().items():
+        if expected.get(key) != tuple(value.shape):
+            raise AllocationMismatchError(
+                f"the allocation does not lead from a fresh {recorded['name']} to this model: {key} has "
+                f"shape {tuple(value.shape)}, expected {expected.get(key)}. Undo what was changed in the model "
+                f"since it was built, or delete its attribute {BUILD_ATTRIBUTE} and load with model=..."
+            )
+
+
+def _build_on_meta(name: str, kwargs: dict[str, Any]) -> nn.Module | None:
+    """The network without storage, or None where its constructor needs values."""
+    try:
+        with torch.device("meta"):
+            return build(name, **kwargs)
+    except (NotImplementedError, RuntimeError):  # a copy out of meta tensors, .item() on one
+        return None
+
+
+def _has_meta(model: nn.Module) -> bool:
+    """Whether a tensor without values is left: a buffer that is not saved, or a plain attribute."""
+    for module in model.modules():
+        held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        if any(isinstance(each, torch.Tensor) and each.is_meta for each in held):
+            return True
+    return False
+
+
+def _distinct_tensors(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A state_dict with each stored tensor once, and the other names of tied ones."""
+    seen: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise FileError(f"cannot save {name}: it is a {type(value).__name__}, not a tensor; use .pt")
+        identity = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
+        if value.numel() and identity in seen:
+            aliases[name] = seen[identity]
+            continue
+        seen[identity] = name
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+    return tensors, aliases
+
+
+def read_safetensors(path: PathLike, *, tensors: bool = True) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and, unless it is enough, tensors of any safetensors file, whoever wrote it.
+
+    Raises:
+        FileError: truncated or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as opened:
+            names = opened.keys() if tensors else ()
+            # copies, because torch's kernels round differently where memory is not aligned
+            return dict(opened.metadata() or {}), {name: opened.get_tensor(name).clone() for name in names}
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise FileError(f"{path} is truncated or damaged: {shorten(str(error))}") from error
+
+
+def is_result(metadata: dict[str, str]) -> bool:
+    """Whether `save_result` wrote a file with this metadata."""
+    return metadata.get("format") == _FORMAT
+
+
+def _read_result(path: PathLike) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors of a saved result, checked against its digest."""
+    file = existing(path)
+    if file.suffix != RESULT_SUFFIX:
+        raise FileError(f"{file} is not a saved result: the name must end in {RESULT_SUFFIX}")
+    metadata, tensors = read_safetensors(file)
+    if not is_result(metadata):
+        raise FileError(
+            f"{file} holds weights that this package did not save: say which network they belong to with "
+            "--arch NAME (allocator.load_model(path, arch=...))"
+        )
+    version = metadata.get("format_version", "")
+    if version not in map(str, range(1, _FORMAT_VERSION + 1)):
+        raise FileError(
+            f"{file} has format version {version!r:.40}, and this release reads 1 to {_FORMAT_VERSION}: "
+            f"pip install --upgrade neuron-allocator{_writer(metadata)}"
+        )
+    if version != "1" and metadata.get("digest") != _digest(metadata, tensors):
+        raise FileError(f"{file} is damaged, or was changed after it was saved: its digest does not fit its content")
+    return metadata, tensors
+
+
+def _writer(metadata: dict[str, str]) -> str:
+    """Words for the release that wrote the file, where it says so."""
+    with contextlib.suppress(KeyError, ValueError, TypeError, RecursionError):
+        return f" (it was written by release {json.loads(metadata['versions'])['neuron-allocator']!s:.40})"
+    return ""
+
+
+def _digest(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over all metadata but the digest itself, and over every tensor's name, type, shape and bytes."""
+    said = sorted((key, value) for key, value in metadata.items() if key != "digest")
+    digest = hashlib.sha256(json.dumps(said).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        if tensor.numel():
+            flat: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(flat)
+    return digest.hexdigest()
+
+
+def _allocation_of(metadata: dict[str, str], path: PathLike) -> Allocation:
+    try:
+        return Allocation.from_json(metadata.get("allocation", ""))
+    except FileError as error:
+        raise FileError(f"{path} is damaged: its allocation cannot be read ({error})") from error
+
+
+def _parse(metadata: dict[str, str], key: str, path: PathLike, kind: type | tuple[type, ...]) -> Any:
+    try:
+        value = json.loads(metadata[key])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise FileError(f"{path} is damaged: its {key} cannot be read") from error
+    if not isinstance(value, kind):
+        raise FileError(f"{path} is damaged: its {key} is a {type(value).__name__}")
+    return value
+
+
+def _build_spec(recorded: dict[str, Any], path: PathLike) -> tuple[str, dict[str, Any]]:
+    name, kwargs = recorded.get("name"), recorded.get("kwargs")
+    if not isinstance(name, str) or not isinstance(kwargs, dict):
+        raise FileError(f"{path} is damaged: its build cannot be read")
+    return name, kwargs
+
+
+def check_harmless(name: str, kwargs: dict[str, Any], path: PathLike) -> None:
+    """A file may name a network of a known library; it may not name code to import, or things to fetch."""
+    prefix, _, model = name.partition(":")
+    known = f"{prefix}:" in _SAFE_PREFIXES and re.fullmatch(r"[\w.-]+", model) is not None
+    fetching = [key for key in kwargs if key != "init_weights" and any(bad in key for bad in _UNSAFE_KWARGS)]
+    if known and not fetching:
+        if any(abs(number) > _LARGEST_ARGUMENT for number in _numbers(kwargs)):
+            raise FileError(f"{path} is damaged: it asks for {name} with arguments beyond {_LARGEST_ARGUMENT:,}")
+        return
+    what = f"the argument {fetching[0]!r} of {name!r}" if known else repr(name)
+    raise UnsafeFileError(
+        f"{path} asks to build its network from {what}, which could run or fetch something else. Give a "
+        "fresh network with model=... (or --arch NAME), or pass --trust (trust=True) if you trust the file"
+    )
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """All numbers in plain data that may be sizes; figures such as an allocation's FLOPs are none."""
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            if not key.startswith("flops"):
+                yield from _numbers(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _numbers(each)
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    names = ("neuron-allocator", "torch", "torchvision", "timm")
+    found: dict[str, str] = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

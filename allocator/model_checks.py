@@ -1,0 +1,100 @@
+"""What can be said about a model without tracing it."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from allocator.errors import UnsupportedModelError
+from allocator.modules import modules_of, tensor_names
+
+_QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+_WRAPPERS = {
+    "DataParallel": "its .module",
+    "DistributedDataParallel": "its .module, and wrap the result again",
+    "FullyShardedDataParallel": "the module before sharding",
+    "OptimizedModule": "the module that was compiled (its ._orig_mod), and compile the result",
+}
+
+
+def check_model(model: object, *, values: bool = False) -> nn.Module:
+    """Return `model` if it can be traced as it is.
+
+    Args:
+        model: what the caller gave.
+        values: its parameters and buffers must have values, not only shapes.
+
+    Raises:
+        UnsupportedModelError: not a module, or one that is or holds one that is wrapped, compiled, lazy,
+            quantised or TorchScript; the message says what to pass instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"the model is of type {type(model).__name__}: {_instead_of(model)}")
+    modules = modules_of(model)
+    first: dict[type, str] = {}
+    for path, module in modules.items():
+        first.setdefault(type(module), path or "the model")
+    for cls, path in first.items():
+        _check_class(cls, path)
+    for path, tensor in tensor_names(model, modules).items():
+        if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+            raise UnsupportedModelError(
+                f"{path} is lazily initialised: run model(*example_inputs) once, so that its shape is known"
+            )
+        if tensor.is_quantized:
+            raise UnsupportedModelError(f"{path} is quantised: allocate the float model, then quantise it")
+        if values and tensor.is_meta:
+            raise UnsupportedModelError(
+                f"{path} lies on the meta device and has no values: build the model on a real device and load "
+                "its weights first"
+            )
+    return model
+
+
+def unmatched(model: nn.Module, exclude: Sequence[str | type]) -> Iterator[str]:
+    """A note for every pattern that excludes nothing, since it may be misspelled."""
+    names = [*modules_of(model), *tensor_names(model)] if exclude else []
+    for item in exclude:
+        if isinstance(item, str) and not fnmatch.filter(names, item) and not fnmatch.filter(names, f"{item}.*"):
+            yield f"exclude={item!r} matches no module or parameter"
+
+
+def without_reset(model: nn.Module) -> str:
+    """Words for the modules with weights of their own that `weights="reset"` cannot reach; "" where there are none."""
+    kept = [
+        path or "the model itself"
+        for path, module in model.named_modules()
+        if not callable(getattr(module, "reset_parameters", None))
+        and any(True for _ in module.parameters(recurse=False))
+    ]
+    return f", but not those of {', '.join(kept)}, which have no reset_parameters()" if kept else ""
+
+
+def _check_class(cls: type, where: str) -> None:
+    kind = cls.__name__
+    if issubclass(cls, torch.jit.ScriptModule):
+        raise UnsupportedModelError(
+            f"{where} is TorchScript ({kind}), which cannot be rewritten: pass the Python module it was made from"
+        )
+    for base in cls.__mro__:
+        if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
+            verb = "pass" if where == "the model" else "replace it by"
+            raise UnsupportedModelError(f"{where} is wrapped in {base.__name__}: {verb} {_WRAPPERS[base.__name__]}")
+    if cls.__module__.startswith(_QUANTISED):
+        raise UnsupportedModelError(f"{where} is quantised ({kind}): allocate the float model, then quantise it")
+
+
+def _instead_of(thing: object) -> str:
+    if type(thing).__name__ == "ExportedProgram":
+        return "pass exported_program.module()"
+    if isinstance(thing, dict):
+        return "this looks like a state_dict: build the model, load it, and pass the model"
+    if isinstance(thing, str):
+        return f"pass a torch.nn.Module, such as allocator.build({thing!r}) or allocator.load_model({thing!r}) gives"
+    if isinstance(thing, type) and issubclass(thing, nn.Module):
+        return f"this is the class {thing.__name__}: pass an instance of it"
+    return "pass a torch.nn.Module"

@@ -1,0 +1,161 @@
+"""Copies of a model's structure with other tensors in it, so that weights are never copied unasked."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from allocator.errors import UnsupportedModelError
+
+Replace = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """`dict(model.named_modules())`, without its generator per level for every module."""
+    found: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+    waiting: list[tuple[str, nn.Module | None]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module is not None and module not in seen:
+            seen.add(module)
+            found[path] = module
+            waiting += [(f"{path}.{key}" if path else key, child) for key, child in reversed(module._modules.items())]
+    return found
+
+
+def tensor_names(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by its first name; a tied tensor appears once.
+
+    Args:
+        model: any module.
+        modules: what `modules_of(model)` gives, where it is known.
+    """
+    return {name: tensor for _, name, tensor in _tensors(modules_of(model) if modules is None else modules)}
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Sizes of every parameter and buffer by its first name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensor_names(model).items()}
+
+
+def _tensors(modules: Mapping[str, nn.Module]) -> list[tuple[str, str, torch.Tensor]]:
+    """(field of the module that holds it, name, tensor): parameters, then buffers, as torch names them."""
+    found, seen = [], set[int]()
+    for kind in ("_parameters", "_buffers"):
+        for path, module in modules.items():
+            for key, tensor in getattr(module, kind).items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found.append((kind, f"{path}.{key}" if path else key, tensor))
+    return found
+
+
+def skeleton(model: nn.Module, replace: Replace) -> nn.Module:
+    """Copy the module structure of `model`, putting `replace(name, tensor)` in place of every tensor.
+
+    Args:
+        model: any module; it is not changed.
+        replace: called once per parameter, buffer and tensor attribute with its name; what it returns
+            stands in the copy (for a parameter it is wrapped in `nn.Parameter`).
+
+    Returns:
+        A module of the same classes and names whose tensors are those that `replace` returned.
+
+    Raises:
+        UnsupportedModelError: the module structure cannot be deep-copied.
+    """
+    memo: dict[int, object] = {}
+    modules = modules_of(model)
+    for kind, name, tensor in _tensors(modules):
+        new = replace(name, tensor)
+        memo[id(tensor)] = _as_parameter(new, tensor) if kind == "_parameters" else new
+    for name, tensor in _tensor_attributes(modules):
+        if id(tensor) not in memo:
+            memo[id(tensor)] = replace(name, tensor)
+    try:
+        return cast(nn.Module, _copy(model, memo))
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
+            "detach tensors kept as attributes, and drop locks, streams or open files from the module"
+        ) from error
+
+
+def _copy(value: Any, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy`, with a short way for modules and plain containers: most of a network is these."""
+    kind: Any = type(value)
+    if kind in _ATOMS:
+        return value
+    known = memo.get(id(value))
+    if known is not None:
+        return known
+    if kind in _PLAIN and not value:
+        memo[id(value)] = empty = kind()
+        return empty
+    if isinstance(value, nn.Module) and _copies_plainly(kind):
+        new = memo[id(value)] = kind.__new__(kind)
+        _copy_fields(value, vars(new), memo)
+        return new
+    if kind is tuple:
+        return value if _ATOMS.issuperset(map(type, value)) else tuple(_copy(item, memo) for item in value)
+    if kind in _MAPPINGS:
+        mapping = memo[id(value)] = kind()
+        _copy_items(value, mapping, memo)
+        return mapping
+    return copy.deepcopy(value, memo)
+
+
+def _copy_fields(module: nn.Module, into: dict[str, Any], memo: dict[int, Any]) -> None:
+    """Copies of all fields of a module; most are numbers, and torch's own that hold nothing."""
+    # A forward compiled in place (Module.compile) stays behind: it would run the original's weights.
+    state = module.__getstate__() if "_compiled_call_impl" in vars(module) else vars(module)
+    into.update(state)
+    for key, item in state.items():
+        kind: Any = type(item)
+        if kind not in _ATOMS:
+            into[key] = kind() if key in _MODULE_FIELDS and not item else _copy(item, memo)
+
+
+def _copy_items(items: Mapping[Any, Any], into: dict[Any, Any], memo: dict[int, Any]) -> None:
+    for key, item in items.items():
+        into[key if type(key) in _ATOMS else _copy(key, memo)] = item if type(item) in _ATOMS else _copy(item, memo)
+
+
+@functools.lru_cache
+def _copies_plainly(cls: type) -> bool:
+    return all(getattr(cls, name, None) is getattr(nn.Module, name, None) for name in _COPY_HOOKS)
+
+
+_MAPPINGS = frozenset({dict, OrderedDict})
+_PLAIN = _MAPPINGS | {set, list}
+_ATOMS = frozenset({int, float, bool, str, type(None)})
+_COPY_HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__new__")
+
+
+def _as_parameter(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
+    if type(tensor) is not torch.Tensor and isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor, requires_grad=like.requires_grad)
+
+
+def _tensor_attributes(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that modules keep as plain attributes, alone or in a list, tuple or dict."""
+    for path, module in modules.items():
+        for key, value in vars(module).items():
+            if type(value) in _ATOMS or key in _MODULE_FIELDS:
+                continue
+            items = value if isinstance(value, (list, tuple)) else (value,)
+            if isinstance(value, dict):
+                items = tuple(value.values())
+            if not _ATOMS.issuperset(map(type, items)):
+                yield from ((f"{path}.{key}".lstrip("."), item) for item in items if isinstance(item, torch.Tensor))
+
+
+_MODULE_FIELDS = frozenset(vars(nn.Module()))

@@ -1,0 +1,1 @@
+"""Which neurons to keep under a budget."""

@@ -1,0 +1,1 @@
+"""An allocation as data, and the smaller network that it leads to."""

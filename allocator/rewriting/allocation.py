@@ -1,0 +1,226 @@
+"""An allocation: which neurons of a model stay, as plain data that can be saved, read and composed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from allocator.disk import write_text
+from allocator.errors import AllocationMismatchError, FileError
+
+FORMAT = 1
+Indices = list[Any]
+"""Original indices kept of one dim, in order; one row per output for a grouped weight's dim 1."""
+
+
+@dataclass
+class Allocation:
+    """Neurons to keep, and what modules have to be told.
+
+    Attributes:
+        kept: per parameter or buffer that changes, one entry per dim: the original indices that stay, or
+            None where the dim is untouched. Dim 1 of a grouped weight that loses columns has one row of
+            indices per output that stays.
+        attributes: per module path, attributes and their new values.
+        absent: paths of layers that are gone.
+        architecture: hash of the names and shapes of the model it was made for.
+        flops_asked, flops_before, flops_after: FLOPs as fvcore counts them.
+        policy, criterion, scope, groups, norms: how it was made.
+        blocks: per aggregation block its name, kind and branches with channels before and after.
+        input_shapes: the shapes that the FLOPs hold for.
+        parts: the allocations that it was composed of, first to last; none for one that was planned as a whole.
+    """
+
+    kept: dict[str, list[Indices | None]] = field(default_factory=dict)
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
+    architecture: str = ""
+    flops_asked: float = 0
+    flops_before: int = 0
+    flops_after: int = 0
+    policy: str = ""
+    criterion: str = ""
+    scope: str = ""
+    groups: str = "whole"
+    norms: str = "exact"
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    input_shapes: list[list[int]] = field(default_factory=list)
+    parts: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, with the format version."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Allocation:
+        """Read what `to_dict` gave.
+
+        Raises:
+            FileError: not an allocation, or of a format this version does not know.
+        """
+        if not isinstance(data, dict) or "kept" not in data:
+            raise FileError("this is not an allocation: it has no field 'kept'")
+        if data.get("format") != FORMAT:
+            raise FileError(
+                f"the allocation has format {data.get('format')!r}, this version reads {FORMAT}: "
+                "install the version of neuron-allocator that wrote it"
+            )
+        known = {f.name for f in fields(cls)}
+        allocation = cls(**{key: value for key, value in data.items() if key in known})
+        allocation._check_types()
+        return allocation
+
+    def to_json(self) -> str:
+        """`to_dict` as compact JSON with a digest of itself, so that a damaged copy is noticed."""
+        data = {"format": FORMAT, **{f.name: getattr(self, f.name) for f in fields(self)}}
+        text = _as_json(data)
+        return f'{text[:-1]},"digest":"{_digest([text])}"}}'
+
+    @classmethod
+    def from_json(cls, text: str) -> Allocation:
+        """Read what `to_json` gave; JSON without a digest is read as well.
+
+        Raises:
+            FileError: not JSON, not an allocation, or changed after it was written.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise FileError(f"this is not JSON: {error}") from error
+        digest = data.pop("digest", None) if isinstance(data, dict) else None
+        if digest is not None and digest != _digest([_as_json(data)]):
+            raise FileError(
+                "the allocation was changed or damaged after it was written: get it again, or remove its field "
+                "'digest' if the change was meant"
+            )
+        return cls.from_dict(data)
+
+    def _check_types(self) -> None:
+        default = Allocation()
+        for each in fields(self):
+            value, usual = getattr(self, each.name), getattr(default, each.name)
+            kinds: Any = (int, float) if isinstance(usual, (int, float)) else type(usual)
+            if not isinstance(value, kinds):
+                raise FileError(
+                    f"the allocation's {each.name} is a {type(value).__name__}, not a {type(usual).__name__}"
+                )
+        for name, dims in self.kept.items():
+            if not isinstance(dims, list) or not all(d is None or _is_indices(d) for d in dims):
+                raise FileError(f"the allocation's entry for {name} is not a list of index lists")
+        for path, values in self.attributes.items():
+            if not isinstance(values, dict):
+                raise FileError(f"the allocation's attributes of {path} are not a mapping")
+        if not all(isinstance(path, str) for path in self.absent):
+            raise FileError("the allocation's absent layers are not a list of names")
+        if not all(isinstance(shape, (list, tuple)) and _is_indices(list(shape)) for shape in self.input_shapes):
+            raise FileError("the allocation's input shapes are not lists of numbers")
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, moved into place when complete.
+
+        Raises:
+            FileError: the path cannot be written.
+        """
+        write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Allocation:
+        """Read an allocation from a JSON file.
+
+        Raises:
+            FileError: missing, not JSON, or not an allocation.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:
+            raise FileError(f"{path} is not a JSON file: {error}") from error
+        try:
+            return cls.from_json(text)
+        except FileError as error:
+            raise FileError(f"{path}: {error}") from error
+
+    def compose(self, second: Allocation) -> Allocation:
+        """The allocation that leads from this one's original model to the second one's result.
+
+        Args:
+            second: an allocation of the model that this one gives.
+
+        Raises:
+            AllocationMismatchError: the second one indexes beyond what this one keeps.
+        """
+        kept = dict(self.kept)
+        for name, dims in second.kept.items():
+            known = self.kept.get(name, [None] * len(dims))
+            kept[name] = [_compose(name, a, b, dims[0]) for a, b in zip(known, dims, strict=True)]
+        merged = {path: dict(values) for path, values in self.attributes.items()}
+        for path, values in second.attributes.items():
+            merged.setdefault(path, {}).update(values)
+        absent = sorted({*self.absent, *second.absent})
+        kept = {name: dims for name, dims in kept.items() if name.rpartition(".")[0] not in absent}
+        merged = {path: values for path, values in merged.items() if path not in absent}
+        rest = {**second.to_dict(), "kept": kept, "attributes": merged, "absent": absent}
+        rest |= {"architecture": self.architecture, "flops_before": self.flops_before}
+        rest["blocks"] = _compose_blocks(self.blocks, second.blocks)
+        rest["parts"] = [part for each in (self, second) for part in each.parts or [each.to_dict()]]
+        return Allocation.from_dict(rest)
+
+
+def _is_indices(values: Any) -> bool:
+    """Whether this is a list of whole numbers, or of equally long lists of them."""
+    try:
+        array = np.asarray(values) if isinstance(values, list) else None
+    except ValueError:  # rows of different lengths
+        return False
+    return array is not None and array.ndim in (1, 2) and (array.size == 0 or array.dtype.kind == "i")
+
+
+def _compose(name: str, first: Indices | None, second: Indices | None, rows: Indices | None) -> Indices | None:
+    """Indices of one dim; `rows` are those that the second allocation keeps of the first dim's."""
+    if first is None:
+        return second
+    a = np.asarray(first)
+    if a.ndim == 2 and rows is not None:
+        a = a[np.asarray(rows, dtype=np.int64)]
+    if second is None:
+        return list(a.tolist())
+    b = np.asarray(second, dtype=np.int64)
+    if b.size and b.max() >= a.shape[-1]:
+        raise AllocationMismatchError(f"{name}: index {b.max()} of the second allocation, {a.shape[-1]} are kept")
+    if a.ndim == 2 or b.ndim == 2:
+        a = np.broadcast_to(a, (len(b) if b.ndim == 2 else len(a), a.shape[-1]))
+        b = np.broadcast_to(b, (len(a), b.shape[-1]))
+        return list(np.take_along_axis(a, b, axis=1).tolist())
+    return list(a[b].tolist())
+
+
+def _compose_blocks(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    before = {(b["name"], r["name"]): r["before"] for b in first for r in b["branches"]}
+    return [
+        {
+            **b,
+            "branches": [{**r, "before": before.get((b["name"], r["name"]), r["before"])} for r in b["branches"]],
+        }
+        for b in second
+    ]
+
+
+def architecture_hash(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Hash of the names and shapes of all parameters and buffers, as `shapes_of` gives them."""
+    return _digest(f"{name} {shape}" for name, shape in sorted(shapes.items()))
+
+
+def _as_json(data: Any) -> str:
+    return json.dumps(data, separators=(",", ":"), allow_nan=False)
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Criteria: how much each neuron matters."""

@@ -1,0 +1,1 @@
+"""One forward, recorded: every call that reaches torch's dispatcher, on tensors without storage."""

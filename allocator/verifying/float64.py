@@ -1,0 +1,229 @@
+"""Forwards in float64, with some weights read as zero or drawn anew, one weight converted at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.modules import skeleton, tensor_names
+from allocator.tracing.inputs import Inputs
+from allocator.tracing.record import tensors_in
+
+Rows = dict[str, list[tuple[int, np.ndarray]]]
+# Bytes of the columns that a convolution on the CPU may unfold its input to, all channels together.
+COLUMNS = 4 << 20
+
+
+def part_of(tensor: torch.Tensor, dims: Sequence[np.ndarray | None]) -> torch.Tensor:
+    """The elements at the crossings of the indices of every dim; all of a dim where it has none."""
+    for dim, indices in enumerate(dims):
+        if indices is not None:
+            tensor = tensor[(slice(None),) * dim + (torch.as_tensor(indices, device=tensor.device),)]
+    return tensor
+
+
+def run_float64(
+    model: nn.Module, inputs: Inputs, *, zeroed: Rows | None = None, draw: Draw | None = None
+) -> list[torch.Tensor]:
+    """Output tensors of an eval-mode forward in float64; weights are converted one call at a time.
+
+    Args:
+        model: any module; not changed, and only its buffers are copied, since a forward may write into them.
+        inputs: converted to float64 like the weights.
+        zeroed: per parameter, (dim, indices) that are read as zero.
+        draw: gives values to use in place of the model's parameters and running statistics.
+    """
+    checked = _of_recurrent_layers(model)
+
+    def own(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name in checked:
+            return tensor.detach().double()
+        return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
+
+    copied = skeleton(model, own).eval()
+    direct = {name: rows for name, rows in (zeroed or {}).items() if not _zero_computed(copied, name, rows)}
+    with torch.no_grad(), _precise(), _Float64(copied, direct, draw) as mode:
+        arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs
+        output = copied(*arguments.args, **arguments.kwargs)
+    return [t.to("cpu", torch.float64) for t in tensors_in(output)]
+
+
+def _of_recurrent_layers(model: nn.Module) -> set[str]:
+    """Weights of LSTMs, GRUs and RNNs, which refuse inputs of another dtype than theirs before they compute."""
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.RNNBase)]
+    return {f"{path}.{name}".lstrip(".") for path, layer in layers for name, _ in layer.named_parameters(recurse=False)}
+
+
+def _zero_computed(copied: nn.Module, name: str, rows: list[tuple[int, np.ndarray]]) -> bool:
+    """Zero a weight that a parametrisation computes after it was computed; whether there was one to zero."""
+    owner = copied.get_submodule(name.rpartition(".")[0])
+    if not isinstance(owner, ParametrizationList):
+        return False
+
+    def zero(module: nn.Module, args: Any, weight: torch.Tensor) -> torch.Tensor:
+        weight = weight.clone()
+        for dim, indices in rows:
+            weight.index_fill_(dim, torch.as_tensor(indices, device=weight.device), 0)
+        return weight
+
+    owner.register_forward_hook(zero)
+    return True
+
+
+class Draw:
+    """Weights drawn from a seed, the same for a name whatever is kept of it.
+
+    Matrices and kernels are uniform with the variance 2 / fan-in (He et al., ICCV 2015), vectors uniform in
+    0.5..1.5, so that signals neither vanish nor grow on their way; of buffers only running statistics are drawn.
+    """
+
+    def __init__(self, graph: ChannelGraph, seed: int, kept: dict[str, list[np.ndarray | None]] | None = None) -> None:
+        self.shapes, self.seed, self.kept = graph.slots.shapes, seed, kept or {}
+
+    def __call__(self, name: str, own: torch.Tensor) -> torch.Tensor:
+        shape = self.shapes[name]
+        statistic = name.endswith(("running_mean", "running_var"))
+        if not shape or not (isinstance(own, nn.Parameter) or statistic):
+            return own
+        generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
+        values = torch.rand(shape, generator=generator, dtype=torch.float64)
+        if len(shape) == 1:
+            values += 0.5
+        else:
+            values = values.mul_(2).sub_(1).mul_((6 / max(math.prod(shape[1:]), 1)) ** 0.5)
+        return part_of(values, self.kept.get(name, ())).to(own.device)
+
+
+@contextlib.contextmanager
+def _precise() -> Iterator[None]:
+    """New tensors are float64, and cuDNN does not pick reduced precision for speed."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False, allow_tf32=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+class _Float64(TorchFunctionMode):
+    """Runs every function in float64, with rows of some parameters read as zero; copies one weight at a time."""
+
+    def __init__(self, model: nn.Module, zeroed: Rows, draw: Draw | None) -> None:
+        super().__init__()
+        names = tensor_names(model)
+        self.rows = {id(names[name]): rows for name, rows in zeroed.items()}
+        self.draw = draw
+        self.names = {id(tensor): name for name, tensor in names.items()} if draw is not None else {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ not in _VIEWS:
+            return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map(self.convert, (args, kwargs or {}))
+        if getattr(func, "__name__", "") in _ORDERING:
+            args, kwargs = tree_map(_rounded, (args, kwargs))
+        return _convolve(func, *args, **kwargs) if func in _CONVOLUTIONS else func(*args, **kwargs)
+
+    def convert(self, leaf: Any) -> Any:
+        """A floating-point tensor in float64, a parameter with its rows zeroed; a dtype as float64."""
+        if isinstance(leaf, torch.dtype):
+            return torch.float64 if leaf in (torch.float32, torch.float16, torch.bfloat16) else leaf
+        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+            return leaf
+        name = self.names.get(id(leaf))
+        value = leaf if name is None or self.draw is None else self.draw(name, leaf)
+        wide = value.to(torch.float64)
+        rows = self.rows.get(id(leaf))
+        if rows is not None:
+            wide = wide.clone() if wide is leaf else wide
+            for dim, indices in rows:
+                wide.index_fill_(dim, torch.as_tensor(indices, device=wide.device), 0)
+        return wide
+
+
+_ORDERING = frozenset({"topk", "sort", "argsort", "argmax", "argmin", "nms"})
+ROUNDING = 2.0**-33
+"""Of the largest number there is: ten times less than a certificate tolerates, a thousand times what rounding does."""
+
+
+def _rounded(leaf: Any) -> Any:
+    """Numbers that are to be put in order, without their last bits: these would decide between equals."""
+    if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point() or not leaf.numel():
+        return leaf
+    largest = float(leaf.abs().nan_to_num(0.0, 0.0, 0.0).max())
+    step = 2.0 ** math.frexp(largest)[1] * ROUNDING  # a power of two, the same for numbers that are nearly the same
+    return leaf.div(step).round_().mul_(step)
+
+
+_VIEWS = frozenset({"T", "mT", "H", "mH", "data", "real"})
+_CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d})
+
+
+def _convolve(
+    func: Any,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """A convolution as a sum over slices of its channels, where float64 on the CPU would unfold much at once.
+
+    There, a depthwise one is a convolution per channel, each started on all threads. As a sum over the places of its
+    kernel it takes no longer, and a small part of the time where other processes hold up one of the threads.
+    """
+    sizes = (stride, padding, dilation)
+    each = all(type(size) is tuple and len(size) == input.dim() - 2 for size in sizes)
+    if input.device.type == "cpu" and each and 1 < groups == input.shape[1] == weight.shape[0]:
+        return _depthwise(input, weight, bias, *sizes)
+    columns = 8 * input.numel() * math.prod(weight.shape[2:])
+    slices = min(math.ceil(columns / COLUMNS), weight.shape[1])
+    if slices <= 1 or groups > 1 or input.device.type != "cpu" or input.dim() != weight.dim():
+        return func(input, weight, bias, stride, padding, dilation, groups)
+    first, *rest = zip(input.chunk(slices, 1), weight.chunk(slices, 1), strict=True)
+    result: torch.Tensor = func(*first, bias, stride, padding, dilation)
+    for x, w in rest:
+        result += func(x, w, None, stride, padding, dilation)
+    return result
+
+
+def _depthwise(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Any, padding: Any, dilation: Any
+) -> torch.Tensor:
+    """A convolution of every channel with a kernel of its own, as a sum over the places of the kernel.
+
+    Products are rounded before they are added, so that a channel gives the same bits beside whatever others: where
+    a detector's scores are equal, their order hangs on the last bit.
+
+    Args:
+        input: (N, C, ...).
+        weight: (C, 1, ...).
+        bias: (C) or None.
+        stride, padding, dilation: one number per dim of the kernel.
+    """
+    input = nn.functional.pad(input, [size for size in reversed(padding) for _ in range(2)])
+    kernel, per_channel = weight.shape[2:], (-1, *[1] * len(stride))
+    last = [n - d * (k - 1) - 1 for n, k, d in zip(input.shape[2:], kernel, dilation, strict=True)]
+    sides = [n // s + 1 for n, s in zip(last, stride, strict=True)]
+    result = input.new_zeros((*input.shape[:2], *sides))
+    product = torch.empty_like(result)
+    places: Any = itertools.product(*map(range, kernel))
+    for place in places:
+        starts = [k * d for k, d in zip(place, dilation, strict=True)]
+        window: Any = (..., *(slice(a, a + n + 1, s) for a, n, s in zip(starts, last, stride, strict=True)))
+        result += torch.mul(input[window], weight[(..., *place)].view(per_channel), out=product)
+    return result if bias is None else result.add_(bias.view(per_channel))

@@ -1,0 +1,276 @@
+"""The structural check: the rewritten forward is the image of the original one, index by index.
+
+The rewritten model is traced and its labels are computed by the same rules. Every call must be the same
+call on the images of the same tensors, with the same numbers; every dim must hold exactly the kept indices,
+in their order. Shapes alone would not notice a shuffle that kept the wrong order, nor a scale 1/sqrt(d)
+that changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from allocator.flow.flow import FROZEN, Flow, Label, Slots
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.tracing.record import Op, Ref, Trace
+
+# Calls that take sizes as integers; what they give is checked by its shape and labels.
+_SIZED = frozenset(
+    [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "_reshape_alias",
+        "view_copy",
+        "expand",
+        "repeat",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "unsafe_split",
+        "unsafe_split_with_sizes",
+        "zeros",
+        "ones",
+        "full",
+        "empty",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+        "rand",
+        "randn",
+        "native_group_norm",
+        "native_layer_norm",
+        "convolution",
+        "channel_shuffle",
+        "empty_strided",
+        "new_empty_strided",
+    ]
+)
+# Calls that stand for one another: which of them runs depends on how large a dim is and how it lies in memory.
+_ALIKE = [
+    frozenset({"split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"}),
+    frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy"}),
+]
+_COPIES = frozenset({"clone", "contiguous", "alias", "detach"})
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Where the rewritten forward stops being the image of the original.
+
+    Attributes:
+        op: the original call.
+        what: what differs, with got and expected.
+    """
+
+    op: Op
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.what}"
+
+
+class Image:
+    """Maps slots of the rewritten model to slots of the original.
+
+    Args:
+        graph: the original's neurons.
+        kept: (neurons,) bool.
+        slots: slots of the rewritten model.
+    """
+
+    def __init__(self, graph: ChannelGraph, kept: np.ndarray, slots: Slots) -> None:
+        self.stays = np.append(kept, True)[graph.unit_of_slot]
+        self.origin = np.full(slots.total, -1)
+        self.origin[FROZEN] = FROZEN
+        left, before = np.flatnonzero(self.stays), np.append(0, np.cumsum(self.stays))
+        for name, shape in slots.shapes.items():
+            starts = graph.slots.base[name]
+            for old, n, new, size in zip(starts, graph.slots.shapes[name], slots.base[name], shape, strict=True):
+                own = left[before[old] : before[old + n]]
+                if len(own) == size:
+                    self.origin[new : new + size] = own
+        self._sizes: dict[int, int] = {}
+        self._same: set[tuple[int, int]] = set()
+
+    def size(self, label: np.ndarray) -> int:
+        """How many of these labels of the original stay; they are a value's own, known by their identity."""
+        known = self._sizes.get(id(label))
+        if known is None:
+            known = self._sizes[id(label)] = int(self.stays[label].sum())
+        return known
+
+    def holds(self, old: Label, new: Label) -> bool:
+        """Whether the new labels are the old ones that stay, in order."""
+        if old is None or new is None:
+            return old is None and new is None
+        key = (id(old), id(new))
+        if key not in self._same:
+            if not np.array_equal(old[self.stays[old]], self.origin[new]):
+                return False
+            self._same.add(key)
+        return True
+
+
+def compare(
+    old: Flow, new: Flow, image: Image, groups: dict[str, np.ndarray], raised: Exception | None = None
+) -> Mismatch | None:
+    """The first place where two flows differ beyond the removed neurons, or None where there is none.
+
+    Args:
+        old: labels of the original.
+        new: labels of the rewritten model.
+        image: how their slots correspond.
+        groups: per weight of a grouped convolution that loses whole groups, one slot per group.
+        raised: what ended the rewritten forward early, so that there is only its beginning.
+    """
+    gone = _gone(old, image)
+    before, returned = _without_copies(old.trace, gone, raised is None)
+    after, expected = _without_copies(new.trace, set(), raised is None)
+    values: dict[int, int] = {}
+    for a, b in zip(before, after, strict=False):
+        what = _compare_call(old, new, a, b, values, gone, image, groups)
+        if what:
+            return Mismatch(old.trace.ops[a.index], what)
+    if raised is not None:
+        return _first_not_made(old, before, len(after), raised)
+    if len(before) != len(after):
+        last = before[min(len(before), len(after)) - 1]
+        return Mismatch(old.trace.ops[last.index], f"{len(after)} calls follow, expected {len(before)}")
+    if [values.get(i) for i in returned] != expected:
+        return Mismatch(old.trace.ops[before[-1].index], "the model returns other tensors")
+    return None
+
+
+def _first_not_made(old: Flow, before: list[Op], done: int, raised: Exception) -> Mismatch:
+    """The original call on channels that comes next after `done` calls that were right."""
+    what = f"the rewritten forward raised {type(raised).__name__}: {raised}"
+    for op in before[done:]:
+        if any(label is not None for i in (*op.inputs(), *op.outputs) for label in old.labels(i)):
+            return Mismatch(old.trace.ops[op.index], what)
+    return Mismatch(old.trace.ops[-1], what)
+
+
+def _without_copies(trace: Trace, gone: set[int], whole: bool) -> tuple[list[Op], list[int]]:
+    """Live calls other than plain copies, which are read as what they copy, and the values that are returned.
+
+    Which calls are live is known at the end only; before that, all of them count.
+    """
+    origin: dict[int, int] = {}
+    calls = []
+    for op in trace.live(gone) if whole else [op for op in trace.ops if gone.isdisjoint(op.outputs)]:
+        reads = tuple(origin.get(i, i) for i in op.reads)
+        if op.name in _COPIES or _restrides(trace, op):
+            origin[op.outputs[0]] = reads[0]
+        else:
+            calls.append(op if reads == op.reads else replace(op, reads=reads))
+    return calls, [origin.get(i, i) for i in trace.outputs]
+
+
+def _restrides(trace: Trace, op: Op) -> bool:
+    """Whether a call gives its input's values other strides, as pooling does to mark a memory format."""
+    if op.name not in ("as_strided", "as_strided_"):
+        return False
+    return trace.values[op.outputs[0]].shape == trace.values[op.reads[0]].shape
+
+
+def _gone(flow: Flow, image: Image) -> set[int]:
+    """Values of the original with a dim that lost all its indices."""
+    values = range(len(flow.trace.values))
+    return {i for i in values if any(lab is not None and len(lab) and not image.size(lab) for lab in flow.labels(i))}
+
+
+def _compare_call(
+    old: Flow,
+    new: Flow,
+    a: Op,
+    b: Op,
+    values: dict[int, int],
+    gone: set[int],
+    image: Image,
+    groups: dict[str, np.ndarray],
+) -> str | None:
+    same = a.target is b.target or any(a.name in names and b.name in names for names in _ALIKE)
+    if not same or a.module != b.module:
+        return f"became {b}"
+    if len(a.outputs) != len(b.outputs):
+        return f"gives {len(b.outputs)} tensors, expected {len(a.outputs)}"
+    what = _compare_arguments(old, new, a, b, values, gone) or _compare_groups(old, a, b, image, groups)
+    if what:
+        return what
+    for i, j in zip(a.outputs, b.outputs, strict=True):
+        values[i] = j
+        what = _compare_value(old, new, i, j, image)
+        if what:
+            return what
+    return None
+
+
+def _compare_value(old: Flow, new: Flow, i: int, j: int, image: Image) -> str | None:
+    shape, labels = old.shape(i), old.labels(i)
+    expected = tuple(n if lab is None else image.size(lab) for n, lab in zip(shape, labels, strict=True))
+    if new.shape(j) != expected:
+        return f"shape {new.shape(j)}, expected {expected}"
+    for dim, (a, b) in enumerate(zip(labels, new.labels(j), strict=True)):
+        if not image.holds(a, b):
+            return f"dim {dim} holds other channels, or in another order"
+    return None
+
+
+def _compare_arguments(old: Flow, new: Flow, a: Op, b: Op, values: dict[int, int], gone: set[int]) -> str | None:
+    refs_a = [i for i in a.inputs() if i not in gone]
+    refs_b = b.inputs()
+    if len(refs_a) != len(refs_b):
+        return f"reads {len(refs_b)} tensors, expected {len(refs_a)}"
+    for i, j in zip(refs_a, refs_b, strict=True):
+        name, other = old.trace.values[i].name, new.trace.values[j].name
+        if values.setdefault(i, j) != j or name != other:
+            return f"reads {other or 'another tensor'}, expected {name or 'the same as before'}"
+        what = _compare_numbers(old.trace.values[i].literal, new.trace.values[j].literal)
+        if what:
+            return what
+    if a.target is not b.target or (a.args == b.args and a.kwargs == b.kwargs):
+        return None
+    found = [numbers_in((op.args, op.kwargs)) for op in (a, b)]
+    sized = a.name in _SIZED and a.arg("fill_value") == b.arg("fill_value")
+    return _compare_numbers(*found, sized=sized)
+
+
+def _compare_numbers(old: Sequence[Any], new: Sequence[Any], *, sized: bool = False) -> str | None:
+    """The first number that changed; whole ones may, where they are sizes."""
+    for x, y in zip(old, new, strict=False):
+        if x != y and not (sized and type(x) is int and type(y) is int) and not (x != x and y != y):
+            return f"has the number {y}, expected {x}"
+    return None
+
+
+def numbers_in(tree: Iterable[Any]) -> list[Any]:
+    """All that is no tensor in the arguments of a call, in order."""
+    found: list[Any] = []
+    for item in tree:
+        if isinstance(item, tuple):
+            found += numbers_in(item)
+        elif isinstance(item, dict):
+            found += numbers_in(item.values())
+        elif not isinstance(item, Ref):
+            found.append(item)
+    return found
+
+
+def _compare_groups(old: Flow, a: Op, b: Op, image: Image, groups: dict[str, np.ndarray]) -> str | None:
+    """A convolution's integers other than its groups are the same; its groups are those that stay."""
+    if a.name != "convolution":
+        return None
+    for name in ("stride", "padding", "dilation", "output_padding", "transposed"):
+        if a.arg(name) != b.arg(name):
+            return f"has {name} {b.arg(name)}, expected {a.arg(name)}"
+    weight = old.trace.values[a.inputs()[1]].name
+    expected = image.size(groups[weight]) if weight in groups else a.arg("groups")
+    if b.arg("groups") != expected:
+        return f"has {b.arg('groups')} groups, expected {expected}"
+    return None
