@@ -33,6 +33,7 @@ from allocator.reporting.result_report import Report
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.lineage import remember
 from allocator.rewriting.materialise import check_fits, materialise, reset_parameters
+from allocator.rewriting.rewrite import rewrite as rewrite_model
 from allocator.scoring.criteria import AUTO, NO_BATCH_NORM, Scores, candidates, say_fallback
 from allocator.scoring.criteria import score as score_graph
 from allocator.tracing.inputs import Inputs, as_inputs, infer_inputs, inputs_like
@@ -256,12 +257,7 @@ def rewrite(model: nn.Module, allocation: Allocation, weights: str = "keep") -> 
         AllocationMismatchError: the allocation was made for another architecture.
     """
     _check_choice("weights", weights, ("keep", "reset"))
-    check_fits(check_model(model), allocation)
-    small = materialise(model, allocation)
-    remember(small, model, allocation)
-    if weights == "reset":
-        reset_parameters(small)
-    return small
+    return rewrite_model(model, allocation, weights)
 
 
 def apply(model: nn.Module, allocation: Allocation | str | Path, weights: str = "keep") -> nn.Module:

@@ -348,7 +348,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_leaves_nothing_behind(number: signal.Signals, status: int) -> None:
     script = (
-        "import signal, sys, time, torch\nfrom allocator import files\nfrom allocator.cli import main\n"
+        "import signal, sys, time, torch\nfrom allocator.cli import main\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
         "def slow(model, file):\n"
         "    open(file, 'w').write('half'); print('writing', flush=True); time.sleep(60)\n"

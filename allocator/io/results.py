@@ -21,6 +21,7 @@ from allocator.modules import shapes_of, tensor_names
 from allocator.rewriting.allocation import Allocation, architecture_hash
 from allocator.rewriting.lineage import led_to, remember
 from allocator.rewriting.materialise import gives
+from allocator.rewriting.rewrite import rewrite
 
 _LARGEST_ARGUMENT = 2**17  # of a build that a file asks for: more than any width or number of classes
 RESULT_SUFFIX = ".safetensors"
@@ -218,9 +219,7 @@ def _no_larger_than(tensors: dict[str, torch.Tensor], path: PathLike) -> Iterato
 
 def _assemble(fresh: nn.Module, allocation: Allocation, tensors: dict[str, torch.Tensor], path: PathLike) -> nn.Module:
     """Apply the allocation to a fresh build and put the tensors in."""
-    from allocator.api import apply
-
-    small = apply(fresh, allocation)
+    small = rewrite(fresh, allocation)
     held: dict[int, torch.Tensor] = {}  # one parameter per stored tensor, so that tied weights stay tied
     state: dict[str, torch.Tensor] = {}
     parameters = dict(small.named_parameters(remove_duplicate=False))
@@ -249,13 +248,11 @@ def _check_gives(model: nn.Module, allocation: Allocation) -> None:
 
 def _check_leads_to(model: nn.Module, recorded: dict[str, Any], allocation: Allocation) -> None:
     """The allocation, applied to the recorded build, must give tensors of the model's shapes."""
-    from allocator.api import apply
-
     fresh = _build_on_meta(recorded["name"], recorded["kwargs"])
     if fresh is None:
         with torch.random.fork_rng(devices=[]):
             fresh = build(recorded["name"], **recorded["kwargs"])
-    expected = {key: tuple(value.shape) for key, value in apply(fresh, allocation).state_dict().items()}
+    expected = {key: tuple(value.shape) for key, value in rewrite(fresh, allocation).state_dict().items()}
     for key, value in model.state_dict().items():
         if expected.get(key) != tuple(value.shape):
             raise AllocationMismatchError(

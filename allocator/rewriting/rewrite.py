@@ -1,0 +1,29 @@
+"""An allocation applied to a model: checked, materialised, and remembered by the result."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from allocator.model_checks import check_model
+from allocator.rewriting.allocation import Allocation
+from allocator.rewriting.lineage import remember
+from allocator.rewriting.materialise import check_fits, materialise, reset_parameters
+
+
+def rewrite(model: nn.Module, allocation: Allocation, weights: str = "keep") -> nn.Module:
+    """Copy `model` with only the neurons that the allocation keeps.
+
+    Args:
+        model: the network that the allocation was made for, or a fresh build of it; not changed.
+        allocation: what to keep.
+        weights: "keep", or "reset" to train from scratch.
+
+    Raises:
+        AllocationMismatchError: the allocation was made for another architecture.
+    """
+    check_fits(check_model(model), allocation)
+    small = materialise(model, allocation)
+    remember(small, model, allocation)
+    if weights == "reset":
+        reset_parameters(small)
+    return small
