@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import allocator
-from allocator.api import kept_by
+from allocator.rewriting.kept import kept_by
 from allocator.rewriting.lineage import LINEAGE_ATTRIBUTE
 
 TOLERANCE = 1e-9

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import allocator
-from allocator.api import kept_by
 from allocator.reporting import Summary, pareto, summarise
 from allocator.reporting.facts import BlockFacts, Layer
+from allocator.rewriting.kept import kept_by
 
 IMAGE = torch.zeros(1, 3, 16, 16)
 

@@ -17,13 +17,13 @@ from subjects import randomised_norms
 from torch import nn
 
 import allocator
-from allocator.api import kept_by
 from allocator.errors import UnknownNameError
 from allocator.reporting import Summary, as_text, document, format_of, pareto, schema, summarise
 from allocator.reporting.facts import SHARED
 from allocator.reporting.rows import condensed, select
 from allocator.reporting.text import SummaryText, sparkline
 from allocator.reporting.words import printable, short
+from allocator.rewriting.kept import kept_by
 
 NETWORKS = ("torchvision:shufflenet_v2_x0_5", "recipe:scalenet-small-seed", "recipe:resnext-small-seed")
 

@@ -97,8 +97,9 @@ def _summary(args: argparse.Namespace, talk: Talk, format: str) -> Summary:
 
 def _planned(args: argparse.Namespace, talk: Talk, graph: ChannelGraph, format: str) -> Summary:
     """With what a budget would leave, where one is given, and with the curve, where it is drawn."""
-    from allocator.api import kept_by, plan, rewrite, score
+    from allocator.api import plan, rewrite, score
     from allocator.reporting import pareto, summarise
+    from allocator.rewriting.kept import kept_by
 
     notes: list[str] = []
     allocation = kept = None

@@ -63,8 +63,9 @@ class Report:
             name: what to call the network; its class if left out.
             curve: also plan over the range of budgets, for the curve of budget against importance.
         """
-        from allocator.api import kept_by, score
+        from allocator.api import score
         from allocator.reporting import pareto, summarise
+        from allocator.rewriting.kept import kept_by
 
         result = self.result
         graph, allocation = result.graph, result.allocation
