@@ -25,8 +25,10 @@ from allocator.errors import (
     warn,
 )
 from allocator.fitting.fit import Settled, compare_models, settle
+from allocator.flow.options import Options
 from allocator.graph.blocks import describe_blocks
-from allocator.graph.channel_graph import ChannelGraph, Options, build_graph
+from allocator.graph.build import build_graph
+from allocator.graph.channel_graph import ChannelGraph
 from allocator.model_checks import check_model, unmatched, without_reset
 from allocator.planning.search import Plan, make_plan, parse_budget, smallest_reachable, unmet
 from allocator.reporting.result_report import Report
@@ -366,7 +368,7 @@ def _settle(
         if criterion == AUTO and settled.plan.criterion == "magnitude":
             unmet_by = f"ranked by batch norms alone, the model does not come down to {budget:,.0f} FLOPs"
             settled.notes.append(say_fallback(unmet_by if len(names) > 1 else NO_BATCH_NORM))
-    settled.allocation.blocks = describe_blocks(settled.graph, settled.plan.kept)
+    settled.allocation.blocks = describe_blocks(settled.graph.blocks, settled.graph.stays(settled.plan.kept))
     return settled
 
 
@@ -429,16 +431,16 @@ def _input_error(model: nn.Module, inputs: Inputs, error: TraceError) -> InputEr
 
 
 def _check_dtypes(graph: ChannelGraph) -> None:
-    trace_ = graph.flow.trace
-    for op in trace_.ops:
-        if op.name in ("convolution", "mm", "addmm", "bmm", "linear"):
-            x, weight = op.inputs()[-2:] if op.name == "addmm" else op.inputs()[:2]
-            a, b = trace_.values[x].dtype, trace_.values[weight].dtype
-            if a != b:
-                raise InputError(
-                    f"example_inputs do not fit: {op} gets {a} from {graph.inputs.describe()}, its weight is {b}; "
-                    f"convert one of them, for example example_inputs.to({b})"
-                )
+    values = graph.flow.trace.values
+    for op in graph.flow.trace.ops:
+        if not op.declared.multiplies:
+            continue
+        a, b = (values[op.inputs()[i]].dtype for i in op.declared.multiplies)
+        if a != b:
+            raise InputError(
+                f"example_inputs do not fit: {op} gets {a} from {graph.inputs.describe()}, its weight is {b}; "
+                f"convert one of them, for example example_inputs.to({b})"
+            )
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

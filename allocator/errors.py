@@ -104,6 +104,10 @@ class MissingPackageError(AllocatorError, ImportError):
     """An optional package is not installed; says which extra brings it."""
 
 
+class UnexpectedTorchError(AllocatorError, ImportError):
+    """The torch that is installed differs in a way that would make results wrong; says which was expected."""
+
+
 class AllocatorWarning(UserWarning):
     """Base class of all warnings raised by this package."""
 

@@ -22,10 +22,15 @@ import numpy as np
 import torch
 from torch import nn
 
+import allocator.operators  # noqa: F401  (declares the operators)
 from allocator.flow import follow as analysis
-from allocator.flow.flow import FROZEN, Attribute, Facts, Flow, Join, Labels, Slots
+from allocator.flow.facts import Attribute, Facts
+from allocator.flow.flow import Flow, Join
+from allocator.flow.labels import FROZEN, Labels, Slots
+from allocator.flow.options import Options
+from allocator.tracing.calls import Trace
 from allocator.tracing.inputs import Inputs
-from allocator.tracing.record import Trace, record, tensors_in
+from allocator.tracing.record import record, tensors_in
 
 Make = Callable[[tuple[int, ...]], torch.Tensor]
 Stays = np.ndarray
@@ -170,7 +175,7 @@ class Claim:
     def floors(self) -> list[np.ndarray]:
         """Labels of which one must stay: those that the rules noted, and every dim as a whole."""
         dims = [label for labels in self.tensors.values() for label in labels if label is not None]
-        return [*(label for label, _ in self.facts.floors), *dims]
+        return [*(floor.label for floor in self.facts.at_least if floor.count == 1), *dims]
 
 
 def claim(case: Case, *, inference: bool = False, training: bool = False) -> Claim:
@@ -187,7 +192,7 @@ def claim(case: Case, *, inference: bool = False, training: bool = False) -> Cla
     outputs, trace.outputs = trace.outputs, []
     facts = Facts()
     with mock.patch.object(analysis, "Flow", type("Seeded", (_Seeded,), {"seeds": seeds})):
-        flow = analysis.run_rules(trace, slots, facts, **case.options)
+        flow = analysis.run_rules(trace, slots, facts, Options(**case.options))
     classes, stuck = _classes(facts, seeds)
     return Claim(
         operators={_plain(op.target) for op in trace.ops[len(data) :]},
@@ -218,7 +223,7 @@ def _classes(facts: Facts, seeds: Sequence[Labels]) -> tuple[list[np.ndarray], l
     if FROZEN in graph:
         frozen |= set(graph.neighbors(FROZEN))
         graph.remove_node(FROZEN)
-    written = [label for label, _ in facts.produced]
+    written = [label for label, _ in facts.written]
     carried = [label for labels in seeds for label in labels if label is not None]
     starts = {slot for label in (*written, *carried) for slot in label.tolist()} - {FROZEN}
     graph.add_nodes_from(starts)
@@ -317,14 +322,14 @@ def _ill_noted(case: Case, claimed: Claim) -> Iterator[str]:
         yield f"refused operators: {sorted(facts.refused)}"
     if case.refused and claimed.classes:
         yield f"{len(claimed.classes)} neurons of a refused operator may go"
-    if bool(facts.read or facts.mixed) != case.contracts:
+    if bool(facts.read or facts.multiplied) != case.contracts:
         yield f"summed-over channels were {'not ' if case.contracts else ''}noted"
 
 
 def _unsound(bench: Bench) -> Iterator[str]:
     """Allowed choices for which the real operator disagrees."""
     claimed = bench.claim
-    read, mixed = _mask(claimed, claimed.facts.read), _mask(claimed, claimed.facts.mixed)
+    read, mixed = _mask(claimed, claimed.facts.read), _mask(claimed, claimed.facts.multiplied)
     for gone in _choices(claimed, bench.case.least):
         stays = _without(claimed, [claimed.classes[k] for k in gone])
         everywhere = np.zeros(claimed.total, dtype=bool)

@@ -175,7 +175,7 @@ def check_budget(result: allocator.Result, x: Tensor, budget: float, fill: bool)
     for unit in (~kept).nonzero()[0]:
         more = kept.copy()
         more[unit] = True
-        costs.append(graph.cost.flops(more) - counted)
+        costs.append(graph.metric("flops").value(more) - counted)
     assert result.next_cost == min(costs, default=None)
     if fill and costs:
         assert counted + min(costs) > budget, "a further neuron fits into the budget"

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from declarations import with_rule
 from subjects import IMAGE, Branches, randomised_norms, trained, untouched
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import allocator
 from allocator import Allocation, Certificate, CertificateError, Result, UninformativeScoresWarning
-from allocator.flow.rules.registry import RULES
 from allocator.rewriting.materialise import materialise
 from allocator.verifying.certificate import MEASURABLE, TOLERANCE
 
@@ -294,9 +294,10 @@ class Flipped(Branches):
 
 
 @pytest.fixture
-def wrong_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+def wrong_rule() -> Iterator[None]:
     """A rule for `flip` that forgets the order: what both flows are computed by, so that they agree."""
-    monkeypatch.setitem(RULES, "flip", lambda flow, op: flow.set(op.outputs[0], flow.labels(op.inputs()[0])))
+    with with_rule("flip", lambda flow, op: flow.set(op.outputs[0], flow.labels(op.inputs()[0]))):
+        yield
 
 
 @pytest.mark.usefixtures("wrong_rule")

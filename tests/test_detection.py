@@ -21,9 +21,10 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 import allocator
 from allocator import recipes
 from allocator.errors import FileError, InputError, UnsupportedModelError
+from allocator.flow.follow import value_dependent as downstream
 from allocator.recipes.detection import CocoBoxes, collate, faster_rcnn, predict, train_step
 from allocator.recipes.scalenet import ScaleNet
-from allocator.tracing.value_sized import downstream, value_sized
+from allocator.tracing.value_sized import value_sized
 
 # Few and small, so that a forward takes milliseconds.
 SETTINGS: dict[str, Any] = {

@@ -18,8 +18,8 @@ from docs_blocks import PAGES, ROOT, Page
 import allocator
 from allocator import adapters
 from allocator.cli import make_parser
-from allocator.flow.rules.registry import RULES
 from allocator.scoring.criteria import CRITERIA
+from allocator.tracing.operators import DECLARATIONS, operator_of
 
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 SLOW = [name for name, path in zip(NAMES, PAGES) if re.search(r"<!--.*\bquick\b", path.read_text(encoding="utf-8"))]
@@ -37,13 +37,14 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.fixture
 def _registries() -> Iterator[None]:
     """What a page registers is forgotten after it."""
-    known: tuple[dict[str, Any], ...] = (RULES, CRITERIA, adapters._ADAPTERS)
+    known: tuple[dict[str, Any], ...] = (DECLARATIONS, CRITERIA, adapters._ADAPTERS)
     before = [dict(registry) for registry in known]
     yield
     for registry, old in zip(known, before):
         for name in registry.keys() - old.keys():
             if not name.startswith(("allocator.", "timm.", "torchvision.", "transformers.")):  # loaded by use
                 del registry[name]
+    operator_of.cache_clear()
 
 
 @pytest.mark.usefixtures("_registries")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,14 +12,15 @@ import rule_cases as compute
 import rule_cases_moves as moves
 import torch
 import torch.nn.functional as F
+from declarations import scratch, with_rule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Case, Claim, Data, below, claim, is_part, positive, truth, violations
 from rule_rows import FEATURES, IMAGE, SIGNAL, aten, case, each, image
 
 from allocator.flow.flow import Flow
-from allocator.flow.rules import RULES, find_rule, rule
-from allocator.tracing.record import Op
+from allocator.tracing.calls import Op
+from allocator.tracing.operators import DECLARATIONS, operator, operator_of
 
 TABLE: dict[str, list[Case]] = {
     **compute.CONTRACTION,
@@ -58,7 +58,7 @@ def test_the_rule_agrees_with_the_operator(operator: str, row: Case) -> None:
 
 
 def test_every_rule_has_rows() -> None:
-    assert set(TABLE) == set(RULES)
+    assert set(TABLE) == {name for name, declared in DECLARATIONS.items() if declared.rule is not None}
     assert all(TABLE.values())
 
 
@@ -229,7 +229,7 @@ REFUSED: dict[str, list[Case]] = {
 
 @pytest.mark.parametrize("operator", list(REFUSED))
 def test_an_operator_without_a_rule_freezes_what_it_reads_and_is_listed(operator: str) -> None:
-    assert operator not in RULES
+    assert operator not in DECLARATIONS
     (row,) = REFUSED[operator]
     claimed = claim(row)
     assert violations(row, claimed) == []
@@ -287,7 +287,9 @@ def _groups_off_by_one(flow: Flow, op: Op) -> None:
 
 
 def _columns_not_read(flow: Flow, op: Op) -> None:
-    RULES["convolution"](flow, op)
+    original = DECLARATIONS["convolution"].rule
+    assert original is not None
+    original(flow, op)
     flow.facts.read.clear()
 
 
@@ -377,15 +379,16 @@ def test_the_oracle_catches(mistake: str) -> None:
 
 
 def _claim_by(operator: str, wrong: Callable[[Flow, Op], None], row: Case) -> Claim:
-    original = RULES[operator]
+    original = DECLARATIONS[operator].rule
+    assert original is not None
     calls = []
 
     def once(flow: Flow, op: Op) -> None:
-        with mock.patch.dict(RULES, {operator: original}):
+        with with_rule(operator, original):
             calls.append(op)
             wrong(flow, op)
 
-    with mock.patch.dict(RULES, {operator: once}):
+    with with_rule(operator, once):
         claimed = claim(row)
     assert calls
     return claimed
@@ -467,27 +470,24 @@ def test_rows_of_a_table_stay_and_its_columns_may_go() -> None:
     ],
 )
 def test_a_wrong_registration_fails_at_once(names: tuple[str, ...], message: str) -> None:
-    with mock.patch.dict(RULES), pytest.raises(ValueError, match=message):
-        rule(*names)(lambda flow, op: None)
+    with scratch(), pytest.raises(ValueError, match=message):
+        operator(*names)(lambda flow, op: None)
 
 
 def test_a_registration_twice_in_one_call_fails() -> None:
-    with mock.patch.dict(RULES), pytest.raises(ValueError, match="operator kthvalue has a rule already"):
-        rule("kthvalue", "kthvalue")(lambda flow, op: None)
+    with scratch(), pytest.raises(ValueError, match="operator kthvalue has a rule already"):
+        operator("kthvalue", "kthvalue")(lambda flow, op: None)
 
 
 def test_names_that_an_older_torch_lacks_are_passed_over() -> None:
-    with mock.patch.dict(RULES):
-        rule(recent=("kthvalue", "of_some_later_torch"))(lambda flow, op: None)
-        assert "kthvalue" in RULES
-        assert "of_some_later_torch" not in RULES
+    with scratch():
+        operator(recent=("kthvalue", "of_some_later_torch"))(lambda flow, op: None)
+        assert "kthvalue" in DECLARATIONS
+        assert "of_some_later_torch" not in DECLARATIONS
 
 
 def test_a_registered_operator_is_found_in_place_too() -> None:
-    def op(target: Any) -> Op:
-        return Op(index=0, target=target, args=(), kwargs={}, reads=(), outputs=(), module="", call=None)
-
-    assert find_rule(op(aten.relu_.default)) is RULES["relu"]
-    assert find_rule(op(aten.sigmoid.default)) is RULES["add"]
-    assert find_rule(op(aten.kthvalue.default)) is None
-    assert find_rule(op(aten.equal.default)) is None, "one bool for all, whatever its tag says"
+    assert operator_of(aten.relu_.default).declared is DECLARATIONS["relu"]
+    assert operator_of(aten.sigmoid.default).declared is DECLARATIONS["add"]
+    assert operator_of(aten.kthvalue.default).declared.rule is None
+    assert operator_of(aten.equal.default).declared.rule is None, "one bool for all, whatever its tag says"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,17 @@ from torch import nn
 
 from allocator import adapters
 from allocator.errors import NothingToAllocateError, RewriteError
-from allocator.flow.flow import Attribute, Facts, Flow, Slots
+from allocator.flow.facts import Attribute, Facts
+from allocator.flow.flow import Flow
 from allocator.flow.follow import RuleError, run_rules
-from allocator.graph.channel_graph import ChannelGraph, Options, build_graph, kept_of
+from allocator.flow.labels import Slots
+from allocator.flow.options import Options, Place
+from allocator.graph.build import build_graph
+from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import modules_of, shapes_of
 from allocator.planning.search import Plan
 from allocator.rewriting.allocation import Allocation, architecture_hash
+from allocator.rewriting.kept import kept_of
 from allocator.rewriting.materialise import (
     describes_itself,
     materialise,
@@ -26,7 +31,9 @@ from allocator.rewriting.materialise import (
     sliced_on_meta,
     standard_attributes,
 )
-from allocator.tracing.record import ForwardError, Op, record
+from allocator.torch_private import ConvolutionBase
+from allocator.tracing.calls import Op
+from allocator.tracing.record import ForwardError, record
 from allocator.verifying.structure import Image, Mismatch, compare, numbers_in
 
 MAX_ROUNDS = 24
@@ -112,7 +119,7 @@ def describe(
         alone: attributes that stay as they are, though a split has their value for its size.
     """
     indices = kept_of(graph, plan.kept)
-    stays = np.append(plan.kept, True)[graph.unit_of_slot]
+    stays = graph.stays(plan.kept)
     shapes: dict[str, Sequence[int]] = {
         name: [n if i is None else len(i) for n, i in zip(graph.slots.shapes[name], dims, strict=True)]
         for name, dims in indices.items()
@@ -201,7 +208,7 @@ def _add_rows(modules: Mapping[str, nn.Module], kept: dict[str, list[Any]], grou
     """Dim 1 of a grouped weight is written out as one row of columns per output that stays."""
     for path, module in modules.items():
         name = f"{path}.weight".lstrip(".")
-        if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and not module.transposed:
+        if isinstance(module, ConvolutionBase) and module.groups > 1 and not module.transposed:
             dims = kept.get(name)
             if dims is not None and dims[1] is not None:
                 rows = module.weight.shape[0] if dims[0] is None else len(dims[0])
@@ -226,17 +233,16 @@ def compare_models(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, *, c
     """
     slots = Slots.of(shapes_of(small))
     image = Image(graph, kept, slots)
-    flows = [flow for flow in (graph.flow, graph.training_flow) if flow is not None]
-    for flow in flows:
+    for flow in graph.flows:
         error: Exception | None = None
-        last = copied and flow is flows[-1]
+        last = copied and flow is graph.flows[-1]
         try:
             mode, training = flow.trace.mode, flow.trace.training
             trace = record(small, graph.inputs, mode, training=training, copied=last)
         except ForwardError as raised:
             trace, error = raised.partial, raised.cause
         try:
-            new = run_rules(trace, slots, Facts(), **graph.options.rules())
+            new = run_rules(trace, slots, Facts(), graph.options)
         except RuleError as failed:
             new, error = failed.flow, failed
         mismatch = compare(flow, new, image, graph.facts.groups, error)
@@ -287,9 +293,9 @@ def _repair(
         notes.append(f"{attribute!r} of {_class_name(model, op.module)} follows the kept channels")
         return graph
     options = graph.options
-    if "split" in op.name and not alike <= options.tied_parts:
+    if op.declared.stands_for == "split" and not alike <= options.equal_parts:
         notes.append(f"the parts of {op} stay equal: {mismatch.what}")
-        options = replace(options, tied_parts=options.tied_parts | alike)
+        options = options.equalising(alike)
     else:
         notes.append(f"the neurons at {op} stay: {mismatch.what}{_hint(model, flow, op)}")
         options = _freeze(flow, options, op, plan, graph)
@@ -319,7 +325,7 @@ def _freeze(flow: Flow, options: Options, op: Op, plan: Plan, graph: ChannelGrap
 
     The same call is meant in all modules of the class; where one of them is named a second time, all its calls.
     """
-    stays = np.append(plan.kept, True)[graph.unit_of_slot]
+    stays = graph.stays(plan.kept)
 
     def loses(other: Op) -> bool:
         labels = [label for i in (*other.inputs(), *other.outputs) for label in flow.labels(i)]
@@ -329,10 +335,10 @@ def _freeze(flow: Flow, options: Options, op: Op, plan: Plan, graph: ChannelGrap
     found = next((other for other in (op, *ops[: op.index][::-1], *ops[op.index :]) if loses(other)), None)
     if found is None:
         raise RewriteError(f"the rewritten forward does not fit at {op}, though all its neurons stay")
-    known = {(path, name) for path, name, _ in options.frozen_ops}
-    which = None if (found.module, found.name) in known else flow.places[found.index][2]
-    more = {(path, found.name, which) for path in _alike_modules(graph.model, found.module)}
-    return replace(options, frozen_ops=options.frozen_ops | more)
+    place = flow.places[found.index]
+    again = any(other.module == place.module and other.operator == place.operator for other in options.frozen)
+    call = None if again else place.call
+    return options.freezing(Place(path, found.name, call) for path in _alike_modules(graph.model, found.module))
 
 
 def _hint(model: nn.Module, flow: Flow, op: Op) -> str:
@@ -363,7 +369,7 @@ def _attribute_of_size(
 ) -> tuple[str, np.ndarray] | None:
     """An int attribute of the running module that equals the old size of a dim that shrinks."""
     module = model.get_submodule(op.module)
-    stays = np.append(plan.kept, True)[graph.unit_of_slot]
+    stays = graph.stays(plan.kept)
     taken = {(a.module, a.name) for a in graph.facts.attributes} | mends.pieces.keys() | mends.wrong
     taken |= {(op.module, name) for name in _known_sizes(op.module, module)}
     if describes_itself(module):

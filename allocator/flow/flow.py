@@ -1,70 +1,19 @@
-"""Channel flow: one label per index of every dim that holds channels, carried through a trace.
-
-A label is the number of a *slot*, one index of one dim of one parameter or buffer; slot 0 stands for
-"must stay". A tensor has one array of labels per dim, or None for a dim without channels (batch, pixels,
-tokens). Rules pass labels on and note which slots must go together.
-"""
+"""Channel flow: the labels of every tensor of a trace, and the words in which rules speak of them."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from torch import nn
-from torch.utils._pytree import tree_flatten
 
-from allocator import adapters
-from allocator.tracing.record import Op, Ref, Trace, Value
-
-Label = np.ndarray | None
-Labels = tuple[Label, ...]
-
-FROZEN = 0
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Numbers for every index of every dim of every parameter and buffer.
-
-    Attributes:
-        base: per tensor name, the first slot of each dim.
-        shapes: per tensor name, its sizes.
-        total: number of slots, with the frozen one.
-    """
-
-    base: dict[str, tuple[int, ...]]
-    shapes: dict[str, tuple[int, ...]]
-    total: int
-
-    @classmethod
-    def of(cls, shapes: dict[str, tuple[int, ...]]) -> Slots:
-        """Number the dims of tensors with these sizes."""
-        base, following = {}, 1
-        for name, shape in shapes.items():
-            starts = []
-            for size in shape:
-                starts.append(following)
-                following += size
-            base[name] = tuple(starts)
-        return cls(base, dict(shapes), following)
-
-    def labels(self, name: str) -> Labels:
-        """Labels of a parameter or buffer: its own slots."""
-        sizes = self.shapes[name]
-        return tuple(np.arange(start, start + n) for start, n in zip(self.base[name], sizes, strict=True))
-
-    @cached_property
-    def names(self) -> list[tuple[int, str, int]]:
-        """(first slot, tensor name, dim) in ascending order, for looking a slot up by bisection."""
-        return [(start, name, dim) for name, starts in self.base.items() for dim, start in enumerate(starts)]
-
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """The first slots of `names`."""
-        return np.array([start for start, _, _ in self.names], dtype=np.int64)
+from allocator.adapters import how_to
+from allocator.flow.attributes import attributes_of_groups, attributes_of_sizes
+from allocator.flow.facts import AtLeast, Facts, Frozen, Gamma, Tie, Written
+from allocator.flow.labels import Label, Labels, Slots
+from allocator.flow.options import Options, Place, places_of
+from allocator.tracing.calls import Op, Ref, Trace, Value
 
 
 @dataclass(frozen=True)
@@ -84,76 +33,22 @@ class Join:
     inputs: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Attribute:
-    """A module attribute that a forward reads as the size of tensors.
-
-    Attributes:
-        module: path of the module.
-        name: attribute name.
-        pieces: label arrays whose kept counts are the attribute's new value; one piece, or one per part.
-    """
-
-    module: str
-    name: str
-    pieces: tuple[np.ndarray, ...]
-
-
-@dataclass
-class Facts:
-    """What the rules noted, over one or several traces of a model.
-
-    `computed` are those of the ties that lie in weights which the forward computes from others; `fixed` says, by
-    module class, which channels stay because of sizes that the forward reads, and what can be done about it.
-    """
-
-    ties: list[tuple[np.ndarray, np.ndarray, int]] = field(default_factory=list)
-    computed: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-    frozen: list[tuple[np.ndarray, str, str]] = field(default_factory=list)
-    produced: list[tuple[np.ndarray, str]] = field(default_factory=list)
-    read: list[np.ndarray] = field(default_factory=list)
-    mixed: list[np.ndarray] = field(default_factory=list)
-    gammas: list[tuple[np.ndarray, str]] = field(default_factory=list)
-    floors: list[tuple[np.ndarray, str]] = field(default_factory=list)
-    heads: list[np.ndarray] = field(default_factory=list)
-    attributes: list[Attribute] = field(default_factory=list)
-    groups: dict[str, np.ndarray] = field(default_factory=dict)
-    refused: dict[str, list[str]] = field(default_factory=dict)
-    fixed: dict[str, str] = field(default_factory=dict)
-
-
-Place = tuple[str, str, int]
-"""A call by its module, its operator's name, and which of its calls there it is."""
-
-
 class Flow:
-    """The labels of every tensor of one trace; `analysis.run_rules` fills it.
+    """The labels of every tensor of one trace; `follow.run_rules` fills it.
 
     Attributes:
         trace: what was recorded.
-        groups: "whole" or "width": what a grouped convolution may lose.
-        norms: "exact" or "loose": whether channels under a norm over channels must stay.
-        heads: per view that splits a dim into heads of an attention, which dim of its output counts the heads.
+        slots: numbers of the model's parameters and buffers.
+        facts: what must stay or go together.
+        options: how channels are followed.
         active: values that depend on the model's inputs.
         uniform: values that are the same everywhere, so that they fit any channels.
         joins: where branches meet, in order.
-        facts: what must stay or go together.
     """
 
-    def __init__(
-        self,
-        trace: Trace,
-        slots: Slots,
-        facts: Facts,
-        *,
-        groups: str = "whole",
-        norms: str = "exact",
-        tied_parts: frozenset[str] = frozenset(),
-        heads: Mapping[Place, int] | None = None,
-    ) -> None:
-        self.trace, self.slots, self.facts = trace, slots, facts
-        self.groups, self.norms, self.tied_parts, self.heads = groups, norms, tied_parts, heads or {}
-        produced = {v for op in trace.ops for v in op.outputs if v not in op.reads}
+    def __init__(self, trace: Trace, slots: Slots, facts: Facts, options: Options) -> None:
+        self.trace, self.slots, self.facts, self.options = trace, slots, facts, options
+        produced = {value for op in trace.ops for value in op.outputs if value not in op.reads}
         self.active = {i for i, v in enumerate(trace.values) if v.name is None and i not in produced}
         self.uniform: set[int] = set()
         self.joins: list[Join] = []
@@ -172,12 +67,12 @@ class Flow:
 
     def labels(self, index: int) -> Labels:
         """Labels of a value, one entry per dim."""
-        known = self._labels[index]
-        if known is None:
+        labels = self._labels[index]
+        if labels is None:
             value: Value = self.trace.values[index]
-            known = self.slots.labels(value.name) if value.name else (None,) * len(value.shape)
-            self._labels[index] = known
-        return known
+            labels = self.slots.labels(value.name) if value.name else (None,) * len(value.shape)
+            self._labels[index] = labels
+        return labels
 
     def statistics_from_batch(self, op: Op) -> bool:
         """Whether a batch norm runs in training mode outside a model in train mode (weight standardisation)."""
@@ -185,18 +80,16 @@ class Flow:
 
     @cached_property
     def places(self) -> list[Place]:
-        """Per call of the trace, its place, by which the same call of a rewritten model is found."""
-        seen: Counter[tuple[str, str]] = Counter()
-        found = []
-        for op in self.trace.ops:
-            found.append((op.module, op.name, seen[op.module, op.name]))
-            seen[op.module, op.name] += 1
-        return found
+        """The place of every call of the trace."""
+        return places_of(self.trace)
+
+    def heads_at(self, op: Op) -> int | None:
+        """The dim of this view's result that counts the heads of an attention, where that is known."""
+        return self.options.heads.get(self.places[op.index]) if self.options.heads else None
 
     def found_heads(self) -> dict[Place, int]:
         """Views that split a dim into (heads, width) whose width is multiplied by another activation's (q·k, a·v)."""
-        found = [(op, dim) for op, dim, label in self._divided if self._multiplied[label].all()]
-        return {self.places[op.index]: dim for op, dim in found}
+        return {self.places[op.index]: dim for op, dim, label in self._divided if self._multiplied[label].all()}
 
     def counts_heads(self, label: np.ndarray) -> bool:
         """Whether each of these labels stands for one head of an attention."""
@@ -217,16 +110,19 @@ class Flow:
         """Slots in the same place of `a` and `b` (broadcast) go together."""
         if a is b:
             return
-        b = b if b.shape == a.shape else np.broadcast_to(b, a.shape)
-        self.facts.ties.append((a, b, op.index))
+        if b.shape != a.shape:
+            b = np.broadcast_to(b, a.shape)
+        tie = Tie(a, b, op.index)
+        self.facts.ties.append(tie)
         if self.active.isdisjoint(op.inputs()):
-            self.facts.computed.append((a, b))
+            self.facts.computed_ties.append(tie)
 
     def unify(self, a: Label, b: Label, op: Op) -> Label:
         """Two dims that must keep the same indices; where one has no channels, the other stays whole."""
         if a is None or b is None:
-            self.freeze(b if a is None else a, op, "meets a dim that must keep its size")
-            return b if a is None else a
+            labelled = b if a is None else a
+            self.freeze(labelled, op, "meets a dim that must keep its size")
+            return labelled
         self.tie(a, b, op)
         return a
 
@@ -245,34 +141,36 @@ class Flow:
         self._note_use(x, op)
         self._note_use(weight, op)
         if weight is not None:
-            (self.facts.mixed if weight_value in self.active else self.facts.read).append(weight)
+            activation = weight_value in self.active
+            (self.facts.multiplied if activation else self.facts.read).append(weight)
 
     def multiply(self, *values: int) -> None:
         """A matrix product of two activations."""
         if self.active.issuperset(values):
-            for label in (label for value in values for label in self.labels(value)):
-                if label is not None:
-                    self._multiplied[label] = True
+            for value in values:
+                for label in self.labels(value):
+                    if label is not None:
+                        self._multiplied[label] = True
 
     def divide(self, op: Op, varying: Sequence[int], label: np.ndarray) -> None:
         """A view split a dim into several that tell channels apart; `label` is of the last of them."""
         self._divided.append((op, varying[-2], label))
 
-    def note_heads(self, label: np.ndarray) -> None:
+    def note_heads(self, label: np.ndarray, op: Op) -> None:
         """Each of these labels stands for one head of an attention.
 
         Two of them stay: views and einsum take a dim of one head to be no dim, and merge it with others.
         """
         self._counts_heads[label] = True
-        self.facts.heads.append(label)
+        self.floor(label, op, count=2)
 
     def produce(self, label: Label, op: Op, weight_value: int) -> None:
         """Labels of neurons that a parameter writes; they are what can be removed."""
         if not self.active.isdisjoint(op.inputs()):
             self._note_use(label, op)
         if label is not None and weight_value not in self.active:
-            self.facts.produced.append((label, op.module))
-            self.facts.floors.append((label, op.module))
+            self.facts.written.append(Written(label, op.module))
+            self.floor(label, op)
 
     def _note_use(self, label: Label, op: Op) -> None:
         """Channels that a layer reads or writes, or that are summed over among parameters alone."""
@@ -292,32 +190,25 @@ class Flow:
                 self.freeze(label, op, "a weight is computed from all of these channels")
 
     def group(self, op: Op, weight: Ref | None, representatives: np.ndarray) -> None:
-        """A grouped convolution or norm whose groups come and go whole; one slot per group.
-
-        Torch's own layers are told by their weight how many there are; other modules hold the number as an attribute.
-        """
+        """A grouped convolution or norm whose groups come and go whole; one slot per group."""
         name = None if weight is None else self.trace.values[weight.index].name
         if name is not None:
             self.facts.groups[name] = representatives
         module = self.trace.modules.get(op.module)
-        told = isinstance(module, nn.modules.conv._ConvNd) or (name is not None and isinstance(module, nn.GroupNorm))
-        if module is not None and not told:
-            count = len(representatives)
-            held = [n for n, value in vars(module).items() if "groups" in n and type(value) is int and value == count]
-            self.facts.attributes.extend(Attribute(op.module, n, (representatives,)) for n in held)
+        if module is not None:
+            own = name is not None
+            self.facts.attributes += attributes_of_groups(op.module, module, representatives, owns_weight=own)
 
     def freeze(self, label: Label, op: Op, reason: str) -> None:
         """These slots must stay."""
-        self._freeze(label, op.module, f"{reason} ({op.name})")
+        if label is not None:
+            self.facts.frozen.append(Frozen(label, op.module, f"{reason} ({op.name})"))
 
     def freeze_output(self, index: int) -> None:
         """What the model returns keeps its channels."""
         for label in self.labels(index):
-            self._freeze(label, "", "an output of the model")
-
-    def _freeze(self, label: Label, module: str, reason: str) -> None:
-        if label is not None:
-            self.facts.frozen.append((label, module, reason))
+            if label is not None:
+                self.facts.frozen.append(Frozen(label, "", "an output of the model"))
 
     def refuse(self, op: Op, reason: str) -> None:
         """Freeze everything that a call touches, and list it."""
@@ -329,15 +220,16 @@ class Flow:
         for index in op.outputs:
             self.set(index, [None] * len(self.shape(index)))
 
-    def floor(self, label: np.ndarray, op: Op) -> None:
-        """At least one of these slots must be kept."""
-        self.facts.floors.append((label, op.module))
+    def floor(self, label: np.ndarray, op: Op, count: int = 1) -> None:
+        """At least so many of these slots must be kept."""
+        self.facts.at_least.append(AtLeast(label, op.module, count))
 
-    def note_gamma(self, label: Label, weight_value: int) -> None:
-        """A batch norm scales these channels."""
+    def note_gamma(self, weight_value: int) -> None:
+        """This vector scales the channels of a norm."""
         name = self.trace.values[weight_value].name
-        if name is not None and self.labels(weight_value)[0] is not None:
-            self.facts.gammas.append((self.labels(weight_value)[0], name))  # type: ignore[arg-type]
+        label = self.labels(weight_value)[0]
+        if name is not None and label is not None:
+            self.facts.gammas.append(Gamma(label, name))
 
     def join(self, kind: str, op: Op, dim: int, inputs: Sequence[int]) -> None:
         """Note a place where branches meet."""
@@ -345,46 +237,17 @@ class Flow:
 
     def sized_by_attribute(self, op: Op, literal: object, pieces: Sequence[np.ndarray]) -> bool:
         """Whether the running module holds the sizes of a split as attributes; notes them if so."""
-        if op.module in self.tied_parts:
-            return False
         module = self.trace.modules.get(op.module)
-        fields = vars(module) if module is not None else {}
-        if module is not None and self._declared(module, literal):
-            return True
-        whole = [n for n, value in fields.items() if _same_sizes(value, literal)]
-        if whole:
-            self.facts.attributes.extend(Attribute(op.module, n, tuple(pieces)) for n in whole)
-            return True
-        if isinstance(literal, int) or not fields:
+        if module is None or op.module in self.options.equal_parts:
             return False
-        singles = [
-            next((n for n, value in fields.items() if type(value) is int and value == len(piece)), None)
-            for piece in pieces
-        ]
-        if None in singles or len(set(singles)) < len(singles):
-            return False
-        self.facts.attributes.extend(
-            Attribute(op.module, str(n), (piece,)) for n, piece in zip(singles, pieces, strict=True)
-        )
-        return True
+        attributes = attributes_of_sizes(op.module, module, literal, pieces)
+        self.facts.attributes += attributes or ()
+        return attributes is not None
 
     def fix_sizes(self, label: np.ndarray, op: Op, sizes: Sequence[int]) -> None:
         """These slots stay, because the running module takes their sizes from where nothing tells what they follow."""
-        self.freeze(label, op, f"a split into fixed sizes {list(sizes)}")
+        reason = f"a split into fixed sizes {list(sizes)}"
+        self.freeze(label, op, reason)
         module = self.trace.modules[op.module]
-        said = f"the neurons at {op} stay: a split into fixed sizes {list(sizes)}; {adapters.how_to(module)}"
-        self.facts.fixed.setdefault(f"{type(module).__module__}.{type(module).__qualname__}", said)
-
-    def _declared(self, module: nn.Module, literal: object) -> bool:
-        """Whether the module's adapter says how these sizes follow the channels."""
-        adapter = adapters.find(module)
-        if adapter is None or adapter.sizes is None:
-            return False
-        known = set(tree_flatten(adapters.sizes_of("", module, adapter))[0])
-        return known.issuperset(literal if isinstance(literal, (list, tuple)) else [literal])
-
-
-def _same_sizes(value: object, literal: object) -> bool:
-    if isinstance(literal, int):
-        return type(value) is int and value == literal
-    return isinstance(value, (list, tuple)) and isinstance(literal, (list, tuple)) and list(value) == list(literal)
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        self.facts.advice.setdefault(kind, f"the neurons at {op} stay: {reason}; {how_to(module)}")

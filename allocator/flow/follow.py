@@ -1,10 +1,13 @@
-"""Running the operator rules over a trace."""
+"""Running the operator rules over a trace, and telling which of its calls depend on values."""
 
 from __future__ import annotations
 
-from allocator.flow.flow import Facts, Flow, Slots
-from allocator.flow.rules import find_rule
-from allocator.tracing.record import Op, Trace
+from allocator.flow.facts import Facts
+from allocator.flow.flow import Flow
+from allocator.flow.labels import Slots
+from allocator.flow.options import Options
+from allocator.tracing.calls import Op, Trace
+from allocator.tracing.value_sized import value_sized
 
 
 class RuleError(Exception):
@@ -20,31 +23,43 @@ class RuleError(Exception):
         self.op, self.flow = op, flow
 
 
-def run_rules(trace: Trace, slots: Slots, facts: Facts, **options: object) -> Flow:
+def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None = None) -> Flow:
     """Label every tensor of `trace`, adding to `facts` what must stay or go together.
 
     Args:
         trace: a recorded forward.
         slots: numbers of the model's parameters and buffers.
         facts: filled in place; pass the same object for several traces of one model.
-        options: `groups`, `norms`, `tied_parts` and `heads` of `Flow`.
+        options: how channels are followed.
 
     Raises:
         RuleError: the shapes of a call do not go together.
     """
-    flow = Flow(trace, slots, facts, **options)  # type: ignore[arg-type]
+    flow = Flow(trace, slots, facts, options or Options())
     for op in trace.ops:
         if not flow.active.isdisjoint(op.inputs()):
             flow.active.update(op.outputs)
-        known = find_rule(op)
-        if known is None:
+        rule = op.declared.rule
+        if rule is None:
             flow.refuse(op, "no rule for this operator")
-        else:
-            try:
-                known(flow, op)
-            except ValueError as error:
-                raise RuleError(op, flow, error) from error
+            continue
+        try:
+            rule(flow, op)
+        except ValueError as error:
+            raise RuleError(op, flow, error) from error
     flow.freeze_computed_weights()
     for index in trace.outputs:
         flow.freeze_output(index)
     return flow
+
+
+def value_dependent(trace: Trace) -> set[int]:
+    """Indices of the calls whose shapes, and so whose cost, may depend on values."""
+    sources = {op.index for op in value_sized(trace)}
+    values: set[int] = set()
+    calls: set[int] = set()
+    for op in trace.ops if sources else ():
+        if op.index in sources or not values.isdisjoint(op.reads):
+            calls.add(op.index)
+            values.update(op.outputs)
+    return calls

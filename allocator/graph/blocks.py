@@ -7,27 +7,23 @@ that entry, or the end of another branch that it builds on, and the aggregation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import mul, truediv
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import networkx as nx
 import numpy as np
 import torch
 
-from allocator.flow.flow import FROZEN, Flow, Join
-from allocator.tracing.record import Op
-
-if TYPE_CHECKING:
-    from allocator.graph.channel_graph import ChannelGraph
+from allocator.cost.metric import Metric
+from allocator.flow.facts import Gamma
+from allocator.flow.flow import Flow, Join
+from allocator.flow.labels import FROZEN
+from allocator.tracing.calls import Op
 
 INPUT = -1
 Axes = tuple[float, ...]  # a number per spatial axis
-_SPLITS = frozenset({"split", "split_with_sizes", "unsafe_split", "unbind"})
-_WINDOWED = frozenset(
-    {"convolution", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"}
-)
 
 
 @dataclass(frozen=True)
@@ -108,53 +104,81 @@ def call_graph(flow: Flow) -> nx.DiGraph:
     return graph
 
 
-def find_blocks(graph: ChannelGraph) -> list[Block]:
-    """All aggregation blocks of a traced model, in the order of their aggregation."""
-    return _Finder(graph).blocks()
+def find_blocks(flow: Flow, flops: Metric, gamma: np.ndarray) -> list[Block]:
+    """All aggregation blocks of a traced model, in the order of their aggregation.
+
+    Args:
+        flow: labels of its forward.
+        flops: what its calls cost.
+        gamma: (slots,) mean |gamma| of the batch norms that scale a slot's channel, NaN where there is none.
+    """
+    return _Finder(flow, flops, gamma).blocks()
 
 
-def describe_blocks(graph: ChannelGraph, kept: np.ndarray) -> list[dict[str, Any]]:
+def describe_blocks(blocks: Sequence[Block], stays: np.ndarray) -> list[dict[str, Any]]:
     """Blocks with channels before and after, as plain data.
 
     Args:
-        graph: the model's neurons.
-        kept: (neurons,) bool.
+        blocks: of the original.
+        stays: (slots,) bool.
     """
-    stays = np.append(kept, True)[graph.unit_of_slot]
-    result = []
-    for block in graph.blocks:
+    described = []
+    for block in blocks:
         rows = []
         for branch in block.branches:
             inner = [int(stays[label].sum()) for label in branch.inner_labels]
             row = {"name": branch.name, "before": branch.channels, "after": int(stays[branch.label].sum())}
             row |= {"kernel": list(branch.kernel), "scale": branch.scale, "stride": branch.stride}
             rows.append(row | {"inner_before": branch.inner, "inner_after": sum(inner)})
-        result.append({"name": block.name, "kind": block.kind, "branches": rows})
-    return result
+        described.append({"name": block.name, "kind": block.kind, "branches": rows})
+    return described
+
+
+def mean_gamma(component: np.ndarray, gammas: Sequence[Gamma], tensors: Mapping[str, torch.Tensor]) -> np.ndarray:
+    """Mean |gamma| per slot over the batch norms of its component; NaN where there is none, or it has no values.
+
+    Args:
+        component: (slots,) the connected component of each slot.
+        gammas: what scales channels.
+        tensors: parameters and buffers by name.
+    """
+    numbers, values = [np.zeros(0, int)], [np.zeros(0)]
+    for gamma in gammas:
+        tensor = tensors[gamma.name]
+        if not tensor.is_meta:
+            numbers.append(component[gamma.label])
+            values.append(tensor.detach().abs().to("cpu", torch.float64).numpy())
+    where, size = np.concatenate(numbers), int(component.max()) + 1
+    count = np.bincount(where, minlength=size)
+    total = np.bincount(where, weights=np.concatenate(values), minlength=size)
+    mean = np.divide(total, count, out=np.full(size, np.nan), where=count > 0)
+    mean[component[FROZEN]] = np.nan
+    return np.asarray(mean[component])
 
 
 class _Finder:
-    """Finds the blocks of one graph; holds what all of them need."""
+    """Finds the blocks of one forward; holds what all of them need."""
 
-    def __init__(self, graph: ChannelGraph) -> None:
-        self.graph, self.flow = graph, graph.flow
-        self.calls = call_graph(self.flow)
+    def __init__(self, flow: Flow, flops: Metric, gamma: np.ndarray) -> None:
+        self.flow, self.gamma = flow, gamma
+        self.calls = call_graph(flow)
         self.dominator = nx.immediate_dominators(self.calls, INPUT)
-        self.gamma = _gamma_of_slot(graph)
         self.flops: dict[int, int] = {}
-        per_term = graph.cost.per_term(np.ones(graph.size, dtype=bool))
-        for term, flops in zip(graph.cost.terms, per_term.tolist(), strict=True):
-            self.flops[term.op] = self.flops.get(term.op, 0) + flops
-        self.rank = next((len(op.arg("stride")) for op in self.flow.trace.ops if op.name == "convolution"), 2)
+        whole = flops.per_term(np.ones(flops.size, dtype=bool))
+        for term, cost in zip(flops.terms, whole.tolist(), strict=True):
+            self.flops[term.op] = self.flops.get(term.op, 0) + cost
+        self.rank = 2  # images, unless the first convolution tells otherwise
+        for op in flow.trace.ops:
+            if is_convolution(op):
+                self.rank = len(op.arg("stride"))
+                break
         self.windows: dict[int, tuple[Axes, Axes, Axes]] = {}
-        self.written: dict[int, np.ndarray] = {
-            op.index: label for op in self.flow.trace.ops if (label := self._label_written(op)) is not None
-        }
-
-    def _label_written(self, op: Op) -> np.ndarray | None:
-        if op.name not in ("convolution", "addmm", "mm", "linear"):
-            return None
-        return self.flow.labels(op.outputs[0])[1 if op.name == "convolution" else -1]
+        self.written: dict[int, np.ndarray] = {}
+        for op in flow.trace.ops:
+            dim = op.declared.written_dim
+            label = None if dim is None else flow.labels(op.outputs[0])[dim]
+            if label is not None:
+                self.written[op.index] = label
 
     def blocks(self) -> list[Block]:
         names: dict[str, int] = {}
@@ -180,14 +204,14 @@ class _Finder:
             stops = (ends | {entry, INPUT}) - {writer}
             branches.append(self._branch(op, label, writer, stops if writer != entry else {entry}))
         kind = join.kind
-        if kind == "concat" and entry != INPUT and self.flow.trace.ops[entry].name in _SPLITS:
+        if kind == "concat" and entry != INPUT and self.flow.trace.ops[entry].declared.splits:
             kind = "split"
         channels = sum(len(b.label) for b in branches) if join.kind == "concat" else len(branches[0].label)
         return Block(op.module or "model", kind, channels, tuple(branches), self._text(entry), join.op)
 
     def _branch(self, join: Op, label: np.ndarray, end: int, stops: set[int]) -> Branch:
         ops = [] if end in stops else self._between(end, stops)
-        convs = [op for op in ops if op.name == "convolution"]
+        convs = [op for op in ops if is_convolution(op)]
         writers = [op for op in ops if op.index in self.written]
         start, out = self._start(ops), self._pixels(self.flow.shape(join.outputs[0]))
         field_, jump, coarsest = self._geometry(ops, start)
@@ -229,7 +253,7 @@ class _Finder:
             size, jump = before[0]
             for other_size, other_jump in before[1:]:
                 size, jump = tuple(map(max, size, other_size)), tuple(map(min, jump, other_jump))
-            if op.name in _WINDOWED:
+            if op.declared.window is not None:
                 kernel, stride, dilation = self._window(op)
                 size = tuple(n + (k - 1) * d * j for n, k, d, j in zip(size, kernel, dilation, jump, strict=True))
                 jump = tuple(map(mul, jump, stride))
@@ -291,61 +315,67 @@ class _Finder:
         return "the input" if index == INPUT else str(self.flow.trace.ops[index])
 
 
-def _merged(flow: Flow, calls: nx.DiGraph) -> Iterable[tuple[Join, list[tuple[int, int]]]]:
-    """Joins with their (value, writer) inputs; one that only feeds another of its kind is part of it."""
+Input = tuple[int, int]
+"""(value, the call that wrote it)."""
+
+
+def _merged(flow: Flow, calls: nx.DiGraph) -> Iterator[tuple[Join, list[Input]]]:
+    """Joins with their inputs; one that only feeds another of its kind is part of it."""
     writers = {(data["value"], target): source for source, target, data in calls.edges(data=True)}
-    joins = {j.op: j for j in flow.joins if j.kind != "groups"}
-    inputs = {k: [(v, writers[v, k]) for v in j.inputs if (v, k) in writers] for k, j in joins.items()}
-    swallowed: set[int] = set()
+    joins = {join.op: join for join in flow.joins if join.kind != "groups"}
+    inputs: dict[int, list[Input]] = {}
     for index, join in joins.items():
-        merged: list[tuple[int, int]] = []
-        for value, writer in inputs[index]:
-            inside = joins.get(writer)
-            if inside is not None and inside.kind == join.kind and list(calls.successors(writer)) == [index]:
-                swallowed.add(writer)
-                merged += inputs[writer]
-            else:
-                merged.append((value, writer))
-        inputs[index] = merged
-    latest = {pair: k for k, j in joins.items() if j.kind == "concat" for pair in inputs[k]}
+        inputs[index] = [(value, writers[value, index]) for value in join.inputs if (value, index) in writers]
+    part_of_others = _take_in(joins, inputs, calls) | _repeated_concatenations(joins, inputs)
     for index, join in joins.items():
-        if join.kind == "concat" and inputs[index]:
-            later = latest[inputs[index][0]]
-            if later != index and set(inputs[index]) <= set(inputs[later]):
-                swallowed.add(index)
-    for index, join in joins.items():
-        if index not in swallowed and len(inputs[index]) > 1:
+        if index not in part_of_others and len(inputs[index]) > 1:
             yield join, inputs[index]
     for join in flow.joins:
         if join.kind == "groups":
             yield join, []
 
 
-def _gamma_of_slot(graph: ChannelGraph) -> np.ndarray:
-    """Mean |gamma| per slot over the batch norms of its component; NaN where there is none."""
-    tensors = graph.tensors
-    rows = [(graph.component[slots], tensors[name]) for slots, name in graph.facts.gammas if not tensors[name].is_meta]
-    where = np.concatenate([np.zeros(0, int), *(of for of, _ in rows)])
-    values = [tensor.detach().abs().to("cpu", torch.float64).numpy() for _, tensor in rows]
-    size = int(graph.component.max()) + 1
-    count = np.bincount(where, minlength=size)
-    total = np.bincount(where, weights=np.concatenate([np.zeros(0), *values]), minlength=size)
-    mean = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
-    mean[graph.component[FROZEN]] = np.nan
-    return np.asarray(mean[graph.component])
+def _take_in(joins: Mapping[int, Join], inputs: dict[int, list[Input]], calls: nx.DiGraph) -> set[int]:
+    """Give a join the inputs of those that only feed it; returns the calls of these."""
+    taken: set[int] = set()
+    for index, join in joins.items():
+        merged: list[Input] = []
+        for value, writer in inputs[index]:
+            inner = joins.get(writer)
+            if inner is not None and inner.kind == join.kind and list(calls.successors(writer)) == [index]:
+                taken.add(writer)
+                merged += inputs[writer]
+            else:
+                merged.append((value, writer))
+        inputs[index] = merged
+    return taken
+
+
+def _repeated_concatenations(joins: Mapping[int, Join], inputs: Mapping[int, list[Input]]) -> set[int]:
+    """Concatenations of what a later one concatenates again, and more (DenseNet's layers read all before them)."""
+    concats = [index for index, join in joins.items() if join.kind == "concat" and inputs[index]]
+    latest = {pair: index for index in concats for pair in inputs[index]}
+    repeated: set[int] = set()
+    for index in concats:
+        later = latest[inputs[index][0]]
+        if later != index and set(inputs[index]) <= set(inputs[later]):
+            repeated.add(index)
+    return repeated
+
+
+def is_convolution(op: Op) -> bool:
+    """Whether a call multiplies windows of pixels by a weight."""
+    return op.declared.window is not None and bool(op.declared.multiplies)
 
 
 def _window(flow: Flow, op: Op, rank: int) -> tuple[Axes, Axes, Axes]:
     """Kernel, stride and dilation of a convolution or pooling; ones for any other call."""
-    one = (1.0,) * rank
-    if op.name not in _WINDOWED or len(flow.shape(op.inputs()[0])) != rank + 2:
+    window = op.declared.window
+    if window is None or len(flow.shape(op.inputs()[0])) != rank + 2:
+        one = (1.0,) * rank
         return one, one, one
-    if op.name == "convolution":
-        stride = _axes(op.arg("stride"), rank)
-        if op.arg("transposed"):
-            stride = tuple(1 / n for n in stride)
-        return flow.shape(op.inputs()[1])[2:], stride, _axes(op.arg("dilation"), rank)
-    return _axes(op.arg("kernel_size"), rank), _axes(op.arg("stride") or op.arg("kernel_size"), rank), one
+    kernel, stride, dilation = window(flow, op)
+    return _axes(kernel, rank), _axes(stride, rank), _axes(dilation, rank)
 
 
 def _axes(value: int | Sequence[int], rank: int) -> Axes:

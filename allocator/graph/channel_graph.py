@@ -1,60 +1,33 @@
-"""The channel graph: which slots make up a neuron, what each costs, and where branches meet."""
+"""The channel graph: neurons, what they cost, and where branches meet."""
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import networkx as nx
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from allocator import adapters
-from allocator.cost.flops import CostModel, cost_terms
-from allocator.flow.flow import FROZEN, Facts, Flow, Place, Slots
-from allocator.flow.follow import run_rules
-from allocator.graph.blocks import Block, call_graph, find_blocks
+from allocator.cost.flops import flops_terms
+from allocator.cost.metric import Metric
+from allocator.cost.size import activation_terms, parameter_terms
+from allocator.errors import UnknownNameError
+from allocator.flow.facts import Facts
+from allocator.flow.flow import Flow
+from allocator.flow.follow import value_dependent
+from allocator.flow.labels import Slots
+from allocator.flow.options import Options
+from allocator.graph.blocks import Block, call_graph, find_blocks, mean_gamma
 from allocator.modules import modules_of, tensor_names
 from allocator.tracing.inputs import Inputs
-from allocator.tracing.record import ForwardError, record, trace_forward
-from allocator.tracing.value_sized import downstream, value_sized
 
 BRANCHES, INNER, ALL = 0, 1, 2
 SCOPES = {"branches": BRANCHES, "inner": INNER, "all": ALL}
-
-
-@dataclass(frozen=True)
-class Options:
-    """How channels are followed.
-
-    Attributes:
-        groups: "whole" removes whole groups of a grouped convolution, "width" the same places of every group.
-        norms: "exact" keeps channels under a norm over channels (of a group norm, whole groups may go), "loose" lets
-            them go.
-        exclude: module or parameter name patterns, or module classes, that stay as they are.
-        tied_parts: modules whose split parts must stay equal (found by tracing).
-        frozen_ops: (module, operator name, which of its calls there, or None for all) whose neurons stay (found
-            by tracing).
-        heads: views that split a dim into heads of an attention, which go whole (found by following channels).
-    """
-
-    groups: str = "whole"
-    norms: str = "exact"
-    exclude: tuple[str | type, ...] = ()
-    tied_parts: frozenset[str] = frozenset()
-    frozen_ops: frozenset[tuple[str, str, int | None]] = frozenset()
-    heads: Mapping[Place, int] | None = None
-
-    def rules(self) -> dict[str, Any]:
-        """What `Flow` takes of these."""
-        return {"groups": self.groups, "norms": self.norms, "tied_parts": self.tied_parts, "heads": self.heads}
+METRICS = {"flops": "FLOPs", "params": "parameters", "activations": "activations"}
+"""What can be counted as a function of the kept neurons, and its unit."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +76,7 @@ class ChannelGraph:
     unit_of_slot: np.ndarray = field(repr=False)
     size: int
     notes: list[str]
+    _metrics: dict[str, Metric] = field(default_factory=dict, repr=False)
 
     @property
     def example_inputs(self) -> Inputs:
@@ -119,6 +93,11 @@ class ChannelGraph:
         """Operators without a rule, each with the modules that call it; what they touch stays."""
         return self.facts.refused
 
+    @property
+    def exact(self) -> bool:
+        """Whether the smaller network computes exactly what the original does without the dropped neurons."""
+        return self.options.norms == "exact"
+
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
         """The model's modules by their paths."""
@@ -130,38 +109,77 @@ class ChannelGraph:
         return tensor_names(self.model, self.modules)
 
     @cached_property
-    def cost(self) -> CostModel:
-        """FLOPs as a function of the kept neurons."""
-        return CostModel(cost_terms(self.flow), self.unit_of_slot, self.size)
+    def flows(self) -> list[Flow]:
+        """The labels of every forward that was traced: in eval mode, and in train mode where that is another."""
+        return [self.flow] if self.training_flow is None else [self.flow, self.training_flow]
+
+    # Cost ---------------------------------------------------------------------------------------
+
+    def metric(self, name: str) -> Metric:
+        """A cost as a function of the kept neurons: "flops" (as fvcore counts), "params" or "activations".
+
+        Raises:
+            UnknownNameError: no such metric.
+        """
+        if name not in self._metrics:
+            self._metrics[name] = self._make_metric(name)
+        return self._metrics[name]
+
+    def _make_metric(self, name: str) -> Metric:
+        if name == "flops":
+            terms = flops_terms(self.flow)
+        elif name == "params":
+            terms = parameter_terms(self.slots, self.tensors)
+        elif name == "activations":
+            terms = activation_terms(self.flow, self.metric("flops").terms)
+        else:
+            raise UnknownNameError(f"no metric {name!r} (there are {', '.join(METRICS)})")
+        return Metric(name, METRICS[name], terms, self.unit_of_slot, self.size)
+
+    @cached_property
+    def flops(self) -> int:
+        """The model's own FLOPs for the example inputs, as fvcore counts them."""
+        return self.metric("flops").whole
+
+    def certain_flops(self, kept: np.ndarray) -> int:
+        """FLOPs that do not depend on values when the neurons with `kept` true are kept; all, in most models."""
+        uncertain = value_dependent(self.flow.trace)
+        metric = self.metric("flops")
+        certain = np.array([term.op not in uncertain for term in metric.terms], dtype=bool)
+        return int(metric.per_term(kept)[certain].sum())
+
+    # Blocks -------------------------------------------------------------------------------------
 
     @cached_property
     def blocks(self) -> list[Block]:
         """Aggregation blocks, in the order of their aggregation."""
-        return find_blocks(self)
+        gamma = mean_gamma(self.component, self.facts.gammas, self.tensors)
+        return find_blocks(self.flow, self.metric("flops"), gamma)
 
     def to_networkx(self) -> nx.DiGraph:
         """Calls as nodes with an `op` attribute, tensors as edges with `value` and `shape`; -1 is the input."""
         return call_graph(self.flow)
 
-    @cached_property
-    def flops(self) -> int:
-        """The model's own FLOPs for the example inputs, as fvcore counts them."""
-        return self.cost.flops(np.ones(self.size, dtype=bool))
+    # Neurons ------------------------------------------------------------------------------------
 
-    def certain_flops(self, kept: np.ndarray) -> int:
-        """FLOPs that do not depend on values when the neurons with `kept` true are kept; all, in most models."""
-        uncertain = downstream(self.flow.trace)
-        per_term = self.cost.per_term(kept)
-        return int(
-            sum(n for n, term in zip(per_term.tolist(), self.cost.terms, strict=True) if term.op not in uncertain)
-        )
+    def units(self, label: np.ndarray | None) -> np.ndarray:
+        """Neurons among these slots, in order."""
+        if label is None:
+            return np.zeros(0, dtype=np.int64)
+        units = self.unit_of_slot[label]
+        return units[units >= 0]
+
+    def stays(self, kept: np.ndarray) -> np.ndarray:
+        """(slots,) bool: which slots stay when the neurons with `kept` true, (neurons,) bool, are kept."""
+        # A slot that is no neuron's has -1 for one, and so takes the last entry.
+        return np.append(kept, True)[self.unit_of_slot]
 
     @cached_property
     def branch_of(self) -> np.ndarray:
         """Per neuron, the index of the branch (the first parameter dim) that writes it."""
         branch = np.full(self.size, -1)
-        for i, (label, _) in enumerate(self.facts.produced):
-            units = self.units(label)
+        for i, written in enumerate(self.facts.written):
+            units = self.units(written.label)
             branch[units[branch[units] < 0]] = i
         return branch
 
@@ -175,10 +193,11 @@ class ChannelGraph:
         scope = np.full(self.size, INNER)
         for kinds, level in ((("sum",), ALL), (("concat", "groups"), BRANCHES)):
             for join in self.flow.joins:
-                if join.kind in kinds:
-                    groups_width = self.flow.trace.ops[join.op].outputs if join.kind == "groups" else ()
-                    for value in (*join.inputs, *groups_width):
-                        scope[self.units(self.flow.labels(value)[join.dim])] = level
+                if join.kind not in kinds:
+                    continue
+                given = self.flow.trace.ops[join.op].outputs if join.kind == "groups" else ()
+                for value in (*join.inputs, *given):
+                    scope[self.units(self.flow.labels(value)[join.dim])] = level
         return scope
 
     @cached_property
@@ -200,13 +219,6 @@ class ChannelGraph:
         pool[rest] = following + self.branch_of[rest]
         return pool
 
-    def units(self, label: np.ndarray | None) -> np.ndarray:
-        """Neurons among these slots, in order."""
-        if label is None:
-            return np.zeros(0, dtype=np.int64)
-        units = self.unit_of_slot[label]
-        return units[units >= 0]
-
     @cached_property
     def neurons(self) -> list[Neuron]:
         """All neurons that can be removed, with every parameter index they hold."""
@@ -222,6 +234,8 @@ class ChannelGraph:
         scope = self.scope_of
         return [Neuron(i, tuple(m), names[int(scope[i])]) for i, m in enumerate(members)]
 
+    # Why ----------------------------------------------------------------------------------------
+
     def reasons(self) -> list[tuple[str, int]]:
         """Why channels must stay, with the number of channels per reason, most first."""
         count: Counter[str] = Counter()
@@ -231,140 +245,5 @@ class ChannelGraph:
 
     def share(self) -> float:
         """Share of all written channels that can be removed."""
-        written = np.unique(np.concatenate([np.zeros(0, int), *(label for label, _ in self.facts.produced)]))
+        written = np.unique(np.concatenate([np.zeros(0, int), *(each.label for each in self.facts.written)]))
         return float((self.unit_of_slot[written] >= 0).mean()) if len(written) else 0.0
-
-
-def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None) -> ChannelGraph:
-    """Trace `model` and follow its channels.
-
-    Args:
-        model: any module that can be traced; it is not changed.
-        inputs: example inputs.
-        options: how channels are followed.
-
-    Raises:
-        TraceError: the forward raised.
-    """
-    options = options or Options()
-    trace = trace_forward(model, inputs)
-    tensors = tensor_names(model)
-    slots = Slots.of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    facts, notes = Facts(), [inputs.assumed] if inputs.assumed else []
-    flow = run_rules(trace, slots, facts, **options.rules())
-    if options.heads is None:
-        options = replace(options, heads=flow.found_heads())
-        if options.heads:
-            facts = Facts()
-            flow = run_rules(trace, slots, facts, **options.rules())
-    training_flow = None
-    parameters = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
-    unused = parameters - {value.name for value in trace.values}
-    if unused and trace.mode == "meta":
-        try:
-            training = record(model, inputs, training=True)
-            training_flow = run_rules(training, slots, facts, **options.rules())
-        except ForwardError as error:
-            notes.append(f"parameters used in train mode only stay as they are: {error}")
-    by_value = sorted({op.name for op in value_sized(trace)})
-    if by_value:
-        notes.append(f"results whose size depends on values count at their largest ({', '.join(by_value)})")
-    notes += facts.fixed.values()
-    scales = [(slots.labels(name)[0], name) for name in adapters.norm_scales(trace.modules)]
-    facts.gammas += [(label, name) for label, name in scales if label is not None]
-    _freeze_excluded(model, options, slots, facts)
-    _freeze_answers(trace.modules, slots, facts)
-    _freeze_found(options, flow, training_flow)
-    component, unit_of_slot, size = _components(slots, facts)
-    optional = adapters.optional_branches(trace.modules)
-    return ChannelGraph(
-        model,
-        flow,
-        training_flow,
-        slots,
-        facts,
-        inputs,
-        options,
-        optional,
-        component,
-        unit_of_slot,
-        size,
-        notes,
-    )
-
-
-def _freeze_excluded(model: nn.Module, options: Options, slots: Slots, facts: Facts) -> None:
-    classes = tuple(item for item in options.exclude if isinstance(item, type))
-    patterns = [item for item in options.exclude if isinstance(item, str)]
-    modules = [path for path, module in model.named_modules() if classes and isinstance(module, classes)]
-    for name in slots.shapes:
-        owner = name.rpartition(".")[0]
-        if owner in modules or any(_matches(name, owner, pattern) for pattern in patterns):
-            for label in slots.labels(name):
-                if label is not None:
-                    facts.frozen.append((label, "", "excluded by the caller"))
-
-
-def _freeze_answers(modules: Mapping[str, nn.Module], slots: Slots, facts: Facts) -> None:
-    """Layers that make the model's answer keep their outputs, whatever is done with them afterwards."""
-    for path in adapters.output_layers(modules):
-        name = f"{path}.weight"
-        if name in slots.shapes:
-            facts.frozen.append((slots.labels(name)[0], path, "a head of the model"))  # type: ignore[arg-type]
-
-
-def _matches(name: str, owner: str, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(text, p) for text in (name, owner) for p in (pattern, f"{pattern}.*"))
-
-
-def _freeze_found(options: Options, *flows: Flow | None) -> None:
-    for flow in flows:
-        if flow is None or not options.frozen_ops:
-            continue
-        for op, (path, name, which) in zip(flow.trace.ops, flow.places, strict=True):
-            if not options.frozen_ops.isdisjoint([(path, name, which), (path, name, None)]):
-                for value in (*op.inputs(), *op.outputs):
-                    for label in flow.labels(value):
-                        flow.freeze(label, op, "the rewritten forward did not fit here")
-
-
-def components(total: int, ties: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """(total,) the number of each slot's connected component, where slots in the same place of a tie are linked."""
-    pairs = [(a.reshape(-1), b.reshape(-1)) for a, b in ties]
-    rows, cols = (np.concatenate([np.zeros(0, int), *(pair[i] for pair in pairs)]) for i in range(2))
-    links = coo_matrix((np.ones(len(rows), dtype=np.int8), (rows, cols)), shape=(total, total)).tocsr()
-    return np.asarray(connected_components(links, directed=False)[1])
-
-
-def _components(slots: Slots, facts: Facts) -> tuple[np.ndarray, np.ndarray, int]:
-    """Number the connected components that hold a written slot and nothing that must stay."""
-    frozen = [np.unique(label) for label, _, _ in facts.frozen]
-    a = [*(t[0] for t in facts.ties), *frozen]
-    b = [*(t[1] for t in facts.ties), *(np.full(len(label), FROZEN) for label in frozen)]
-    component = components(slots.total, zip(a, b, strict=True))
-    written = np.concatenate([np.zeros(0, int), *(label for label, _ in facts.produced)])
-    first = component[written]
-    first = first[first != component[FROZEN]]
-    unique, position = np.unique(first, return_index=True)
-    number = np.full(component.max() + 1, -1, dtype=component.dtype)
-    number[unique[np.argsort(position)]] = np.arange(len(unique))
-    return component, number[component], len(unique)
-
-
-def kept_of(graph: ChannelGraph, kept: np.ndarray) -> dict[str, list[np.ndarray | None]]:
-    """Per parameter and dim, the indices that stay, or None where all do.
-
-    Args:
-        graph: the model's neurons.
-        kept: (graph.size,) bool, which neurons stay.
-    """
-    stays = np.append(kept, True)[graph.unit_of_slot]
-    starts, left = graph.slots.starts, np.flatnonzero(stays)
-    losing = np.unique(np.searchsorted(starts, np.flatnonzero(~stays), side="right") - 1).tolist()
-    ends = np.searchsorted(left, [*starts.tolist(), len(stays)]).tolist()
-    result: dict[str, list[np.ndarray | None]] = {}
-    for i in losing:
-        start, name, dim = graph.slots.names[i]
-        dims = result.setdefault(name, [None] * len(graph.slots.shapes[name]))
-        dims[dim] = left[ends[i] : ends[i + 1]] - start
-    return result

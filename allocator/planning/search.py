@@ -100,11 +100,11 @@ def make_plan(
         if not free.any():
             continue
         forced = _forced(graph, scores, free)
-        least.append(graph.cost.flops(forced))
+        least.append(graph.metric("flops").value(forced))
         if least[-1] > budget:
             continue
         kept = _cut(graph, _thresholds(graph, scores, forced, policy), forced, budget, fill)
-        cost = graph.cost.flops(kept)
+        cost = graph.metric("flops").value(kept)
         plan = Plan(kept, budget, cost, name, policy, scores.criterion, _next_cost(graph, kept))
         if cost >= CLOSE * budget or not fill:
             return plan
@@ -182,7 +182,7 @@ def _forced(graph: ChannelGraph, scores: Scores, free: np.ndarray) -> np.ndarray
 
 def least_flops(graph: ChannelGraph, scores: Scores) -> dict[str, int]:
     """Per scope the FLOPs below which no plan goes; a rewritten forward that does not fit may need more."""
-    return {scope: graph.cost.flops(_forced(graph, scores, _free(graph, scores, scope))) for scope in SCOPES}
+    return {scope: graph.metric("flops").value(_forced(graph, scores, _free(graph, scores, scope))) for scope in SCOPES}
 
 
 def _nothing(graph: ChannelGraph, scores: Scores, scope: str) -> NothingToAllocateError:
@@ -197,20 +197,16 @@ def _nothing(graph: ChannelGraph, scores: Scores, scope: str) -> NothingToAlloca
 
 
 def _floors(graph: ChannelGraph, scores: Scores, free: np.ndarray) -> np.ndarray:
-    """The best neuron of every layer and part that would otherwise be left empty, and two heads of an attention."""
+    """The best neurons of every layer, part and attention that would otherwise be left with too few."""
     forced = np.zeros(graph.size, dtype=bool)
-    for label, module in graph.facts.floors:
+    # Those of one neuron first: most layers have such a floor, and what it forces counts for the larger ones.
+    for label, module, count in sorted(graph.facts.at_least, key=lambda floor: floor.count):
         if module in graph.optional:
             continue
         units = graph.unit_of_slot[label]
-        if (units < 0).any() or (~free[units]).any() or forced[units].any():
-            continue
-        unique = np.unique(units)
-        forced[unique[np.argmax(scores.values[unique])]] = True
-    for label in graph.facts.heads:
-        heads = np.unique(graph.units(label))
-        loose = heads[free[heads] & ~forced[heads]]
-        missing = 2 - (len(label) - len(loose))
+        free_here = (units >= 0) & free[units] & ~forced[units]
+        loose = np.unique(units[free_here])
+        missing = count - int((~free_here).sum())
         if missing > 0:
             forced[loose[np.argsort(-scores.values[loose], kind="stable")[:missing]]] = True
     return forced
@@ -254,7 +250,8 @@ def _cut(graph: ChannelGraph, threshold: np.ndarray, forced: np.ndarray, budget:
     low, high = first, len(order)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if graph.cost.flops(_prefix(order, middle)) <= budget else (low, middle - 1)
+        fits = graph.metric("flops").value(_prefix(order, middle)) <= budget
+        low, high = (middle, high) if fits else (low, middle - 1)
     if fill:
         return _fill(graph, order, _prefix(order, low), budget)
     while first < low < len(order) and threshold[order[low]] == threshold[order[low - 1]]:
@@ -273,16 +270,16 @@ def _fill(graph: ChannelGraph, order: np.ndarray, kept: np.ndarray, budget: floa
 
     A neuron never gets cheaper while others are added, so one pass over the order is enough.
     """
-    left = budget - graph.cost.flops(kept)
+    left = budget - graph.metric("flops").value(kept)
     tried = kept.copy()
     while True:
-        cheap = graph.cost.added_each(kept) <= left
+        cheap = graph.metric("flops").added_each(kept) <= left
         candidates = order[(cheap & ~tried)[order]]
         if not len(candidates):
             return kept
         unit = int(candidates[0])
         tried[unit] = True
-        cost = graph.cost.added(kept, unit)
+        cost = graph.metric("flops").added(kept, unit)
         if cost <= left:
             kept[unit] = True
             left -= cost
@@ -292,5 +289,5 @@ def _next_cost(graph: ChannelGraph, kept: np.ndarray) -> int | None:
     dropped = np.flatnonzero(~kept)
     if not len(dropped):
         return None
-    cheapest = int(dropped[np.argmin(graph.cost.added_each(kept)[dropped])])
-    return graph.cost.added(kept, cheapest)
+    cheapest = int(dropped[np.argmin(graph.metric("flops").added_each(kept)[dropped])])
+    return graph.metric("flops").added(kept, cheapest)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from allocator.flow.flow import FROZEN
+from allocator.flow.labels import FROZEN
 from allocator.graph.blocks import Block, Branch
-from allocator.graph.channel_graph import ChannelGraph, components
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.graph.neurons import components
 from allocator.planning.search import least_flops
-from allocator.reporting.facts import SHARED, BlockFacts, BranchFacts, Budget, Fixed, Histogram, Point, Summary
+from allocator.reporting.facts import SHARED, BlockFacts, BranchFacts, Budget, Fixed, Histogram, Point, Summary, Totals
 from allocator.reporting.lanes import lanes, places
-from allocator.reporting.sizes import totals
 from allocator.scoring.criteria import Scores
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def summarise(
         model=name,
         kind=type(graph.model).__name__,
         inputs=tuple(tuple(t.shape) for t in graph.inputs.tensors()),
-        totals=totals(graph, everything),
+        totals=_totals(graph, everything),
         neurons=graph.size,
         written=written,
         free=written - sum(each.channels for each in fixed),
@@ -86,7 +86,7 @@ def _budget(graph: ChannelGraph, allocation: Allocation, kept: np.ndarray, score
     """What an allocation leaves of a model, before it was proven or timed."""
     return Budget(
         asked=allocation.flops_asked,
-        totals=totals(graph, kept),
+        totals=_totals(graph, kept),
         policy=allocation.policy,
         criterion=allocation.criterion,
         scope=allocation.scope,
@@ -94,6 +94,12 @@ def _budget(graph: ChannelGraph, allocation: Allocation, kept: np.ndarray, score
         importance=importance(scores, kept),
         certificate=None,
     )
+
+
+def _totals(graph: ChannelGraph, kept: np.ndarray) -> Totals:
+    """What the network costs when the neurons with `kept` true stay."""
+    flops, parameters, activations = (graph.metric(name).value(kept) for name in ("flops", "params", "activations"))
+    return Totals(flops, parameters, activations)
 
 
 def importance(scores: Scores | None, kept: np.ndarray) -> float | None:
@@ -141,12 +147,13 @@ class _Blocks:
         self.whole = max(graph.flops, 1)
         self.before = self._per_place(np.ones(graph.size, dtype=bool))
         self.after = None if kept is None else self._per_place(kept)
-        self.stays = None if kept is None else np.append(kept, True)[graph.unit_of_slot]
+        self.stays = None if kept is None else graph.stays(kept)
 
     def _per_place(self, kept: np.ndarray) -> dict[tuple[int, int] | None, int]:
         """FLOPs per innermost branch; None stands for calls in no block."""
         sums: dict[tuple[int, int] | None, int] = {}
-        for term, flops in zip(self.graph.cost.terms, self.graph.cost.per_term(kept).tolist(), strict=True):
+        metric = self.graph.metric("flops")
+        for term, flops in zip(metric.terms, metric.per_term(kept).tolist(), strict=True):
             place = self.owner.get(term.op)
             sums[place] = sums.get(place, 0) + flops
         return sums
@@ -223,9 +230,9 @@ class _Blocks:
 
 def _fixed(graph: ChannelGraph) -> tuple[int, tuple[Fixed, ...]]:
     """How many channels are written, and why some of them must stay: each counts for the first reason found."""
-    written = np.unique(np.concatenate([np.zeros(0, int), *(label for label, _ in graph.facts.produced)]))
+    written = np.unique(np.concatenate([np.zeros(0, int), *(label for label, _ in graph.facts.written)]))
     stuck = written[graph.unit_of_slot[written] < 0]
-    component = components(graph.slots.total, ((a, b) for a, b, _ in graph.facts.ties))
+    component = components(graph.slots.total, graph.facts.ties)
     why: dict[int, tuple[str, str]] = {}
     for label, module, reason in graph.facts.frozen:
         for each in np.unique(component[label]).tolist():

@@ -7,17 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from allocator.flow.flow import Flow
-from allocator.graph.blocks import Block
+from allocator.graph.blocks import Block, is_convolution
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.reporting.facts import Layer
 from allocator.reporting.words import size
-from allocator.tracing.record import Op
+from allocator.tracing.calls import Op
 
 Place = tuple[int, int]
 """(block, branch) as indices."""
 
 TOP: Place = (-1, -1)
-_POOLS = {"avg_pool": "average pool", "max_pool": "max pool", "_adaptive_avg_pool": "adaptive average pool"}
 
 
 def places(blocks: Sequence[Block]) -> tuple[dict[int, Place], list[Place | None]]:
@@ -44,7 +43,7 @@ def lanes(
     graph: ChannelGraph, owner: dict[int, Place], parents: Sequence[Place | None], kept: np.ndarray
 ) -> dict[Place, list[Layer | int]]:
     """Per branch, and at the top, its layers and the indices of the blocks within, as they run."""
-    stays = np.append(kept, True)[graph.unit_of_slot]
+    stays = graph.stays(kept)
     events: list[tuple[int, Place, Layer | int]] = []
     for op in graph.flow.trace.ops:
         what = _what(graph.flow, op)
@@ -61,27 +60,25 @@ def lanes(
 
 def _what(flow: Flow, op: Op) -> str | None:
     """A few words for calls that are worth drawing; None for the others."""
-    name = op.name
-    if name == "convolution":
-        kernel = size(flow.shape(op.inputs()[1])[2:])
-        stride = max(op.arg("stride"), default=1)
-        kind = "transposed conv" if op.arg("transposed") else "conv"
-        groups = f", {op.arg('groups')} groups" if op.arg("groups") > 1 else ""
-        return f"{kind} {kernel}{f' / {stride}' if stride > 1 else ''}{groups}"
-    if name in ("linear", "addmm", "mm"):
-        return "linear"
-    if name in ("bmm", "baddbmm"):
-        return "product"
-    if name.startswith("upsample_"):
-        return "upsample"
-    return next((said for start, said in _POOLS.items() if name.startswith(start)), None)
+    drawn = op.declared.drawn_as
+    if not is_convolution(op):
+        return drawn or None
+    said = f"{drawn} {size(flow.shape(op.inputs()[1])[2:])}"
+    if op.arg("transposed"):
+        said = f"transposed {said}"
+    stride = max(op.arg("stride"), default=1)
+    if stride > 1:
+        said += f" / {stride}"
+    if op.arg("groups") > 1:
+        said += f", {op.arg('groups')} groups"
+    return said
 
 
 def _channels(flow: Flow, op: Op, stays: np.ndarray) -> tuple[int, int]:
     """Channels that a call gives, before and after."""
     value = op.outputs[0]
     shape, labels = flow.shape(value), flow.labels(value)
-    dim = 1 if len(shape) >= 4 or (len(shape) == 3 and op.name == "convolution") else len(shape) - 1
+    dim = 1 if len(shape) >= 4 or (len(shape) == 3 and is_convolution(op)) else len(shape) - 1
     label = labels[dim]
     before = int(shape[dim])
     return before, before if label is None else int(stays[label].sum())

@@ -13,6 +13,7 @@ from allocator.errors import AllocationMismatchError
 from allocator.flow.flow import Flow
 from allocator.modules import shapes_of, skeleton
 from allocator.rewriting.allocation import Allocation, Indices, architecture_hash
+from allocator.torch_private import BatchNormBase, ConvolutionBase
 
 Slice = Callable[[torch.Tensor, Sequence[Indices | None]], torch.Tensor]
 
@@ -194,7 +195,7 @@ def norms_without_tensors(flow: Flow) -> list[tuple[str, str, np.ndarray]]:
 
 
 _COUNTED_BY: dict[type[nn.Module], str] = {
-    nn.modules.batchnorm._NormBase: "num_features",
+    BatchNormBase: "num_features",
     nn.GroupNorm: "num_channels",
 }
 
@@ -222,11 +223,11 @@ def _sources(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def _describe(module: nn.Module, sizes: dict[str, Sequence[int]], groups: int | None) -> dict[str, Any]:
     weight = [int(n) for n in sizes.get("weight", ())]
-    if isinstance(module, nn.modules.batchnorm._NormBase) and sizes:
+    if isinstance(module, BatchNormBase) and sizes:
         return {"num_features": int(next(iter(sizes.values()))[0])}
     if not weight:
         return {}
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, ConvolutionBase):
         groups = module.groups if groups is None else groups
         a, b = weight[0], weight[1] * groups
         out, read = (b, a) if module.transposed else (a, b)

@@ -164,7 +164,7 @@ def _written(graph: ChannelGraph) -> list[tuple[str, int, np.ndarray]]:
     """(parameter, dim, its slots) of everything that writes neurons."""
     start_of = {start: (name, dim) for start, name, dim in graph.slots.names}
     found = []
-    for label, _ in graph.facts.produced:
+    for label, _ in graph.facts.written:
         known = start_of.get(int(label[0]))
         if known is not None and len(label) == graph.slots.shapes[known[0]][known[1]]:
             found.append((*known, label))

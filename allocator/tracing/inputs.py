@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map
 
 from allocator import adapters
 from allocator.errors import InputError
+from allocator.torch_private import tree_flatten, tree_map
 
 _SIDES = {1: (4096,), 2: (224, 224), 3: (16, 112, 112)}
 

@@ -1,203 +1,32 @@
-"""One recorded forward: every ATen call with its tensors by identity, its literals and its module."""
+"""Recording one forward: every ATen call with its tensors by identity, its literals and its module."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 from allocator import adapters
 from allocator.errors import TraceError
 from allocator.modules import modules_of, skeleton, tensor_names
-from allocator.tracing import meta_kernels as shortcuts
-from allocator.tracing.inputs import Inputs
-from allocator.tracing.operators import Operator, operator_of
-from allocator.tracing.value_sized import largest
-
-# Functions that fvcore counts as a whole, or whose meaning is lost in their parts.
-COMPOSITES = frozenset(
-    {
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "adaptive_max_pool2d",
-        "chain_matmul",
-        "chunk",
-        "einsum",
-        "inner",
-        "instance_norm",
-        "interpolate",
-        "linalg_matrix_power",
-        "linalg_multi_dot",
-        "matmul",
-        "matrix_power",
-        "multi_head_attention_forward",
-        "rmatmul",
-        "scaled_dot_product_attention",
-        "tensor_split",
-        "tensordot",
-    }
+from allocator.torch_private import (
+    FakeTensorMode,
+    TorchDispatchMode,
+    call_as_usual,
+    call_by,
+    call_by_itself,
+    tree_flatten,
+    tree_map,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Ref:
-    """A tensor in a recorded call: an index into `Trace.values`."""
-
-    index: int
-
-
-@dataclass(slots=True)
-class Value:
-    """A tensor that was seen.
-
-    Attributes:
-        shape: its sizes.
-        dtype: its dtype.
-        name: the name of the parameter or buffer it is, or None for an activation.
-        base: the value whose memory it is a view of, or None.
-        literal: its numbers, where the forward wrote them down (`torch.tensor(8)`).
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    name: str | None = None
-    base: int | None = None
-    literal: tuple[Any, ...] = ()
-
-
-@dataclass(slots=True)
-class Call:
-    """A call seen above the dispatcher, kept because it counts or flows as one."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: tuple[int, ...] = ()
-
-
-@dataclass(slots=True)
-class Op:
-    """One ATen call.
-
-    Attributes:
-        index: position in `Trace.ops`.
-        target: the overload, such as `aten.convolution.default`.
-        args, kwargs: as called, with a `Ref` in place of every tensor.
-        reads: indices into `Trace.values` of all tensors among them, in order.
-        outputs: indices into `Trace.values`.
-        module: path of the innermost module that was running, "" for the model itself.
-        call: the composite call it is part of, or None.
-        operator: what torch says of `target`.
-        name: operator name without namespace or overload, such as `convolution`.
-    """
-
-    index: int
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    reads: tuple[int, ...]
-    outputs: tuple[int, ...]
-    module: str
-    call: Call | None
-    operator: Operator = field(init=False, repr=False)
-    name: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.operator = operator_of(self.target)
-        self.name = self.operator.name
-
-    def arg(self, name: str) -> Any:
-        """An argument by its name in the schema, or its default."""
-        if name in self.kwargs:
-            return self.kwargs[name]
-        position, default = self.operator.arguments.get(name, (len(self.args), None))
-        return self.args[position] if position < len(self.args) else default
-
-    def inputs(self) -> tuple[int, ...]:
-        """Indices of all tensors it read, in order."""
-        return self.reads
-
-    def writes(self) -> bool:
-        """Whether it changes one of its inputs in place."""
-        return self.operator.writes
-
-    def takes_apart(self) -> bool:
-        """Whether it gives views of its input in a list."""
-        split = self.call is not None and self.call.name == "tensor_split" and bool(self.reads)
-        return split or self.operator.lists_views
-
-    def __str__(self) -> str:
-        return f"{self.target} in {self.module or 'the model'}"
-
-
-@dataclass(slots=True)
-class Trace:
-    """A recorded forward.
-
-    Attributes:
-        ops: all ATen calls in order.
-        values: all tensors; `outputs` and `Op.outputs` index into it.
-        outputs: tensors that the model returned.
-        calls: composite calls in order.
-        modules: by path those of the model that was given; a copy of them ran, and is gone.
-        mode: "meta", "fake" or "real": what the tensors were.
-        training: whether the model was in train mode.
-    """
-
-    ops: list[Op]
-    values: list[Value]
-    outputs: list[int]
-    calls: list[Call]
-    modules: dict[str, nn.Module] = field(repr=False)
-    mode: str
-    training: bool = False
-
-    def live(self, gone: Collection[int] = frozenset()) -> list[Op]:
-        """Calls that the outputs depend on, in order; those that only serve values in `gone` do not count.
-
-        As torch's own tracer has it, whose graphs fvcore counts: a write into what the model was given, or into
-        a tensor that a live call takes apart into a list, is never lost.
-        """
-        lists = [op for op in self.ops if op.takes_apart()]
-        shared = set(range(len(self.values))).difference(*(set(op.outputs) - set(op.reads) for op in self.ops))
-        while True:
-            live = self._needed(gone, shared | {self.root(op.reads[0]) for op in lists})
-            indices = {op.index for op in live}
-            still = [op for op in lists if op.index in indices]
-            if len(still) == len(lists):
-                return live
-            lists = still
-
-    def _needed(self, gone: Collection[int], shared: set[int]) -> list[Op]:
-        wanted = set(self.outputs)
-        memory = shared | {self.root(i) for i in wanted}
-        live = []
-        for op in reversed(self.ops):
-            written = op.writes() and any(self.root(i) in memory for i in op.outputs)
-            if (written or not wanted.isdisjoint(op.outputs)) and not any(i in gone for i in op.outputs):
-                live.append(op)
-                wanted.update(i for i in op.inputs() if i not in gone)
-                memory.update(self.root(i) for i in op.inputs() if i not in gone)
-        return live[::-1]
-
-    def root(self, index: int) -> int:
-        """The value that owns a value's memory, so that a write into a view is a write into what it views."""
-        base = self.values[index].base
-        return index if base is None else base
-
-    def __str__(self) -> str:
-        lines = [f"{op.index:5d} {op.target} {[self.values[i].shape for i in op.outputs]}" for op in self.ops]
-        return "\n".join(lines)
+from allocator.tracing import meta_kernels
+from allocator.tracing.calls import Call, Op, Ref, Trace, Value
+from allocator.tracing.inputs import Inputs
+from allocator.tracing.operators import AS_ONE_CALL, FUNCTIONS, operator_of
 
 
 class ForwardError(Exception):
@@ -312,7 +141,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.paused or func is _DEVICE:
             return func(*args, **(kwargs or {}))
-        return self.note(func, args, kwargs or {}, largest(func) or shortcuts.run)
+        return self.note(func, args, kwargs or {}, operator_of(func).declared.largest or meta_kernels.run)
 
     def note(self, target: Any, args: Any, kwargs: Any, run: Callable[[Any, Any, Any], Any]) -> Any:
         """Record a call to `target`, entered before `run` makes it, so that calls within it come later."""
@@ -333,7 +162,7 @@ class _Recorder(TorchDispatchMode):
         """Run a call without recording its parts."""
         self.paused = True
         try:
-            return shortcuts.run(target, args, kwargs)
+            return meta_kernels.run(target, args, kwargs)
         finally:
             self.paused = False
 
@@ -341,18 +170,18 @@ class _Recorder(TorchDispatchMode):
     def following(self) -> Iterator[None]:
         """Note which module runs: each is called as one that was compiled in place, which costs less than hooks do."""
         for path, module in self.modules.items():
-            vars(module)["_compiled_call_impl"] = self._noting(path, module)
+            call_by(module, self._noting(path, module))
         try:
             yield
         finally:
             for module in self.modules.values():
-                del vars(module)["_compiled_call_impl"]
+                call_by_itself(module)
 
     def _noting(self, path: str, module: nn.Module) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             depth = len(self.stack)
             self.stack.append(path)
-            out = module._call_impl(*args, **kwargs)
+            out = call_as_usual(module, *args, **kwargs)
             del self.stack[depth:]  # with those in it that raised what it caught
             return out
 
@@ -413,7 +242,7 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = None if self.recorder.paused else shortcuts.WHOLE.get(func)
+        known = None if self.recorder.paused else AS_ONE_CALL.get(func)
         whole = None if known is None else known(*args, **kwargs)
         if whole is not None:
             return self.recorder.note(*whole, {}, self.recorder.whole)
@@ -437,8 +266,8 @@ class _Functions(TorchFunctionMode):
 
 @functools.lru_cache(maxsize=1024)
 def _composite(func: Any) -> str | None:
-    name = getattr(func, "__name__", "").strip("_")
-    return name if name in COMPOSITES else None
+    declared = FUNCTIONS.get(getattr(func, "__name__", "").strip("_"))
+    return declared.name if declared is not None and declared.whole else None
 
 
 def _replace(tree: Any, ref: Callable[[Any], Any]) -> Any:

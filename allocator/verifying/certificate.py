@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from allocator.errors import CertificateError
-from allocator.flow.flow import FROZEN
-from allocator.graph.channel_graph import ChannelGraph, components, kept_of
+from allocator.flow.labels import FROZEN
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.graph.neurons import components
 from allocator.modules import tensor_names
+from allocator.rewriting.kept import kept_of
 from allocator.tracing.inputs import device_of
 from allocator.verifying.float64 import Draw, Rows, part_of, run_float64
 
@@ -217,14 +219,14 @@ def _zeroed_rows(graph: ChannelGraph, kept: np.ndarray) -> Rows:
     Of a weight that the forward adds up from several (W + B @ A), all of them. Where two activations are
     multiplied and summed no weight reads the neuron; then its writers are zeroed.
     """
-    dropped = np.append(~kept, False)[graph.unit_of_slot]
+    dropped = ~graph.stays(kept)
     slots = np.zeros(graph.slots.total, dtype=bool)
     for label in graph.facts.read:
         slots[label] = True
-    if graph.facts.computed:
-        together = components(graph.slots.total, graph.facts.computed)
+    if graph.facts.computed_ties:
+        together = components(graph.slots.total, graph.facts.computed_ties)
         slots = np.isin(together, np.unique(together[slots]))
-    for label in graph.facts.mixed:
+    for label in graph.facts.multiplied:
         units = np.unique(graph.units(label))
         slots |= np.isin(graph.unit_of_slot, units)
     slots &= dropped

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import skeleton, tensor_names
+from allocator.torch_private import tree_map
 from allocator.tracing.inputs import Inputs
+from allocator.tracing.operators import FUNCTIONS
 from allocator.tracing.record import tensors_in
 
 Rows = dict[str, list[tuple[int, np.ndarray]]]
@@ -132,7 +133,8 @@ class _Float64(TorchFunctionMode):
         if getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ not in _VIEWS:
             return func(*args, **(kwargs or {}))
         args, kwargs = tree_map(self.convert, (args, kwargs or {}))
-        if getattr(func, "__name__", "") in _ORDERING:
+        declared = FUNCTIONS.get(getattr(func, "__name__", ""))
+        if declared is not None and declared.orders:
             args, kwargs = tree_map(_rounded, (args, kwargs))
         return _convolve(func, *args, **kwargs) if func in _CONVOLUTIONS else func(*args, **kwargs)
 
@@ -153,7 +155,6 @@ class _Float64(TorchFunctionMode):
         return wide
 
 
-_ORDERING = frozenset({"topk", "sort", "argsort", "argmax", "argmin", "nms"})
 ROUNDING = 2.0**-33
 """Of the largest number there is: ten times less than a certificate tolerates, a thousand times what rounding does."""
 

@@ -14,49 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from allocator.flow.flow import FROZEN, Flow, Label, Slots
+from allocator.flow.flow import Flow
+from allocator.flow.labels import FROZEN, Label, Slots
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.tracing.record import Op, Ref, Trace
-
-# Calls that take sizes as integers; what they give is checked by its shape and labels.
-_SIZED = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "_reshape_alias",
-        "view_copy",
-        "expand",
-        "repeat",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "unsafe_split",
-        "unsafe_split_with_sizes",
-        "zeros",
-        "ones",
-        "full",
-        "empty",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty",
-        "rand",
-        "randn",
-        "native_group_norm",
-        "native_layer_norm",
-        "convolution",
-        "channel_shuffle",
-        "empty_strided",
-        "new_empty_strided",
-    ]
-)
-# Calls that stand for one another: which of them runs depends on how large a dim is and how it lies in memory.
-_ALIKE = [
-    frozenset({"split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"}),
-    frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy"}),
-]
-_COPIES = frozenset({"clone", "contiguous", "alias", "detach"})
+from allocator.tracing.calls import Op, Ref, Trace
 
 
 @dataclass(frozen=True)
@@ -85,7 +46,7 @@ class Image:
     """
 
     def __init__(self, graph: ChannelGraph, kept: np.ndarray, slots: Slots) -> None:
-        self.stays = np.append(kept, True)[graph.unit_of_slot]
+        self.stays = graph.stays(kept)
         self.origin = np.full(slots.total, -1)
         self.origin[FROZEN] = FROZEN
         left, before = np.flatnonzero(self.stays), np.append(0, np.cumsum(self.stays))
@@ -165,7 +126,7 @@ def _without_copies(trace: Trace, gone: set[int], whole: bool) -> tuple[list[Op]
     calls = []
     for op in trace.live(gone) if whole else [op for op in trace.ops if gone.isdisjoint(op.outputs)]:
         reads = tuple(origin.get(i, i) for i in op.reads)
-        if op.name in _COPIES or _restrides(trace, op):
+        if op.declared.copies or _restrides(trace, op):
             origin[op.outputs[0]] = reads[0]
         else:
             calls.append(op if reads == op.reads else replace(op, reads=reads))
@@ -174,7 +135,7 @@ def _without_copies(trace: Trace, gone: set[int], whole: bool) -> tuple[list[Op]
 
 def _restrides(trace: Trace, op: Op) -> bool:
     """Whether a call gives its input's values other strides, as pooling does to mark a memory format."""
-    if op.name not in ("as_strided", "as_strided_"):
+    if not op.declared.restrides:
         return False
     return trace.values[op.outputs[0]].shape == trace.values[op.reads[0]].shape
 
@@ -195,8 +156,9 @@ def _compare_call(
     image: Image,
     groups: dict[str, np.ndarray],
 ) -> str | None:
-    same = a.target is b.target or any(a.name in names and b.name in names for names in _ALIKE)
-    if not same or a.module != b.module:
+    family = a.declared.stands_for
+    alike = a.target is b.target or (family != "" and family == b.declared.stands_for)
+    if not alike or a.module != b.module:
         return f"became {b}"
     if len(a.outputs) != len(b.outputs):
         return f"gives {len(b.outputs)} tensors, expected {len(a.outputs)}"
@@ -237,7 +199,7 @@ def _compare_arguments(old: Flow, new: Flow, a: Op, b: Op, values: dict[int, int
     if a.target is not b.target or (a.args == b.args and a.kwargs == b.kwargs):
         return None
     found = [numbers_in((op.args, op.kwargs)) for op in (a, b)]
-    sized = a.name in _SIZED and a.arg("fill_value") == b.arg("fill_value")
+    sized = a.declared.sized and a.arg("fill_value") == b.arg("fill_value")
     return _compare_numbers(*found, sized=sized)
 
 
@@ -264,7 +226,7 @@ def numbers_in(tree: Iterable[Any]) -> list[Any]:
 
 def _compare_groups(old: Flow, a: Op, b: Op, image: Image, groups: dict[str, np.ndarray]) -> str | None:
     """A convolution's integers other than its groups are the same; its groups are those that stay."""
-    if a.name != "convolution":
+    if "groups" not in a.operator.arguments or not a.declared.multiplies:
         return None
     for name in ("stride", "padding", "dilation", "output_padding", "transposed"):
         if a.arg(name) != b.arg(name):

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
-from allocator.flow.flow import Flow, Label
-from allocator.flow.rules.registry import rule
-from allocator.tracing.record import Op
+from allocator.flow.flow import Flow
+from allocator.flow.labels import Label
+from allocator.tracing.calls import Op, Trace
+from allocator.tracing.operators import Declaration, declare, operator
+from allocator.tracing.value_sized import MASKS, everywhere, without_values
 
 
-@rule(
+@operator(
     "split",
     "split_with_sizes",
     "unsafe_split",
     "unsafe_split_with_sizes",
     "split_copy",
     "split_with_sizes_copy",
+    sized=True,
+    splits=True,
+    stands_for="split",
 )
 def split(flow: Flow, op: Op) -> None:
     """Consecutive parts. Where the module's attributes give the sizes, each part is free to shrink."""
@@ -48,7 +55,7 @@ def _free_or_tie(flow: Flow, op: Op, label: np.ndarray, pieces: list[np.ndarray]
         flow.fix_sizes(label, op, sizes)
 
 
-@rule("glu")
+@operator("glu")
 def gate(flow: Flow, op: Op) -> None:
     """The first half of a dim times a gate from its second half: both keep the same places."""
     labels = list(flow.labels(op.inputs()[0]))
@@ -61,7 +68,7 @@ def gate(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], labels)
 
 
-@rule("slice", "slice_copy")
+@operator("slice", "slice_copy", sized=True)
 def slice_(flow: Flow, op: Op) -> None:
     """A range of one dim."""
     source = op.inputs()[0]
@@ -76,7 +83,7 @@ def slice_(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], labels)
 
 
-@rule("select", "select_copy")
+@operator("select", "select_copy")
 def select(flow: Flow, op: Op) -> None:
     """One index of one dim."""
     labels = list(flow.labels(op.inputs()[0]))
@@ -84,7 +91,7 @@ def select(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], labels)
 
 
-@rule("unbind", "unbind_copy")
+@operator("unbind", "unbind_copy", splits=True)
 def unbind(flow: Flow, op: Op) -> None:
     """Every index of one dim as a tensor of its own."""
     labels = list(flow.labels(op.inputs()[0]))
@@ -93,13 +100,32 @@ def unbind(flow: Flow, op: Op) -> None:
         flow.set(index, labels)
 
 
-@rule("index_select")
+@operator("index_select")
 def index_select(flow: Flow, op: Op) -> None:
     """Places along one dim are picked."""
     _pick(flow, op, [int(op.arg("dim")) % len(flow.shape(op.inputs()[0]))])
 
 
-@rule("index")
+def _index_everywhere(func: Any, args: Any, kwargs: Any) -> Any:
+    """All elements in place of those that a mask names."""
+    x, indices, *rest = args
+    if not any(_names_elements(index) for index in indices):
+        return func(*args, **kwargs)
+    places: list[torch.Tensor | None] = []
+    for index in indices:
+        places += everywhere(index) if _names_elements(index) else [index]
+    return func(x, places, *rest, **kwargs)
+
+
+def _names_elements(index: torch.Tensor | None) -> bool:
+    return index is not None and index.dtype in MASKS and without_values(index)
+
+
+def _by_a_mask(trace: Trace, op: Op) -> bool:
+    return any(trace.values[index].dtype in MASKS for index in op.reads[1:])
+
+
+@operator("index", largest=_index_everywhere, value_sized=_by_a_mask)
 def index(flow: Flow, op: Op) -> None:
     """Places along one dim or several are picked; a mask of n dims names n of them."""
     named: list[int] = []
@@ -112,7 +138,7 @@ def index(flow: Flow, op: Op) -> None:
 
 
 def _is_mask(flow: Flow, picks: int) -> bool:
-    return flow.trace.values[picks].dtype in (torch.bool, torch.uint8)
+    return flow.trace.values[picks].dtype in MASKS
 
 
 def _pick(flow: Flow, op: Op, named: list[int]) -> None:
@@ -136,7 +162,8 @@ def _pick(flow: Flow, op: Op, named: list[int]) -> None:
     flow.set(op.outputs[0], [*rest[:at], *picked, *rest[at:]])
 
 
-@rule("index_put", "_index_put_impl")
+@operator("index_put", largest=_index_everywhere)
+@operator("_index_put_impl")
 def put(flow: Flow, op: Op) -> None:
     """Places along one dim are written; on the other dims what is written is the same channels."""
     target, *indices, values = op.inputs()
@@ -161,7 +188,35 @@ def put(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], labels)
 
 
-@rule("nonzero", "masked_select")
+def _nonzero_everywhere(func: Any, args: Any, kwargs: Any) -> Any:
+    x = args[0]
+    if not without_values(x) or not x.dim():
+        return func(*args, **kwargs)
+    return torch.stack(everywhere(x), 1)
+
+
+def _select_everything(func: Any, args: Any, kwargs: Any) -> Any:
+    if not without_values(args[1]):
+        return func(*args, **kwargs)
+    return torch.broadcast_tensors(*args)[0].reshape(-1).clone()
+
+
+def _suppress_nothing(func: Any, args: Any, kwargs: Any) -> Any:
+    """Keeps all boxes, in the order of their scores."""
+    scores = args[1]
+    return scores.argsort(descending=True) if without_values(scores) else func(*args, **kwargs)
+
+
+def _always(trace: Trace, op: Op) -> bool:
+    return True
+
+
+# Boxes carry no channels, so suppression needs no rule.
+declare(Declaration(largest=_suppress_nothing, value_sized=_always), "torchvision::nms")
+
+
+@operator("nonzero", largest=_nonzero_everywhere, value_sized=_always)
+@operator("masked_select", largest=_select_everything, value_sized=_always)
 def pick_by_value(flow: Flow, op: Op) -> None:
     """Which elements are picked depends on their values, so every channel stays."""
     for value in op.inputs():
@@ -170,7 +225,7 @@ def pick_by_value(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], [None] * len(flow.shape(op.outputs[0])))
 
 
-@rule("topk")
+@operator("topk")
 def largest_along_dim(flow: Flow, op: Op) -> None:
     """The largest along one dim, which so must stay; the others pass."""
     labels = list(flow.labels(op.inputs()[0]))
@@ -182,7 +237,7 @@ def largest_along_dim(flow: Flow, op: Op) -> None:
         flow.set(value, labels)
 
 
-@rule("constant_pad_nd")
+@operator("constant_pad_nd")
 def constant_pad(flow: Flow, op: Op) -> None:
     """Padding from the last dim backwards; a padded dim must keep its channels."""
     labels = list(flow.labels(op.inputs()[0]))
@@ -196,7 +251,7 @@ def constant_pad(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], labels)
 
 
-@rule("roll")
+@operator("roll")
 def roll(flow: Flow, op: Op) -> None:
     """Dims are rotated; rotated channels stay."""
     labels = flow.labels(op.inputs()[0])

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from allocator.flow.flow import Flow, Label
-from allocator.flow.rules.registry import rule
-from allocator.tracing.record import Op
+from allocator.flow.flow import Flow
+from allocator.flow.labels import Label
+from allocator.tracing.calls import Op
+from allocator.tracing.operators import operator
 
 Shape = tuple[int, ...]
 # Where a vector of one element becomes one of these many dims, sizes do not tell which of them is its own: it is
@@ -17,8 +18,9 @@ Shape = tuple[int, ...]
 _CHANNELS_SECOND = (2, 4, 5)
 
 
-@rule(
-    "alias", "detach", "clone", "contiguous", "_to_copy", "to", "lift_fresh", "lift_fresh_copy", "view_as",
+@operator("alias", "detach", "clone", "contiguous", copies=True)
+@operator(
+    "_to_copy", "to", "lift_fresh", "lift_fresh_copy", "view_as",
     "resolve_conj", "resolve_neg", "positive", "fill", "zero", "normal", "uniform",
 )  # fmt: skip
 def identity(flow: Flow, op: Op) -> None:
@@ -31,7 +33,7 @@ def identity(flow: Flow, op: Op) -> None:
         flow.uniform.update(op.outputs)
 
 
-@rule("as_strided")
+@operator("as_strided", restrides=True)
 def as_strided(flow: Flow, op: Op) -> None:
     """Other strides for dims of size 1 (how pooling marks a memory format) move nothing; all else is refused."""
     shape, strides = flow.shape(op.inputs()[0]), op.arg("stride")
@@ -43,7 +45,9 @@ def as_strided(flow: Flow, op: Op) -> None:
         flow.refuse(op, "reads memory by strides")
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
+@operator(
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy", sized=True, stands_for="view"
+)
 def view(flow: Flow, op: Op) -> None:
     """Merged dims repeat their labels; a dim that is split keeps every factor but one whole."""
     source, out = op.inputs()[0], op.outputs[0]
@@ -111,7 +115,7 @@ def unflatten(flow: Flow, op: Op, label: np.ndarray, sizes: Sequence[int], outs:
     grid = label.reshape(sizes)
     varying = [d for d, n in enumerate(sizes) if n > 1 and not _constant(grid, d)]
     result: list[Label] = [None] * len(sizes)
-    heads = flow.heads.get(flow.places[op.index]) if flow.heads else None
+    heads = flow.heads_at(op)
     if len(label) == 1:
         varying = [len(sizes) - 1]
     if not varying:
@@ -123,7 +127,7 @@ def unflatten(flow: Flow, op: Op, label: np.ndarray, sizes: Sequence[int], outs:
     if varying != [keep]:
         flow.tie(grid, grid[first], op)
     if heads in outs:
-        flow.note_heads(kept)
+        flow.note_heads(kept, op)
     elif len(varying) > 1:
         flow.divide(op, [outs[d] for d in varying], kept)
     result[keep] = kept
@@ -134,7 +138,7 @@ def _constant(grid: np.ndarray, dim: int) -> bool:
     return bool((grid == grid.take([0], axis=dim)).all())
 
 
-@rule("unsqueeze")
+@operator("unsqueeze")
 def unsqueeze(flow: Flow, op: Op) -> None:
     """A new dim of size 1."""
     labels = list(flow.labels(op.inputs()[0]))
@@ -145,7 +149,7 @@ def unsqueeze(flow: Flow, op: Op) -> None:
         flow.uniform.add(op.outputs[0])
 
 
-@rule("squeeze")
+@operator("squeeze")
 def squeeze(flow: Flow, op: Op) -> None:
     """Dims of size 1 go: all of them, or those named."""
     source = op.inputs()[0]
@@ -158,20 +162,20 @@ def squeeze(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], [label for d, label in enumerate(labels) if d not in gone])
 
 
-@rule("permute")
+@operator("permute")
 def permute(flow: Flow, op: Op) -> None:
     """Dims change places."""
     labels = flow.labels(op.inputs()[0])
     flow.set(op.outputs[0], [labels[d] for d in op.arg("dims")])
 
 
-@rule("t", "numpy_T")
+@operator("t", "numpy_T")
 def matrix_transpose(flow: Flow, op: Op) -> None:
     """The two dims change places."""
     flow.set(op.outputs[0], list(reversed(flow.labels(op.inputs()[0]))))
 
 
-@rule("transpose", "swapaxes")
+@operator("transpose", "swapaxes")
 def transpose(flow: Flow, op: Op) -> None:
     """Two dims change places."""
     labels = list(flow.labels(op.inputs()[0]))
@@ -180,7 +184,7 @@ def transpose(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], labels)
 
 
-@rule("expand", "expand_copy")
+@operator("expand", "expand_copy", sized=True)
 def expand(flow: Flow, op: Op) -> None:
     """Dims of size 1 grow, and so have no labels; new dims come first."""
     source, out = op.inputs()[0], flow.shape(op.outputs[0])
@@ -193,7 +197,7 @@ def expand(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], [None] * fresh + labels)
 
 
-@rule("repeat")
+@operator("repeat", sized=True)
 def repeat(flow: Flow, op: Op) -> None:
     """Whole dims are repeated one after the other."""
     labels = flow.labels(op.inputs()[0])
@@ -203,7 +207,7 @@ def repeat(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], [None] * (len(times) - len(labels)) + tiled)
 
 
-@rule("flip")
+@operator("flip")
 def flip(flow: Flow, op: Op) -> None:
     """Dims are read backwards."""
     labels = list(flow.labels(op.inputs()[0]))
@@ -213,7 +217,7 @@ def flip(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], labels)
 
 
-@rule("pixel_shuffle")
+@operator("pixel_shuffle")
 def pixel_shuffle(flow: Flow, op: Op) -> None:
     """(C r r, H, W) to (C, H r, W r): a channel's r*r inputs go together."""
     labels = list(flow.labels(op.inputs()[0]))
@@ -227,7 +231,7 @@ def pixel_shuffle(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], labels)
 
 
-@rule("pixel_unshuffle")
+@operator("pixel_unshuffle")
 def pixel_unshuffle(flow: Flow, op: Op) -> None:
     """(C, H r, W r) to (C r r, H, W)."""
     labels = list(flow.labels(op.inputs()[0]))
@@ -245,7 +249,8 @@ def _resample(flow: Flow, op: Op, labels: list[Label]) -> None:
         labels[d] = None
 
 
-@rule("channel_shuffle", "native_channel_shuffle")
+@operator("channel_shuffle", sized=True)
+@operator("native_channel_shuffle")
 def channel_shuffle(flow: Flow, op: Op) -> None:
     """(G, K) to (K, G): every group keeps the same places, so that the order survives."""
     labels = list(flow.labels(op.inputs()[0]))

@@ -4,22 +4,45 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from allocator.flow.flow import Flow, Label
-from allocator.flow.rules.registry import rule
-from allocator.tracing.record import Op
+from allocator.cost.terms import Product, elements
+from allocator.flow.flow import Flow
+from allocator.flow.labels import Label
+from allocator.operators.functions import area_flops
+from allocator.tracing.calls import Op
+from allocator.tracing.operators import operator
 
 
-@rule(
-    "max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d",
-    "avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d",
-    "adaptive_avg_pool1d", "max_pool2d", "max_pool3d", "fractional_max_pool2d", "fractional_max_pool3d",
-    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d",
-    "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact1d",
-    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-    "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
+def _pool_window(flow: Flow, op: Op) -> tuple[Any, Any, Any]:
+    return op.arg("kernel_size"), op.arg("stride") or op.arg("kernel_size"), 1
+
+
+def _nearest_flops(flow: Flow, op: Op) -> list[Product]:
+    return [elements(flow, op.outputs[0])]
+
+
+def _bilinear_flops(flow: Flow, op: Op) -> list[Product]:
+    return [elements(flow, op.outputs[0], 4)]
+
+
+@operator("max_pool2d_with_indices", "max_pool3d_with_indices", window=_pool_window, drawn_as="max pool")
+@operator("avg_pool1d", "avg_pool2d", "avg_pool3d", window=_pool_window, drawn_as="average pool")
+@operator("max_pool2d", "max_pool3d", drawn_as="max pool")
+@operator("_adaptive_avg_pool2d", flops=area_flops, drawn_as="adaptive average pool")
+@operator("_adaptive_avg_pool3d", drawn_as="adaptive average pool")
+@operator("upsample_nearest2d", flops=_nearest_flops, drawn_as="upsample")
+@operator("upsample_bilinear2d", flops=_bilinear_flops, drawn_as="upsample")
+@operator(
+    "upsample_nearest1d", "upsample_nearest3d", "upsample_linear1d", "upsample_trilinear3d", "upsample_bicubic2d",
+    drawn_as="upsample",
+)  # fmt: skip
+@operator(
+    "adaptive_max_pool2d", "adaptive_max_pool3d", "adaptive_avg_pool1d", "fractional_max_pool2d",
+    "fractional_max_pool3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
     "replication_pad1d", "replication_pad2d", "replication_pad3d",
 )  # fmt: skip
 def spatial(flow: Flow, op: Op) -> None:
@@ -34,7 +57,7 @@ def spatial(flow: Flow, op: Op) -> None:
         flow.set(index, labels)
 
 
-@rule("im2col")
+@operator("im2col")
 def patches(flow: Flow, op: Op) -> None:
     """(B, C, H, W) to (B, C k k, L): a channel's k*k rows follow one another; the batch may be missing."""
     *batch, channels, height, width = flow.labels(op.inputs()[0])
@@ -44,7 +67,7 @@ def patches(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], [*batch, rows, None])
 
 
-@rule("col2im")
+@operator("col2im")
 def fold(flow: Flow, op: Op) -> None:
     """(B, C k k, L) to (B, C, H, W): a channel's k*k rows go together; the batch may be missing."""
     *batch, rows, places = flow.labels(op.inputs()[0])
@@ -56,7 +79,7 @@ def fold(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], [*batch, rows, None, None])
 
 
-@rule("unfold", "unfold_copy")
+@operator("unfold", "unfold_copy")
 def windows(flow: Flow, op: Op) -> None:
     """Sliding windows over one dim become a new last dim; neither carries anything further."""
     labels = list(flow.labels(op.inputs()[0]))
@@ -66,7 +89,7 @@ def windows(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], [*labels, None])
 
 
-@rule("grid_sampler_2d", "grid_sampler_3d")
+@operator("grid_sampler_2d", "grid_sampler_3d", flops=_bilinear_flops)
 def grid_sample(flow: Flow, op: Op) -> None:
     """Samples every channel at the same places: (B, C, H, W) by (B, h, w, 2) to (B, C, h, w)."""
     source, grid = op.inputs()
@@ -76,7 +99,7 @@ def grid_sample(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], [flow.unify_all([batch, other], op), channels, *([None] * len(pixels))])
 
 
-@rule("torchvision::roi_align", "torchvision::roi_pool")
+@operator("torchvision::roi_align", "torchvision::roi_pool")
 def roi_pool(flow: Flow, op: Op) -> None:
     """Regions of every channel alike: (B, C, H, W) by (R, 5) to (R, C, h, w)."""
     source, regions = op.inputs()

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from allocator.flow.flow import Flow, Label
-from allocator.flow.rules.registry import rule
-from allocator.tracing.record import Op
+import torch
+
+from allocator.flow.flow import Flow
+from allocator.flow.labels import Label
+from allocator.operators.functions import area_flops
+from allocator.tracing.calls import Op
+from allocator.tracing.meta_kernels import empty
+from allocator.tracing.operators import operator
 
 
-@rule(
-    "mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod", "logsumexp",
+def _averaged(x: torch.Tensor, dims: list[int] | None = None, keepdim: bool = False) -> torch.Tensor | None:
+    """What a mean gives on meta tensors; None over all dims, or where the result may lie in memory in another order."""
+    if not isinstance(dims, list) or not dims or not x.is_contiguous():
+        return None
+    gone = {dim % x.dim() for dim in dims}
+    return empty([1 if i in gone else n for i, n in enumerate(x.shape) if keepdim or i not in gone], x.dtype)
+
+
+@operator("mean", flops=area_flops, on_meta=_averaged)
+@operator(
+    "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod", "logsumexp",
     "linalg_vector_norm", "norm", "argmax", "argmin", "any", "all", "median", "aminmax", "nansum", "count_nonzero",
 )  # fmt: skip
 def reduce(flow: Flow, op: Op) -> None:
@@ -30,7 +44,7 @@ def reduce(flow: Flow, op: Op) -> None:
         flow.set(index, kept)
 
 
-@rule(
+@operator(
     "_softmax",
     "_log_softmax",
     "_safe_softmax",

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+import torch
+from torch.nn import functional
 
-from allocator.flow.flow import Flow, Label
-from allocator.flow.rules.registry import rule
-from allocator.tracing.record import Op
+from allocator.flow.flow import Flow
+from allocator.flow.labels import Label
+from allocator.tracing.calls import Op
+from allocator.tracing.operators import AS_ONE_CALL, operator
 
-_SUMS = frozenset({"add", "sub", "rsub", "add_", "sub_"})
-_PRODUCTS = frozenset({"mul", "mul_"})
+_JOINS = {"add": "sum", "sub": "sum", "rsub": "sum", "mul": "product"}
+"""What kind of aggregation point two activations meet at, by the operator that makes them one."""
 
 
-@rule(
-    "add", "copy", "dropout", "native_dropout", "bernoulli", "_prelu_kernel", "masked_fill", "where", "relu",
-    "relu6", "hardswish", "hardsigmoid", "hardtanh", "rrelu_with_noise", "lerp", "clamp", "threshold", "softplus",
+def _activation_as_one_call(name: str) -> Callable[..., tuple[Any, tuple[Any, ...]] | None]:
+    """`torch.nn.functional`'s function of this name as one ATen call; None on values."""
+    func, in_place = (getattr(torch.ops.aten, each).default for each in (name, f"{name}_"))
+
+    def call(input: torch.Tensor, inplace: bool = False) -> tuple[Any, tuple[Any, ...]] | None:
+        return (in_place if inplace else func, (input,)) if input.is_meta else None
+
+    return call
+
+
+for _name in ("relu", "silu", "hardswish", "hardsigmoid"):
+    AS_ONE_CALL[getattr(functional, _name)] = _activation_as_one_call(_name)
+
+
+@operator("add", for_pointwise=True)
+@operator(
+    "copy", "dropout", "native_dropout", "bernoulli", "_prelu_kernel", "masked_fill", "where", "relu",
+    "relu6", "hardsigmoid", "hardtanh", "rrelu_with_noise", "lerp", "clamp", "threshold", "softplus",
 )  # fmt: skip
+@operator("hardswish", pointwise=True)
 def pointwise(flow: Flow, op: Op) -> None:
     """Broadcast the operands: on every dim, those that are not repeated must keep the same indices.
 
@@ -42,7 +64,7 @@ def pointwise(flow: Flow, op: Op) -> None:
 
 def _note_join(flow: Flow, op: Op, dim: int, present: list[tuple[int, Label]]) -> None:
     """A sum or product of two activations whose labels differ is where branches meet."""
-    kind = "sum" if op.name in _SUMS else "product" if op.name in _PRODUCTS else None
+    kind = _JOINS.get(op.name.rstrip("_"))
     labelled = [(i, label) for i, label in present if label is not None and i in flow.active]
     if kind is None or len(labelled) < 2:
         return

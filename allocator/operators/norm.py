@@ -2,25 +2,69 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
+import numpy as np
+import torch
+from torch.nn import functional
+
+from allocator.cost.terms import Product, elements
 from allocator.flow.flow import Flow
-from allocator.flow.rules.registry import rule
-from allocator.tracing.record import Op
+from allocator.tracing.calls import Op
+from allocator.tracing.meta_kernels import empty, like
+from allocator.tracing.operators import AS_ONE_CALL, operator
 
 _JOINT = "a norm over the channels mixes them all"
 
 
-@rule(
-    "batch_norm",
-    "native_batch_norm",
+def _batch_norm_flops(flow: Flow, op: Op) -> list[Product]:
+    per_element = 4 if op.arg("training") else 1
+    return [elements(flow, op.inputs()[0], per_element + (op.arg("weight") is not None))]
+
+
+def _norm_flops(flow: Flow, op: Op) -> list[Product]:
+    return [elements(flow, op.inputs()[0], 4 + (op.arg("weight") is not None))]
+
+
+def _as_large_as_its_input(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return like(x, x.dtype)
+
+
+def _with_statistics(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return like(x, x.dtype), empty([x.shape[1]], x.dtype), empty([x.shape[1]], x.dtype)
+
+
+def _batch_norm_as_one_call(
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Any, tuple[Any, ...]] | None:
+    """`torch.nn.functional.batch_norm`; None on values, in train mode, and where sizes differ."""
+    statistics = (weight, bias, running_mean, running_var)
+    plain = input.is_meta and not training and running_mean is not None and running_var is not None
+    if not plain or any(t is not None and t.shape != input.shape[1:2] for t in statistics):
+        return None
+    return torch.ops.aten.batch_norm.default, (input, *statistics, training, momentum, eps, False)
+
+
+AS_ONE_CALL[functional.batch_norm] = _batch_norm_as_one_call
+
+
+@operator("batch_norm", flops=_batch_norm_flops, on_meta=_as_large_as_its_input)
+@operator("native_batch_norm", flops=_batch_norm_flops, on_meta=_with_statistics)
+@operator(
     "_native_batch_norm_legit",
     "_native_batch_norm_legit_no_training",
     "cudnn_batch_norm",
     "miopen_batch_norm",
-    "_batch_norm_no_update",
-    "_batch_norm_with_update",
+    flops=_batch_norm_flops,
 )
+@operator("_batch_norm_no_update", "_batch_norm_with_update")
 def batch_norm(flow: Flow, op: Op) -> None:
     """Every channel (dim 1) is normalised alone; its scale and shift, mean and variance go with it."""
     x = op.inputs()[0]
@@ -30,7 +74,7 @@ def batch_norm(flow: Flow, op: Op) -> None:
         if ref is not None:
             flow.unify(labels[1], flow.labels(ref.index)[0], op)
     if weight is not None:
-        flow.note_gamma(labels[1], weight.index)
+        flow.note_gamma(weight.index)
     if flow.statistics_from_batch(op):
         for dim in (0, *range(2, len(labels))):
             flow.freeze(labels[dim], op, _JOINT)
@@ -40,7 +84,8 @@ def batch_norm(flow: Flow, op: Op) -> None:
             flow.set(index, [labels[1]])
 
 
-@rule("native_layer_norm", "rms_norm", recent=("_fused_rms_norm",))
+@operator("native_layer_norm", flops=_norm_flops, sized=True)
+@operator("rms_norm", recent=("_fused_rms_norm",))
 def layer_norm(flow: Flow, op: Op) -> None:
     """The trailing dims are normalised together, so by default they stay."""
     labels = list(flow.labels(op.inputs()[0]))
@@ -50,12 +95,12 @@ def layer_norm(flow: Flow, op: Op) -> None:
             ref = op.arg(name)
             if ref is not None:
                 flow.unify(labels[dim], flow.labels(ref.index)[offset], op)
-        if flow.norms == "exact":
+        if flow.options.norms == "exact":
             flow.freeze(labels[dim], op, _JOINT)
     flow.set(op.outputs[0], labels)
 
 
-@rule("native_group_norm")
+@operator("native_group_norm", flops=_norm_flops, sized=True)
 def group_norm(flow: Flow, op: Op) -> None:
     """Channels of a group are normalised together: it stays or goes whole, or every group keeps the same places."""
     labels = flow.labels(op.inputs()[0])
@@ -66,7 +111,7 @@ def group_norm(flow: Flow, op: Op) -> None:
             flow.unify(channels, flow.labels(ref.index)[0], op)
     if channels is not None:
         grouped = channels.reshape(groups, -1)
-        if flow.norms == "loose":
+        if flow.options.norms == "loose":
             flow.tie(grouped, grouped[:1], op)
         else:
             _whole_groups(flow, op, grouped)

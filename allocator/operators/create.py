@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from allocator.flow.flow import Flow
-from allocator.flow.rules.registry import rule
-from allocator.flow.rules.view import identity
-from allocator.tracing.record import Op
+from allocator.operators.view import identity
+from allocator.tracing.calls import Op
+from allocator.tracing.operators import operator
 
-rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")(identity)
+operator("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")(identity)
 
 
-@rule("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty",
-      "scalar_tensor", "empty_strided", "new_empty_strided")  # fmt: skip
+@operator(
+    "zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty",
+    "empty_strided", "new_empty_strided", sized=True,
+)  # fmt: skip
+@operator("scalar_tensor")
 def constant(flow: Flow, op: Op) -> None:
     """The same value, or noise, everywhere: any channel of it can go with the channels it meets."""
     for index in op.outputs:
@@ -19,7 +22,7 @@ def constant(flow: Flow, op: Op) -> None:
         flow.uniform.add(index)
 
 
-@rule("arange", "linspace", "eye", "randperm", "tril_indices", "triu_indices", "randint")
+@operator("arange", "linspace", "eye", "randperm", "tril_indices", "triu_indices", "randint")
 def counted(flow: Flow, op: Op) -> None:
     """Values that depend on their place, so whatever meets them stays."""
     for index in op.outputs:

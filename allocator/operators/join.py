@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from allocator.flow.flow import Flow, Label
-from allocator.flow.rules.registry import rule
-from allocator.tracing.record import Op
+from allocator.flow.flow import Flow
+from allocator.flow.labels import Label
+from allocator.tracing.calls import Op
+from allocator.tracing.operators import operator
 
 
-@rule("cat", "concat")
+@operator("cat", "concat")
 def concatenate(flow: Flow, op: Op) -> None:
     """Labels follow one another along the dim; on the other dims the parts must agree."""
     inputs = [i for i in op.inputs() if flow.shape(i) != (0,)]
@@ -34,7 +35,7 @@ def _joined(flow: Flow, op: Op, inputs: list[int], dim: int) -> Label:
     return joined
 
 
-@rule("stack")
+@operator("stack")
 def stack(flow: Flow, op: Op) -> None:
     """A new dim; the parts must agree on all others."""
     inputs = op.inputs()

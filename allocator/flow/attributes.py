@@ -1,0 +1,79 @@
+"""Module attributes that hold sizes: which of them a forward is likely to read, and what they follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import nn
+
+from allocator import adapters
+from allocator.flow.facts import Attribute
+from allocator.torch_private import ConvolutionBase, tree_flatten
+
+
+def attributes_of_groups(
+    path: str, module: nn.Module, representatives: np.ndarray, *, owns_weight: bool
+) -> list[Attribute]:
+    """Attributes that count the groups of a layer whose groups come and go whole.
+
+    Torch's own layers are told by their weight how many there are; other modules hold the number as an attribute.
+
+    Args:
+        path, module: the running module.
+        representatives: one slot per group.
+        owns_weight: whether the weight is a parameter and not computed.
+    """
+    if isinstance(module, ConvolutionBase) or (owns_weight and isinstance(module, nn.GroupNorm)):
+        return []
+    count = len(representatives)
+    names = [name for name, value in vars(module).items() if "groups" in name and type(value) is int and value == count]
+    return [Attribute(path, name, (representatives,)) for name in names]
+
+
+def attributes_of_sizes(
+    path: str, module: nn.Module, sizes: object, pieces: Sequence[np.ndarray]
+) -> list[Attribute] | None:
+    """Attributes that hold the sizes of a split, so that each of its parts may shrink by itself.
+
+    Args:
+        path, module: the running module.
+        sizes: what the split was called with, one size or several.
+        pieces: labels of the parts.
+
+    Returns:
+        The attributes that have to follow, none where the module's adapter says how; None where no attribute holds
+        the sizes.
+    """
+    if _declared(module, sizes):
+        return []
+    fields = vars(module)
+    whole = [name for name, value in fields.items() if _same_sizes(value, sizes)]
+    if whole:
+        return [Attribute(path, name, tuple(pieces)) for name in whole]
+    if isinstance(sizes, int):
+        return None
+    singles = []
+    for piece in pieces:
+        names = [name for name, value in fields.items() if type(value) is int and value == len(piece)]
+        if not names:
+            return None
+        singles.append(names[0])
+    if len(set(singles)) < len(singles):  # one attribute cannot tell two parts apart
+        return None
+    return [Attribute(path, name, (piece,)) for name, piece in zip(singles, pieces, strict=True)]
+
+
+def _declared(module: nn.Module, sizes: object) -> bool:
+    """Whether the module's adapter says how these sizes follow the channels."""
+    adapter = adapters.find(module)
+    if adapter is None or adapter.sizes is None:
+        return False
+    known = set(tree_flatten(adapters.sizes_of("", module, adapter))[0])
+    return known.issuperset(sizes if isinstance(sizes, (list, tuple)) else [sizes])
+
+
+def _same_sizes(value: object, sizes: object) -> bool:
+    if isinstance(sizes, int):
+        return type(value) is int and value == sizes
+    return isinstance(value, (list, tuple)) and isinstance(sizes, (list, tuple)) and list(value) == list(sizes)

@@ -1,0 +1,61 @@
+"""Labels: which index of which parameter a channel came from.
+
+A label is the number of a *slot*, one index of one dim of one parameter or buffer; slot 0 stands for "must stay". A
+tensor has one array of labels per dim, or None for a dim without channels (batch, pixels, tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+Label = np.ndarray | None
+Labels = tuple[Label, ...]
+
+FROZEN = 0
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Numbers for every index of every dim of every parameter and buffer.
+
+    Attributes:
+        base: per tensor name, the first slot of each dim.
+        shapes: per tensor name, its sizes.
+        total: number of slots, with the frozen one.
+    """
+
+    base: dict[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]
+    total: int
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> Slots:
+        """Number the dims of tensors with these sizes."""
+        base: dict[str, tuple[int, ...]] = {}
+        following = FROZEN + 1
+        for name, shape in shapes.items():
+            starts = []
+            for size in shape:
+                starts.append(following)
+                following += size
+            base[name] = tuple(starts)
+        return cls(base, dict(shapes), following)
+
+    def labels(self, name: str) -> tuple[np.ndarray, ...]:
+        """Labels of a parameter or buffer: its own slots."""
+        sizes = self.shapes[name]
+        return tuple(np.arange(start, start + n) for start, n in zip(self.base[name], sizes, strict=True))
+
+    @cached_property
+    def names(self) -> list[tuple[int, str, int]]:
+        """(first slot, tensor name, dim) in ascending order, for looking a slot up by bisection."""
+        return [(start, name, dim) for name, starts in self.base.items() for dim, start in enumerate(starts)]
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The first slots of `names`."""
+        return np.array([start for start, _, _ in self.names], dtype=np.int64)

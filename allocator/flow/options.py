@@ -1,0 +1,66 @@
+"""How channels are followed: what the caller asked for, and what repairs found that a forward needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from allocator.tracing.calls import Trace
+
+
+class Place(NamedTuple):
+    """A call by its module, its operator's name, and which of its calls there it is; None for all of them.
+
+    By its place the same call is found again in the trace of a rewritten model.
+    """
+
+    module: str
+    operator: str
+    call: int | None = None
+
+
+def places_of(trace: Trace) -> list[Place]:
+    """The place of every call."""
+    calls_so_far: dict[tuple[str, str], int] = {}
+    places = []
+    for op in trace.ops:
+        count = calls_so_far.get((op.module, op.name), 0)
+        calls_so_far[op.module, op.name] = count + 1
+        places.append(Place(op.module, op.name, count))
+    return places
+
+
+@dataclass(frozen=True)
+class Options:
+    """How channels are followed.
+
+    Attributes:
+        groups: "whole" removes whole groups of a grouped convolution, "width" the same places of every group.
+        norms: "exact" keeps channels under a norm over channels (of a group norm, whole groups may go), "loose" lets
+            them go.
+        exclude: module or parameter name patterns, or module classes, that stay as they are.
+        equal_parts: modules whose split parts must stay equal (found by repairs).
+        frozen: calls whose neurons stay (found by repairs).
+        heads: per view that splits a dim into heads of an attention, which go whole, the dim of its result that
+            counts them; None where this has not been looked for yet.
+    """
+
+    groups: str = "whole"
+    norms: str = "exact"
+    exclude: tuple[str | type, ...] = ()
+    equal_parts: frozenset[str] = frozenset()
+    frozen: frozenset[Place] = frozenset()
+    heads: dict[Place, int] | None = field(default=None, hash=False)
+
+    def freezes(self, place: Place) -> bool:
+        """Whether the neurons at this call stay."""
+        return place in self.frozen or place._replace(call=None) in self.frozen
+
+    def freezing(self, places: Iterable[Place]) -> Options:
+        """With these calls frozen as well."""
+        return replace(self, frozen=self.frozen | frozenset(places))
+
+    def equalising(self, modules: Iterable[str]) -> Options:
+        """With the split parts in these modules equal as well."""
+        return replace(self, equal_parts=self.equal_parts | frozenset(modules))

@@ -1,0 +1,121 @@
+"""From a model to its channel graph: trace, follow, freeze what must stay, number the neurons."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+import allocator.operators  # noqa: F401  (declares the operators)
+from allocator import adapters
+from allocator.flow.facts import Facts, Frozen, Gamma
+from allocator.flow.flow import Flow
+from allocator.flow.follow import run_rules
+from allocator.flow.labels import Slots
+from allocator.flow.options import Options
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.graph.neurons import number_neurons
+from allocator.modules import tensor_names
+from allocator.tracing.calls import Trace
+from allocator.tracing.inputs import Inputs
+from allocator.tracing.record import ForwardError, record, trace_forward
+from allocator.tracing.value_sized import value_sized
+
+
+def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None) -> ChannelGraph:
+    """Trace `model` and follow its channels.
+
+    Args:
+        model: any module that can be traced; it is not changed.
+        inputs: example inputs.
+        options: how channels are followed.
+
+    Raises:
+        TraceError: the forward raised.
+    """
+    trace = trace_forward(model, inputs)
+    tensors = tensor_names(model)
+    slots = Slots.of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    notes = [inputs.assumed] if inputs.assumed else []
+    flow, facts, options = _follow(trace, slots, options or Options())
+    training_flow = None
+    parameters = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+    unused = parameters - {value.name for value in trace.values}
+    if unused and trace.mode == "meta":
+        try:
+            training = record(model, inputs, training=True)
+            training_flow = run_rules(training, slots, facts, options)
+        except ForwardError as error:
+            notes.append(f"parameters used in train mode only stay as they are: {error}")
+    by_value = sorted({op.name for op in value_sized(trace)})
+    if by_value:
+        notes.append(f"results whose size depends on values count at their largest ({', '.join(by_value)})")
+    notes += facts.advice.values()
+    for name in adapters.norm_scales(trace.modules):
+        facts.gammas.append(Gamma(slots.labels(name)[0], name))
+    _freeze_excluded(model, options, slots, facts)
+    _freeze_answers(trace.modules, slots, facts)
+    for each in (flow, training_flow):
+        if each is not None and options.frozen:
+            _freeze_misfits(each, options)
+    component, unit_of_slot, size = number_neurons(slots, facts)
+    return ChannelGraph(
+        model,
+        flow,
+        training_flow,
+        slots,
+        facts,
+        inputs,
+        options,
+        adapters.optional_branches(trace.modules),
+        component,
+        unit_of_slot,
+        size,
+        notes,
+    )
+
+
+def _follow(trace: Trace, slots: Slots, options: Options) -> tuple[Flow, Facts, Options]:
+    """The flow of a trace; once more where it shows that heads of an attention can go whole."""
+    facts = Facts()
+    flow = run_rules(trace, slots, facts, options)
+    if options.heads is None:
+        options = replace(options, heads=flow.found_heads())
+        if options.heads:
+            facts = Facts()
+            flow = run_rules(trace, slots, facts, options)
+    return flow, facts, options
+
+
+def _freeze_excluded(model: nn.Module, options: Options, slots: Slots, facts: Facts) -> None:
+    classes = tuple(item for item in options.exclude if isinstance(item, type))
+    patterns = [item for item in options.exclude if isinstance(item, str)]
+    modules = [path for path, module in model.named_modules() if classes and isinstance(module, classes)]
+    for name in slots.shapes:
+        owner = name.rpartition(".")[0]
+        if owner in modules or any(_matches(name, owner, pattern) for pattern in patterns):
+            for label in slots.labels(name):
+                facts.frozen.append(Frozen(label, "", "excluded by the caller"))
+
+
+def _matches(name: str, owner: str, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(text, p) for text in (name, owner) for p in (pattern, f"{pattern}.*"))
+
+
+def _freeze_answers(modules: Mapping[str, nn.Module], slots: Slots, facts: Facts) -> None:
+    """Layers that make the model's answer keep their outputs, whatever is done with them afterwards."""
+    for path in adapters.output_layers(modules):
+        name = f"{path}.weight"
+        if name in slots.shapes:
+            facts.frozen.append(Frozen(slots.labels(name)[0], path, "a head of the model"))
+
+
+def _freeze_misfits(flow: Flow, options: Options) -> None:
+    """What a repair found: calls at which the rewritten forward does not fit unless their neurons stay."""
+    for op, place in zip(flow.trace.ops, flow.places, strict=True):
+        if options.freezes(place):
+            for value in (*op.inputs(), *op.outputs):
+                for label in flow.labels(value):
+                    flow.freeze(label, op, "the rewritten forward did not fit here")

@@ -1,0 +1,21 @@
+"""All that is particular to an operator, declared once: one file per family.
+
+A declaration says how channels pass (the decorated rule), what fvcore counts, how the call is made on tensors without
+values, and what else the rest of the package has to know of it (`allocator.tracing.operators.Declaration`). Importing
+this package fills the table.
+"""
+
+from allocator.operators import (
+    contraction,
+    create,
+    functions,
+    join,
+    norm,
+    pointwise,
+    reduce,
+    select,
+    spatial,
+    view,
+)
+
+__all__ = ["contraction", "create", "functions", "join", "norm", "pointwise", "reduce", "select", "spatial", "view"]

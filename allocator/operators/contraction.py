@@ -1,0 +1,297 @@
+"""Convolutions, matrix products and embeddings: they read one set of neurons and write another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from allocator.cost.terms import Product, elements, times
+from allocator.flow.flow import Flow
+from allocator.flow.labels import Label
+from allocator.tracing.calls import Op
+from allocator.tracing.meta_kernels import empty
+from allocator.tracing.operators import AS_ONE_CALL, operator
+
+_ATEN = torch.ops.aten
+AsOneCall = tuple[Any, tuple[Any, ...]]
+"""An ATen call: its overload and its arguments."""
+
+
+# Convolutions ---------------------------------------------------------------------------------------
+
+
+def _convolution_flops(flow: Flow, op: Op) -> list[Product]:
+    x, weight = op.inputs()[:2]
+    run = flow.shape(x if op.arg("transposed") else op.outputs[0])
+    pixels = 1
+    for size in run[2:]:
+        pixels *= size
+    return [times(elements(flow, x, pixels, slice(0, 1)), elements(flow, weight))]
+
+
+def _convolution_window(flow: Flow, op: Op) -> tuple[Any, Any, Any]:
+    stride = op.arg("stride")
+    if op.arg("transposed"):
+        stride = [1 / n for n in stride]
+    return flow.shape(op.inputs()[1])[2:], stride, op.arg("dilation")
+
+
+def _convolved(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> torch.Tensor | None:
+    """What a plain convolution gives on meta tensors; None where it is of another sort, or does not fit."""
+    plain = not transposed and x.dim() == weight.dim() and x.is_contiguous() and weight.is_contiguous()
+    if not plain or x.dtype != weight.dtype or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        return None
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
+        return None
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=False)
+    sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    if len(sides) != x.dim() - 2 or min(sides, default=0) < 1:
+        return None
+    return empty([x.shape[0], weight.shape[0], *sides], x.dtype)
+
+
+def _convolution_as_one_call(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> AsOneCall | None:
+    """`torch.conv2d` and its like.
+
+    None on values, unless each dim is given its own sizes, and where dtypes differ, which torch sees before that call.
+    """
+    sides = input.dim() - 2
+    if any(type(size) is not tuple or len(size) != sides for size in (stride, padding, dilation)):
+        return None
+    if not all(t is None or (t.is_meta and t.dtype == weight.dtype) for t in (input, weight, bias)):
+        return None
+    sizes = ([*stride], [*padding], [*dilation], False, [0] * sides, groups)
+    return _ATEN.convolution.default, (input, weight, bias, *sizes)
+
+
+for _function in (torch.conv1d, torch.conv2d, torch.conv3d):
+    AS_ONE_CALL[_function] = _convolution_as_one_call
+
+
+_CONVOLUTION: dict[str, Any] = {
+    "flops": _convolution_flops,
+    "multiplies": (0, 1),
+    "written_dim": 1,
+    "window": _convolution_window,
+    "sized": True,
+    "drawn_as": "conv",
+}
+
+
+@operator("convolution", on_meta=_convolved, **_CONVOLUTION)
+@operator("_convolution", "mkldnn_convolution", **_CONVOLUTION)
+def convolution(flow: Flow, op: Op) -> None:
+    """Input channels (dim 1) are contracted with the weight; output channels are the weight's own."""
+    x, weight = op.inputs()[:2]
+    transposed = bool(op.arg("transposed") or False)
+    w0, w1 = flow.labels(weight)[:2]
+    groups = int(op.arg("groups"))
+    if groups == 1:
+        read, written = (w0, w1) if transposed else (w1, w0)
+        flow.contract(flow.labels(x)[1], read, op, weight)
+    else:
+        written = _grouped(flow, op, x, weight, groups, transposed)
+    shape = flow.shape(op.outputs[0])
+    flow.produce(written, op, weight)
+    if op.arg("bias") is not None:
+        flow.unify(written, flow.labels(op.arg("bias").index)[0], op)
+    spatial: list[Label] = [None] * (len(shape) - 2)
+    for label in flow.labels(x)[2:]:
+        flow.freeze(label, op, "a convolution runs along this dim")
+    flow.set(op.outputs[0], [flow.labels(x)[0], written, *spatial])
+
+
+def _grouped(flow: Flow, op: Op, x: int, weight: int, groups: int, transposed: bool) -> Label:
+    """Tie what a grouped convolution needs tied; return the labels of its output channels.
+
+    With `groups="whole"` all inputs and outputs of a group go together. With `groups="width"` every
+    group keeps the same places. A depthwise convolution has groups of one input either way.
+    """
+    source = flow.labels(x)[1]
+    w0, w1 = flow.labels(weight)[:2]
+    per_out = flow.shape(op.outputs[0])[1] // groups
+    if source is None or w0 is None:
+        flow.freeze(source, op, "a grouped convolution reads channels that must stay")
+        flow.freeze(w0, op, "a grouped convolution reads channels that must stay")
+        return None if transposed else w0
+    inputs, rows = source.reshape(groups, -1), w0.reshape(groups, -1)
+    if inputs.shape[1] > 1:
+        flow.join("groups", op, 1, [x])
+    if flow.options.groups == "whole" or inputs.shape[1] == 1:
+        flow.tie(inputs, inputs[:, :1], op)
+        flow.tie(rows, inputs[:, :1], op)
+        flow.group(op, op.arg("weight"), inputs[:, 0])
+        return np.repeat(rows[:, 0], per_out) if transposed else w0
+    flow.tie(inputs, inputs[:1], op)
+    if transposed:
+        flow.contract(source, w0, op, weight)
+        return None if w1 is None else np.tile(w1, groups)
+    flow.contract(inputs[0], w1, op, weight)
+    flow.tie(rows, rows[:1], op)
+    return w0
+
+
+# Matrix products ------------------------------------------------------------------------------------
+
+
+def _product_flops(flow: Flow, op: Op) -> list[Product]:
+    """Rows times what is summed over times columns, as fvcore counts it."""
+    a, b = (op.inputs()[i] for i in op.declared.multiplies)
+    return [times(elements(flow, a), elements(flow, b, dims=slice(-1, None)))]
+
+
+@operator("mm", flops=_product_flops, multiplies=(0, 1), written_dim=-1, drawn_as="linear")
+@operator("_int_mm")
+def matrix_product(flow: Flow, op: Op) -> None:
+    """(n, k) @ (k, m): the k are one set of neurons."""
+    a, b = op.inputs()
+    _product(flow, op, a, b)
+
+
+@operator("addmm", flops=_product_flops, multiplies=(1, 2), written_dim=-1, drawn_as="linear")
+def biased_matrix_product(flow: Flow, op: Op) -> None:
+    """bias + (n, k) @ (k, m)."""
+    bias, a, b = op.inputs()
+    _product(flow, op, a, b)
+    _add_bias(flow, op, bias)
+
+
+def _product(flow: Flow, op: Op, a: int, b: int) -> None:
+    (rows, inner_a), (inner_b, columns) = flow.labels(a), flow.labels(b)
+    flow.multiply(a, b)
+    _contract(flow, op, (a, inner_a), (b, inner_b))
+    flow.produce(columns, op, b)
+    flow.produce(rows, op, a)
+    flow.set(op.outputs[0], [rows, columns])
+
+
+def _contract(flow: Flow, op: Op, a: tuple[int, Label], b: tuple[int, Label]) -> None:
+    """Sum over one dim of two operands, on either side of which a parameter may stand and read neurons."""
+    (_, x), (weight_value, weight) = (b, a) if b[0] in flow.active else (a, b)
+    flow.contract(x, weight, op, weight_value)
+
+
+def _linear_flops(flow: Flow, op: Op) -> list[Product]:
+    x, weight = op.inputs()[:2]
+    return [times(elements(flow, x), elements(flow, weight, dims=slice(0, 1)))]
+
+
+def _multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+    """What a linear layer gives on meta tensors; None where it does not fit."""
+    plain = x.dim() > 1 and weight.dim() == 2 and x.dtype == weight.dtype
+    if not plain or x.shape[-1] != weight.shape[1]:
+        return None
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
+        return None
+    return empty([*x.shape[:-1], weight.shape[0]], x.dtype)
+
+
+def _linear_as_one_call(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> AsOneCall:
+    """The parts of `torch.nn.functional.linear` depend on how many dims there are."""
+    return _ATEN.linear.default, (input, weight) if bias is None else (input, weight, bias)
+
+
+AS_ONE_CALL[functional.linear] = _linear_as_one_call
+
+
+@operator("linear", flops=_linear_flops, multiplies=(0, 1), written_dim=-1, on_meta=_multiplied, drawn_as="linear")
+def linear(flow: Flow, op: Op) -> None:
+    """(..., k) with a weight (m, k)."""
+    x, weight, *bias = op.inputs()
+    written, read = flow.labels(weight)
+    flow.contract(flow.labels(x)[-1], read, op, weight)
+    flow.produce(written, op, weight)
+    flow.set(op.outputs[0], [*flow.labels(x)[:-1], written])
+    for index in bias:
+        _add_bias(flow, op, index)
+
+
+def _batched_product_flops(flow: Flow, op: Op) -> list[Product]:
+    """Those of a `multi_head_attention_forward` without weights stand for a fused call, which fvcore does not count."""
+    call = op.call
+    fused = call is not None and call.name == "multi_head_attention_forward"
+    if fused and not call.kwargs.get("need_weights", True):
+        return []
+    return _product_flops(flow, op)
+
+
+@operator("bmm", flops=_batched_product_flops, multiplies=(0, 1), drawn_as="product")
+def batched_product(flow: Flow, op: Op) -> None:
+    """(b, n, k) @ (b, k, m)."""
+    a, b = op.inputs()
+    _batched(flow, op, a, b)
+
+
+@operator("baddbmm", drawn_as="product")
+def biased_batched_product(flow: Flow, op: Op) -> None:
+    """bias + (b, n, k) @ (b, k, m)."""
+    bias, a, b = op.inputs()
+    _batched(flow, op, a, b)
+    _add_bias(flow, op, bias)
+
+
+def _batched(flow: Flow, op: Op, a: int, b: int) -> None:
+    (batch_a, rows, inner_a), (batch_b, inner_b, columns) = flow.labels(a), flow.labels(b)
+    flow.multiply(a, b)
+    batch = flow.unify_all([batch_a, batch_b], op)
+    _contract(flow, op, (a, inner_a), (b, inner_b))
+    flow.produce(columns, op, b)
+    flow.produce(rows, op, a)
+    flow.set(op.outputs[0], [batch, rows, columns])
+
+
+@operator("mv")
+def matrix_vector(flow: Flow, op: Op) -> None:
+    """(n, k) @ (k)."""
+    a, b = op.inputs()
+    rows, inner = flow.labels(a)
+    _contract(flow, op, (a, inner), (b, flow.labels(b)[0]))
+    flow.produce(rows, op, a)
+    flow.set(op.outputs[0], [rows])
+
+
+@operator("dot", "vdot")
+def inner_product(flow: Flow, op: Op) -> None:
+    """(k) @ (k)."""
+    a, b = op.inputs()
+    _contract(flow, op, (a, flow.labels(a)[0]), (b, flow.labels(b)[0]))
+    flow.set(op.outputs[0], [])
+
+
+def _add_bias(flow: Flow, op: Op, bias: int) -> None:
+    out = flow.labels(op.outputs[0])
+    shape, own = flow.shape(op.outputs[0]), flow.shape(bias)
+    for back in range(1, len(own) + 1):
+        if own[-back] == shape[-back]:
+            flow.unify(out[-back], flow.labels(bias)[-back], op)
+
+
+@operator("embedding")
+def embedding(flow: Flow, op: Op) -> None:
+    """Rows of a table: the row index stays, its columns are neurons."""
+    weight, indices = op.inputs()
+    entries, features = flow.labels(weight)
+    flow.freeze(entries, op, "rows of an embedding are read by their index")
+    flow.produce(features, op, weight)
+    flow.set(op.outputs[0], [*flow.labels(indices), features])

@@ -1,0 +1,99 @@
+"""How fvcore counts `einsum`: two equations by hand, the rest read off numpy's printed report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from allocator.cost.terms import Product
+from allocator.flow.flow import Flow
+from allocator.flow.labels import Label
+from allocator.tracing.calls import Call
+
+_COUNTED_BY_HAND = ("abc,abd->acd", "abc,adc->adb")
+
+
+def einsum_flops(flow: Flow, call: Call) -> list[Product]:
+    """Two FLOPs per combination of letters where any are summed over, else one; fvcore halves them.
+
+    Three operands and more are contracted in the order that is best for the sizes as traced.
+    """
+    equation = str(call.args[0]).replace(" ", "")
+    refs = call.args[1] if isinstance(call.args[1], tuple) else call.args[1:]
+    operands, result = _spelled(equation, [len(flow.shape(ref.index)) for ref in refs])
+    letters: dict[str, tuple[int, Label]] = {}
+    for names, ref in zip(operands, refs, strict=True):
+        for letter, size, label in zip(names, flow.shape(ref.index), flow.labels(ref.index), strict=True):
+            largest, labelled = letters.get(letter, (1, None))
+            letters[letter] = (max(size, largest), labelled if label is None else label)
+    if _alphabetical(equation) in _COUNTED_BY_HAND:
+        return [_combinations(letters, set(letters), 1)]
+    sizes = {name: size for name, (size, _) in letters.items()}
+    products = []
+    for used, summed, terms in _contractions(operands, result, sizes):
+        products.append(_combinations(letters, used, max(1, terms - 1) + summed)._replace(printed=True))
+    if len(products) > 1 and not any(product.labels for product in products):
+        return [Product(sum(product.factor for product in products), [], printed=True)]
+    return products
+
+
+def _combinations(letters: dict[str, tuple[int, Label]], used: set[str], scale: int) -> Product:
+    plain, labels = scale, []
+    for name, (size, label) in letters.items():
+        if name not in used:
+            continue
+        if label is None:
+            plain *= size
+        else:
+            labels.append(label)
+    return Product(plain, labels)
+
+
+def _spelled(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
+    """Letters of each operand and of the result, with one for every dim that dots stand for."""
+    inputs, arrow, output = equation.partition("->")
+    if not arrow:
+        plain = inputs.replace(",", "").replace("...", "")
+        output = "..." * ("..." in inputs) + "".join(sorted(c for c in set(plain) if plain.count(c) == 1))
+    names = inputs.split(",")
+    dots = max((_dims_of_dots(n, rank) for n, rank in zip(names, ranks, strict=True) if "..." in n), default=0)
+
+    def spell(letters: str, count: int) -> list[str]:
+        before, mark, after = letters.partition("...")
+        dotted = [f"dot{k}" for k in range(dots - count, dots)] if mark else []
+        return [*before, *dotted, *after]
+
+    spelled = [spell(n, _dims_of_dots(n, rank)) for n, rank in zip(names, ranks, strict=True)]
+    return spelled, spell(output, dots)
+
+
+def _dims_of_dots(letters: str, rank: int) -> int:
+    """How many dims of an operand of this rank its three dots stand for."""
+    return rank - (len(letters) - len("..."))
+
+
+def _alphabetical(equation: str) -> str:
+    """The equation in the letters a, b, c ... as they come."""
+    order = dict.fromkeys(c for c in equation if c.isalpha())
+    return equation.translate({ord(c): ord("a") + i for i, c in enumerate(order)})
+
+
+def _contractions(
+    operands: list[list[str]], result: list[str], sizes: dict[str, int]
+) -> Iterator[tuple[set[str], bool, int]]:
+    """Per step of numpy's best path: the letters used, whether any is summed over, and how many operands."""
+    number = {name: i for i, name in enumerate(sizes)}
+    arguments: list[Any] = []
+    for names in operands:
+        shape = [sizes[name] for name in names]
+        arguments += [np.broadcast_to(0.0, shape), [number[name] for name in names]]
+    path = np.einsum_path(*arguments, [number[name] for name in result], optimize="optimal")[0]
+    left = [set(names) for names in operands]
+    for step in path[1:]:
+        taken = [left.pop(i) for i in sorted(step, reverse=True)]
+        used = set().union(*taken)
+        stays = used & set(result).union(*left)
+        left.append(stays)
+        yield used, stays != used, len(taken)

@@ -1,0 +1,157 @@
+"""What this package uses of torch that is private or undocumented, all in one place.
+
+Such names may change with any release. Each is tried once when this module is imported, by what it does and not only
+by being there: a renamed hook would otherwise put every call into the wrong module, and nothing would say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from allocator.errors import UnexpectedTorchError
+
+OLDEST, NEWEST = "2.6", "2.14"
+"""The releases of torch that this package was tried on."""
+
+
+def _unexpected(what: str) -> UnexpectedTorchError:
+    return UnexpectedTorchError(
+        f"this torch ({torch.__version__}) {what}: neuron-allocator was tried on torch {OLDEST} to {NEWEST}; "
+        "install one of these, or a newer neuron-allocator"
+    )
+
+
+try:
+    from torch._ops import OpOverload
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.nn.modules.batchnorm import _NormBase as BatchNormBase
+    from torch.nn.modules.conv import _ConvNd as ConvolutionBase
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_flatten, tree_map
+except ImportError as error:
+    raise _unexpected(f"lacks a name ({error})") from error
+
+__all__ = [
+    "BatchNormBase",
+    "ConvolutionBase",
+    "FakeTensor",
+    "FakeTensorMode",
+    "OpOverload",
+    "TorchDispatchMode",
+    "call_as_usual",
+    "call_by",
+    "call_by_itself",
+    "schema_of",
+    "state_without_compiled_call",
+    "tree_flatten",
+    "tree_map",
+]
+
+_COMPILED = "_compiled_call_impl"  # where Module.compile leaves what is called in place of the module
+MODULE_FIELDS = frozenset(vars(nn.Module()))
+"""What every module keeps for torch itself."""
+
+PT2_DTYPES = {
+    1: torch.uint8,
+    2: torch.int8,
+    3: torch.int16,
+    4: torch.int32,
+    5: torch.int64,
+    6: torch.float16,
+    7: torch.float32,
+    8: torch.float64,
+    12: torch.bool,
+    13: torch.bfloat16,
+}
+"""Dtypes by their numbers in an exported program's file (`torch._export.serde.schema.ScalarType`)."""
+
+
+def call_by(module: nn.Module, call: Callable[..., Any]) -> None:
+    """Have `module(...)` run `call` instead, as if it had been compiled in place; cheaper than hooks."""
+    vars(module)[_COMPILED] = call
+
+
+def call_by_itself(module: nn.Module) -> None:
+    """Undo `call_by`."""
+    vars(module).pop(_COMPILED, None)
+
+
+def call_as_usual(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a module's hooks and forward, whatever `call_by` put in their place."""
+    return module._call_impl(*args, **kwargs)
+
+
+def state_without_compiled_call(module: nn.Module) -> Mapping[str, Any]:
+    """A module's fields without a forward that was compiled in place: it would run this module's weights."""
+    return module.__getstate__() if _COMPILED in vars(module) else vars(module)
+
+
+def schema_of(target: OpOverload) -> Any:
+    """The schema of an overload such as `torch.ops.aten.add.Tensor`: names and kinds of what it takes and gives."""
+    return target._schema
+
+
+def overload_for(name: str, args: list[Any], kwargs: dict[str, Any]) -> str:
+    """The overload of an ATen operator that torch would choose for arguments of these kinds, "default" for none.
+
+    Raises:
+        RuntimeError: none fits.
+    """
+    return str(torch._C._jit_resolve_packet(f"aten::{name}", *args, **kwargs) or "default")
+
+
+def _check_calls() -> None:
+    module, seen = nn.Identity(), []
+
+    def noting(value: int) -> Any:
+        seen.append(value)
+        return call_as_usual(module, value)
+
+    call_by(module, noting)
+    answer = module(3)
+    call_by_itself(module)
+    if (answer, module(4), seen) != (3, 4, [3]):
+        raise _unexpected("calls modules in another way")
+    if not {"_parameters", "_buffers", "_modules", "training"} <= MODULE_FIELDS:
+        raise _unexpected("keeps a module's parts in another way")
+
+
+def _check_operators() -> None:
+    target = torch.ops.aten.add_.Tensor
+    if not isinstance(target, OpOverload) or schema_of(target).name != "aten::add_" or not schema_of(target).is_mutable:
+        raise _unexpected("describes operators in another way")
+    if torch.Tag.pointwise not in torch.ops.aten.relu.default.tags:
+        raise _unexpected("tags operators in another way")
+    if overload_for("add", [torch.empty(1, device="meta"), 1], {}) not in ("Tensor", "Scalar"):
+        raise _unexpected("chooses overloads in another way")
+
+
+def _check_dispatch() -> None:
+    seen = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(schema_of(func).name)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.empty(2, device="meta")
+    with Noting():
+        torch.neg(x)
+    if seen != ["aten::neg"]:
+        raise _unexpected(f"dispatches one call as {seen}")
+    leaves, _ = tree_flatten(({"a": [1]}, 2))
+    if leaves != [1, 2] or tree_map(str, [1, {"a": 2}]) != ["1", {"a": "2"}]:
+        raise _unexpected("walks containers in another way")
+
+
+for _check in (_check_calls, _check_operators, _check_dispatch):
+    try:
+        _check()
+    except UnexpectedTorchError:
+        raise
+    except Exception as error:
+        raise _unexpected(f"does not do what is expected of it ({type(error).__name__}: {error})") from error

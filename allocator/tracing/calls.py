@@ -1,0 +1,168 @@
+"""What a recorded forward is made of: tensors, calls, and the trace that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from allocator.tracing.operators import FUNCTIONS, Declaration, Operator, operator_of
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A tensor in a recorded call: an index into `Trace.values`."""
+
+    index: int
+
+
+@dataclass(slots=True)
+class Value:
+    """A tensor that was seen.
+
+    Attributes:
+        shape: its sizes.
+        dtype: its dtype.
+        name: the name of the parameter or buffer it is, or None for an activation.
+        base: the value whose memory it is a view of, or None.
+        literal: its numbers, where the forward wrote them down (`torch.tensor(8)`).
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    name: str | None = None
+    base: int | None = None
+    literal: tuple[Any, ...] = ()
+
+
+@dataclass(slots=True)
+class Call:
+    """A call seen above the dispatcher, kept because it counts or flows as one."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Op:
+    """One ATen call.
+
+    Attributes:
+        index: position in `Trace.ops`.
+        target: the overload, such as `aten.convolution.default`.
+        args, kwargs: as called, with a `Ref` in place of every tensor.
+        reads: indices into `Trace.values` of all tensors among them, in order.
+        outputs: indices into `Trace.values`.
+        module: path of the innermost module that was running, "" for the model itself.
+        call: the composite call it is part of, or None.
+        operator: what torch says of `target`.
+        name: operator name without namespace or overload, such as `convolution`.
+    """
+
+    index: int
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    reads: tuple[int, ...]
+    outputs: tuple[int, ...]
+    module: str
+    call: Call | None
+    operator: Operator = field(init=False, repr=False)
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.operator = operator_of(self.target)
+        self.name = self.operator.name
+
+    @property
+    def declared(self) -> Declaration:
+        """What this package knows of the operator."""
+        return self.operator.declared
+
+    def arg(self, name: str) -> Any:
+        """An argument by its name in the schema, or its default."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        position, default = self.operator.arguments.get(name, (len(self.args), None))
+        return self.args[position] if position < len(self.args) else default
+
+    def inputs(self) -> tuple[int, ...]:
+        """Indices of all tensors it read, in order."""
+        return self.reads
+
+    def writes(self) -> bool:
+        """Whether it changes one of its inputs in place."""
+        return self.operator.writes
+
+    def takes_apart(self) -> bool:
+        """Whether it gives views of its input in a list."""
+        inside = self.call is not None and FUNCTIONS[self.call.name].takes_apart and bool(self.reads)
+        return inside or self.operator.lists_views
+
+    def __str__(self) -> str:
+        return f"{self.target} in {self.module or 'the model'}"
+
+
+@dataclass(slots=True)
+class Trace:
+    """A recorded forward.
+
+    Attributes:
+        ops: all ATen calls in order.
+        values: all tensors; `outputs` and `Op.outputs` index into it.
+        outputs: tensors that the model returned.
+        calls: composite calls in order.
+        modules: by path those of the model that was given; a copy of them ran, and is gone.
+        mode: "meta", "fake" or "real": what the tensors were.
+        training: whether the model was in train mode.
+    """
+
+    ops: list[Op]
+    values: list[Value]
+    outputs: list[int]
+    calls: list[Call]
+    modules: dict[str, nn.Module] = field(repr=False)
+    mode: str
+    training: bool = False
+
+    def live(self, gone: Collection[int] = frozenset()) -> list[Op]:
+        """Calls that the outputs depend on, in order; those that only serve values in `gone` do not count.
+
+        As torch's own tracer has it, whose graphs fvcore counts: a write into what the model was given, or into
+        a tensor that a live call takes apart into a list, is never lost.
+        """
+        lists = [op for op in self.ops if op.takes_apart()]
+        shared = set(range(len(self.values))).difference(*(set(op.outputs) - set(op.reads) for op in self.ops))
+        while True:
+            live = self._needed(gone, shared | {self.root(op.reads[0]) for op in lists})
+            indices = {op.index for op in live}
+            still = [op for op in lists if op.index in indices]
+            if len(still) == len(lists):
+                return live
+            lists = still
+
+    def _needed(self, gone: Collection[int], shared: set[int]) -> list[Op]:
+        wanted = set(self.outputs)
+        memory = shared | {self.root(i) for i in wanted}
+        live = []
+        for op in reversed(self.ops):
+            written = op.writes() and any(self.root(i) in memory for i in op.outputs)
+            if (written or not wanted.isdisjoint(op.outputs)) and not any(i in gone for i in op.outputs):
+                live.append(op)
+                wanted.update(i for i in op.inputs() if i not in gone)
+                memory.update(self.root(i) for i in op.inputs() if i not in gone)
+        return live[::-1]
+
+    def root(self, index: int) -> int:
+        """The value that owns a value's memory, so that a write into a view is a write into what it views."""
+        base = self.values[index].base
+        return index if base is None else base
+
+    def __str__(self) -> str:
+        lines = [f"{op.index:5d} {op.target} {[self.values[i].shape for i in op.outputs]}" for op in self.ops]
+        return "\n".join(lines)
