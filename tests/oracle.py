@@ -175,7 +175,7 @@ class Claim:
     def floors(self) -> list[np.ndarray]:
         """Labels of which one must stay: those that the rules noted, and every dim as a whole."""
         dims = [label for labels in self.tensors.values() for label in labels if label is not None]
-        return [*(floor.label for floor in self.facts.at_least if floor.count == 1), *dims]
+        return [*(floor.label for floor in self.facts.at_least if floor.minimum == 1), *dims]
 
 
 def claim(case: Case, *, inference: bool = False, training: bool = False) -> Claim:
@@ -192,7 +192,8 @@ def claim(case: Case, *, inference: bool = False, training: bool = False) -> Cla
     outputs, trace.outputs = trace.outputs, []
     facts = Facts()
     with mock.patch.object(analysis, "Flow", type("Seeded", (_Seeded,), {"seeds": seeds})):
-        flow = analysis.run_rules(trace, slots, facts, Options(**case.options))
+        options = Options(**case.options)  # type: ignore[arg-type]
+        flow = analysis.run_rules(trace, slots, facts, options)
     classes, stuck = _classes(facts, seeds)
     return Claim(
         operators={_plain(op.target) for op in trace.ops[len(data) :]},

@@ -29,11 +29,11 @@ class Frozen(NamedTuple):
 
 
 class AtLeast(NamedTuple):
-    """At least `count` of these slots must stay, because of what happens in a module."""
+    """At least `minimum` of these slots must stay, because of what happens in a module."""
 
     label: np.ndarray
     module: str
-    count: int = 1
+    minimum: int = 1
 
 
 class Written(NamedTuple):

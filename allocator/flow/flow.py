@@ -162,7 +162,7 @@ class Flow:
         Two of them stay: views and einsum take a dim of one head to be no dim, and merge it with others.
         """
         self._counts_heads[label] = True
-        self.floor(label, op, count=2)
+        self.floor(label, op, minimum=2)
 
     def produce(self, label: Label, op: Op, weight_value: int) -> None:
         """Labels of neurons that a parameter writes; they are what can be removed."""
@@ -220,9 +220,9 @@ class Flow:
         for index in op.outputs:
             self.set(index, [None] * len(self.shape(index)))
 
-    def floor(self, label: np.ndarray, op: Op, count: int = 1) -> None:
+    def floor(self, label: np.ndarray, op: Op, minimum: int = 1) -> None:
         """At least so many of these slots must be kept."""
-        self.facts.at_least.append(AtLeast(label, op.module, count))
+        self.facts.at_least.append(AtLeast(label, op.module, minimum))
 
     def note_gamma(self, weight_value: int) -> None:
         """This vector scales the channels of a norm."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -12,9 +12,9 @@ from allocator.flow.facts import Facts
 from allocator.flow.labels import FROZEN, Slots
 
 
-def components(total: int, ties: Iterable[Sequence[np.ndarray]]) -> np.ndarray:
+def components(total: int, ties: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """(total,) the number of each slot's connected component, where slots in the same place of a tie are linked."""
-    pairs = [(tie[0].reshape(-1), tie[1].reshape(-1)) for tie in ties]
+    pairs = [(a.reshape(-1), b.reshape(-1)) for a, b in ties]
     rows, cols = (np.concatenate([np.zeros(0, int), *(pair[i] for pair in pairs)]) for i in range(2))
     links = coo_matrix((np.ones(len(rows), dtype=np.int8), (rows, cols)), shape=(total, total)).tocsr()
     return np.asarray(connected_components(links, directed=False)[1])
@@ -26,7 +26,7 @@ def number_neurons(slots: Slots, facts: Facts) -> tuple[np.ndarray, np.ndarray, 
     Returns:
         (slots,) the component of each slot, (slots,) the neuron of each slot or -1, and how many neurons there are.
     """
-    ties: list[Sequence[np.ndarray]] = list(facts.ties)
+    ties = [(tie.a, tie.b) for tie in facts.ties]
     for frozen in facts.frozen:
         label = np.unique(frozen.label)
         ties.append((label, np.full(len(label), FROZEN)))

@@ -230,8 +230,7 @@ def linear(flow: Flow, op: Op) -> None:
 def _batched_product_flops(flow: Flow, op: Op) -> list[Product]:
     """Those of a `multi_head_attention_forward` without weights stand for a fused call, which fvcore does not count."""
     call = op.call
-    fused = call is not None and call.name == "multi_head_attention_forward"
-    if fused and not call.kwargs.get("need_weights", True):
+    if call is not None and call.name == "multi_head_attention_forward" and not call.kwargs.get("need_weights", True):
         return []
     return _product_flops(flow, op)
 

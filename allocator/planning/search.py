@@ -200,13 +200,13 @@ def _floors(graph: ChannelGraph, scores: Scores, free: np.ndarray) -> np.ndarray
     """The best neurons of every layer, part and attention that would otherwise be left with too few."""
     forced = np.zeros(graph.size, dtype=bool)
     # Those of one neuron first: most layers have such a floor, and what it forces counts for the larger ones.
-    for label, module, count in sorted(graph.facts.at_least, key=lambda floor: floor.count):
+    for label, module, minimum in sorted(graph.facts.at_least, key=lambda floor: floor.minimum):
         if module in graph.optional:
             continue
         units = graph.unit_of_slot[label]
         free_here = (units >= 0) & free[units] & ~forced[units]
         loose = np.unique(units[free_here])
-        missing = count - int((~free_here).sum())
+        missing = minimum - int((~free_here).sum())
         if missing > 0:
             forced[loose[np.argsort(-scores.values[loose], kind="stable")[:missing]]] = True
     return forced

@@ -232,7 +232,7 @@ def _fixed(graph: ChannelGraph) -> tuple[int, tuple[Fixed, ...]]:
     """How many channels are written, and why some of them must stay: each counts for the first reason found."""
     written = np.unique(np.concatenate([np.zeros(0, int), *(label for label, _ in graph.facts.written)]))
     stuck = written[graph.unit_of_slot[written] < 0]
-    component = components(graph.slots.total, graph.facts.ties)
+    component = components(graph.slots.total, [(tie.a, tie.b) for tie in graph.facts.ties])
     why: dict[int, tuple[str, str]] = {}
     for label, module, reason in graph.facts.frozen:
         for each in np.unique(component[label]).tolist():

@@ -224,7 +224,7 @@ def _zeroed_rows(graph: ChannelGraph, kept: np.ndarray) -> Rows:
     for label in graph.facts.read:
         slots[label] = True
     if graph.facts.computed_ties:
-        together = components(graph.slots.total, graph.facts.computed_ties)
+        together = components(graph.slots.total, [(tie.a, tie.b) for tie in graph.facts.computed_ties])
         slots = np.isin(together, np.unique(together[slots]))
     for label in graph.facts.multiplied:
         units = np.unique(graph.units(label))
