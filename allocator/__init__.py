@@ -11,7 +11,7 @@ from pathlib import Path
 if not (Path(__file__).parent / "adapters").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
-from allocator.api import Result, allocate, apply, plan, rewrite, score, trace, verify
+from allocator.api import allocate, apply, plan, rewrite, score, trace, verify
 from allocator.cost.latency import Latency, latency
 from allocator.errors import (
     AdapterError,
@@ -46,8 +46,10 @@ from allocator.io.files import load_model, save_model
 from allocator.io.models import build
 from allocator.io.results import load_result as load
 from allocator.io.results import save_result as save
+from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
-from allocator.scoring.criteria import Scores, criterion
+from allocator.scoring.registry import criterion
+from allocator.scoring.scores import Scores
 from allocator.verifying.certificate import Certificate
 
 __all__ = [

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 import allocator
 from allocator.rewriting.kept import kept_by
 from allocator.rewriting.lineage import LINEAGE_ATTRIBUTE
+from allocator.settings import Groups, Norms, Scope
 
 TOLERANCE = 1e-9
 
@@ -41,9 +42,9 @@ class Case:
     spec: Spec
     share: float
     policy: str = "per_block"
-    scope: str = "auto"
-    groups: str = "whole"
-    norms: str = "exact"
+    scope: Scope = "auto"
+    groups: Groups = "whole"
+    norms: Norms = "exact"
     criterion: str = "bn_scale"
     fill: bool = True
     exclude: tuple[str | type, ...] = ()

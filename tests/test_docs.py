@@ -18,7 +18,7 @@ from docs_blocks import PAGES, ROOT, Page
 import allocator
 from allocator import adapters
 from allocator.cli import make_parser
-from allocator.scoring.criteria import CRITERIA
+from allocator.scoring.registry import CRITERIA
 from allocator.tracing.operators import DECLARATIONS, operator_of
 
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]

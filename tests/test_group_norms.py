@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import allocator
 from allocator.io.files import load_model
+from allocator.settings import Scope
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::allocator.AllocatorWarning"),
@@ -39,7 +40,7 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("scope", ["inner", "all"])
-def test_whole_groups_go(affine: bool, scope: str) -> None:
+def test_whole_groups_go(affine: bool, scope: Scope) -> None:
     model: Any = trained(Block(affine=affine))
     with untouched(model):
         result = allocator.allocate(model, "50%", example_inputs=IMAGE, scope=scope)

@@ -143,7 +143,9 @@ def test_an_allocation_is_applied_out_of_a_result_too(saved: Path) -> None:
         ({"attributes": {"0": 7}}, "attributes of 0"),
         ({"input_shapes": [["a"]]}, "input shapes"),
         ({"flops_after": "many"}, "flops_after is a str"),
-        ({"format": 2}, "has format 2"),
+        ({"format": 4}, "has format 4"),
+        ({"costs": {"flops": 7}, "format": 3}, "costs in flops"),
+        ({"costs": {"flops": {"after": "many"}}, "format": 3}, "costs in flops"),
     ],
 )
 def test_allocations_of_the_wrong_types_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

@@ -25,7 +25,7 @@ from allocator.cli.plan import add_plan_options, check_report
 if TYPE_CHECKING:
     from torch import nn
 
-    from allocator.api import Result
+    from allocator.result import Result
 
 _EXAMPLE = """\
   allocator-cli allocate torchvision:resnet50 --flops 60% -o small.pt

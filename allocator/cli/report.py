@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from allocator.graph.channel_graph import ChannelGraph
     from allocator.reporting import Point, Summary
-    from allocator.scoring.criteria import Scores
+    from allocator.scoring.scores import Scores
 
 _EXAMPLE = """\
   allocator-cli report torchvision:googlenet

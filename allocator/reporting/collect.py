@@ -12,10 +12,10 @@ from allocator.flow.labels import FROZEN
 from allocator.graph.blocks import Block, Branch
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.graph.neurons import components
-from allocator.planning.search import least_flops
+from allocator.planning.problem import least
 from allocator.reporting.facts import SHARED, BlockFacts, BranchFacts, Budget, Fixed, Histogram, Point, Summary, Totals
 from allocator.reporting.lanes import lanes, places
-from allocator.scoring.criteria import Scores
+from allocator.scoring.scores import Scores
 
 if TYPE_CHECKING:
     from allocator.cost.latency import Latency
@@ -67,7 +67,7 @@ def summarise(
         free=written - sum(each.channels for each in fixed),
         fixed=fixed,
         criterion=None if scores is None else scores.criterion,
-        reachable={} if scores is None or not graph.size else least_flops(graph, scores),
+        reachable={} if scores is None or not graph.size else least(graph, scores, "flops"),
         blocks=collector.blocks(),
         outside=collector.outside(everything),
         outside_kept=None if kept is None else collector.outside(kept),

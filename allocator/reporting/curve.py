@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from allocator.cost.budget import Budget, Budgets
 from allocator.errors import BudgetError, NothingToAllocateError
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.planning.search import POLICIES, make_plan
+from allocator.planning.plan import Plan, make_plan
 from allocator.reporting.collect import importance
 from allocator.reporting.facts import Point
-from allocator.scoring.criteria import Scores
+from allocator.scoring.scores import Scores
 
 STEPS = 12
 
@@ -20,7 +21,7 @@ def pareto(
     graph: ChannelGraph,
     scores: Scores,
     *,
-    policies: Sequence[str] = POLICIES,
+    policies: Sequence[str] = ("per_block", "global", "uniform"),
     scope: str = "all",
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Point, ...]:
@@ -51,15 +52,20 @@ def _curve(graph: ChannelGraph, scores: Scores, policy: str, scope: str) -> Iter
     own = graph.flops
     if importance(scores, np.ones(graph.size, dtype=bool)) is None or not own:
         return
+
+    def plan_at(limit: float) -> Plan:
+        budgets = Budgets([Budget(graph.metric("flops"), limit)])
+        return make_plan(graph, scores, budgets, policy=policy, scope=scope)
+
     try:
-        make_plan(graph, scores, 1.0, policy=policy, scope=scope)
+        plan_at(1.0)
         return
     except NothingToAllocateError:
         return
     except BudgetError as error:
         least = error.reachable or own
     for budget in np.linspace(least, own, STEPS):
-        plan = make_plan(graph, scores, float(budget), policy=policy, scope=scope)
+        plan = plan_at(float(budget))
         share = importance(scores, plan.kept)
         if share is not None:
-            yield Point(policy, plan.flops / own, share)
+            yield Point(policy, graph.metric("flops").value(plan.kept) / own, share)

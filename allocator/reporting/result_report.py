@@ -16,8 +16,8 @@ from allocator.reporting.text import bar
 from allocator.reporting.words import change, printable
 
 if TYPE_CHECKING:
-    from allocator.api import Result
     from allocator.reporting import Summary
+    from allocator.result import Result
 
 _SUMS = ("sum", "product")
 

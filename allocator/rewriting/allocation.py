@@ -14,7 +14,9 @@ import numpy as np
 from allocator.disk import write_text
 from allocator.errors import AllocationMismatchError, FileError
 
-FORMAT = 1
+FORMAT = 3
+READABLE = (1, 2, FORMAT)
+"""Formats 1 and 2 knew one budget, of FLOPs, in fields of its own."""
 Indices = list[Any]
 """Original indices kept of one dim, in order; one row per output for a grouped weight's dim 1."""
 
@@ -30,7 +32,8 @@ class Allocation:
         attributes: per module path, attributes and their new values.
         absent: paths of layers that are gone.
         architecture: hash of the names and shapes of the model it was made for.
-        flops_asked, flops_before, flops_after: FLOPs as fvcore counts them.
+        costs: per metric ("flops" as fvcore counts them, and every other that had a budget) what was asked, and what it
+            is before and after.
         policy, criterion, scope, groups, norms: how it was made.
         blocks: per aggregation block its name, kind and branches with channels before and after.
         input_shapes: the shapes that the FLOPs hold for.
@@ -41,9 +44,7 @@ class Allocation:
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
     architecture: str = ""
-    flops_asked: float = 0
-    flops_before: int = 0
-    flops_after: int = 0
+    costs: dict[str, dict[str, Any]] = field(default_factory=dict)
     policy: str = ""
     criterion: str = ""
     scope: str = ""
@@ -52,6 +53,21 @@ class Allocation:
     blocks: list[dict[str, Any]] = field(default_factory=list)
     input_shapes: list[list[int]] = field(default_factory=list)
     parts: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def flops_asked(self) -> float:
+        """The budget in FLOPs, as fvcore counts them; 0 where there was none."""
+        return float(self.costs.get("flops", {}).get("asked") or 0)
+
+    @property
+    def flops_before(self) -> int:
+        """FLOPs of the network it was made for."""
+        return int(self.costs.get("flops", {}).get("before") or 0)
+
+    @property
+    def flops_after(self) -> int:
+        """FLOPs of what it leaves."""
+        return int(self.costs.get("flops", {}).get("after") or 0)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, with the format version."""
@@ -66,11 +82,13 @@ class Allocation:
         """
         if not isinstance(data, dict) or "kept" not in data:
             raise FileError("this is not an allocation: it has no field 'kept'")
-        if data.get("format") != FORMAT:
+        if data.get("format") not in READABLE:
             raise FileError(
-                f"the allocation has format {data.get('format')!r}, this version reads {FORMAT}: "
+                f"the allocation has format {data.get('format')!r}, this version reads up to {FORMAT}: "
                 "install the version of neuron-allocator that wrote it"
             )
+        if data["format"] < FORMAT:
+            data = _from_one_budget(data)
         known = {f.name for f in fields(cls)}
         allocation = cls(**{key: value for key, value in data.items() if key in known})
         allocation._check_types()
@@ -116,6 +134,12 @@ class Allocation:
         for path, values in self.attributes.items():
             if not isinstance(values, dict):
                 raise FileError(f"the allocation's attributes of {path} are not a mapping")
+        for name, figures in self.costs.items():
+            numbers = isinstance(figures, dict) and all(
+                isinstance(n, (int, float, type(None))) for n in figures.values()
+            )
+            if not numbers:
+                raise FileError(f"the allocation's costs in {name} are not numbers")
         if not all(isinstance(path, str) for path in self.absent):
             raise FileError("the allocation's absent layers are not a list of names")
         if not all(isinstance(shape, (list, tuple)) and _is_indices(list(shape)) for shape in self.input_shapes):
@@ -168,7 +192,7 @@ class Allocation:
         kept = {name: dims for name, dims in kept.items() if name.rpartition(".")[0] not in absent}
         merged = {path: values for path, values in merged.items() if path not in absent}
         rest = {**second.to_dict(), "kept": kept, "attributes": merged, "absent": absent}
-        rest |= {"architecture": self.architecture, "flops_before": self.flops_before}
+        rest |= {"architecture": self.architecture, "costs": _compose_costs(self.costs, second.costs)}
         rest["blocks"] = _compose_blocks(self.blocks, second.blocks)
         rest["parts"] = [part for each in (self, second) for part in each.parts or [each.to_dict()]]
         return Allocation.from_dict(rest)
@@ -200,6 +224,24 @@ def _compose(name: str, first: Indices | None, second: Indices | None, rows: Ind
         b = np.broadcast_to(b, (len(a), b.shape[-1]))
         return list(np.take_along_axis(a, b, axis=1).tolist())
     return list(a[b].tolist())
+
+
+def _from_one_budget(data: dict[str, Any]) -> dict[str, Any]:
+    """Data of formats 1 and 2 in the present one."""
+    figures = {key: data[f"flops_{key}"] for key in ("asked", "before", "after") if f"flops_{key}" in data}
+    for key, value in figures.items():
+        if not isinstance(value, (int, float)):
+            raise FileError(f"the allocation's flops_{key} is a {type(value).__name__}, not a number")
+    return {**data, "format": FORMAT, "costs": {"flops": figures}}
+
+
+def _compose_costs(first: dict[str, dict[str, Any]], second: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the second asked for and left, of what there was before the first."""
+    costs = {}
+    for name, figures in second.items():
+        before = first.get(name, figures).get("before", figures.get("before"))
+        costs[name] = {**figures, "before": before}
+    return costs
 
 
 def _compose_blocks(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Which indices the kept neurons leave of every tensor, and which neurons an allocation keeps."""
+"""Which neurons of a graph an allocation keeps."""
 
 from __future__ import annotations
 
@@ -6,25 +6,6 @@ import numpy as np
 
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.rewriting.allocation import Allocation
-
-
-def kept_of(graph: ChannelGraph, kept: np.ndarray) -> dict[str, list[np.ndarray | None]]:
-    """Per parameter and dim, the indices that stay, or None where all do.
-
-    Args:
-        graph: the model's neurons.
-        kept: (graph.size,) bool, which neurons stay.
-    """
-    stays = graph.stays(kept)
-    starts, left = graph.slots.starts, np.flatnonzero(stays)
-    losing = np.unique(np.searchsorted(starts, np.flatnonzero(~stays), side="right") - 1).tolist()
-    ends = np.searchsorted(left, [*starts.tolist(), len(stays)]).tolist()
-    result: dict[str, list[np.ndarray | None]] = {}
-    for i in losing:
-        start, name, dim = graph.slots.names[i]
-        dims = result.setdefault(name, [None] * len(graph.slots.shapes[name]))
-        dims[dim] = left[ends[i] : ends[i + 1]] - start
-    return result
 
 
 def kept_by(graph: ChannelGraph, allocation: Allocation) -> np.ndarray | None:

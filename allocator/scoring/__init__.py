@@ -1,1 +1,5 @@
-"""Criteria: how much each neuron matters."""
+"""Criteria: how much each neuron matters. Importing this package fills the table of those that come with it."""
+
+from allocator.scoring import weights
+
+__all__ = ["weights"]

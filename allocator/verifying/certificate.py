@@ -14,7 +14,7 @@ from allocator.flow.labels import FROZEN
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.graph.neurons import components
 from allocator.modules import tensor_names
-from allocator.rewriting.kept import kept_of
+from allocator.rewriting.index_map import Maps, mapped_shape
 from allocator.tracing.inputs import device_of
 from allocator.verifying.float64 import Draw, Rows, part_of, run_float64
 
@@ -99,15 +99,43 @@ class Comparison:
     drawn: bool = False
 
 
-def names_and_shapes_match(graph: ChannelGraph, kept: np.ndarray, small: nn.Module) -> bool:
-    """Whether a rewritten model has the tensors that the kept neurons call for, and no others."""
-    indices = kept_of(graph, kept)
+def certify(
+    graph: ChannelGraph, kept: np.ndarray, maps: Maps, small: nn.Module, *, seed: int = 0, numeric: bool = True
+) -> Certificate:
+    """The certificate of a rewritten model that passed the structural check.
+
+    Args:
+        graph: the original's neurons.
+        kept: (neurons,) bool, which of them it kept.
+        maps: where each index of its tensors comes from.
+        small: the rewritten model.
+        seed: of the input that the two are compared on.
+        numeric: compare weights and float64 outputs too.
+    """
+    shapes = _input_shapes(graph)
+    if not numeric:
+        return Certificate(True, None, graph.exact, seed, shapes, 0)
+    same = weights_match(graph, maps, small)
+    found = compare_outputs(graph, kept, maps, small, seed)
+    return Certificate(True, found.error, graph.exact, seed, shapes, found.outputs, same, found.effect, found.drawn)
+
+
+def no_certificate(graph: ChannelGraph, seed: int = 0) -> Certificate:
+    """The certificate of a model that did not pass the structural check."""
+    return Certificate(False, None, graph.exact, seed, _input_shapes(graph), 0)
+
+
+def _input_shapes(graph: ChannelGraph) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(t.shape) for t in graph.inputs.tensors())
+
+
+def names_and_shapes_match(graph: ChannelGraph, maps: Maps, small: nn.Module) -> bool:
+    """Whether a rewritten model has the tensors that the maps call for, and no others."""
     found = tensor_names(small)
-    empty = {name for name, dims in indices.items() if any(d is not None and not len(d) for d in dims)}
+    empty = {name for name, dims in maps.items() if any(dim is not None and not len(dim) for dim in dims)}
     gone = {name.rpartition(".")[0] for name in empty}
     for name, shape in graph.slots.shapes.items():
-        dims = indices.get(name, [None] * len(shape))
-        expected = tuple(n if d is None else len(d) for n, d in zip(shape, dims, strict=True))
+        expected = mapped_shape(shape, maps[name]) if name in maps else shape
         tensor = found.pop(name, None)
         if tensor is None and name.rpartition(".")[0] in gone:
             continue
@@ -116,25 +144,22 @@ def names_and_shapes_match(graph: ChannelGraph, kept: np.ndarray, small: nn.Modu
     return not found
 
 
-def weights_match(model: nn.Module, small: nn.Module, graph: ChannelGraph, kept: np.ndarray) -> bool:
-    """Whether every tensor of the rewritten model is, bit for bit, the part of the original's that stays.
+def weights_match(graph: ChannelGraph, maps: Maps, small: nn.Module) -> bool:
+    """Whether every tensor of the rewritten model is, bit for bit, the part of the original's that the maps name.
 
     The indices come from the graph's neurons, not from the allocation that the rewrite followed. One tensor
     is copied at a time.
 
     Args:
-        model: the original network.
-        small: the rewritten one; its names and shapes are taken as checked.
         graph: the original's neurons.
-        kept: (neurons,) bool.
+        maps: where each index comes from.
+        small: the rewritten model; its names and shapes are taken as checked.
     """
-    indices = kept_of(graph, kept)
     found = tensor_names(small)
-    return all(
-        _same_bits(part_of(tensor.detach(), indices.get(name, ())), found[name].detach())
-        for name, tensor in tensor_names(model).items()
-        if name in found
-    )
+    for name, tensor in graph.tensors.items():
+        if name in found and not _same_bits(part_of(tensor.detach(), maps.get(name, ())), found[name].detach()):
+            return False
+    return True
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -147,7 +172,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(flat_a, flat_b)
 
 
-def compare_outputs(model: nn.Module, small: nn.Module, graph: ChannelGraph, kept: np.ndarray, seed: int) -> Comparison:
+def compare_outputs(graph: ChannelGraph, kept: np.ndarray, maps: Maps, small: nn.Module, seed: int) -> Comparison:
     """Compare the two models in float64 on one input drawn from the seed.
 
     Where neurons do not reach the outputs with the model's own weights, weights drawn from the seed are
@@ -155,32 +180,36 @@ def compare_outputs(model: nn.Module, small: nn.Module, graph: ChannelGraph, kep
     others may take another path.
 
     Args:
-        model: the original; every weight that reads a dropped neuron counts as zero.
-        small: the rewritten model.
-        graph: the original's neurons.
+        graph: the original's neurons; of its weights, every one that reads a dropped neuron counts as zero.
         kept: (neurons,) bool.
+        maps: where each index of the rewritten model's tensors comes from.
+        small: the rewritten model.
         seed: of the input, and of the weights where they are drawn.
     """
-    own = _compare(model, small, graph, kept, seed, drawn=False)
-    heard = own.effect >= MEASURABLE and not _silenced(model, graph)
-    if heard or kept.all() or graph.flow.trace.mode == "real":
+    own = _compare(graph, kept, maps, small, seed, drawn=False)
+    reached = own.effect >= MEASURABLE and not _silenced(graph)
+    if reached or kept.all() or graph.flow.trace.mode == "real":
         return own
-    drawn = _compare(model, small, graph, kept, seed, drawn=True)
+    drawn = _compare(graph, kept, maps, small, seed, drawn=True)
     if not np.isfinite(drawn.effect):
         return own
     return Comparison(max(own.error, drawn.error), drawn.effect, own.outputs, drawn=True)
 
 
-def _silenced(model: nn.Module, graph: ChannelGraph) -> bool:
+def _silenced(graph: ChannelGraph) -> bool:
     """Whether a norm's scale or a layer's weight is zero throughout: what it multiplies reaches no output."""
-    scales = {name for _, name in graph.facts.gammas}
-    named = model.named_parameters()
-    return any(not bool(p.any()) for name, p in named if p.numel() and (p.dim() > 1 or name in scales))
+    scales = {gamma.name for gamma in graph.facts.gammas}
+    for name, parameter in graph.model.named_parameters():
+        multiplies = parameter.dim() > 1 or name in scales
+        if multiplies and parameter.numel() and not bool(parameter.any()):
+            return True
+    return False
 
 
 def _compare(
-    model: nn.Module, small: nn.Module, graph: ChannelGraph, kept: np.ndarray, seed: int, *, drawn: bool
+    graph: ChannelGraph, kept: np.ndarray, maps: Maps, small: nn.Module, seed: int, *, drawn: bool
 ) -> Comparison:
+    model = graph.model
     draw = Draw(graph, seed) if drawn else None
     inputs = graph.inputs.noise(seed, device_of(model), torch.float64)
     if graph.flow.trace.mode == "real":
@@ -189,7 +218,7 @@ def _compare(
     told = not kept.all() and any(t.numel() for t in cut)  # a detector may find nothing: then nothing is compared
     effect = _difference(run_float64(model, inputs, draw=draw), cut) if told else 0.0
     if draw is not None:
-        draw = Draw(graph, seed, kept_of(graph, kept))
+        draw = Draw(graph, seed, maps)
     result = run_float64(small, inputs, draw=draw)
     return Comparison(_difference(cut, result), effect, len(cut))
 

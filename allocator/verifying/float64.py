@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import skeleton, tensor_names
+from allocator.rewriting.index_map import IndexMap, Maps
 from allocator.torch_private import tree_map
 from allocator.tracing.inputs import Inputs
 from allocator.tracing.operators import FUNCTIONS
@@ -27,11 +28,12 @@ Rows = dict[str, list[tuple[int, np.ndarray]]]
 COLUMNS = 4 << 20
 
 
-def part_of(tensor: torch.Tensor, dims: Sequence[np.ndarray | None]) -> torch.Tensor:
-    """The elements at the crossings of the indices of every dim; all of a dim where it has none."""
-    for dim, indices in enumerate(dims):
-        if indices is not None:
-            tensor = tensor[(slice(None),) * dim + (torch.as_tensor(indices, device=tensor.device),)]
+def part_of(tensor: torch.Tensor, maps: Sequence[IndexMap | None]) -> torch.Tensor:
+    """The elements at the crossings of the source indices of every dim; all of a dim that has no map."""
+    for dim, index_map in enumerate(maps):
+        if index_map is not None:
+            index = torch.as_tensor(index_map.source, device=tensor.device)
+            tensor = tensor[(slice(None),) * dim + (index,)]
     return tensor
 
 
@@ -90,8 +92,8 @@ class Draw:
     0.5..1.5, so that signals neither vanish nor grow on their way; of buffers only running statistics are drawn.
     """
 
-    def __init__(self, graph: ChannelGraph, seed: int, kept: dict[str, list[np.ndarray | None]] | None = None) -> None:
-        self.shapes, self.seed, self.kept = graph.slots.shapes, seed, kept or {}
+    def __init__(self, graph: ChannelGraph, seed: int, maps: Maps | None = None) -> None:
+        self.shapes, self.seed, self.maps = graph.slots.shapes, seed, maps or {}
 
     def __call__(self, name: str, own: torch.Tensor) -> torch.Tensor:
         shape = self.shapes[name]
@@ -104,7 +106,7 @@ class Draw:
             values += 0.5
         else:
             values = values.mul_(2).sub_(1).mul_((6 / max(math.prod(shape[1:]), 1)) ** 0.5)
-        return part_of(values, self.kept.get(name, ())).to(own.device)
+        return part_of(values, self.maps.get(name, ())).to(own.device)
 
 
 @contextlib.contextmanager

@@ -13,11 +13,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import nn
 
+from allocator.flow.facts import Facts
 from allocator.flow.flow import Flow
-from allocator.flow.labels import FROZEN, Label, Slots
+from allocator.flow.follow import RuleError, run_rules
+from allocator.flow.labels import Slots
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.modules import shapes_of
+from allocator.rewriting.index_map import Maps
 from allocator.tracing.calls import Op, Ref, Trace
+from allocator.tracing.record import ForwardError, record
+from allocator.verifying.image import Image
 
 
 @dataclass(frozen=True)
@@ -36,46 +43,36 @@ class Mismatch:
         return f"{self.op}: {self.what}"
 
 
-class Image:
-    """Maps slots of the rewritten model to slots of the original.
+def find_mismatch(graph: ChannelGraph, maps: Maps, small: nn.Module, *, copied: bool = False) -> Mismatch | None:
+    """Trace a rewritten model and compare it with the original, in eval and, where it differs, train mode.
 
     Args:
-        graph: the original's neurons.
-        kept: (neurons,) bool.
-        slots: slots of the rewritten model.
+        graph: of the original.
+        maps: where each index of the rewritten model's tensors should come from.
+        small: the rewritten model.
+        copied: `small` is a copy on meta tensors, to be used up.
     """
-
-    def __init__(self, graph: ChannelGraph, kept: np.ndarray, slots: Slots) -> None:
-        self.stays = graph.stays(kept)
-        self.origin = np.full(slots.total, -1)
-        self.origin[FROZEN] = FROZEN
-        left, before = np.flatnonzero(self.stays), np.append(0, np.cumsum(self.stays))
-        for name, shape in slots.shapes.items():
-            starts = graph.slots.base[name]
-            for old, n, new, size in zip(starts, graph.slots.shapes[name], slots.base[name], shape, strict=True):
-                own = left[before[old] : before[old + n]]
-                if len(own) == size:
-                    self.origin[new : new + size] = own
-        self._sizes: dict[int, int] = {}
-        self._same: set[tuple[int, int]] = set()
-
-    def size(self, label: np.ndarray) -> int:
-        """How many of these labels of the original stay; they are a value's own, known by their identity."""
-        known = self._sizes.get(id(label))
-        if known is None:
-            known = self._sizes[id(label)] = int(self.stays[label].sum())
-        return known
-
-    def holds(self, old: Label, new: Label) -> bool:
-        """Whether the new labels are the old ones that stay, in order."""
-        if old is None or new is None:
-            return old is None and new is None
-        key = (id(old), id(new))
-        if key not in self._same:
-            if not np.array_equal(old[self.stays[old]], self.origin[new]):
-                return False
-            self._same.add(key)
-        return True
+    slots = Slots.of(shapes_of(small))
+    image = Image(graph, maps, slots)
+    torn = image.keep_together(graph.facts.ties)
+    if torn is not None:
+        return Mismatch(graph.flow.trace.ops[torn.op], "what meets here is put into different orders")
+    for flow in graph.flows:
+        error: Exception | None = None
+        last = copied and flow is graph.flows[-1]
+        try:
+            mode, training = flow.trace.mode, flow.trace.training
+            trace = record(small, graph.inputs, mode, training=training, copied=last)
+        except ForwardError as raised:
+            trace, error = raised.partial, raised.cause
+        try:
+            new = run_rules(trace, slots, Facts(), graph.options)
+        except RuleError as failed:
+            new, error = failed.flow, failed
+        mismatch = compare(flow, new, image, graph.facts.groups, error)
+        if mismatch is not None:
+            return mismatch
+    return None
 
 
 def compare(

@@ -1,0 +1,106 @@
+"""Budgets: how much of a metric the smaller network may cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from allocator.cost.metric import Metric
+from allocator.errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A metric with a limit.
+
+    Attributes:
+        metric: what is limited.
+        limit: the most that may be kept of it, in its own unit.
+    """
+
+    metric: Metric
+    limit: float
+
+    def left(self, kept: np.ndarray) -> float:
+        """How much may still be added when the neurons with `kept` true are kept; negative where it is exceeded."""
+        return self.limit - self.metric.value(kept)
+
+
+class Budgets:
+    """Budgets that hold at once. All metrics grow with the kept neurons, so that what meets them can be bisected.
+
+    Args:
+        budgets: at least one.
+    """
+
+    def __init__(self, budgets: Sequence[Budget]) -> None:
+        self.each = tuple(budgets)
+
+    @property
+    def first(self) -> Budget:
+        """The one that was named first: its figures lead in messages."""
+        return self.each[0]
+
+    @property
+    def names(self) -> list[str]:
+        """The metrics that are limited."""
+        return [budget.metric.name for budget in self.each]
+
+    def met(self, kept: np.ndarray) -> bool:
+        """Whether a choice of neurons is within all of them."""
+        return all(budget.left(kept) >= 0 for budget in self.each)
+
+    def unmet(self, kept: np.ndarray) -> list[Budget]:
+        """Those that a choice of neurons exceeds."""
+        return [budget for budget in self.each if budget.left(kept) < 0]
+
+    def used(self, kept: np.ndarray) -> float:
+        """The share that is used of the budget that is nearest to its limit."""
+        return max(budget.metric.value(kept) / budget.limit for budget in self.each)
+
+    def on(self, metrics: Mapping[str, Metric]) -> Budgets:
+        """The same limits on other metrics of the same names, as those of a graph that a repair changed."""
+        return Budgets([Budget(metrics[budget.metric.name], budget.limit) for budget in self.each])
+
+    def with_first(self, limit: float) -> Budgets:
+        """With another limit for the first."""
+        return Budgets((Budget(self.first.metric, limit), *self.each[1:]))
+
+
+def parse_limit(name: str, asked: float | str, whole: int, unit: str) -> float:
+    """Read a budget: a number, or a share of the model's own such as "60%".
+
+    Args:
+        name: of the argument, for messages.
+        asked: what the caller gave.
+        whole: what the model itself costs.
+        unit: of the metric, in words.
+
+    Raises:
+        BudgetError: zero, negative, NaN, infinite or not a number.
+    """
+    try:
+        if isinstance(asked, str):
+            text = asked.strip()
+            value = whole * float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        else:
+            value = float(asked)
+    except (TypeError, ValueError, OverflowError):
+        raise BudgetError(
+            f"{name}={asked!r} is not a number: pass {unit} such as 4.2e9, or a share such as '60%'"
+        ) from None
+    if not math.isfinite(value) or value <= 0:
+        raise BudgetError(f"{name}={asked!r} must be positive and finite; the model's own {unit} are {whole:,}")
+    return value
+
+
+def parse_budgets(asked: Mapping[str, float | str], metrics: Mapping[str, Metric]) -> Budgets:
+    """Read budgets by the names of their metrics; raises like `parse_limit`."""
+    budgets = []
+    for name, figure in asked.items():
+        metric = metrics[name]
+        budgets.append(Budget(metric, parse_limit(name, figure, metric.whole, metric.unit)))
+    return Budgets(budgets)

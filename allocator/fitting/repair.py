@@ -1,0 +1,203 @@
+"""Where a rewritten forward does not fit: let an attribute follow, keep the parts of a split equal, or freeze."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from allocator import adapters
+from allocator.errors import RewriteError
+from allocator.flow.facts import Attribute
+from allocator.flow.flow import Flow
+from allocator.flow.options import Options, Place
+from allocator.graph.build import build_graph
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.planning.plan import Plan
+from allocator.rewriting.attributes import describes_itself
+from allocator.rewriting.describe import AttributeKey
+from allocator.tracing.calls import Op
+from allocator.verifying.structure import Mismatch, numbers_in
+
+# Attributes that count something else, even where they happen to equal a number of channels.
+_STRUCTURAL = frozenset({"groups", "num_heads", "stride", "padding", "dilation", "kernel_size", "training"})
+
+
+@dataclass
+class Mends:
+    """Module attributes that follow the kept channels, because the forward reads them as sizes.
+
+    Attributes:
+        pieces: per attribute the labels whose kept count is its value.
+        trial: the last ones, and the place (train mode, index) of the call that they are for.
+        wrong: those that did not help there.
+    """
+
+    pieces: dict[AttributeKey, np.ndarray] = field(default_factory=dict)
+    trial: tuple[tuple[bool, int], list[AttributeKey]] | None = None
+    wrong: set[AttributeKey] = field(default_factory=set)
+
+    def attributes(self) -> list[Attribute]:
+        """All of them."""
+        return [Attribute(path, name, (label,)) for (path, name), label in self.pieces.items()]
+
+    def judge(self, place: tuple[bool, int]) -> None:
+        """Take the last ones back if the forward got no further with them."""
+        if self.trial is not None and place <= self.trial[0]:
+            for key in self.trial[1]:
+                self.pieces.pop(key, None)
+                self.wrong.add(key)
+        self.trial = None
+
+    def forget(self, paths: set[str]) -> None:
+        """Take all of these modules back."""
+        for key in [key for key in self.pieces if key[0] in paths]:
+            del self.pieces[key]
+
+
+def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, notes: list[str]) -> ChannelGraph:
+    """Set an attribute, tie parts, or freeze; returns the graph to plan on.
+
+    Args:
+        graph: the neurons that were planned on.
+        plan: what was chosen of them.
+        mismatch: where the rewritten forward does not fit.
+        mends: attributes that follow; changed in place.
+        notes: what was done; added to.
+    """
+    op = mismatch.op
+    flow = next(flow for flow in graph.flows if any(op is other for other in flow.trace.ops))
+    mends.judge((flow.trace.training, op.index))
+    alike = _alike_modules(graph.modules, op.module)
+    attribute = _mend(_Scene(graph, flow, plan, mends), op, alike)
+    if attribute is not None:
+        notes.append(f"{attribute!r} of {type(graph.modules[op.module]).__name__} follows the kept channels")
+        return graph
+    if op.declared.stands_for == "split" and not alike <= graph.options.equal_parts:
+        notes.append(f"the parts of {op} stay equal: {mismatch.what}")
+        options = graph.options.equalising(alike)
+    else:
+        notes.append(f"the neurons at {op} stay: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
+        options = _freeze(graph, flow, op, plan)
+    mends.forget(alike)
+    return build_graph(graph.model, graph.inputs, options)
+
+
+# Attributes that follow -----------------------------------------------------------------------------
+
+
+@dataclass
+class _Scene:
+    """What there is to look at where a forward does not fit."""
+
+    graph: ChannelGraph
+    flow: Flow
+    plan: Plan
+    mends: Mends
+
+
+def _mend(scene: _Scene, op: Op, alike: set[str]) -> str | None:
+    """Let an attribute of the running module, and of all of its class, follow the kept channels; its name."""
+    found = _attribute_of_size(scene, op)
+    if found is None:
+        return None
+    name, fresh = found[0], []
+    for other in scene.flow.trace.ops:
+        if other.module not in alike or other.name != op.name:
+            continue
+        again = _attribute_of_size(scene, other, only=name)
+        if again is not None:
+            scene.mends.pieces[other.module, name] = again[1]
+            fresh.append((other.module, name))
+    scene.mends.trial = (scene.flow.trace.training, op.index), fresh
+    return name
+
+
+def _attribute_of_size(scene: _Scene, op: Op, only: str | None = None) -> tuple[str, np.ndarray] | None:
+    """An int attribute of the running module that equals the old size of a dim that shrinks, and the dim's labels."""
+    module = scene.graph.modules[op.module]
+    if describes_itself(module):
+        return None
+    stays = scene.graph.stays(scene.plan.kept)
+    taken = _taken(scene, op.module, module)
+    for label in _labels_of(scene.flow, op):
+        if stays[label].all():
+            continue
+        for name, current in vars(module).items():
+            if name in taken or (only is not None and name != only):
+                continue
+            counts_heads = name == "num_heads" and scene.flow.counts_heads(label)
+            if type(current) is int and current == len(label) and (name not in _STRUCTURAL or counts_heads):
+                return name, label
+    return None
+
+
+def _taken(scene: _Scene, path: str, module: nn.Module) -> set[str]:
+    """Attributes of a module that follow already, or were tried in vain."""
+    names = {each.name for each in scene.graph.facts.attributes if each.module == path}
+    names |= {name for owner, name in (*scene.mends.pieces, *scene.mends.wrong) if owner == path}
+    adapter = adapters.find(module)
+    if adapter is not None:
+        names |= adapters.sizes_of(path, module, adapter).keys()
+    return names
+
+
+def _labels_of(flow: Flow, op: Op) -> Iterable[np.ndarray]:
+    """Labels of all dims of what a call reads and gives."""
+    for value in (*op.inputs(), *op.outputs):
+        for label in flow.labels(value):
+            if label is not None:
+                yield label
+
+
+# What stays -----------------------------------------------------------------------------------------
+
+
+def _freeze(graph: ChannelGraph, flow: Flow, op: Op, plan: Plan) -> Options:
+    """Keep the neurons at a call; where it loses none (a number in it changed), those at the last before it.
+
+    The same call is meant in all modules of the class; where one of them is named a second time, all its calls.
+    """
+    stays = graph.stays(plan.kept)
+    ops = flow.trace.ops
+    for culprit in (op, *ops[: op.index][::-1], *ops[op.index :]):
+        if any(not stays[label].all() for label in _labels_of(flow, culprit)):
+            break
+    else:
+        raise RewriteError(f"the rewritten forward does not fit at {op}, though all its neurons stay")
+    place = flow.places[culprit.index]
+    named = {(other.module, other.operator) for other in graph.options.frozen}
+    call = None if (place.module, place.operator) in named else place.call
+    modules = _alike_modules(graph.modules, culprit.module)
+    return graph.options.freezing(Place(path, culprit.name, call) for path in modules)
+
+
+def _alike_modules(modules: dict[str, nn.Module], path: str) -> set[str]:
+    """Modules of the same class; for a layer of torch's own, those in the same place of the same class of block."""
+    block = path
+    while block and type(modules[block]).__module__.startswith("torch.nn."):
+        block = block.rpartition(".")[0]
+    block = block or path
+    places = {other + path[len(block) :] for other, module in modules.items() if type(module) is type(modules[block])}
+    return places & modules.keys()
+
+
+def _hint(module: nn.Module, flow: Flow, op: Op) -> str:
+    """Which attributes of the running module may be sizes that the forward reads, and how to say what they follow."""
+    sizes = {n for value in (*op.inputs(), *op.outputs) for n in flow.shape(value) if n > 1}
+    sizes |= {n for n in numbers_in((op.args, op.kwargs)) if type(n) in (int, float) and n not in (0, 1)}
+    held = []
+    for name, value in vars(module).items():
+        plain = not name.startswith("_") and type(value) in (int, float, list, tuple)
+        if plain and _any_of(value, sizes):
+            held.append(f"{name}={value!r}")
+    read = f"; its forward may read {', '.join(held)}" if held else ""
+    return f"{read}; {adapters.how_to(module)}"
+
+
+def _any_of(value: Any, sizes: Collection[Any]) -> bool:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return any(type(item) in (int, float) and item in sizes for item in items)

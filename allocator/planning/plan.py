@@ -1,0 +1,116 @@
+"""Which neurons to keep under a budget: the scope, then the policy's choice within it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+import allocator.planning.policies  # noqa: F401  (fills the table of policies)
+from allocator.cost.budget import Budget, Budgets
+from allocator.errors import BudgetError, NothingToAllocateError
+from allocator.graph.channel_graph import SCOPES, ChannelGraph
+from allocator.planning.policies.registry import find_policy
+from allocator.planning.problem import Problem, forced_neurons, free_neurons
+from allocator.planning.search import next_cost
+from allocator.scoring.scores import Scores
+from allocator.settings import DEFAULTS, check_choice
+
+CLOSE = 0.995
+"""A plan that uses less of its budget than this is too coarse, and a wider scope is tried."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice of neurons.
+
+    Attributes:
+        kept: (neurons,) bool.
+        budgets: that it meets.
+        scope: the scope it was made in.
+        policy: who competed with whom.
+        criterion: what ranked the neurons.
+        next_cost: what the cheapest further neuron costs of the first budget, or None if all are kept.
+    """
+
+    kept: np.ndarray
+    budgets: Budgets
+    scope: str
+    policy: str
+    criterion: str
+    next_cost: int | None
+
+
+def make_plan(
+    graph: ChannelGraph,
+    scores: Scores,
+    budgets: Budgets,
+    *,
+    policy: str = DEFAULTS.policy,
+    scope: str = DEFAULTS.scope,
+    fill: bool = DEFAULTS.fill,
+) -> Plan:
+    """Choose the neurons to keep.
+
+    Args:
+        graph: the model's neurons and their cost.
+        scores: their importance.
+        budgets: what may be kept at most.
+        policy: a registered name.
+        scope: "branches", "inner", "all", or "auto" for the narrowest of them that can meet the budgets and come
+            within 0.5 % of one (where none comes so close, the narrowest that can meet them).
+        fill: spend what is left on the next best neurons that fit.
+
+    Raises:
+        BudgetError: a budget cannot be met; says the smallest figure that can.
+        NothingToAllocateError: no neuron can be removed.
+        UnknownNameError: no such policy or scope.
+    """
+    choose = find_policy(policy)
+    check_choice("scope", scope, ("auto", *SCOPES))
+    least: list[np.ndarray] = []
+    coarse: Plan | None = None
+    for name in SCOPES if scope == "auto" else (scope,):
+        free = free_neurons(graph, scores, name)
+        if not free.any():
+            continue
+        forced = forced_neurons(graph, scores, free)
+        least.append(forced)
+        if not budgets.met(forced):
+            continue
+        problem = Problem(graph, scores, forced, budgets, fill)
+        kept = choose(problem)
+        plan = Plan(kept, budgets, name, policy, scores.criterion, next_cost(problem, kept))
+        if budgets.used(kept) >= CLOSE or not fill:
+            return plan
+        coarse = coarse or plan
+    if coarse is not None:
+        return coarse
+    if not least:
+        raise nothing(graph, scores, scope)
+    nearest = min(least, key=budgets.used)
+    exceeded = budgets.unmet(nearest)[0]
+    raise unmet(exceeded, scope, exceeded.metric.value(nearest))
+
+
+def unmet(budget: Budget, scope: str, reachable: int) -> BudgetError:
+    """The error for a budget that cannot be met, with the smallest figure that can."""
+    metric, whole = budget.metric, budget.metric.whole
+    return BudgetError(
+        f"{budget.limit:,.0f} {metric.unit} cannot be met with scope={scope!r}: the smallest that can be reached is "
+        f"{reachable:,} {metric.unit}, {100 * reachable / whole:.1f}% of the model's {whole:,}",
+        asked=budget.limit,
+        reachable=reachable,
+    )
+
+
+def nothing(graph: ChannelGraph, scores: Scores, scope: str) -> NothingToAllocateError:
+    """The error for a model of which nothing can go, with the reasons."""
+    reasons = [f"{reason} ({count} channels)" for reason, count in graph.reasons()]
+    unscored = int(np.isnan(scores.values).sum())
+    if unscored:
+        reasons.insert(0, f"{unscored} neurons have no score under criterion {scores.criterion!r}")
+    if graph.size and scope not in ("auto", "all"):
+        reasons.insert(0, f"{graph.size} neurons can only be removed in a wider scope than {scope!r}")
+    listed = "; ".join(reasons[:5]) or "the model has no convolution or linear layer whose outputs stay inside it"
+    return NothingToAllocateError(f"no neuron of the model can be removed: {listed}", reasons=reasons)

@@ -1,0 +1,5 @@
+"""Policies: who competes with whom. Importing this package fills the table of those that come with it."""
+
+from allocator.planning.policies import ordered
+
+__all__ = ["ordered"]

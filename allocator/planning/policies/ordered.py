@@ -1,0 +1,62 @@
+"""Policies that put neurons in order, and keep them while the budgets last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from allocator.planning.policies.registry import policy
+from allocator.planning.problem import Problem
+from allocator.planning.search import keep_in_order
+
+Thresholds = Callable[[Problem], np.ndarray]
+"""(neurons,) the width multiplier, from 0 to 1, from which on a neuron is kept."""
+
+
+def ordered(name: str) -> Callable[[Thresholds], Thresholds]:
+    """Register the policy that keeps neurons by ascending threshold; decorates the function that gives it."""
+
+    def register(thresholds: Thresholds) -> Thresholds:
+        @policy(name)
+        def choose(problem: Problem) -> np.ndarray:
+            return keep_in_order(problem, thresholds(problem))
+
+        return thresholds
+
+    return register
+
+
+@ordered("per_block")
+def per_block(problem: Problem) -> np.ndarray:
+    """One width multiplier for the network, the best in each block, so that its branches compete (ScaleNet's rule)."""
+    graph, values = problem.graph, problem.scores.values
+    return rank_within(graph.pool_of, values, rank_within(graph.branch_of, values))
+
+
+@ordered("global")
+def all_together(problem: Problem) -> np.ndarray:
+    """One ranking of all neurons; of equals, the best of each branch first."""
+    graph, values = problem.graph, np.nan_to_num(problem.scores.values)
+    everything = np.arange(graph.size)
+    order = np.lexsort((everything, rank_within(graph.branch_of, problem.scores.values), -values))
+    rank = np.empty(graph.size)
+    rank[order] = everything
+    return (rank + 0.5) / max(graph.size, 1)
+
+
+@ordered("uniform")
+def uniform(problem: Problem) -> np.ndarray:
+    """Every branch keeps the same share: the control that learned shares have to beat."""
+    return rank_within(problem.graph.branch_of, problem.scores.values)
+
+
+def rank_within(group: np.ndarray, values: np.ndarray, tie: np.ndarray | None = None) -> np.ndarray:
+    """(rank + 1/2) / size of each element in its group, best value first; ties by `tie`, then by index."""
+    n = len(group)
+    second = np.arange(n) if tie is None else tie
+    order = np.lexsort((np.arange(n), second, -np.nan_to_num(values), group))
+    _, start, size = np.unique(group[order], return_index=True, return_counts=True)
+    rank = np.empty(n)
+    rank[order] = (np.arange(n) - np.repeat(start, size) + 0.5) / np.repeat(size, size)
+    return rank

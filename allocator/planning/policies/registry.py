@@ -1,0 +1,44 @@
+"""The table of policies."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+import numpy as np
+
+from allocator.errors import UnknownNameError
+from allocator.planning.problem import Problem
+
+Choose = Callable[[Problem], np.ndarray]
+"""(neurons,) bool: a choice of neurons that meets the problem's budgets and keeps what is forced."""
+POLICIES: dict[str, Choose] = {}
+
+
+def policy(name: str) -> Callable[[Choose], Choose]:
+    """Register a policy: a function of the problem that gives the neurons to keep.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(choose: Choose) -> Choose:
+        if name in POLICIES:
+            raise ValueError(f"policy {name} is registered already")
+        POLICIES[name] = choose
+        return choose
+
+    return register
+
+
+def find_policy(name: str) -> Choose:
+    """The policy of this name.
+
+    Raises:
+        UnknownNameError: no such policy.
+    """
+    if name not in POLICIES:
+        near = difflib.get_close_matches(name, POLICIES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UnknownNameError(f"no policy {name!r}{hint} (there are {', '.join(POLICIES)})")
+    return POLICIES[name]

@@ -1,0 +1,45 @@
+"""What an allocation gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.reporting.result_report import Report
+from allocator.rewriting.allocation import Allocation
+from allocator.verifying.certificate import Certificate
+
+
+@dataclass
+class Result:
+    """What `allocate` gives.
+
+    Attributes:
+        model: the smaller network; same classes, same parameter names.
+        allocation: which neurons it kept, as data.
+        certificate: proof that it is the original minus the others.
+        graph: the original's neurons and blocks.
+        flops_asked, flops_before, flops_after: FLOPs as fvcore counts them.
+        next_cost: FLOPs of the cheapest further neuron, None if all are kept.
+        uncounted: operators that fvcore does not count, with the number of their calls.
+        notes: what was assumed, set or frozen on the way.
+        timings: seconds per stage.
+    """
+
+    model: nn.Module
+    allocation: Allocation
+    certificate: Certificate
+    graph: ChannelGraph
+    flops_asked: float
+    flops_before: int
+    flops_after: int
+    next_cost: int | None
+    uncounted: dict[str, int]
+    notes: list[str]
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def report(self) -> Report:
+        """A table of blocks and branches before and after: printable with rich, `to_dict()` for machines."""
+        return Report(self)

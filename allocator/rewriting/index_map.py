@@ -1,0 +1,104 @@
+"""Index maps: where each index of a dim of the smaller network comes from.
+
+A dim that loses channels keeps a subset of its indices, in order. That is one kind of map; one that puts them in
+another order is another, and so is one that repeats an index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from allocator.graph.channel_graph import ChannelGraph
+
+
+@dataclass(frozen=True, eq=False)
+class IndexMap:
+    """Per index of the new dim, the index of the old one that it comes from.
+
+    Attributes:
+        source: (new size,) int64.
+    """
+
+    source: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether it is a subset in its order, as dropping channels gives."""
+        return bool((np.diff(self.source) > 0).all())
+
+    def tolist(self) -> list[int]:
+        """The source indices, for a file."""
+        return [int(index) for index in self.source.tolist()]
+
+
+Maps = dict[str, list[IndexMap | None]]
+"""Per parameter or buffer that changes, one map per dim; None for a dim that stays as it is."""
+
+
+def maps_of(graph: ChannelGraph, kept: np.ndarray) -> Maps:
+    """The maps of a choice of neurons.
+
+    Args:
+        graph: the model's neurons.
+        kept: (neurons,) bool, which neurons stay.
+    """
+    stays = graph.stays(kept)
+    starts, left = graph.slots.starts, np.flatnonzero(stays)
+    losing = np.unique(np.searchsorted(starts, np.flatnonzero(~stays), side="right") - 1).tolist()
+    ends = np.searchsorted(left, [*starts.tolist(), len(stays)]).tolist()
+    maps: Maps = {}
+    for i in losing:
+        start, name, dim = graph.slots.names[i]
+        dims = maps.setdefault(name, [None] * len(graph.slots.shapes[name]))
+        dims[dim] = IndexMap(left[ends[i] : ends[i + 1]] - start)
+    return maps
+
+
+def mapped_shape(shape: Sequence[int], maps: Sequence[IndexMap | None]) -> tuple[int, ...]:
+    """Sizes of a tensor of this shape after its maps."""
+    return tuple(n if dim is None else len(dim) for n, dim in zip(shape, maps, strict=True))
+
+
+def take(tensor: torch.Tensor, sources: Sequence[Any]) -> torch.Tensor:
+    """The part of a tensor that an allocation names.
+
+    Args:
+        tensor: any tensor.
+        sources: per dim the source indices, None for all in order; for dim 1 possibly one row of them per index of
+            dim 0, as the groups of a convolution may read other columns each.
+    """
+    result = tensor.detach()
+    for dim, indices in enumerate(sources):
+        if indices is None:
+            continue
+        index = torch.as_tensor(np.asarray(indices, dtype=np.int64), device=tensor.device)
+        if index.dim() == 1:
+            result = result.index_select(dim, index)
+        else:
+            shape = (*index.shape, *result.shape[2:])
+            index = index.reshape(*index.shape, *([1] * (result.dim() - 2))).expand(shape)
+            result = result.gather(1, index)
+    if result.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return result.contiguous(memory_format=torch.channels_last)
+    return result
+
+
+def take_on_meta(tensor: torch.Tensor, sources: Sequence[Any]) -> torch.Tensor:
+    """A meta tensor of the size that `take` would give."""
+    sizes = [n if indices is None else length(indices) for n, indices in zip(tensor.shape, sources, strict=True)]
+    return torch.empty(sizes, dtype=tensor.dtype, device="meta")
+
+
+def length(indices: Sequence[Any]) -> int:
+    """How many source indices there are, or columns where there is a row of them per index of dim 0."""
+    if len(indices) and isinstance(indices[0], Sequence):
+        return len(indices[0])
+    return len(indices)

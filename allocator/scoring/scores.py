@@ -1,0 +1,94 @@
+"""Scores: how much each neuron matters, known by parameter index so that they outlast a change of what a neuron is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from allocator.errors import CriterionError
+from allocator.graph.channel_graph import ChannelGraph
+
+
+@dataclass(frozen=True)
+class SlotScores:
+    """Importance by slot, before it is known which slots make up a neuron.
+
+    A repair may freeze neurons, or make two of them one. Scores of slots are projected again after each, and no
+    criterion has to be run, and no data looked at, a second time.
+
+    Attributes:
+        slots: (entries,) which slot each entry belongs to; a slot may have any number of them.
+        values: (entries,) float64.
+        combine: how the entries that fall on a neuron make its score: their "mean", or their "sum".
+    """
+
+    slots: np.ndarray
+    values: np.ndarray
+    combine: Literal["mean", "sum"] = "mean"
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[np.ndarray, np.ndarray]], combine: Literal["mean", "sum"] = "mean") -> SlotScores:
+        """Of (slots, values) rows."""
+        slots, values = [np.zeros(0, int)], [np.zeros(0)]
+        for label, numbers in rows:
+            slots.append(label)
+            values.append(numbers)
+        return cls(np.concatenate(slots), np.concatenate(values), combine)
+
+    def on(self, graph: ChannelGraph) -> np.ndarray:
+        """(neurons,) the score of each neuron of a graph of the same model; NaN where no entry falls on one."""
+        units = graph.unit_of_slot[self.slots]
+        free = units >= 0
+        count = np.bincount(units[free], minlength=graph.size)
+        total = np.bincount(units[free], weights=self.values[free], minlength=graph.size)
+        divisor = count if self.combine == "mean" else np.ones(graph.size)
+        return np.divide(total, divisor, out=np.full(graph.size, np.nan), where=count > 0)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Importance of every neuron of a graph.
+
+    Attributes:
+        criterion: the name it was ranked by.
+        values: (neurons,) float64, the higher the more it matters; NaN where the criterion has nothing to say, and
+            the neuron stays.
+        slots: the same by parameter index; None for values that the caller made. Neurons that turn out to go
+            together then have the mean of their values.
+    """
+
+    criterion: str
+    values: np.ndarray
+    slots: SlotScores | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        values = np.asarray(self.values, dtype=np.float64)
+        if np.isinf(values).any():
+            raise CriterionError(
+                f"criterion {self.criterion!r} gave infinite scores: the model's weights are not finite"
+            )
+        object.__setattr__(self, "values", values)
+
+    def by_slot(self, graph: ChannelGraph) -> SlotScores:
+        """The scores by parameter index.
+
+        Args:
+            graph: that they were made for.
+
+        Raises:
+            CriterionError: there is not one value per neuron.
+        """
+        if self.values.shape != (graph.size,):
+            raise CriterionError(
+                f"the scores of {self.criterion!r} have shape {self.values.shape}, expected ({graph.size},): one "
+                "number per neuron, in the order of graph.neurons"
+            )
+        if self.slots is not None:
+            return self.slots
+        scored = np.flatnonzero(graph.unit_of_slot >= 0)
+        units, first = np.unique(graph.unit_of_slot[scored], return_index=True)
+        known = ~np.isnan(self.values[units])
+        return SlotScores(scored[first][known], self.values[units][known])

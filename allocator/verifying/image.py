@@ -1,0 +1,118 @@
+"""How the slots of a rewritten model correspond to the original's, and which labels its tensors should have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from allocator.flow.facts import Tie
+from allocator.flow.labels import FROZEN, Label, Slots
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.rewriting.index_map import Maps
+
+
+class Image:
+    """Maps slots of the rewritten model to slots of the original.
+
+    Args:
+        graph: the original's neurons.
+        maps: where each index of the rewritten model's tensors comes from.
+        slots: slots of the rewritten model.
+    """
+
+    def __init__(self, graph: ChannelGraph, maps: Maps, slots: Slots) -> None:
+        self.old = graph.slots
+        self.origin = np.full(slots.total, -1)
+        self.origin[FROZEN] = FROZEN
+        self.copies = np.ones(self.old.total, dtype=np.int64)
+        self._sources: dict[int, np.ndarray] = {}  # of dims whose indices change their order, by their first slot
+        for name, shape in self.old.shapes.items():
+            dims = maps.get(name)
+            new_shape, new_base = slots.shapes.get(name), slots.base.get(name, ())
+            for dim, (start, size) in enumerate(zip(self.old.base[name], shape, strict=True)):
+                index_map = None if dims is None else dims[dim]
+                source = np.arange(size) if index_map is None else index_map.source
+                if index_map is not None:
+                    self.copies[start : start + size] = np.bincount(source, minlength=size)
+                    if not index_map.keeps_order:
+                        self._sources[start] = source
+                if new_shape is not None and new_shape[dim] == len(source):
+                    self.origin[new_base[dim] : new_base[dim] + len(source)] = start + source
+        self._sizes: dict[int, int] = {}
+        self._same: set[tuple[int, int]] = set()
+
+    def size(self, label: np.ndarray) -> int:
+        """How many indices these labels of the original become; they are a value's own, known by their identity."""
+        known = self._sizes.get(id(label))
+        if known is None:
+            known = self._sizes[id(label)] = int(self.copies[label].sum())
+        return known
+
+    def holds(self, old: Label, new: Label) -> bool:
+        """Whether the new labels are the image of the old ones, in order."""
+        if old is None or new is None:
+            return old is None and new is None
+        key = (id(old), id(new))
+        if key not in self._same:
+            if not np.array_equal(old[self.positions(old)], self.origin[new]):
+                return False
+            self._same.add(key)
+        return True
+
+    def positions(self, label: np.ndarray) -> np.ndarray:
+        """Which places of these labels, (n,), the image of a dim that has them is made of, in its order.
+
+        Where all maps keep the order, those that stay. Else each run of ascending slots of one dim is put into the
+        order of that dim's map; a slot that fills several places (a channel's pixels, flattened) moves as a whole.
+        """
+        if not self._reorders(label):
+            return np.flatnonzero(self.copies[label] > 0)
+        parts = [np.zeros(0, int)]
+        for run in self._runs(label):
+            source = self._source_of(int(label[run[0]]))
+            if source is None:
+                parts.append(run[self.copies[label[run]] > 0])
+                continue
+            first, indices = source
+            within = label[run] - first
+            parts += [run[within == index] for index in indices.tolist()]
+        return np.concatenate(parts)
+
+    def keep_together(self, ties: Iterable[Tie]) -> Tie | None:
+        """The first tie whose two sides the maps put into different orders; None where there is none.
+
+        Labels of a tensor say which channels it holds. That two dims which meet hold them in the same order is
+        told by the ties, and has to be asked where a map changes an order.
+        """
+        if not self._sources:
+            return None
+        for tie in ties:
+            a, b = tie.a.reshape(-1), tie.b.reshape(-1)
+            moves = self._reorders(a) or self._reorders(b)
+            if moves and not np.array_equal(self.positions(a), self.positions(b)):
+                return tie
+        return None
+
+    def _reorders(self, label: np.ndarray) -> bool:
+        return any(self._source_of(slot) is not None for slot in self._dims_of(label))
+
+    def _dims_of(self, label: np.ndarray) -> list[int]:
+        """A slot of every dim that these labels touch; none is looked for where no dim changes its order."""
+        if not self._sources:
+            return []
+        dims = np.unique(np.searchsorted(self.old.starts, label[label != FROZEN], side="right") - 1)
+        return [int(start) for start in self.old.starts[dims].tolist()]
+
+    def _source_of(self, slot: int) -> tuple[int, np.ndarray] | None:
+        """The first slot of this slot's dim and its map, where that changes the order."""
+        if slot == FROZEN or not self._sources:
+            return None
+        start = int(self.old.starts[np.searchsorted(self.old.starts, slot, side="right") - 1])
+        return (start, self._sources[start]) if start in self._sources else None
+
+    def _runs(self, label: np.ndarray) -> list[np.ndarray]:
+        """Places of ascending slots of one dim, run by run."""
+        dims = np.searchsorted(self.old.starts, label, side="right")
+        breaks = (np.diff(dims) != 0) | (np.diff(label) < 0)
+        return np.split(np.arange(len(label)), np.flatnonzero(breaks) + 1)
