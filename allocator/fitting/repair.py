@@ -76,7 +76,7 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
     if attribute is not None:
         notes.append(f"{attribute!r} of {type(graph.modules[op.module]).__name__} follows the kept channels")
         return graph
-    if op.declared.stands_for == "split" and not alike <= graph.options.equal_parts:
+    if op.declared.splits and op.declared.sized and not alike <= graph.options.equal_parts:
         notes.append(f"the parts of {op} stay equal: {mismatch.what}")
         options = graph.options.equalising(alike)
     else:

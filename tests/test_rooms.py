@@ -1,0 +1,40 @@
+"""The house: what is named where, and who may look at what."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import allocator
+from allocator.tracing.operators import DECLARATIONS, FUNCTIONS
+
+PACKAGE = Path(allocator.__file__).parent
+OPERATORS = {name.rpartition("::")[2] for name in DECLARATIONS} | set(FUNCTIONS)
+# Words of the field that some operator happens to be called like, with what they say here.
+WORDS = {
+    "all": "a scope",
+    "concat": "a kind of aggregation point",
+    "inner": "a scope",
+    "mean": "how entries make a score",
+    "split": "a kind of block",
+    "stack": "a kind of aggregation point",
+    "sum": "a kind of aggregation point, or how entries make a score",
+    "uniform": "a policy",
+}
+# Rooms that speak of other things than the calls of a forward: reports of words and charts, the shell, and the language
+# of TorchScript's files, whose arithmetic on numbers is called like operators on tensors.
+ELSEWHERE = ("operators/", "reporting/", "cli/", "torch_private.py", "io/programs/torchscript_interpreter.py")
+
+
+def test_operators_are_named_where_they_are_declared_and_nowhere_else() -> None:
+    named = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        place = path.relative_to(PACKAGE).as_posix()
+        if place.startswith(ELSEWHERE):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                name = node.value.rstrip("_")
+                if name in OPERATORS and name not in WORDS:
+                    named.append(f"{place}:{node.lineno} names {node.value!r}")
+    assert named == []
