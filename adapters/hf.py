@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from allocator.errors import FileError, UnknownNameError, UnsupportedModelError
+from allocator.errors import FileError, UnknownNameError, UnsupportedModelError, unknown
 
 from . import Adapter, register
-from .library import library, unknown
+from .library import library
 
 
 def build(name: str, kwargs: dict[str, Any]) -> nn.Module:

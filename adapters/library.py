@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from collections.abc import Iterable
 from types import ModuleType
 
 from allocator.errors import UnsupportedModelError
@@ -26,13 +24,3 @@ def library(name: str) -> ModuleType:
         if error.name != top:
             raise
         raise UnsupportedModelError(f"{top} is not installed: {_INSTALL_HINTS.get(top, _ZOO)}") from error
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that is not there, with near ones."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=4, cutoff=0.6)
-    hint = f"did you mean {', '.join(near)}?" if near else f"{len(known)} are known"
-    if not near and len(known) <= 12:
-        hint = f"known: {', '.join(sorted(known))}"
-    return f"unknown {kind} {name!r}: {hint}"

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from allocator.errors import UnknownNameError
+from allocator.errors import UnknownNameError, unknown
 
 from . import Adapter, Kept, register
-from .library import library, unknown
+from .library import library
 
 
 def build(name: str, kwargs: dict[str, Any]) -> nn.Module:

@@ -12,10 +12,10 @@ from unittest import mock
 import torch
 from torch import nn
 
-from allocator.errors import UnknownNameError
+from allocator.errors import UnknownNameError, unknown
 
 from . import Adapter, register
-from .library import library, unknown
+from .library import library
 
 
 def build(name: str, kwargs: dict[str, Any]) -> nn.Module:

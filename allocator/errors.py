@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class AllocatorError(Exception):
@@ -134,6 +135,33 @@ def warn(message: str, category: type[AllocatorWarning]) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "allocator":
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
+
+
+def did_you_mean(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6, mark: str = "") -> str:
+    """ "did you mean a or b?" with the names nearest to one that is not there; "" where none is near.
+
+    Args:
+        name: that was asked for.
+        known: names that there are.
+        most: how many to give.
+        cutoff: how near they have to be, from 0 to 1.
+        mark: put around each name.
+    """
+    near = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
+    return f"did you mean {' or '.join(f'{mark}{each}{mark}' for each in near)}?" if near else ""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name that is not there: near ones, or all where there are few."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=4, cutoff=0.6)
+    if near:
+        hint = f"did you mean {', '.join(near)}?"
+    elif len(names) <= 12:
+        hint = f"known: {', '.join(sorted(names))}"
+    else:
+        hint = f"{len(names)} are known"
+    return f"unknown {kind} {name!r}: {hint}"
 
 
 def first_line(error: BaseException) -> str:

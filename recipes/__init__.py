@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from allocator.errors import UnknownNameError
+from allocator.errors import UnknownNameError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,8 +88,7 @@ def _find(name: str) -> _Recipe:
     if key in _COMPOSED:
         return _COMPOSED[key]
     if key not in _RECIPES:
-        near = difflib.get_close_matches(key, _RECIPES, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_RECIPES)}"
+        hint = did_you_mean(key, _RECIPES, most=3, cutoff=0.4) or f"known: {', '.join(_RECIPES)}"
         raise UnknownNameError(f"no recipe is called {name!r}; {hint}")
     return _RECIPES[key]
 

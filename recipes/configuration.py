@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from allocator.disk import existing
-from allocator.errors import ConfigurationError, MissingPackageError, UnknownNameError
+from allocator.errors import ConfigurationError, MissingPackageError, UnknownNameError, did_you_mean
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -270,8 +269,8 @@ def _read(source: str | Path) -> dict[str, Any]:
     if not path.exists() and path.suffix not in (".yaml", ".yml"):
         path = CONFIGS / f"{str(source).replace('-', '_')}.yaml"
         if not path.exists():
-            near = difflib.get_close_matches(str(source), config_names(), n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"installed: {', '.join(config_names())}"
+            names = config_names()
+            hint = did_you_mean(str(source), names, most=3, cutoff=0.4) or f"installed: {', '.join(names)}"
             raise UnknownNameError(f"{str(source)!r} is neither a .yaml file nor an installed configuration; {hint}")
     yaml = _yaml()
     try:
@@ -313,8 +312,7 @@ def _parse(cls: type[T], data: Any, place: str, problems: list[str]) -> T | None
     values: dict[str, Any] = {}
     for key, value in data.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            hint = did_you_mean(str(key), known, cutoff=0.5) or f"known: {', '.join(known)}"
             problems.append(f"unknown key {dot}{key}; {hint}")
             continue
         values[key] = _value(hints[key], value, f"{dot}{key}", problems)

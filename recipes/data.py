@@ -7,7 +7,6 @@ any number of processes and workers.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from allocator.errors import DataError, InputError, MissingPackageError
+from allocator.errors import DataError, InputError, MissingPackageError, did_you_mean
 from allocator.recipes.configuration import Data
 
 Image = Any
@@ -341,8 +340,8 @@ def _torchvision(data: Data) -> tuple[Source, Source, int | None]:
     datasets = _torchvision_datasets()
     name = data.dataset.partition(":")[2]
     if name not in datasets.__all__:
-        near = difflib.get_close_matches(name, datasets.__all__, n=3, cutoff=0.4)
-        raise DataError(f"torchvision has no data set {name!r}; near: {', '.join(near) or 'none'}")
+        near = did_you_mean(name, datasets.__all__, most=3, cutoff=0.4)
+        raise DataError(f"torchvision has no data set {name!r}; {near or 'none has a name like it'}")
     cls = getattr(datasets, name)
     known = inspect.signature(cls).parameters
     sources = []

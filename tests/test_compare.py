@@ -14,7 +14,8 @@ from report_subjects import IMAGE, mixed, summary
 import allocator
 from allocator.errors import UnknownNameError
 from allocator.reporting import schema
-from allocator.reporting.compare import COMPARISONS, Side, compare, side_of_allocation, side_of_summary
+from allocator.reporting.compare import Side, compare, side_of_allocation, side_of_summary
+from allocator.reporting.compare_render import COMPARISONS
 
 A = Side("a", 1000, {"one": {"x": 4, "y": 3}, "two": {"p": 8, "q": 8}}, {"one": "concat", "two": "sum"})
 B = Side("b", 800, {"one": {"x": 4, "z": 5}, "two": {"p": 8, "q": 8}}, {"one": "concat", "two": "sum"})

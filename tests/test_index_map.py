@@ -108,7 +108,9 @@ def test_a_choice_of_neurons_is_a_map_that_keeps_the_order() -> None:
     kept = np.ones(graph.size, dtype=bool)
     kept[graph.unit_of_slot[graph.slots.labels("first.weight")[0][[1, 4]]]] = False
     maps = maps_of(graph, kept)
-    assert {name: [dim and dim.tolist() for dim in dims] for name, dims in maps.items() if name.startswith("first")} == {
+    assert {
+        name: [dim and dim.tolist() for dim in dims] for name, dims in maps.items() if name.startswith("first")
+    } == {
         "first.weight": [[0, 2, 3, 5], None, None, None],
         "first.bias": [[0, 2, 3, 5]],
     }

@@ -25,7 +25,8 @@ from allocator.cli import main
 from allocator.cost import latency as timing
 from allocator.errors import InputError, TraceError, UnsupportedModelError
 from allocator.reporting import FORMATS, as_text, schema
-from allocator.reporting.compare import COMPARISONS, compare, side_of_summary
+from allocator.reporting.compare import compare, side_of_summary
+from allocator.reporting.compare_render import COMPARISONS
 
 NOW = Latency(0.0123, 0.0004, 1200, 2, "cpu (AVX2)", ((1, 3, 16, 16),))
 LEFT = replace(NOW, seconds=0.00615)

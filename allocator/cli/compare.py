@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     format = asked_format(args)
     check_report(None, args.plot)
     check_outputs(args, args.output, args.plot)
-    from allocator.reporting.compare import COMPARISONS, ComparisonText, compare
+    from allocator.reporting.compare import compare
+    from allocator.reporting.compare_render import COMPARISONS, ComparisonText
 
     talk = Talk(args)
     comparison = compare(_side(args.a, args, talk), _side(args.b, args, talk))

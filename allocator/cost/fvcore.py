@@ -17,6 +17,9 @@ from allocator.errors import TraceError
 from allocator.modules import skeleton
 from allocator.tracing.inputs import Inputs
 
+# Convolutions and linear layers, as fvcore calls them.
+_LAYERS = ("conv", "linear", "addmm", "mm")
+
 
 def fvcore_flops(model: nn.Module, inputs: Inputs) -> tuple[int, dict[str, int]]:
     """FLOPs of one eval-mode forward by `fvcore.nn.FlopCountAnalysis`.
@@ -37,13 +40,14 @@ def fvcore_flops(model: nn.Module, inputs: Inputs) -> tuple[int, dict[str, int]]
     return sum(counts.values()), unsupported
 
 
-def fvcore_by_operator(model: nn.Module, inputs: Inputs) -> dict[str, int]:
-    """`fvcore_flops` per operator, by fvcore's names (conv, linear, batch_norm, ...).
+def fvcore_layer_flops(model: nn.Module, inputs: Inputs) -> int:
+    """`fvcore_flops` of convolutions and linear layers alone.
 
     Raises:
         TraceError: as for `fvcore_flops`.
     """
-    return _count(model, inputs)[0]
+    counts, _ = _count(model, inputs)
+    return sum(counts.get(name, 0) for name in _LAYERS)
 
 
 def _count(model: nn.Module, inputs: Inputs) -> tuple[dict[str, int], dict[str, int]]:

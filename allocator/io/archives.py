@@ -9,7 +9,8 @@ from pathlib import Path
 
 from allocator.errors import AllocatorError, FileError, first_line
 
-_TIMES, _FREE = 4, 16 * 2**20
+# What an archive may unpack to: no model's file comes near, and a bomb goes far beyond.
+TIMES_OWN_SIZE, FREE_BYTES = 4, 16 * 2**20
 
 
 def is_zip(path: Path) -> bool:
@@ -33,7 +34,7 @@ def check_archive(path: Path) -> None:
 
     ``torch.save`` compresses nothing, and exported programs little; torch itself compares no checksums.
     """
-    limit = _TIMES * path.stat().st_size + _FREE
+    limit = TIMES_OWN_SIZE * path.stat().st_size + FREE_BYTES
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()

@@ -6,7 +6,6 @@ cost what fvcore counts in the module.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 import warnings
@@ -19,20 +18,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
-from allocator.cost.fvcore import fvcore_by_operator
+from allocator.cost.fvcore import fvcore_layer_flops
 from allocator.disk import PathLike, check_writable, shorten, write_atomically
-from allocator.errors import ExportError, MissingPackageError, UnknownNameError, first_line
+from allocator.errors import ExportError, MissingPackageError, UnknownNameError, did_you_mean, first_line
+from allocator.io.onnx_flops import layer_flops
 from allocator.model_checks import check_model
 from allocator.modules import skeleton, tensor_names
 from allocator.rewriting.lineage import led_to
+from allocator.torch_private import tree_flatten
 from allocator.tracing.inputs import Inputs, as_inputs, inputs_like
+from allocator.tracing.operators import operator_of
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2"}
 BATCHES = (1, 2, 5)
 TOLERANCE = 1e-4
-_LAYERS = ("conv", "linear", "addmm", "mm")
 
 Run = Callable[[Inputs], list[torch.Tensor]]
 Written = tuple[Run, "GraphFacts"]
@@ -142,8 +142,7 @@ def format_of(path: PathLike, to: str | None = None) -> str:
     suffix = Path(path).suffix
     asked = suffix.removeprefix(".") if to is None else to
     if asked not in FORMATS:
-        near = difflib.get_close_matches(asked.lower(), FORMATS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"there are {' and '.join(FORMATS)}"
+        hint = did_you_mean(asked.lower(), FORMATS, cutoff=0.4) or f"there are {' and '.join(FORMATS)}"
         raise UnknownNameError(f"no format {asked!r} to export to; {hint}")
     if suffix != FORMATS[asked]:
         raise UnknownNameError(f"{Path(path).name!r} does not end in {FORMATS[asked]}, as {asked} files do")
@@ -211,8 +210,10 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path, inputs: Inputs
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run(inputs)
-    counts = {str(op).rpartition(".")[2]: flops for op, flops in counter.get_flop_counts()["Global"].items()}
-    doubled = sum(counts.get(name, 0) for name in ("convolution", "addmm", "mm"))
+    counts = counter.get_flop_counts()["Global"]
+    doubled = sum(
+        flops for packet, flops in counts.items() if operator_of(packet.default).declared.written_dim is not None
+    )
     shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     return run, GraphFacts(shapes, doubled // 2)  # torch counts a multiply-add as two
 
@@ -234,8 +235,6 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, inputs: Input
     def run(given: Inputs) -> list[torch.Tensor]:
         values = [tensor.numpy() for tensor in given.tensors()]
         return [torch.from_numpy(value) for value in session.run(None, dict(zip(names, values, strict=True)))]
-
-    from allocator.io.onnx_flops import layer_flops
 
     graph = onnx.load(path)
     shapes = {each.name: tuple(each.dims) for each in graph.graph.initializer}
@@ -272,8 +271,7 @@ def _check_layers(network: nn.Module, facts: GraphFacts, inputs: Inputs) -> list
                 f"nothing was written: {name} has shape {facts.shapes[name]} in the exported graph, and "
                 f"{tuple(tensor.shape)} in the module"
             )
-    counted = fvcore_by_operator(network, inputs)
-    expected = sum(flops for name, flops in counted.items() if name in _LAYERS)
+    expected = fvcore_layer_flops(network, inputs)
     if facts.flops > expected:
         raise ExportError(
             f"nothing was written: convolutions and linear layers cost {facts.flops:,} FLOPs in the exported graph, "

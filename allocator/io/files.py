@@ -13,7 +13,7 @@ Reading never runs code from a file, and writing is all or nothing. Four kinds o
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,9 +32,7 @@ from allocator.io.results import (
     read_safetensors,
     save_result,
 )
-
-if TYPE_CHECKING:
-    from allocator.rewriting.allocation import Allocation
+from allocator.rewriting.allocation import Allocation
 
 __all__ = [
     "PICKLE_SUFFIXES",
@@ -161,8 +159,6 @@ def load_allocation(path: PathLike) -> Allocation:
     Raises:
         FileError: missing, damaged, or neither of the two.
     """
-    from allocator.rewriting.allocation import Allocation
-
     file = existing(path)
     if file.suffix == RESULT_SUFFIX:
         return load_result_allocation(file)

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from allocator.adapters.library import unknown
-from allocator.errors import UnknownNameError, UnsupportedModelError
+from allocator.errors import UnknownNameError, UnsupportedModelError, unknown
 
 BUILD_ATTRIBUTE = "_allocator_build"
 """Attribute of a built model: ``{"name": str, "kwargs": dict}``, how to build its like."""

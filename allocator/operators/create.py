@@ -10,11 +10,12 @@ from allocator.tracing.operators import operator
 operator("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")(identity)
 
 
+@operator("zeros", "ones", "full", sized=True, creates=True)
+@operator("scalar_tensor", creates=True)
 @operator(
-    "zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty",
-    "empty_strided", "new_empty_strided", sized=True,
+    "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided",
+    sized=True,
 )  # fmt: skip
-@operator("scalar_tensor")
 def constant(flow: Flow, op: Op) -> None:
     """The same value, or noise, everywhere: any channel of it can go with the channels it meets."""
     for index in op.outputs:
@@ -22,7 +23,8 @@ def constant(flow: Flow, op: Op) -> None:
         flow.uniform.add(index)
 
 
-@operator("arange", "linspace", "eye", "randperm", "tril_indices", "triu_indices", "randint")
+@operator("arange", creates=True)
+@operator("linspace", "eye", "randperm", "tril_indices", "triu_indices", "randint")
 def counted(flow: Flow, op: Op) -> None:
     """Values that depend on their place, so whatever meets them stays."""
     for index in op.outputs:

@@ -2,9 +2,9 @@
 
 from allocator.reporting.collect import importance, summarise, with_origin
 from allocator.reporting.curve import pareto
-from allocator.reporting.document import document, schema
 from allocator.reporting.facts import Budget, Point, Summary, Totals
 from allocator.reporting.render import FORMATS, as_text, format_of, write
+from allocator.reporting.schemas import schema
 
 __all__ = [
     "FORMATS",
@@ -13,7 +13,6 @@ __all__ = [
     "Summary",
     "Totals",
     "as_text",
-    "document",
     "format_of",
     "importance",
     "pareto",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from allocator.cost.latency import Latency
 from allocator.flow.labels import FROZEN
 from allocator.graph.blocks import Block, Branch
 from allocator.graph.channel_graph import ChannelGraph
@@ -15,11 +15,8 @@ from allocator.graph.neurons import components
 from allocator.planning.problem import least
 from allocator.reporting.facts import SHARED, BlockFacts, BranchFacts, Budget, Fixed, Histogram, Point, Summary, Totals
 from allocator.reporting.lanes import lanes, places
+from allocator.rewriting.allocation import Allocation
 from allocator.scoring.scores import Scores
-
-if TYPE_CHECKING:
-    from allocator.cost.latency import Latency
-    from allocator.rewriting.allocation import Allocation
 
 BINS = 24
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
 
+from allocator.reporting.compare import Comparison, Row
 from allocator.reporting.page import asset, filled
 from allocator.reporting.words import plural, printable, short
-
-if TYPE_CHECKING:
-    from allocator.reporting.compare import Comparison, Row
 
 
 def to_html(comparison: Comparison, latencies: Sequence[str]) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-if TYPE_CHECKING:
-    from allocator.cost.latency import Latency
+from allocator.cost.latency import Latency
 
 FORMAT = 1
 """Version of the JSON form; `report.schema.json` describes it."""
@@ -208,7 +207,33 @@ class Summary:
     lanes: dict[tuple[int, int], list[Layer | int]] = field(repr=False, compare=False, default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `allocator/reporting/report.schema.json` describes it."""
-        from allocator.reporting.document import document
+        """JSON-ready form, that `allocator/reporting/report.schema.json` describes.
 
-        return document(self)
+        FLOPs are fvcore's, shares are of the network's FLOPs, γ is (mean, min, max).
+        """
+        facts = asdict(self)
+        del facts["lanes"], facts["outside"], facts["outside_kept"], facts["totals"]
+        facts["blocks"] = [self._block(block) for block in self.blocks]
+        facts |= asdict(self.totals)
+        facts["outside_blocks"] = {
+            "flops": self.outside,
+            "flops_kept": self.outside_kept,
+            "share": self.outside / max(self.totals.flops, 1),
+        }
+        return plain({"format": FORMAT, **facts})
+
+    def _block(self, block: BlockFacts) -> dict[str, Any]:
+        facts = asdict(block)
+        if block.parent is not None:
+            outer = self.blocks[block.parent[0]]
+            facts["parent"] = {"block": outer.name, "branch": outer.branches[block.parent[1]].name}
+        return facts
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, as JSON gives them back."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value

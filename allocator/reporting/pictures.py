@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from allocator.disk import PathLike, write_atomically
-from allocator.errors import InputError, MissingPackageError, UnknownNameError
+from allocator.errors import InputError, MissingPackageError, UnknownNameError, did_you_mean
 from allocator.reporting.charts import Parts, Spec, part_names, parts_of, share_rows, shares, side_by_side
 from allocator.reporting.facts import Summary
 
@@ -74,8 +73,8 @@ def picture_format(path: PathLike) -> str:
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
-        near = difflib.get_close_matches(suffix, SUFFIXES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ";"
+        near = did_you_mean(suffix, SUFFIXES, cutoff=0.4)
+        hint = f"; {near}" if near else ";"
         raise UnknownNameError(f"cannot draw {Path(path).name!r}{hint} a picture ends in {', '.join(SUFFIXES)}")
     return suffix[1:]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import json
 from collections.abc import Callable
@@ -11,8 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from allocator.disk import PathLike, write_text
-from allocator.errors import UnknownNameError
-from allocator.reporting.document import document
+from allocator.errors import UnknownNameError, did_you_mean
 from allocator.reporting.facts import Summary
 from allocator.reporting.rows import LIMIT
 from allocator.reporting.tables import to_csv, to_markdown
@@ -28,7 +26,7 @@ def _rich(summary: Summary, limit: int | None) -> str:
 
 
 def _json(summary: Summary, limit: int | None) -> str:
-    return json.dumps(document(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(summary.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _html(summary: Summary, limit: int | None) -> str:
@@ -65,10 +63,11 @@ def check_format(format: str) -> str:
         UnknownNameError: there is no such format; names a near one.
     """
     if format not in FORMATS:
-        near = difflib.get_close_matches(format, [*FORMATS, "markdown", "text"], n=1, cutoff=0.5)
-        known = {"markdown": "md", "text": "rich"}
-        hint = f"; did you mean {known.get(near[0], near[0])!r}?" if near else ""
-        raise UnknownNameError(f"no format {format!r}{hint} (there are {', '.join(FORMATS)})")
+        words = {"markdown": "md", "text": "rich"}
+        near = did_you_mean(format, (*FORMATS, *words), cutoff=0.5, mark="'")
+        for word, name in words.items():
+            near = near.replace(f"'{word}'", f"'{name}'")
+        raise UnknownNameError(f"no format {format!r}{near and '; ' + near} (there are {', '.join(FORMATS)})")
     return format
 
 
@@ -80,8 +79,8 @@ def format_of(path: PathLike) -> str:
     """
     suffix = Path(path).suffix
     if suffix.lower() not in SUFFIXES:
-        near = difflib.get_close_matches(suffix.lower(), SUFFIXES, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else "."
+        near = did_you_mean(suffix.lower(), SUFFIXES, cutoff=0.5)
+        hint = f"; {near}" if near else "."
         raise UnknownNameError(
             f"{Path(path).name!r} does not say its format{hint} A report ends in {', '.join(SUFFIXES)}"
         )

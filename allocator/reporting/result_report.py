@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from allocator.disk import PathLike
 from allocator.errors import AllocatorWarning
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.reporting.collect import summarise
+from allocator.reporting.curve import pareto
+from allocator.reporting.facts import Summary
+from allocator.reporting.render import format_of, write
 from allocator.reporting.text import bar
 from allocator.reporting.words import change, printable
+from allocator.rewriting.allocation import Allocation
+from allocator.rewriting.kept import kept_by
+from allocator.scoring.registry import score
+from allocator.verifying.certificate import Certificate
 
-if TYPE_CHECKING:
-    from allocator.reporting import Summary
-    from allocator.result import Result
+
+class Allocated(Protocol):
+    """What a report needs of `allocator.Result`."""
+
+    model: nn.Module
+    allocation: Allocation
+    certificate: Certificate
+    graph: ChannelGraph
+    flops_asked: float
+    flops_before: int
+    flops_after: int
+    next_cost: int | None
+    uncounted: dict[str, int]
+    notes: list[str]
+    timings: dict[str, float]
+
 
 _SUMS = ("sum", "product")
 
@@ -29,7 +52,7 @@ class Report:
         result: from `allocate`.
     """
 
-    def __init__(self, result: Result) -> None:
+    def __init__(self, result: Allocated) -> None:
         self.result = result
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,10 +86,6 @@ class Report:
             name: what to call the network; its class if left out.
             curve: also plan over the range of budgets, for the curve of budget against importance.
         """
-        from allocator.api import score
-        from allocator.reporting import pareto, summarise
-        from allocator.rewriting.kept import kept_by
-
         result = self.result
         graph, allocation = result.graph, result.allocation
         with warnings.catch_warnings():
@@ -92,15 +111,11 @@ class Report:
             FileError: the path cannot be written.
             MissingPackageError: HTML needs the extra `report`.
         """
-        from allocator.reporting import format_of, write
-
         format = format_of(path)
         write(self.summary(name, curve=format == "html"), path, format)
 
     def to_html(self, path: PathLike, *, name: str | None = None) -> None:
         """Write the report as one HTML page that opens offline, whatever the suffix; raises like `save`."""
-        from allocator.reporting import write
-
         write(self.summary(name, curve=True), path, "html")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from allocator.errors import (
     CriterionFallbackWarning,
     UninformativeScoresWarning,
     UnknownNameError,
+    did_you_mean,
     warn,
 )
 from allocator.graph.channel_graph import ChannelGraph
@@ -52,9 +52,10 @@ def candidates(graph: ChannelGraph, criterion: str) -> list[str]:
     """
     names = (AUTO, *CRITERIA)
     if criterion not in names:
-        near = difflib.get_close_matches(criterion, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UnknownNameError(f"no criterion {criterion!r}{hint} (there are {', '.join(sorted(names))})")
+        near = did_you_mean(criterion, names, mark="'")
+        raise UnknownNameError(
+            f"no criterion {criterion!r}{near and '; ' + near} (there are {', '.join(sorted(names))})"
+        )
     if criterion != AUTO:
         return [criterion]
     if any(len(graph.units(gamma.label)) for gamma in graph.facts.gammas):
@@ -123,9 +124,8 @@ def _by_parameter(graph: ChannelGraph, arrays: Mapping[str, Any]) -> SlotScores:
     rows = []
     for name, given in arrays.items():
         if name not in graph.slots.shapes:
-            near = difflib.get_close_matches(name, graph.slots.shapes, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UnknownNameError(f"scores for {name!r}, which is no parameter of the model{hint}")
+            near = did_you_mean(name, graph.slots.shapes, mark="'")
+            raise UnknownNameError(f"scores for {name!r}, which is no parameter of the model{near and '; ' + near}")
         array = as_array(given) if isinstance(given, torch.Tensor) else np.asarray(given, dtype=np.float64)
         expected = graph.slots.shapes[name]
         if array.shape != expected:

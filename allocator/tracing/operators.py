@@ -40,6 +40,7 @@ class Declaration:
         pointwise: it works number by number, though torch does not tag it so.
         largest: how it runs on tensors without values, where a size depends on them: with the largest that can be.
         value_sized: whether the size of a call's result depends on values, a function of the trace and the call.
+        creates: it makes a tensor out of numbers alone, so that a program in a file may call it without one.
         drawn_as: a few words for a drawing of the network; "" for what is not drawn.
     """
 
@@ -57,6 +58,7 @@ class Declaration:
     pointwise: bool = False
     largest: Callable[[Any, Any, Any], Any] | None = None
     value_sized: Callable[[Any, Any], bool] | None = None
+    creates: bool = False
     drawn_as: str = ""
 
 

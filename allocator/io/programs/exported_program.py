@@ -18,19 +18,8 @@ from torch import nn
 from allocator.errors import FileError, UnsafeFileError, UnsupportedModelError
 from allocator.io.archives import inner_names, reading
 from allocator.io.programs.program import Bytes, Program, Step, function_of
+from allocator.torch_private import PT2_DTYPES
 
-_DTYPES = {
-    1: torch.uint8,
-    2: torch.int8,
-    3: torch.int16,
-    4: torch.int32,
-    5: torch.int64,
-    6: torch.float16,
-    7: torch.float32,
-    8: torch.float64,
-    12: torch.bool,
-    13: torch.bfloat16,
-}
 _PLAIN = ("as_int", "as_ints", "as_bool", "as_bools", "as_string", "as_strings")
 
 
@@ -125,7 +114,9 @@ class _Reader:
                 raise FileError(f"{self.path} is damaged: {name} is a {type(tensor).__name__}, not a tensor")
         else:
             sizes, strides = ([each["as_int"] for each in said[key]] for key in ("sizes", "strides"))
-            tensor = self.bytes.tensor(data, _DTYPES[said["dtype"]], sizes, strides, said["storage_offset"]["as_int"])
+            tensor = self.bytes.tensor(
+                data, PT2_DTYPES[said["dtype"]], sizes, strides, said["storage_offset"]["as_int"]
+            )
         return nn.Parameter(tensor, requires_grad=bool(said["requires_grad"])) if entry["is_param"] else tensor
 
     def _step(self, node: dict[str, Any]) -> Step:
@@ -172,7 +163,7 @@ class _Reader:
         elif kind == "as_sym_ints":
             step.names[name] = [each["as_name"] if "as_name" in each else each["as_int"] for each in value]
         elif kind == "as_scalar_type":
-            setattr(step, f"arg_{name}", _DTYPES[value])
+            setattr(step, f"arg_{name}", PT2_DTYPES[value])
         elif kind in ("as_device", "as_layout", "as_memory_format"):
             step.order.remove(name)  # the defaults serve
         else:

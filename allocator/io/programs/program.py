@@ -15,30 +15,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten
 
 from allocator.errors import FileError, UnsafeFileError
+from allocator.io.archives import FREE_BYTES, TIMES_OWN_SIZE
+from allocator.torch_private import OpOverload, schema_of, tree_flatten
+from allocator.tracing.operators import FUNCTIONS, operator_of
 
-# Calls that are followed as a whole where a forward makes them; see `tracing.COMPOSITES`.
-_WHOLE: dict[str, Callable[..., Any]] = {
-    "adaptive_avg_pool1d": F.adaptive_avg_pool1d,
-    "adaptive_avg_pool2d": F.adaptive_avg_pool2d,
-    "adaptive_avg_pool3d": F.adaptive_avg_pool3d,
-    "chunk": torch.chunk,
-    "linear": F.linear,
-    "matmul": torch.matmul,
-    "scaled_dot_product_attention": F.scaled_dot_product_attention,
-    "split": torch.split,  # takes one size or a list of them, which one may have to become
-}
-_PYTHON = {
-    f"_operator.{name}": getattr(operator, name)
-    for name in ("add", "sub", "mul", "floordiv", "mod", "neg", "eq", "ne", "ge", "gt", "le", "lt", "getitem")
-}
+_ARITHMETIC = (
+    operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.eq, operator.ne,
+    operator.ge, operator.gt, operator.le, operator.lt, operator.getitem,
+)  # fmt: skip
+_PYTHON: dict[str, Callable[..., Any]] = {f"_operator.{each.__name__}": each for each in _ARITHMETIC}
 _DTYPES = {str(found): found for found in vars(torch).values() if isinstance(found, torch.dtype)}
-_TIMES, _FREE = 4, 16 * 2**20
 _ATEN = re.compile(r"torch\.ops\.aten\.([a-z0-9_]+)\.([A-Za-z0-9_]+)")
-_FACTORIES = frozenset({"arange", "full", "ones", "scalar_tensor", "zeros"})
 _WORDS = frozenset({"approximate", "equation", "mode", "padding", "padding_mode", "reduce", "rounding_mode"})
 
 
@@ -211,14 +200,16 @@ def function_of(target: str) -> Callable[..., Any]:
         return _PYTHON[target]
     match = _ATEN.fullmatch(target)
     found = getattr(getattr(torch.ops.aten, match[1], None), match[2], None) if match else None
-    if match is None or not isinstance(found, torch._ops.OpOverload):
+    if match is None or not isinstance(found, OpOverload):
         raise UnsafeFileError(f"the program calls {target!r:.200}, which is not an ATen operator")
-    arguments = found._schema.arguments
-    takes_tensors = any("Tensor" in str(argument.type) for argument in arguments) or match[1] in _FACTORIES
+    arguments = schema_of(found).arguments
+    takes_tensors = any("Tensor" in str(argument.type) for argument in arguments) or operator_of(found).declared.creates
     strange = [a.name for a in arguments if "str" in str(a.type) and a.name not in _WORDS]
     if strange or not takes_tensors:
         raise UnsafeFileError(f"the program calls {target}, which does more than compute with tensors")
-    return _WHOLE.get(match[1], found)
+    # Where a forward calls a Python function, that is what is followed as a whole.
+    declared = FUNCTIONS.get(match[1])
+    return found if declared is None or declared.callable is None else declared.callable
 
 
 class Bytes:
@@ -229,7 +220,7 @@ class Bytes:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.left = path, _TIMES * path.stat().st_size + _FREE
+        self.path, self.left = path, TIMES_OWN_SIZE * path.stat().st_size + FREE_BYTES
 
     def tensor(
         self, data: bytes, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], offset: int

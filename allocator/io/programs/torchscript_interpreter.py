@@ -16,6 +16,7 @@ import torch
 from allocator.errors import FileError
 from allocator.io.programs.program import Program, Step, function_of
 from allocator.io.programs.torchscript_source import Code, Function, Record, Value, unsupported
+from allocator.torch_private import overload_for, schema_of
 
 _MOST_STATEMENTS = 500_000
 _DEEPEST = 100  # calls within calls
@@ -358,12 +359,12 @@ class _Walk:
         samples = [_sample(each) for each in args]
         named = {key: _sample(each) for key, each in keywords.items()}
         try:
-            overload = torch._C._jit_resolve_packet(f"aten::{name}", *samples, **named)
+            overload = overload_for(name, samples, named)
         except RuntimeError as error:
             raise unsupported(f"calls torch.{name:.80} in a way that this torch does not know") from error
-        target = f"torch.ops.aten.{name}.{overload or 'default'}"
+        target = f"torch.ops.aten.{name}.{overload}"
         function_of(target)
-        schema = getattr(getattr(torch.ops.aten, name), overload or "default")._schema
+        schema = schema_of(getattr(getattr(torch.ops.aten, name), overload))
         given = {schema.arguments[i].name: value for i, value in enumerate(args)} | keywords
         if given.get("train") is True or (name == "batch_norm" and given.get("training") is True):
             raise unsupported("was traced in training mode (call .eval() before torch.jit.trace)")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
 import numpy as np
 
-from allocator.errors import UnknownNameError
+from allocator.errors import UnknownNameError, did_you_mean
 from allocator.planning.problem import Problem
 
 Choose = Callable[[Problem], np.ndarray]
@@ -38,7 +37,6 @@ def find_policy(name: str) -> Choose:
         UnknownNameError: no such policy.
     """
     if name not in POLICIES:
-        near = difflib.get_close_matches(name, POLICIES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UnknownNameError(f"no policy {name!r}{hint} (there are {', '.join(POLICIES)})")
+        near = did_you_mean(name, POLICIES, mark="'")
+        raise UnknownNameError(f"no policy {name!r}{near and '; ' + near} (there are {', '.join(POLICIES)})")
     return POLICIES[name]
