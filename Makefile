@@ -18,7 +18,7 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet $(PIP_AR
 CODE := allocator adapters recipes tests benchmarks docs/hooks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types unit sweep bench docs clean
+.PHONY: help demo test lint format types rooms unit sweep bench docs clean
 
 help:
 	@sed -n '2,8s/^# \{0,1\}//p' Makefile
@@ -40,7 +40,7 @@ test: lint unit
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check $(CODE)
 	$(PY) -m ruff format --check $(CODE)
-	@$(MAKE) --no-print-directory types
+	@$(MAKE) --no-print-directory types rooms
 
 format: $(VENV)/.installed-dev
 	$(PY) -m ruff check --fix $(CODE)
@@ -51,6 +51,12 @@ types: $(VENV)/.installed-dev
 	@rm -rf build/types && mkdir -p build/types/allocator
 	@ln -s "$(CURDIR)"/allocator/* "$(CURDIR)/adapters" "$(CURDIR)/recipes" build/types/allocator/
 	$(PY) -m mypy build/types/allocator tests
+
+# What may look at what (import-linter, by the contract in pyproject.toml), on the tree that `types` laid out.
+rooms: types
+	@cd build/types && PYTHONPATH=. PYTHONWARNINGS=ignore "$(abspath $(PY))" -c \
+		"from importlinter.cli import lint_imports_command; lint_imports_command()" \
+		"$(CURDIR)/pyproject.toml" --no-logo > ../rooms.txt || { cat ../rooms.txt; exit 1; }
 
 unit: $(VENV)/.installed-dev
 	$(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)

@@ -61,7 +61,7 @@ class Settings:
         ),
     ] = "auto"
     fill: Annotated[
-        bool, Option("spend the rest of the budget on the next best neurons; without it, plain shares stay", "no-fill")
+        bool, Option("keep plain shares; do not spend the rest of the budget on the next best neurons", flag="no-fill")
     ] = True
     groups: Annotated[
         Groups, Option("in grouped convolutions, drop whole groups (whole) or narrow all of them alike (width)")

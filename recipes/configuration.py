@@ -7,10 +7,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from allocator.disk import existing
 from allocator.errors import ConfigurationError, MissingPackageError, UnknownNameError, did_you_mean
+from allocator.settings import CHOICES as ALLOCATION_CHOICES
+from allocator.settings import KNOWN_POLICIES, Settings, Weights
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -140,24 +142,21 @@ class Training:
 
 
 @dataclass(frozen=True)
-class AllocationPlan:
-    """How the network is made smaller; see `allocator.allocate`.
+class AllocationPlan(Settings):
+    """How the network is made smaller: a budget, and every option of `allocator.settings`.
+
+    A seed is trained so that its batch norms tell its neurons apart, and what is left of it is trained from scratch;
+    so the paper's rule and fresh weights are the defaults here.
 
     Attributes:
         flops: budget for one image, as fvcore counts, or a share such as `60%`.
-        policy, criterion, scope, groups, norms, exclude: as for `allocator.allocate`.
         weights: `reset` to train from scratch, `keep` to fine-tune.
         file: an allocation to apply, instead of one learned here.
     """
 
-    flops: float | str = "50%"
-    policy: str = "per_block"
     criterion: str = "bn_scale"
-    scope: str = "auto"
-    groups: str = "whole"
-    norms: str = "exact"
-    exclude: list[str] = field(default_factory=list)
-    weights: str = "reset"
+    flops: float | str = "50%"
+    weights: Weights = "reset"
     file: str | None = None
 
 
@@ -323,7 +322,7 @@ def _parse(cls: type[T], data: Any, place: str, problems: list[str]) -> T | None
 
 
 def _value(hint: Any, value: Any, place: str, problems: list[str]) -> Any:
-    choices = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
+    choices = _alternatives(hint)
     if value is None and type(None) in choices:
         return None
     section = next((choice for choice in choices if is_dataclass(choice)), None)
@@ -336,6 +335,17 @@ def _value(hint: Any, value: Any, place: str, problems: list[str]) -> Any:
     expected = " or ".join(_name(choice) for choice in choices)
     problems.append(f"{place}: expected {expected}, got {value!r}")
     return None
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """The types that a field may have; of one that takes one of a few words, text: which is checked with the whole."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return list(dict.fromkeys(choice for each in get_args(hint) for choice in _alternatives(each)))
+    if get_origin(hint) is Literal or hint is Any:
+        return [str]
+    if get_origin(hint) is Sequence:
+        return [list[str]]
+    return [hint]
 
 
 def _plain(hint: Any, value: Any) -> Any:
@@ -366,11 +376,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.corrupt": ("stop", "skip"),
     "seed.schedule": ("cosine", "steps"),
     "final.schedule": ("cosine", "steps"),
-    "allocation.weights": ("keep", "reset"),
-    "allocation.policy": ("per_block", "global", "uniform"),
-    "allocation.scope": ("auto", "branches", "inner", "all"),
-    "allocation.groups": ("whole", "width"),
-    "allocation.norms": ("exact", "loose"),
+    "allocation.weights": get_args(Weights),
+    "allocation.policy": KNOWN_POLICIES,
+    **{f"allocation.{name}": choices for name, choices in ALLOCATION_CHOICES.items()},
     "precision": ("fp32", "bf16", "fp16"),
     "device": ("auto", "cpu"),
 }

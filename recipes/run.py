@@ -250,7 +250,7 @@ class _Run:
                 self.allocation = self._allocate(network)
             assert self.allocation is not None
             torch.manual_seed(number(config.random_seed, 1))
-            network = apply(network, self.allocation, config.allocation.weights)  # type: ignore[arg-type]
+            network = apply(network, self.allocation, config.allocation.weights)
         if config.final is not None:
             network = self._fit("final", network, config.final, saved if going_on == "final" else None)
         return network

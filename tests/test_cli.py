@@ -17,7 +17,7 @@ from torch import nn
 
 import allocator
 from allocator.cli import main
-from allocator.cli.common import parse_flops, parse_setting, parse_size
+from allocator.cli.arguments import parse_flops, parse_setting, parse_size
 from allocator.io.files import load_allocation, load_model, save_model
 
 COMMANDS = ("report", "allocate", "apply", "verify", "compare", "export", "recipes", "train")

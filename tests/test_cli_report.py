@@ -21,7 +21,7 @@ from torch import nn
 
 import allocator
 from allocator.cli import main
-from allocator.cli.common import Talk
+from allocator.cli.talk import Talk
 from allocator.reporting import schema
 
 SIZE = ("--input-size", "1x3x16x16")

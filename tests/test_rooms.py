@@ -21,8 +21,8 @@ WORDS = {
     "sum": "a kind of aggregation point, or how entries make a score",
     "uniform": "a policy",
 }
-# Files that speak of other things than the calls of a forward: words and charts of reports, the shell, what fvcore names
-# its counts by, and the language of TorchScript's files, whose arithmetic on numbers is called like operators on tensors.
+# Files that speak of other things than the calls of a forward: words and charts of reports, the shell, fvcore's names,
+# and the language of TorchScript's files, whose arithmetic on numbers is called like operators on tensors.
 ELSEWHERE = (
     "operators/",
     "reporting/",

@@ -171,7 +171,7 @@ def test_missing_and_empty_folders(tmp_path: Path, images: Path) -> None:
     shutil.rmtree(images / "train" / "class0002")
     fails(images, "train has 3 classes and val 3; not in both: class0001, class0002")
     fails(images, "expected folder, digits or torchvision:NAME, got 'imagenet'", dataset="imagenet")
-    fails(images, "torchvision has no data set 'CIFAR11'; near: .*CIFAR10", dataset="torchvision:CIFAR11")
+    fails(images, "torchvision has no data set 'CIFAR11'; did you mean CIFAR10", dataset="torchvision:CIFAR11")
 
 
 def test_wrong_class_count_and_image_shape(tmp_path: Path, images: Path) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from allocator.cli import allocate, apply, compare, export, recipes, report, train, verify
-from allocator.cli.common import UsageError
+from allocator.cli.arguments import UsageError
 from allocator.errors import AllocatorError, BudgetError
 
 _DESCRIPTION = """\

@@ -5,22 +5,18 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from allocator.cli.common import (
-    MODEL_SUFFIXES,
-    Talk,
+from allocator.cli.arguments import (
     UsageError,
     add_command,
     add_input_options,
     add_model_options,
     add_output_options,
-    check_outputs,
-    check_suffix,
-    example_inputs,
-    open_model,
     parse_flops,
-    write_model,
 )
-from allocator.cli.plan import add_plan_options, check_report
+from allocator.cli.opening import example_inputs, open_model
+from allocator.cli.outputs import MODEL_SUFFIXES, check_outputs, check_suffix, write_model
+from allocator.cli.plan import add_plan_options, check_report, plan_options
+from allocator.cli.talk import Talk
 
 if TYPE_CHECKING:
     from torch import nn
@@ -108,13 +104,7 @@ def _allocate(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
             model,
             flops=args.flops,
             example_inputs=example_inputs(args),
-            policy=args.policy,
-            criterion=args.criterion,
-            scope=args.scope,
-            fill=not args.no_fill,
-            groups=args.groups,
-            norms=args.norms,
-            exclude=tuple(args.exclude),
+            **plan_options(args),
             weights=args.weights,
             certify=not args.no_certificate,
             seed=args.seed,

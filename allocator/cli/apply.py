@@ -5,18 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from allocator.cli.common import (
-    MODEL_SUFFIXES,
-    Talk,
-    UsageError,
-    add_command,
-    add_model_options,
-    add_output_options,
-    check_outputs,
-    check_suffix,
-    open_model,
-    write_model,
-)
+from allocator.cli.arguments import UsageError, add_command, add_model_options, add_output_options
+from allocator.cli.opening import open_model
+from allocator.cli.outputs import MODEL_SUFFIXES, check_outputs, check_suffix, write_model
+from allocator.cli.talk import Talk
 
 _EXAMPLE = """\
   allocator-cli apply torchvision:resnet50 alloc.json -o fresh_small.pt"""

@@ -8,20 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocator.cli.common import (
-    Talk,
-    UsageError,
-    add_command,
-    add_input_options,
-    add_latency_options,
-    add_model_options,
-    asked_format,
-    check_outputs,
-    example_inputs,
-    measured,
-    open_model,
-)
+from allocator.cli.arguments import UsageError, add_command, add_input_options, add_latency_options, add_model_options
+from allocator.cli.opening import example_inputs, measured, open_model
+from allocator.cli.outputs import asked_format, check_outputs
 from allocator.cli.plan import check_report
+from allocator.cli.talk import Talk
 
 if TYPE_CHECKING:
     from allocator.reporting.compare import Comparison, Side

@@ -5,16 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from allocator.cli.common import (
-    Talk,
-    UsageError,
-    add_command,
-    add_input_options,
-    add_model_options,
-    check_outputs,
-    example_inputs,
-    open_model,
-)
+from allocator.cli.arguments import UsageError, add_command, add_input_options, add_model_options
+from allocator.cli.opening import example_inputs, open_model
+from allocator.cli.outputs import check_outputs
+from allocator.cli.talk import Talk
 
 if TYPE_CHECKING:
     from allocator.io.export import Export

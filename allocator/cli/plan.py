@@ -2,51 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
-from allocator.cli.common import UsageError
+from allocator.cli.arguments import UsageError
+from allocator.settings import CHOICES, DEFAULTS, KNOWN_POLICIES, OPTIONS
 
 
 def add_plan_options(group: Any) -> None:
-    """Who competes with whom, by what, and what stays."""
-    group.add_argument(
-        "--policy",
-        default="per_block",
-        choices=("per_block", "global", "uniform"),
-        help="who competes with whom: branches of a block, all neurons, or none (default: per_block)",
-    )
-    group.add_argument(
-        "--criterion",
-        default="auto",
-        metavar="NAME",
-        help="what ranks neurons, such as bn_scale or magnitude (default: auto, bn_scale where it can meet the budget)",
-    )
-    group.add_argument(
-        "--scope",
-        default="auto",
-        choices=("auto", "branches", "inner", "all"),
-        help="which neurons may go (default: auto, the narrowest that can meet the budget)",
-    )
-    group.add_argument(
-        "--groups",
-        default="whole",
-        choices=("whole", "width"),
-        help="in grouped convolutions, drop whole groups or narrow all of them (default: whole)",
-    )
-    group.add_argument(
-        "--norms",
-        default="exact",
-        choices=("exact", "loose"),
-        help="keep channels under a norm over channels, or let them go (default: exact)",
-    )
-    group.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="leave modules of this name alone, as in 'layer4*' (repeat for more)",
-    )
-    group.add_argument("--no-fill", action="store_true", help="keep plain shares; do not fill the budget up")
+    """A flag for every option of `allocator.settings`."""
+    for name, option in OPTIONS.items():
+        default = getattr(DEFAULTS, name)
+        flag = f"--{(option.flag or name).replace('_', '-')}"
+        if isinstance(default, bool):
+            group.add_argument(flag, dest=name, action=f"store_{str(not default).lower()}", help=option.help)
+        elif isinstance(default, tuple):
+            group.add_argument(flag, dest=name, action="append", default=[], metavar=option.metavar, help=option.help)
+        else:
+            choices = KNOWN_POLICIES if name == "policy" else CHOICES.get(name)
+            said = f"{option.help} (default: {default})"
+            group.add_argument(
+                flag, dest=name, default=default, choices=choices, metavar=option.metavar or None, help=said
+            )
+
+
+def plan_options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """What was asked for, by the names of the options: all of them, or those that are named."""
+    values = {name: getattr(args, name) for name in names or OPTIONS}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def check_report(report: str | None, plot: str | None) -> None:

@@ -6,7 +6,8 @@ import argparse
 import fnmatch
 from typing import TYPE_CHECKING, Any
 
-from allocator.cli.common import Talk, UsageError, add_command
+from allocator.cli.arguments import UsageError, add_command
+from allocator.cli.talk import Talk
 
 if TYPE_CHECKING:
     from rich.table import Table

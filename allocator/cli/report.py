@@ -7,20 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from allocator.cli.common import (
-    Talk,
-    add_command,
-    add_input_options,
-    add_latency_options,
-    add_model_options,
-    asked_format,
-    check_outputs,
-    example_inputs,
-    measured,
-    open_model,
-    parse_flops,
-)
-from allocator.cli.plan import add_plan_options, check_report
+from allocator.cli.arguments import add_command, add_input_options, add_latency_options, add_model_options, parse_flops
+from allocator.cli.opening import example_inputs, measured, open_model
+from allocator.cli.outputs import asked_format, check_outputs
+from allocator.cli.plan import add_plan_options, check_report, plan_options
+from allocator.cli.talk import Talk
 
 if TYPE_CHECKING:
     from typing import Any
@@ -88,7 +79,7 @@ def _summary(args: argparse.Namespace, talk: Talk, format: str) -> Summary:
 
     model = open_model(args.model, args, talk)
     with talk.stage("tracing"):
-        graph = trace(model, example_inputs(args), groups=args.groups, norms=args.norms, exclude=tuple(args.exclude))
+        graph = trace(model, example_inputs(args), **plan_options(args, "groups", "norms", "exclude"))
     summary = _planned(args, talk, graph, format)
     if Path(args.model).suffix == RESULT_SUFFIX and Path(args.model).exists():
         summary = with_origin(summary, load_allocation(args.model))
@@ -109,7 +100,7 @@ def _planned(args: argparse.Namespace, talk: Talk, graph: ChannelGraph, format: 
     else:
         with talk.stage("planning"):
             named = None if args.criterion == "auto" else score(graph, args.criterion)
-            allocation = plan(graph, named, args.flops, args.policy, scope=args.scope, fill=not args.no_fill)
+            allocation = plan(graph, named, args.flops, **plan_options(args, "policy", "scope", "fill"))
             kept = kept_by(graph, allocation)
             scores = named or score(graph, allocation.criterion)
     if format == "html" and scores is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from allocator.cli.common import Talk, UsageError, add_command
+from allocator.cli.arguments import UsageError, add_command
+from allocator.cli.talk import Talk
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -6,15 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocator.cli.common import (
-    Talk,
-    UsageError,
-    add_command,
-    add_input_options,
-    add_model_options,
-    example_inputs,
-    open_model,
-)
+from allocator.cli.arguments import UsageError, add_command, add_input_options, add_model_options
+from allocator.cli.opening import example_inputs, open_model
+from allocator.cli.talk import Talk
 
 if TYPE_CHECKING:
     from allocator.verifying.certificate import Certificate

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from cli_page import cli_page  # noqa: E402
 from figures import diagram  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
+from options_table import options_table  # noqa: E402
 
 from benchmarks.comparison import TABLES  # noqa: E402
 
@@ -60,7 +61,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Fill in tables and diagrams, and point links at the site's pages."""
     site = page.file.src_uri
-    markdown = _TABLE.sub(lambda found: TABLES[found[1]](), markdown)
+    markdown = _TABLE.sub(lambda found: {**TABLES, "options": options_table}[found[1]](), markdown)
     markdown = diagram(markdown, ROOT / "docs", posixpath.dirname(site))
     return relink(markdown, site)
 

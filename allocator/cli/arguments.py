@@ -1,0 +1,108 @@
+"""Arguments that subcommands share, and how their text is read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+_UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+
+
+class UsageError(Exception):
+    """The arguments do not fit together; ends with exit status 2."""
+
+
+def add_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    """A subcommand's parser with the options that every subcommand has."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    talk = parser.add_argument_group("output")
+    talk.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
+    talk.add_argument("-v", "--verbose", action="store_true", help="show each stage's time on stderr")
+    talk.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes on stderr")
+    talk.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say how to open MODEL and what to feed it."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--arch", metavar="NAME", help="the network a file of weights alone belongs to")
+    group.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        type=parse_setting,
+        help="an argument for a named model, such as num_classes=10 (repeat for more)",
+    )
+    group.add_argument("--trust", action="store_true", help="let model files run the code they ask for")
+
+
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """The option that states the input's size."""
+    parser.add_argument(
+        "--input-size",
+        metavar="NxCxHxW",
+        action="append",
+        type=parse_size,
+        help="size of an input, such as 1x3x224x224 (repeat for more inputs); left out: the model's own",
+    )
+
+
+def add_latency_options(parser: argparse.ArgumentParser) -> None:
+    """Options to measure the time of a forward."""
+    group = parser.add_argument_group("latency")
+    group.add_argument("--latency", action="store_true", help="also measure the median time of a forward, here")
+    group.add_argument("--threads", type=_positive, metavar="N", help="for --latency (default: as torch has it)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+    return int(text)
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Options for the model that is written."""
+    parser.add_argument("-o", "--output", metavar="OUT", help="the smaller model: .pt, .pth or .safetensors")
+    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
+
+
+def parse_size(text: str) -> tuple[int, ...]:
+    """``"1x3x224x224"`` as (1, 3, 224, 224)."""
+    try:
+        size = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        size = ()
+    if not size or min(size) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1x3x224x224")
+    return size
+
+
+def parse_flops(text: str) -> float | str:
+    """``"4.2e9"`` or ``"4.2G"`` as a number of FLOPs; ``"60%"`` stays a share of the model's own."""
+    text = text.strip()
+    number, unit = (text[:-1], text[-1:].lower()) if text[-1:].lower() in {"%", *_UNITS} else (text, "")
+    try:
+        value = float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a budget such as 4.2e9, 4.2G or 60%") from None
+    return text if unit == "%" else value * _UNITS.get(unit, 1.0)
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``"num_classes=10"`` as ("num_classes", 10); a value that is not JSON is taken as text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value

@@ -1,0 +1,62 @@
+"""Files that subcommands write: refused before any work is done where they cannot be, written in one piece."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from allocator.cli.arguments import UsageError
+
+MODEL_SUFFIXES = (".pt", ".pth", ".safetensors")
+
+
+def check_outputs(args: argparse.Namespace, *paths: str | None) -> None:
+    """Refuse, before any work is done, outputs that could not be written or would overwrite a file."""
+    from allocator.errors import FileError
+    from allocator.io.files import check_writable
+
+    given = [path for path in paths if path is not None]
+    if len({os.path.realpath(path) for path in given}) < len(given):
+        raise UsageError("two outputs have the same name")
+    for path in given:
+        check_writable(path)
+        if os.path.exists(path) and not args.force:
+            raise FileError(f"{path} exists; use --force to overwrite it")
+
+
+def check_suffix(path: str | None, suffixes: tuple[str, ...], what: str) -> None:
+    """Usage error where a name does not end as its content asks."""
+    if path is not None and Path(path).suffix not in suffixes:
+        raise UsageError(f"{what} must end in {' or '.join(suffixes)}, not {Path(path).name!r}")
+
+
+def write_model(result: Any, path: str) -> None:
+    """Write a model that came out of an allocation, or a result, as pickle or as safetensors by the path's suffix."""
+    from allocator.io.files import RESULT_SUFFIX, save_model, save_result
+
+    if Path(path).suffix == RESULT_SUFFIX:
+        save_result(result, path)
+    else:
+        save_model(getattr(result, "model", result), path)
+
+
+def asked_format(args: argparse.Namespace) -> str:
+    """The format of a report: by name (`--json`, `--format`), else by the suffix of `-o`, else "rich"."""
+    from allocator.errors import UnknownNameError
+    from allocator.reporting.render import check_format, format_of
+
+    if args.json and args.format not in (None, "json"):
+        raise UsageError(f"--json and --format {args.format} do not go together")
+    try:
+        if args.json or args.format is not None:
+            format = check_format("json" if args.json else args.format)
+        else:
+            format = "rich" if args.output is None else format_of(args.output)
+    except UnknownNameError as error:
+        raise UsageError(str(error)) from error
+    if format == "html" and args.output is None and sys.stdout.isatty():
+        raise UsageError("HTML is not for a terminal: give -o FILE.html")
+    return format

@@ -1,0 +1,16 @@
+"""The table of options, made from the one place that declares them."""
+
+from __future__ import annotations
+
+from allocator.settings import CHOICES, DEFAULTS, KNOWN_POLICIES, OPTIONS
+
+
+def options_table() -> str:
+    """Every option of an allocation: in Python and YAML, in a shell, its default, and what it decides."""
+    rows = ["| option | in a shell | values | default | decides |", "| --- | --- | --- | --- | --- |"]
+    for name, option in OPTIONS.items():
+        words = KNOWN_POLICIES if name == "policy" else CHOICES.get(name, ())
+        values = ", ".join(f"`{word}`" for word in words)
+        flag = (option.flag or name).replace("_", "-")
+        rows.append(f"| `{name}` | `--{flag}` | {values} | `{getattr(DEFAULTS, name)!r}` | {option.help} |")
+    return "\n".join(rows)
