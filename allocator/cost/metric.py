@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -66,7 +67,7 @@ class Metric:
         """The cost when the neurons with `kept` true are kept."""
         return int(self.per_term(kept).sum())
 
-    @property
+    @cached_property
     def whole(self) -> int:
         """The cost of the network as it is."""
         return self.value(np.ones(self.size, dtype=bool))

@@ -62,7 +62,7 @@ def fit(graph: ChannelGraph, planner: Planner) -> Fitted:
             error.reasons[:0] = notes
             raise
         maps = maps_of(graph, plan.kept)
-        allocation = describe(graph, plan, mends.attributes())
+        allocation = describe(graph, plan, maps, mends.attributes())
         mismatch = check_structure(graph, maps, allocation)
         if mismatch is None:
             allocation = complete(_leave_alone(graph, plan, maps, mends, allocation), graph, plan)
@@ -90,7 +90,7 @@ def _leave_alone(graph: ChannelGraph, plan: Plan, maps: Maps, mends: Mends, allo
             doubtful.setdefault(kind, set()).add((attribute.module, attribute.name))
     alone: set[AttributeKey] = set()
     for keys in doubtful.values():
-        other = describe(graph, plan, mends.attributes(), alone | keys)
+        other = describe(graph, plan, maps, mends.attributes(), alone | keys)
         if check_structure(graph, maps, other) is None:
             allocation, alone = other, alone | keys
     return allocation

@@ -17,7 +17,7 @@ from allocator.graph.channel_graph import ChannelGraph
 from allocator.planning.plan import Plan
 from allocator.rewriting.allocation import Allocation, architecture_hash
 from allocator.rewriting.attributes import norms_without_tensors, standard_attributes
-from allocator.rewriting.index_map import Maps, mapped_shape, maps_of
+from allocator.rewriting.index_map import Maps, mapped_shape
 from allocator.torch_private import ConvolutionBase
 
 AttributeKey = tuple[str, str]
@@ -27,6 +27,7 @@ AttributeKey = tuple[str, str]
 def describe(
     graph: ChannelGraph,
     plan: Plan,
+    maps: Maps,
     mends: Collection[Attribute] = (),
     alone: Collection[AttributeKey] = (),
 ) -> Allocation:
@@ -35,11 +36,11 @@ def describe(
     Args:
         graph: the model's neurons.
         plan: the choice.
+        maps: where each index comes from.
         mends: further attributes that follow the kept channels.
         alone: attributes that stay as they are, though a split has their value for its size.
     """
-    maps, stays = maps_of(graph, plan.kept), graph.stays(plan.kept)
-    kept, attributes, absent = describe_maps(graph, maps, stays, mends, alone)
+    kept, attributes, absent = describe_maps(graph, maps, graph.stays(plan.kept), mends, alone)
     return Allocation(
         kept=kept,
         attributes=attributes,

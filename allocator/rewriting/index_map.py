@@ -36,7 +36,8 @@ class IndexMap:
 
     def tolist(self) -> list[int]:
         """The source indices, for a file."""
-        return [int(index) for index in self.source.tolist()]
+        indices: list[int] = self.source.tolist()
+        return indices
 
 
 Maps = dict[str, list[IndexMap | None]]

@@ -61,6 +61,7 @@ class Op:
         module: path of the innermost module that was running, "" for the model itself.
         call: the composite call it is part of, or None.
         operator: what torch says of `target`.
+        declared: what this package knows of it beside that.
         name: operator name without namespace or overload, such as `convolution`.
     """
 
@@ -73,16 +74,12 @@ class Op:
     module: str
     call: Call | None
     operator: Operator = field(init=False, repr=False)
+    declared: Declaration = field(init=False, repr=False)
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
         self.operator = operator_of(self.target)
-        self.name = self.operator.name
-
-    @property
-    def declared(self) -> Declaration:
-        """What this package knows of the operator."""
-        return self.operator.declared
+        self.declared, self.name = self.operator.declared, self.operator.name
 
     def arg(self, name: str) -> Any:
         """An argument by its name in the schema, or its default."""

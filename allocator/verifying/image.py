@@ -27,18 +27,28 @@ class Image:
         self.origin[FROZEN] = FROZEN
         self.copies = np.ones(self.old.total, dtype=np.int64)
         self._sources: dict[int, np.ndarray] = {}  # of dims whose indices change their order, by their first slot
-        for name, shape in self.old.shapes.items():
+        for name, dims in maps.items():
+            for start, size, index_map in zip(self.old.base[name], self.old.shapes[name], dims, strict=True):
+                if index_map is None:
+                    continue
+                self.copies[start : start + size] = 0
+                if index_map.keeps_order:
+                    self.copies[start + index_map.source] = 1
+                else:
+                    np.add.at(self.copies, start + index_map.source, 1)
+                    self._sources[start] = index_map.source
+        everything = np.arange(self.old.total)
+        for name, shape in slots.shapes.items():
             dims = maps.get(name)
-            new_shape, new_base = slots.shapes.get(name), slots.base.get(name, ())
-            for dim, (start, size) in enumerate(zip(self.old.base[name], shape, strict=True)):
+            for dim, (first, new_size) in enumerate(zip(slots.base[name], shape, strict=True)):
+                start = self.old.base[name][dim]
                 index_map = None if dims is None else dims[dim]
-                source = np.arange(size) if index_map is None else index_map.source
-                if index_map is not None:
-                    self.copies[start : start + size] = np.bincount(source, minlength=size)
-                    if not index_map.keeps_order:
-                        self._sources[start] = source
-                if new_shape is not None and new_shape[dim] == len(source):
-                    self.origin[new_base[dim] : new_base[dim] + len(source)] = start + source
+                if index_map is None:
+                    source = everything[start : start + self.old.shapes[name][dim]]
+                else:
+                    source = start + index_map.source
+                if len(source) == new_size:
+                    self.origin[first : first + new_size] = source
         self._sizes: dict[int, int] = {}
         self._same: set[tuple[int, int]] = set()
 
@@ -55,7 +65,8 @@ class Image:
             return old is None and new is None
         key = (id(old), id(new))
         if key not in self._same:
-            if not np.array_equal(old[self.positions(old)], self.origin[new]):
+            image = old[self.positions(old)] if self._sources else old[self.copies[old] > 0]
+            if not np.array_equal(image, self.origin[new]):
                 return False
             self._same.add(key)
         return True
