@@ -1,8 +1,7 @@
-"""How long each stage of a call takes, and what is held back meanwhile."""
+"""How long each stage of a call takes."""
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,15 +23,3 @@ class Clock:
         start = time.perf_counter()
         yield
         self.seconds[stage] = time.perf_counter() - start
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Hold garbage collection back: what a trace and its rules make stays in use until they are done."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

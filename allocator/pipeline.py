@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from allocator.clock import Clock, Progress, without_collection
+from allocator.clock import Clock, Progress
 from allocator.cost.budget import Budgets, parse_budgets
 from allocator.cost.fvcore import fvcore_flops
 from allocator.errors import (
@@ -63,16 +63,15 @@ def run(
     """
     check_model(model, values=True)
     clock = Clock(progress)
-    with without_collection():
-        with clock("trace"):
-            graph = trace_model(model, example_inputs, settings)
-        with clock("score and plan"):
-            notes = list(graph.notes)
-            fitted = choose(graph, budgets_of(graph, asked), settings)
-            notes += fitted.notes
-        with clock("rewrite"):
-            small = materialise(model, fitted.allocation)
-            remember(small, model, fitted.allocation)
+    with clock("trace"):
+        graph = trace_model(model, example_inputs, settings)
+    with clock("score and plan"):
+        notes = list(graph.notes)
+        fitted = choose(graph, budgets_of(graph, asked), settings)
+        notes += fitted.notes
+    with clock("rewrite"):
+        small = materialise(model, fitted.allocation)
+        remember(small, model, fitted.allocation)
     return _finish(small, fitted, notes, weights, numeric, seed, clock)
 
 

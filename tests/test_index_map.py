@@ -50,7 +50,7 @@ def reordered(graph: ChannelGraph, layer: str, order: np.ndarray) -> Maps:
             source = np.arange(len(label))
             by_rank = sorted(places.tolist(), key=lambda place: (rank[int(of_dim[place])], place))
             source[places] = by_rank
-            maps.setdefault(name, [None] * len(shape))[dim] = IndexMap(source)
+            maps.setdefault(name, [None] * len(shape))[dim] = IndexMap.of(source)
     return maps
 
 
@@ -92,7 +92,7 @@ def test_pixels_of_one_channel_in_another_order_are_noticed() -> None:
     graph = allocator.trace(trained(Net()), IMAGE)
     source = np.arange(9 * 64)
     source[[0, 1]] = source[[1, 0]]
-    maps: Maps = {"head.weight": [None, IndexMap(source)]}
+    maps: Maps = {"head.weight": [None, IndexMap.of(source)]}
     assert find_mismatch(graph, maps, rewritten(graph, maps)) is not None
 
 

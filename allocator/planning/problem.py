@@ -47,9 +47,9 @@ def forced_neurons(graph: ChannelGraph, scores: Scores, free: np.ndarray) -> np.
             continue
         units = graph.unit_of_slot[label]
         goes = (units >= 0) & ~forced[units]
-        loose = np.unique(units[goes])
         missing = minimum - int((~goes).sum())
         if missing > 0:
+            loose = np.unique(units[goes])
             best = np.argsort(-scores.values[loose], kind="stable")[:missing]
             forced[loose[best]] = True
     return forced

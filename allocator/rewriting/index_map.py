@@ -22,17 +22,19 @@ class IndexMap:
 
     Attributes:
         source: (new size,) int64.
+        keeps_order: whether it is a subset in its order, as dropping channels gives.
     """
 
     source: np.ndarray
+    keeps_order: bool
+
+    @classmethod
+    def of(cls, source: np.ndarray) -> IndexMap:
+        """The map with these source indices, of whatever kind."""
+        return cls(source, bool((np.diff(source) > 0).all()))
 
     def __len__(self) -> int:
         return len(self.source)
-
-    @property
-    def keeps_order(self) -> bool:
-        """Whether it is a subset in its order, as dropping channels gives."""
-        return bool((np.diff(self.source) > 0).all())
 
     def tolist(self) -> list[int]:
         """The source indices, for a file."""
@@ -59,7 +61,7 @@ def maps_of(graph: ChannelGraph, kept: np.ndarray) -> Maps:
     for i in losing:
         start, name, dim = graph.slots.names[i]
         dims = maps.setdefault(name, [None] * len(graph.slots.shapes[name]))
-        dims[dim] = IndexMap(left[ends[i] : ends[i + 1]] - start)
+        dims[dim] = IndexMap(left[ends[i] : ends[i + 1]] - start, keeps_order=True)
     return maps
 
 

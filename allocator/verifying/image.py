@@ -23,8 +23,6 @@ class Image:
 
     def __init__(self, graph: ChannelGraph, maps: Maps, slots: Slots) -> None:
         self.old = graph.slots
-        self.origin = np.full(slots.total, -1)
-        self.origin[FROZEN] = FROZEN
         self.copies = np.ones(self.old.total, dtype=np.int64)
         self._sources: dict[int, np.ndarray] = {}  # of dims whose indices change their order, by their first slot
         for name, dims in maps.items():
@@ -37,16 +35,15 @@ class Image:
                 else:
                     np.add.at(self.copies, start + index_map.source, 1)
                     self._sources[start] = index_map.source
-        everything = np.arange(self.old.total)
+        self.origin = np.full(slots.total, -1)
+        self.origin[FROZEN] = FROZEN
+        left, before = np.flatnonzero(self.copies), np.append(0, np.cumsum(self.copies > 0))
         for name, shape in slots.shapes.items():
-            dims = maps.get(name)
-            for dim, (first, new_size) in enumerate(zip(slots.base[name], shape, strict=True)):
-                start = self.old.base[name][dim]
-                index_map = None if dims is None else dims[dim]
-                if index_map is None:
-                    source = everything[start : start + self.old.shapes[name][dim]]
-                else:
-                    source = start + index_map.source
+            starts, sizes = self.old.base[name], self.old.shapes[name]
+            for first, new_size, start, size in zip(slots.base[name], shape, starts, sizes, strict=True):
+                source = left[before[start] : before[start + size]]
+                if start in self._sources:
+                    source = start + self._sources[start]
                 if len(source) == new_size:
                     self.origin[first : first + new_size] = source
         self._sizes: dict[int, int] = {}
