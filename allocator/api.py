@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +20,8 @@ from allocator.rewriting.index_map import maps_of
 from allocator.rewriting.kept import kept_by
 from allocator.rewriting.materialise import check_fits
 from allocator.rewriting.rewrite import rewrite as rewrite_model
+from allocator.scoring.answers import Loss
+from allocator.scoring.registry import Data
 from allocator.scoring.registry import score as score_graph
 from allocator.scoring.scores import Scores
 from allocator.settings import DEFAULTS, Groups, Norms, Policy, Scope, Settings, Weights, check_choice
@@ -31,8 +32,12 @@ from allocator.verifying.structure import find_mismatch
 
 def allocate(
     model: nn.Module,
-    flops: float | str,
+    flops: float | str | None = None,
     *,
+    params: float | str | None = None,
+    activations: float | str | None = None,
+    data: Any = None,
+    loss: Loss | None = None,
     example_inputs: Any = None,
     policy: Policy | str = DEFAULTS.policy,
     criterion: Any = DEFAULTS.criterion,
@@ -40,47 +45,64 @@ def allocate(
     fill: bool = DEFAULTS.fill,
     groups: Groups = DEFAULTS.groups,
     norms: Norms = DEFAULTS.norms,
-    exclude: Sequence[str | type] = (),
+    exclude: Any = DEFAULTS.exclude,
+    include: Any = DEFAULTS.include,
+    same: Any = DEFAULTS.same,
+    at_least: Any = DEFAULTS.at_least,
+    multiple: int = DEFAULTS.multiple,
     weights: Weights = "keep",
     certify: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
-    """Make a smaller network under a FLOPs budget, and prove it.
+    """Make a smaller network under a budget, and prove it.
 
     Args:
         model: the trained network; not changed. It is measured and proven in eval mode.
-        flops: the budget as fvcore counts it (one multiply-add is one FLOP), or a share such as "60%".
+        flops: the budget as fvcore counts it (one multiply-add is one FLOP): a number, text such as "4.2G", or a
+            share such as "60%".
+        params, activations: budgets of numbers in parameters, and of numbers that convolutions and matrix products
+            write in one forward; alone, or beside the others.
+        data: what the network is for, for criteria that look at it: a loader of tensors, of (inputs, target) pairs
+            or of dicts, or a tensor of inputs. A few hundred samples are enough.
+        loss: called with the model's output and the batch's target, gives a scalar; without one, the model's own
+            answers stand in for labels.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None to infer one image.
-        policy: "per_block", "global" or "uniform"; see `plan`.
-        criterion: what ranks neurons: "bn_scale", "magnitude", "random", or "auto" for bn_scale where batch norms
-            rank enough of them to meet the budget, else magnitude, which is warned of and noted; or as for `score`.
-        scope: "branches" (neurons that enter a concatenation or a grouped convolution), "inner" (all but
-            residual streams), "all", or "auto" for the narrowest of them that can meet the budget.
-        fill: spend the rest of the budget on the next best neurons.
+        policy: who competes with whom; "auto" for what suits the criterion; see `plan`.
+        criterion: what ranks neurons; "auto" for the best that is known, "fisher" with data and "group_norm"
+            without; see `score`.
+        scope: "branches" (neurons that enter a concatenation or a grouped convolution), "inner" (all but residual
+            streams), "all" (which "auto" is), or "narrowest" for the narrowest of them that can meet the budgets.
+        fill: spend the rest of the budgets on the next best neurons.
         groups: "whole" drops whole groups of grouped convolutions, "width" narrows all groups alike.
         norms: "exact" keeps channels under a norm over channels (of a group norm, whole groups may go), "loose" lets
             them go.
-        exclude: name patterns (`"layer1.*"`) or module classes that stay as they are.
+        exclude: what stays as it is: name patterns (`"layer1.*"`), module classes or modules.
+        include: what alone may get narrower, in the same words.
+        same: layers that keep the same places, in the same words; a list of lists for several groups.
+        at_least: channels that every layer keeps: a number, a share ("25%"), or one of these per name pattern.
+        multiple: widths that change are multiples of this.
         weights: "keep", or "reset" to train the result from scratch.
         certify: compare weights and float64 outputs too; the structural check always runs.
-        seed: of the certificate's input.
-        progress: called with the name of each stage.
+        seed: of the certificate's input, and of the noise that stands in for answers that are no classes.
+        progress: called with the name of each stage, and with how far it is.
 
     Raises:
-        BudgetError: the budget is no positive number, or cannot be met; says what can.
+        BudgetError: a budget is missing, no positive number, or cannot be met; says what can.
         NothingToAllocateError: no neuron can be removed; says why.
-        CriterionError: the criterion has nothing to rank this model by.
+        CriterionError: the criterion has nothing to rank this model by, or needs data.
+        DataError: the data are empty or do not fit the model, or the loss is no finite scalar.
         UnsupportedModelError, InputError, TraceError: the model cannot be traced; says what to pass instead.
         CertificateError, CostMismatchError: the result failed its own checks, and is not returned.
     """
     check_choice("weights", weights, get_args(Weights))
-    settings = Settings(policy, criterion, scope, fill, groups, norms, exclude)
+    settings = Settings(policy, criterion, scope, fill, groups, norms, exclude, include, same, at_least, multiple)
     return pipeline.run(
         model,
-        {"flops": flops},
+        {"flops": flops, "params": params, "activations": activations},
         example_inputs,
         settings,
+        data=None if data is None else Data(data, loss, seed, progress),
         weights=weights,
         numeric=certify,
         seed=seed,
@@ -94,64 +116,87 @@ def trace(
     *,
     groups: Groups = DEFAULTS.groups,
     norms: Norms = DEFAULTS.norms,
-    exclude: Sequence[str | type] = (),
+    exclude: Any = DEFAULTS.exclude,
+    include: Any = DEFAULTS.include,
+    same: Any = DEFAULTS.same,
 ) -> ChannelGraph:
     """Find a model's neurons, blocks and cost, without running or copying its weights.
 
     Args:
-        model, example_inputs, groups, norms, exclude: as for `allocate`.
+        model, example_inputs, groups, norms, exclude, include, same: as for `allocate`.
 
     Raises:
         UnsupportedModelError: not a plain module; says what to pass instead.
         InputError: the inputs don't fit the model.
         TraceError: the model's forward raised.
     """
-    settings = Settings(groups=groups, norms=norms, exclude=exclude)
+    settings = Settings(groups=groups, norms=norms, exclude=exclude, include=include, same=same)
     return pipeline.trace_model(check_model(model), example_inputs, settings)
 
 
-def score(graph: ChannelGraph, criterion: Any = DEFAULTS.criterion) -> Scores:
+def score(
+    graph: ChannelGraph,
+    criterion: Any = DEFAULTS.criterion,
+    data: Any = None,
+    loss: Loss | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Scores:
     """Rank the neurons of a traced model.
 
     Args:
         graph: from `trace`.
-        criterion: a name, see `allocate`; a function of the graph and of a look-up of tensors by name, as `criterion`
-            registers; an array of one number per neuron, in the order of `graph.neurons`, the higher the more it
-            matters, NaN where a neuron has to stay; or, by the names of parameters, arrays of their shapes, whose
-            entries are added up over everything that goes with a neuron.
+        criterion: a name: of weights alone "group_norm", "magnitude", "bn_scale", "fpgm", "random"; with data
+            "fisher", "activation", "reconstruction", and with a loss "taylor". Several names, whose rankings are
+            averaged. A function of the graph and of a look-up of tensors by name, as `criterion` registers. One of
+            Torch-Pruning's importances. An array of one number per neuron, in the order of `graph.neurons`, the higher
+            the more it matters, NaN where a neuron has to stay. Or, by the names of parameters, arrays of their
+            shapes, whose entries are added up over everything that goes with a neuron.
+        data, loss, seed, progress: as for `allocate`.
 
     Raises:
         UnknownNameError: no such criterion, or no such parameter.
-        CriterionError: it has nothing to rank this model by, or the shapes do not fit.
+        CriterionError: it has nothing to rank this model by, needs data, or the shapes do not fit.
+        DataError: the data do not fit the model, or the loss is no finite scalar.
     """
-    return score_graph(graph, criterion)
+    return score_graph(graph, criterion, None if data is None else Data(data, loss, seed, progress))
 
 
 def plan(
     graph: ChannelGraph,
     scores: Scores | None = None,
-    flops: float | str = "50%",
+    flops: float | str | None = None,
     policy: Policy | str = DEFAULTS.policy,
     *,
+    params: float | str | None = None,
+    activations: float | str | None = None,
     scope: Scope = DEFAULTS.scope,
     fill: bool = DEFAULTS.fill,
+    at_least: Any = DEFAULTS.at_least,
+    multiple: int = DEFAULTS.multiple,
 ) -> Allocation:
     """Choose the neurons to keep under a budget, and check that the rewritten forward fits.
 
     Args:
         graph: from `trace`.
         scores: from `score`, or of the caller's own making; None for the criterion that `allocate` would take.
-        flops: the budget, or a share such as "60%".
+        flops, params, activations: budgets, as for `allocate`; half of the FLOPs where there is none.
         policy: "per_block" (one width multiplier, the best in each block; branches compete), "global" (one
-            ranking) or "uniform" (every branch the same share).
-        scope, fill: as for `allocate`.
+            ranking), "isomorphic" (a ranking for each kind and shape of layer), "uniform" (every branch the same
+            share), "priced" (whatever is worth more than a price level times its cost), or "auto" for what suits the
+            criterion: "priced" where scores add up, "per_block" for bn_scale, else "global".
+        scope, fill, at_least, multiple: as for `allocate`.
 
     Raises:
         BudgetError, NothingToAllocateError: as for `allocate`.
         CriterionError: there is not one score per neuron.
     """
-    settings = Settings(policy=policy, scope=scope, fill=fill)
-    return pipeline.choose(graph, pipeline.budgets_of(graph, {"flops": flops}), settings, scores).allocation
+    asked = {"flops": flops, "params": params, "activations": activations}
+    if all(figure is None for figure in asked.values()):
+        asked["flops"] = "50%"
+    settings = Settings(policy=policy, scope=scope, fill=fill, at_least=at_least, multiple=multiple).checked()
+    return pipeline.choose(graph, pipeline.budgets_of(graph, asked), settings, scores).allocation
 
 
 def rewrite(model: nn.Module, allocation: Allocation, weights: Weights = "keep") -> nn.Module:

@@ -117,12 +117,12 @@ class UninformativeScoresWarning(AllocatorWarning):
     """All scores are equal, so the ranking carries no information."""
 
 
-class CriterionFallbackWarning(AllocatorWarning):
-    """No criterion was named, and neurons are ranked by magnitude: batch norms do not rank what has to go."""
-
-
 class BudgetNotBindingWarning(AllocatorWarning):
     """The budget is at or above the model's own FLOPs; the model comes back unchanged."""
+
+
+class UnmatchedPatternWarning(AllocatorWarning):
+    """A name pattern or class that matches nothing in the model, and may be misspelled; names near ones."""
 
 
 class ValueDependentTraceWarning(AllocatorWarning):

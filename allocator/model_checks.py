@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterator, Sequence
-
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
@@ -53,14 +50,6 @@ def check_model(model: object, *, values: bool = False) -> nn.Module:
                 "its weights first"
             )
     return model
-
-
-def unmatched(model: nn.Module, exclude: Sequence[str | type]) -> Iterator[str]:
-    """A note for every pattern that excludes nothing, since it may be misspelled."""
-    names = [*modules_of(model), *tensor_names(model)] if exclude else []
-    for item in exclude:
-        if isinstance(item, str) and not fnmatch.filter(names, item) and not fnmatch.filter(names, f"{item}.*"):
-            yield f"exclude={item!r} matches no module or parameter"
 
 
 def without_reset(model: nn.Module) -> str:

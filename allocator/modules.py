@@ -40,6 +40,13 @@ def tensor_names(model: nn.Module, modules: Mapping[str, nn.Module] | None = Non
     return {name: tensor for _, name, tensor in _tensors(modules_of(model) if modules is None else modules)}
 
 
+def set_training(model: nn.Module, training: bool) -> nn.Module:
+    """Put every module into train or eval mode, without the `train` that a wrapper may have overridden."""
+    for module in modules_of(model).values():
+        module.training = training
+    return model
+
+
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Sizes of every parameter and buffer by its first name."""
     return {name: tuple(tensor.shape) for name, tensor in tensor_names(model).items()}

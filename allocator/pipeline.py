@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from allocator.clock import Clock, Progress
@@ -18,6 +17,7 @@ from allocator.errors import (
     InputError,
     NothingToAllocateError,
     TraceError,
+    UnmatchedPatternWarning,
     ValueDependentTraceWarning,
     warn,
 )
@@ -26,12 +26,14 @@ from allocator.fitting.reachable import smallest_reachable
 from allocator.flow.options import Options
 from allocator.graph.build import build_graph
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.model_checks import check_model, unmatched, without_reset
+from allocator.graph.selection import as_items, unmatched
+from allocator.model_checks import check_model, without_reset
 from allocator.planning.plan import Plan, make_plan, unmet
+from allocator.planning.problem import Widths
 from allocator.result import Result
 from allocator.rewriting.lineage import remember
 from allocator.rewriting.materialise import materialise, reset_parameters
-from allocator.scoring.registry import AUTO, NO_BATCH_NORM, candidates, say_fallback, score
+from allocator.scoring.registry import Data, score
 from allocator.scoring.scores import Scores
 from allocator.settings import Settings
 from allocator.tracing.inputs import Inputs, as_inputs, infer_inputs
@@ -40,10 +42,11 @@ from allocator.verifying.certificate import certify, require
 
 def run(
     model: nn.Module,
-    asked: Mapping[str, float | str],
+    asked: Mapping[str, float | str | None],
     example_inputs: Any,
     settings: Settings,
     *,
+    data: Data | None = None,
     weights: str = "keep",
     numeric: bool = True,
     seed: int = 0,
@@ -56,6 +59,7 @@ def run(
         asked: budgets by the names of their metrics.
         example_inputs: as the caller gave them.
         settings: how neurons are chosen.
+        data: what criteria may look at.
         weights: "keep" or "reset".
         numeric: compare weights and outputs too.
         seed: of the certificate's input.
@@ -67,7 +71,9 @@ def run(
         graph = trace_model(model, example_inputs, settings)
     with clock("score and plan"):
         notes = list(graph.notes)
-        fitted = choose(graph, budgets_of(graph, asked), settings)
+        budgets = budgets_of(graph, asked)
+        scores = None if budgets.met(graph.everything) else score(graph, settings.criterion, data)
+        fitted = choose(graph, budgets, settings, scores)
         notes += fitted.notes
     with clock("rewrite"):
         small = materialise(model, fitted.allocation)
@@ -115,18 +121,32 @@ def trace_model(model: nn.Module, example_inputs: Any, settings: Settings) -> Ch
     """The channel graph of a model; raises as `allocator.trace` does."""
     settings = settings.checked()
     inputs = as_inputs(example_inputs, model)
-    options = Options(groups=settings.groups, norms=settings.norms, exclude=tuple(settings.exclude))
+    options = options_of(settings)
     try:
         graph = build_graph(model, inputs, options)
     except TraceError as error:
         raise _input_error(model, inputs, error) or error from error.__cause__
     _check_dtypes(graph)
-    graph.notes += unmatched(model, options.exclude)
+    for name in ("exclude", "include", "same"):
+        for note in unmatched(model, name, getattr(options, name)):
+            warn(note, UnmatchedPatternWarning)
+            graph.notes.append(note)
     if graph.flow.trace.mode == "real":
         message = "the forward needs values: the trace holds for inputs that take the same path"
         warn(message, ValueDependentTraceWarning)
         graph.notes.append(message)
     return graph
+
+
+def options_of(settings: Settings) -> Options:
+    """How channels are followed, of all that is set."""
+    return Options(
+        groups=settings.groups,
+        norms=settings.norms,
+        exclude=as_items(settings.exclude),
+        include=as_items(settings.include),
+        same=as_items(settings.same),
+    )
 
 
 def _input_error(model: nn.Module, inputs: Inputs, error: TraceError) -> InputError | None:
@@ -158,24 +178,27 @@ def _check_dtypes(graph: ChannelGraph) -> None:
 # Score and plan -------------------------------------------------------------------------------------
 
 
-def budgets_of(graph: ChannelGraph, asked: Mapping[str, float | str]) -> Budgets:
+def budgets_of(graph: ChannelGraph, asked: Mapping[str, float | str | None]) -> Budgets:
     """Read budgets by the names of their metrics.
 
     Raises:
         BudgetError: one is no positive number.
         NothingToAllocateError: the model has nothing of what is limited.
     """
-    metrics = {name: graph.metric(name) for name in asked}
+    given = {name: figure for name, figure in asked.items() if figure is not None}
+    if not given:
+        raise BudgetError(f"no budget is given: pass flops='60%', or one of {', '.join(asked)}")
+    metrics = {name: graph.metric(name) for name in given}
     for name, metric in metrics.items():
         if not metric.whole:
             model, inputs = type(graph.model).__name__, graph.inputs.describe()
             what = "operator that fvcore counts FLOPs for" if name == "flops" else metric.unit
             raise NothingToAllocateError(f"{model} has no {what}, with {inputs}")
-    return parse_budgets(asked, metrics)
+    return parse_budgets(given, metrics)
 
 
 def choose(graph: ChannelGraph, budgets: Budgets, settings: Settings, scores: Scores | None = None) -> Fitted:
-    """A plan that runs, by the named criterion or by the first that "auto" can meet the budgets with.
+    """A plan that runs.
 
     Args:
         graph: the model's neurons.
@@ -186,47 +209,25 @@ def choose(graph: ChannelGraph, budgets: Budgets, settings: Settings, scores: Sc
     Raises:
         BudgetError, NothingToAllocateError: as for `allocator.allocate`.
     """
-    everything = np.ones(graph.size, dtype=bool)
-    if budgets.met(everything):
-        return _keep_everything(graph, everything, budgets, settings)
-    if scores is not None:
-        return _first_that_meets(graph, budgets, settings, [scores])
-    if not isinstance(settings.criterion, str):
-        return _first_that_meets(graph, budgets, settings, [score(graph, settings.criterion)])
-    names = candidates(graph, settings.criterion)
-    fitted = _first_that_meets(graph, budgets, settings, names)
-    if settings.criterion == AUTO and fitted.plan.criterion == "magnitude":
-        limit = f"{budgets.first.limit:,.0f} {budgets.first.metric.unit}"
-        unmet_by = f"ranked by batch norms alone, the model does not come down to {limit}"
-        fitted.notes.append(say_fallback(unmet_by if len(names) > 1 else NO_BATCH_NORM))
-    return fitted
+    if budgets.met(graph.everything):
+        return _keep_everything(graph, budgets, settings)
+    scores = score(graph, settings.criterion) if scores is None else scores
+    attempt = _attempt(graph, settings, scores)
+    try:
+        return attempt(budgets)
+    except (BudgetError, NothingToAllocateError) as error:
+        raise _what_can_be_met(graph, budgets, settings.scope, attempt, error) from None
 
 
-def _keep_everything(graph: ChannelGraph, everything: np.ndarray, budgets: Budgets, settings: Settings) -> Fitted:
+def _keep_everything(graph: ChannelGraph, budgets: Budgets, settings: Settings) -> Fitted:
     first = budgets.first
     warn(
         f"the budget of {first.limit:,.0f} {first.metric.unit} is not below the model's own {first.metric.whole:,}: "
         "nothing is dropped",
         BudgetNotBindingWarning,
     )
-    criterion = candidates(graph, settings.criterion)[0] if isinstance(settings.criterion, str) else "none"
-    whole = Plan(everything, budgets, "none", settings.policy, criterion, None)
+    whole = Plan(graph.everything, budgets, "none", settings.policy, "none", None)
     return fit(graph, lambda _: whole)
-
-
-def _first_that_meets(
-    graph: ChannelGraph, budgets: Budgets, settings: Settings, rankings: Sequence[str | Scores]
-) -> Fitted:
-    """By the first ranking that meets the budgets; where none does, the error says what any can reach."""
-    failed: list[tuple[Callable[[Budgets], Fitted], BudgetError | NothingToAllocateError]] = []
-    for ranking in rankings:
-        scores = ranking if isinstance(ranking, Scores) else score(graph, ranking)
-        attempt = _attempt(graph, settings, scores)
-        try:
-            return attempt(budgets)
-        except (BudgetError, NothingToAllocateError) as error:
-            failed.append((attempt, error))
-    raise _what_can_be_met(graph, budgets, settings.scope, failed)
 
 
 def _attempt(graph: ChannelGraph, settings: Settings, scores: Scores) -> Callable[[Budgets], Fitted]:
@@ -243,6 +244,7 @@ def _attempt(graph: ChannelGraph, settings: Settings, scores: Scores) -> Callabl
             policy=settings.policy,
             scope=settings.scope,
             fill=settings.fill,
+            widths=Widths(settings.at_least, settings.multiple),
         )
 
     return lambda budgets: fit(graph, lambda current: planner(current, budgets))
@@ -252,22 +254,17 @@ def _what_can_be_met(
     graph: ChannelGraph,
     budgets: Budgets,
     scope: str,
-    failed: Sequence[tuple[Callable[[Budgets], Fitted], BudgetError | NothingToAllocateError]],
+    attempt: Callable[[Budgets], Fitted],
+    error: BudgetError | NothingToAllocateError,
 ) -> BudgetError | NothingToAllocateError:
     """The error with the smallest figure that was seen to work."""
     if len(budgets.each) > 1:  # which of them could be met depends on the others
-        return failed[-1][1]
+        return error
     first = budgets.first
-    figures = []
-    for attempt, error in failed:
 
-        def landing(limit: float, attempt: Callable[[Budgets], Fitted] = attempt) -> int:
-            plan = attempt(budgets.with_first(limit)).plan
-            return plan.budgets.first.metric.value(plan.kept)
+    def landing(limit: float) -> int:
+        plan = attempt(budgets.with_first(limit)).plan
+        return plan.budgets.first.metric.value(plan.kept)
 
-        figure = smallest_reachable(error, landing, first.limit, first.metric.whole)
-        if figure is not None:
-            figures.append(figure)
-    if not figures:
-        return failed[-1][1]
-    return unmet(first, scope, min(figures))
+    figure = smallest_reachable(error, landing, first.limit, first.metric.whole)
+    return error if figure is None else unmet(first, scope, figure)

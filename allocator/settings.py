@@ -7,13 +7,13 @@ in the documentation are all made from this.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from allocator.errors import UnknownNameError
+from allocator.errors import InputError, UnknownNameError
 
-Policy = Literal["per_block", "global", "uniform"]
-Scope = Literal["auto", "branches", "inner", "all"]
+Policy = Literal["auto", "per_block", "global", "uniform", "isomorphic", "priced"]
+Scope = Literal["auto", "branches", "inner", "all", "narrowest"]
 Groups = Literal["whole", "width"]
 Norms = Literal["exact", "loose"]
 Weights = Literal["keep", "reset"]
@@ -41,15 +41,16 @@ class Settings:
     policy: Annotated[
         Policy | str,
         Option(
-            "who competes with whom: per_block (the branches of a block), global (all neurons) or uniform (none: every "
-            "branch keeps the same share)"
+            "who competes with whom: per_block (the branches of a block), global (all neurons), isomorphic (layers "
+            "that are alike), uniform (none: every branch keeps the same share), priced (all, by score per cost), or "
+            "auto for what suits the criterion: priced where its scores add up, per_block for bn_scale, else global"
         ),
-    ] = "per_block"
+    ] = "auto"
     criterion: Annotated[
         Any,
         Option(
-            "what ranks neurons, such as bn_scale or magnitude; auto takes bn_scale where it can meet the budget, else "
-            "magnitude",
+            "what ranks neurons, such as group_norm, bn_scale or fisher; several are averaged; auto is the best that "
+            "is known: fisher where data are given, else group_norm",
             metavar="NAME",
         ),
     ] = "auto"
@@ -57,7 +58,7 @@ class Settings:
         Scope,
         Option(
             "which neurons may go: branches (those that enter a concatenation or a grouped convolution), inner (all "
-            "but residual streams), all, or auto for the narrowest that can meet the budget"
+            "but residual streams), all, narrowest (of these, that can meet the budget), or auto, which is all"
         ),
     ] = "auto"
     fill: Annotated[
@@ -78,18 +79,38 @@ class Settings:
         Option("leave modules of this name alone, as in 'layer4*' (repeat for more)", metavar="PATTERN"),
     ] = ()
 
+    include: Annotated[
+        Sequence[Any],
+        Option("leave everything alone but modules of this name (repeat for more)", metavar="PATTERN"),
+    ] = ()
+    same: Annotated[
+        Sequence[Any],
+        Option("layers of this name stay alike: they keep the same places (repeat for more)", metavar="PATTERN"),
+    ] = ()
+    at_least: Annotated[
+        Any,
+        Option(
+            "how many channels a layer keeps at least: a number, or a share such as 25%; in Python and YAML also one "
+            "per name pattern",
+            metavar="N",
+        ),
+    ] = None
+    multiple: Annotated[
+        int, Option("widths of layers are multiples of this, such as 8, where they change at all", metavar="N")
+    ] = 1
+
     def checked(self) -> Settings:
-        """These settings, with `exclude` as a tuple.
+        """These settings, if all of them can be.
 
         Raises:
             UnknownNameError: a value that is none of an option's.
+            InputError: `multiple` is no number above zero.
         """
         for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), choices)
-        exclude = self.exclude
-        if isinstance(exclude, (str, type)) or not isinstance(exclude, Sequence):
-            exclude = (exclude,)
-        return replace(self, exclude=tuple(exclude))
+        if not isinstance(self.multiple, int) or self.multiple < 1:
+            raise InputError(f"multiple={self.multiple!r} is no whole number above zero, such as 8")
+        return self
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

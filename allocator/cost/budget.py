@@ -70,8 +70,12 @@ class Budgets:
         return Budgets((Budget(self.first.metric, limit), *self.each[1:]))
 
 
+_UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+_EXAMPLES = {"flops": "4.2e9 or '4.2G'", "params": "10e6 or '10M'", "activations": "5e6 or '5M'"}
+
+
 def parse_limit(name: str, asked: float | str, whole: int, unit: str) -> float:
-    """Read a budget: a number, or a share of the model's own such as "60%".
+    """Read a budget: a number, text as people write it ("4.2G", "10 M"), or a share of the model's own ("60%").
 
     Args:
         name: of the argument, for messages.
@@ -80,21 +84,31 @@ def parse_limit(name: str, asked: float | str, whole: int, unit: str) -> float:
         unit: of the metric, in words.
 
     Raises:
-        BudgetError: zero, negative, NaN, infinite or not a number.
+        BudgetError: zero, negative, NaN, infinite, not a number, or a share without its sign.
     """
     try:
-        if isinstance(asked, str):
-            text = asked.strip()
-            value = whole * float(text[:-1]) / 100 if text.endswith("%") else float(text)
-        else:
-            value = float(asked)
+        value = _number(asked, whole)
     except (TypeError, ValueError, OverflowError):
+        example = _EXAMPLES.get(name, "1e6")
         raise BudgetError(
-            f"{name}={asked!r} is not a number: pass {unit} such as 4.2e9, or a share such as '60%'"
+            f"{name}={asked!r} is not a number: pass {unit} such as {example}, or a share such as '60%'"
         ) from None
     if not math.isfinite(value) or value <= 0:
         raise BudgetError(f"{name}={asked!r} must be positive and finite; the model's own {unit} are {whole:,}")
+    if value <= 1 < whole and not str(asked).strip().endswith("%"):
+        share = f"{100 * value:g}%"
+        raise BudgetError(f"{name}={asked!r} is {value:g} {unit} out of {whole:,}: did you mean {share!r}?")
     return value
+
+
+def _number(asked: float | str, whole: int) -> float:
+    if not isinstance(asked, str):
+        return float(asked)
+    text = asked.strip().replace(",", "").replace("_", "")
+    if text.endswith("%"):
+        return whole * float(text[:-1]) / 100
+    factor = _UNITS.get(text[-1:].lower())
+    return float(text) if factor is None else float(text[:-1]) * factor
 
 
 def parse_budgets(asked: Mapping[str, float | str], metrics: Mapping[str, Metric]) -> Budgets:

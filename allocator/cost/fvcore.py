@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from allocator.errors import TraceError
-from allocator.modules import skeleton
+from allocator.modules import set_training, skeleton
 from allocator.tracing.inputs import Inputs
 
 # Convolutions and linear layers, as fvcore calls them.
@@ -55,7 +55,7 @@ def _count(model: nn.Module, inputs: Inputs) -> tuple[dict[str, int], dict[str, 
         warnings.simplefilter("ignore")  # its import touches parts of torch that are deprecated
         from fvcore.nn import FlopCountAnalysis
 
-    shared = skeleton(model, lambda _, t: t if isinstance(t, nn.Parameter) else t.clone()).eval()
+    shared = set_training(skeleton(model, lambda _, t: t if isinstance(t, nn.Parameter) else t.clone()), False)
     inputs = inputs.map(torch.clone)  # a forward may write into its inputs
     args = tuple(inputs.args)
     with torch.no_grad(), _quiet(), _attention_in_parts():

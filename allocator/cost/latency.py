@@ -10,7 +10,7 @@ from torch import nn
 
 from allocator.errors import InputError, TraceError
 from allocator.model_checks import check_model
-from allocator.modules import skeleton, tensor_names
+from allocator.modules import set_training, skeleton, tensor_names
 from allocator.tracing.inputs import Inputs, as_inputs
 
 SECONDS = 1.0
@@ -60,7 +60,8 @@ def latency(
     threads = torch.get_num_threads() if threads is None else threads
     if threads < 1 or not seconds > 0:
         raise InputError(f"cannot measure with {threads} threads for {seconds} seconds: both must be above zero")
-    network = skeleton(check_model(model, values=True), lambda _, tensor: tensor.detach()).eval()
+    network = skeleton(check_model(model, values=True), lambda _, tensor: tensor.detach())
+    set_training(network, False)
     inputs = _drawn(network, as_inputs(example_inputs, network), seed)
     scope = {"network": network, "args": inputs.args, "kwargs": inputs.kwargs}
     timer = Timer("network(*args, **kwargs)", globals=scope, num_threads=threads)

@@ -50,6 +50,11 @@ class Slots:
         sizes = self.shapes[name]
         return tuple(np.arange(start, start + n) for start, n in zip(self.base[name], sizes, strict=True))
 
+    def name_of(self, slot: int) -> str:
+        """The parameter or buffer that a slot is of; "" for the frozen one."""
+        row = int(np.searchsorted(self.starts, slot, side="right")) - 1
+        return self.names[row][1] if row >= 0 else ""
+
     @cached_property
     def names(self) -> list[tuple[int, str, int]]:
         """(first slot, tensor name, dim) in ascending order, for looking a slot up by bisection."""

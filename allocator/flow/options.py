@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from allocator.tracing.calls import Trace
 
@@ -39,7 +39,9 @@ class Options:
         groups: "whole" removes whole groups of a grouped convolution, "width" the same places of every group.
         norms: "exact" keeps channels under a norm over channels (of a group norm, whole groups may go), "loose" lets
             them go.
-        exclude: module or parameter name patterns, or module classes, that stay as they are.
+        exclude: what stays as it is: module or parameter name patterns, module classes, or modules.
+        include: what alone may change, in the same words; all of the model where there is none.
+        same: layers whose outputs stay alike, in the same words; one group of layers per item.
         equal_parts: modules whose split parts must stay equal (found by repairs).
         frozen: calls whose neurons stay (found by repairs).
         heads: per view that splits a dim into heads of an attention, which go whole, the dim of its result that
@@ -48,7 +50,9 @@ class Options:
 
     groups: str = "whole"
     norms: str = "exact"
-    exclude: tuple[str | type, ...] = ()
+    exclude: tuple[Any, ...] = ()
+    include: tuple[Any, ...] = ()
+    same: tuple[Any, ...] = ()
     equal_parts: frozenset[str] = frozenset()
     frozen: frozenset[Place] = frozenset()
     heads: dict[Place, int] | None = field(default=None, hash=False)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 import allocator.operators  # noqa: F401  (declares the operators)
 from allocator import adapters
-from allocator.flow.facts import Facts, Frozen, Gamma
+from allocator.errors import InputError
+from allocator.flow.facts import Facts, Frozen, Gamma, Tie
 from allocator.flow.flow import Flow
 from allocator.flow.follow import run_rules
 from allocator.flow.labels import Slots
 from allocator.flow.options import Options
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.graph.neurons import number_neurons
+from allocator.graph.selection import as_items, selected
 from allocator.modules import tensor_names
 from allocator.tracing.calls import Trace
 from allocator.tracing.inputs import Inputs
@@ -55,7 +57,7 @@ def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None
     notes += facts.advice.values()
     for name in adapters.norm_scales(trace.modules):
         facts.gammas.append(Gamma(slots.labels(name)[0], name))
-    _freeze_excluded(model, options, slots, facts)
+    _heed_the_caller(model, options, slots, facts)
     _freeze_answers(trace.modules, slots, facts)
     for each in (flow, training_flow):
         if each is not None and options.frozen:
@@ -89,19 +91,33 @@ def _follow(trace: Trace, slots: Slots, options: Options) -> tuple[Flow, Facts, 
     return flow, facts, options
 
 
-def _freeze_excluded(model: nn.Module, options: Options, slots: Slots, facts: Facts) -> None:
-    classes = tuple(item for item in options.exclude if isinstance(item, type))
-    patterns = [item for item in options.exclude if isinstance(item, str)]
-    modules = [path for path, module in model.named_modules() if classes and isinstance(module, classes)]
-    for name in slots.shapes:
-        owner = name.rpartition(".")[0]
-        if owner in modules or any(_matches(name, owner, pattern) for pattern in patterns):
-            for label in slots.labels(name):
-                facts.frozen.append(Frozen(label, "", "excluded by the caller"))
+def _heed_the_caller(model: nn.Module, options: Options, slots: Slots, facts: Facts) -> None:
+    """Freeze what is excluded or not included, and tie what is to stay alike."""
+    for name in selected(model, options.exclude):
+        for label in slots.labels(name):
+            facts.frozen.append(Frozen(label, "", "excluded by the caller"))
+    if options.include:
+        included = selected(model, options.include)
+        for label, _ in facts.written:  # what others write; that they read less is no change of theirs
+            if slots.name_of(int(label[0])) not in included:
+                facts.frozen.append(Frozen(label, "", "not included by the caller"))
+    for group in options.same:
+        _tie_alike(model, as_items(group), slots, facts)
 
 
-def _matches(name: str, owner: str, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(text, p) for text in (name, owner) for p in (pattern, f"{pattern}.*"))
+def _tie_alike(model: nn.Module, group: tuple[Any, ...], slots: Slots, facts: Facts) -> None:
+    """What the layers of a group write goes together, place by place."""
+    names = selected(model, group)
+    written = {id(label): label for label, _ in facts.written}.values()
+    labels = [label for label in written if slots.name_of(int(label[0])) in names]
+    for label in labels[1:]:
+        if len(label) != len(labels[0]):
+            first, other = (slots.name_of(int(each[0])) for each in (labels[0], label))
+            raise InputError(
+                f"same={group!r}: {first} writes {len(labels[0])} channels and {other} {len(label)}; only layers of "
+                "one width can stay alike"
+            )
+        facts.ties.append(Tie(label, labels[0]))
 
 
 def _freeze_answers(modules: Mapping[str, nn.Module], slots: Slots, facts: Facts) -> None:

@@ -174,6 +174,11 @@ class ChannelGraph:
         # A slot that is no neuron's has -1 for one, and so takes the last entry.
         return np.append(kept, True)[self.unit_of_slot]
 
+    @property
+    def everything(self) -> np.ndarray:
+        """(neurons,) bool: the choice that keeps all."""
+        return np.ones(self.size, dtype=bool)
+
     @cached_property
     def branch_of(self) -> np.ndarray:
         """Per neuron, the index of the branch (the first parameter dim) that writes it."""

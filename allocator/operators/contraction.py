@@ -92,6 +92,7 @@ for _function in (torch.conv1d, torch.conv2d, torch.conv3d):
 _CONVOLUTION: dict[str, Any] = {
     "flops": _convolution_flops,
     "multiplies": (0, 1),
+    "read_dim": 1,
     "written_dim": 1,
     "window": _convolution_window,
     "sized": True,
@@ -161,7 +162,7 @@ def _product_flops(flow: Flow, op: Op) -> list[Product]:
     return [times(elements(flow, a), elements(flow, b, dims=slice(-1, None)))]
 
 
-@operator("mm", flops=_product_flops, multiplies=(0, 1), written_dim=-1, drawn_as="linear")
+@operator("mm", flops=_product_flops, multiplies=(0, 1), read_dim=0, written_dim=-1, drawn_as="linear")
 @operator("_int_mm")
 def matrix_product(flow: Flow, op: Op) -> None:
     """(n, k) @ (k, m): the k are one set of neurons."""
@@ -169,7 +170,7 @@ def matrix_product(flow: Flow, op: Op) -> None:
     _product(flow, op, a, b)
 
 
-@operator("addmm", flops=_product_flops, multiplies=(1, 2), written_dim=-1, drawn_as="linear")
+@operator("addmm", flops=_product_flops, multiplies=(1, 2), read_dim=0, written_dim=-1, drawn_as="linear")
 def biased_matrix_product(flow: Flow, op: Op) -> None:
     """bias + (n, k) @ (k, m)."""
     bias, a, b = op.inputs()
@@ -215,7 +216,9 @@ def _linear_as_one_call(input: torch.Tensor, weight: torch.Tensor, bias: torch.T
 AS_ONE_CALL[functional.linear] = _linear_as_one_call
 
 
-@operator("linear", flops=_linear_flops, multiplies=(0, 1), written_dim=-1, on_meta=_multiplied, drawn_as="linear")
+@operator(
+    "linear", flops=_linear_flops, multiplies=(0, 1), read_dim=1, written_dim=-1, on_meta=_multiplied, drawn_as="linear"
+)
 def linear(flow: Flow, op: Op) -> None:
     """(..., k) with a weight (m, k)."""
     x, weight, *bias = op.inputs()

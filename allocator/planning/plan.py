@@ -10,11 +10,13 @@ import allocator.planning.policies  # noqa: F401  (fills the table of policies)
 from allocator.cost.budget import Budget, Budgets
 from allocator.errors import BudgetError, NothingToAllocateError
 from allocator.graph.channel_graph import SCOPES, ChannelGraph
+from allocator.planning.multiples import to_multiples
 from allocator.planning.policies.registry import find_policy
-from allocator.planning.problem import Problem, forced_neurons, free_neurons
+from allocator.planning.problem import Problem, Widths, forced_neurons, free_neurons
 from allocator.planning.search import next_cost
+from allocator.scoring.registry import CRITERIA
 from allocator.scoring.scores import Scores
-from allocator.settings import DEFAULTS, check_choice
+from allocator.settings import CHOICES, DEFAULTS, check_choice
 
 CLOSE = 0.995
 """A plan that uses less of its budget than this is too coarse, and a wider scope is tried."""
@@ -49,6 +51,7 @@ def make_plan(
     policy: str = DEFAULTS.policy,
     scope: str = DEFAULTS.scope,
     fill: bool = DEFAULTS.fill,
+    widths: Widths | None = None,
 ) -> Plan:
     """Choose the neurons to keep.
 
@@ -57,29 +60,31 @@ def make_plan(
         scores: their importance.
         budgets: what may be kept at most.
         policy: a registered name.
-        scope: "branches", "inner", "all", or "auto" for the narrowest of them that can meet the budgets and come
-            within 0.5 % of one (where none comes so close, the narrowest that can meet them).
+        scope: "branches", "inner", "all" (which "auto" is), or "narrowest" for the narrowest of them that can meet the
+            budgets and come within 0.5 % of one (where none comes so close, the narrowest that can meet them).
         fill: spend what is left on the next best neurons that fit.
+        widths: what is asked of the widths of layers.
 
     Raises:
         BudgetError: a budget cannot be met; says the smallest figure that can.
         NothingToAllocateError: no neuron can be removed.
         UnknownNameError: no such policy or scope.
     """
-    choose = find_policy(policy)
-    check_choice("scope", scope, ("auto", *SCOPES))
+    policy = usual_policy(scores.criterion) if policy == "auto" else policy
+    choose, widths = find_policy(policy), widths or Widths()
+    check_choice("scope", scope, CHOICES["scope"])
     least: list[np.ndarray] = []
     coarse: Plan | None = None
-    for name in SCOPES if scope == "auto" else (scope,):
+    for name in SCOPES if scope == "narrowest" else ("all" if scope == "auto" else scope,):
         free = free_neurons(graph, scores, name)
         if not free.any():
             continue
-        forced = forced_neurons(graph, scores, free)
+        forced = forced_neurons(graph, scores, free, widths)
         least.append(forced)
         if not budgets.met(forced):
             continue
-        problem = Problem(graph, scores, forced, budgets, fill)
-        kept = choose(problem)
+        problem = Problem(graph, scores, forced, budgets, fill, widths)
+        kept = to_multiples(problem, choose(problem))
         plan = Plan(kept, budgets, name, policy, scores.criterion, next_cost(problem, kept))
         if budgets.used(kept) >= CLOSE or not fill:
             return plan
@@ -91,6 +96,14 @@ def make_plan(
     nearest = min(least, key=budgets.used)
     exceeded = budgets.unmet(nearest)[0]
     raise unmet(exceeded, scope, exceeded.metric.value(nearest))
+
+
+def usual_policy(criterion: str) -> str:
+    """What suits a criterion: scores that add up are worth their price or not; batch norms compare within a block."""
+    declared = CRITERIA.get(criterion)
+    if declared is not None and declared.additive:
+        return "priced"
+    return "per_block" if criterion == "bn_scale" else "global"
 
 
 def unmet(budget: Budget, scope: str, reachable: int) -> BudgetError:
@@ -110,7 +123,7 @@ def nothing(graph: ChannelGraph, scores: Scores, scope: str) -> NothingToAllocat
     unscored = int(np.isnan(scores.values).sum())
     if unscored:
         reasons.insert(0, f"{unscored} neurons have no score under criterion {scores.criterion!r}")
-    if graph.size and scope not in ("auto", "all"):
+    if graph.size and scope in ("branches", "inner"):
         reasons.insert(0, f"{graph.size} neurons can only be removed in a wider scope than {scope!r}")
     listed = "; ".join(reasons[:5]) or "the model has no convolution or linear layer whose outputs stay inside it"
     return NothingToAllocateError(f"no neuron of the model can be removed: {listed}", reasons=reasons)

@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from allocator.cost.budget import Budgets
+from allocator.errors import InputError
+from allocator.flow.facts import AtLeast
 from allocator.graph.channel_graph import SCOPES, ChannelGraph
+from allocator.graph.selection import matches
 from allocator.scoring.scores import Scores
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What the caller asked of the widths of layers.
+
+    Attributes:
+        at_least: channels that a layer keeps: a number, a share of its own ("25%", or below 1), or one of these per
+            name pattern.
+        multiple: widths that change are multiples of this.
+    """
+
+    at_least: Any = None
+    multiple: int = 1
+
+    def minimum(self, name: str, width: int) -> int:
+        """How many of its channels the layer with this weight keeps at least."""
+        asked = self.at_least
+        if isinstance(asked, Mapping):
+            asked = max((_minimum(each, width) for pattern, each in asked.items() if matches(name, pattern)), default=0)
+        return 0 if asked is None else min(_minimum(asked, width), width)
+
+
+def _minimum(asked: Any, width: int) -> int:
+    """A number of channels, or a share of `width`."""
+    try:
+        text = str(asked).strip()
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share < math.inf or (share > 1 and text.endswith("%")):
+        raise InputError(f"at_least={asked!r} is neither a number of channels nor a share such as '25%'")
+    return math.ceil(share * width - 1e-9) if text.endswith("%") or share < 1 else int(share)
 
 
 @dataclass(frozen=True)
@@ -21,6 +60,7 @@ class Problem:
         forced: (neurons,) bool, those that stay whatever the budget.
         budgets: what may be kept at most.
         fill: whether the rest of the budgets is spent on the next best neurons that fit.
+        widths: what is asked of the widths of layers.
     """
 
     graph: ChannelGraph
@@ -28,6 +68,7 @@ class Problem:
     forced: np.ndarray
     budgets: Budgets
     fill: bool = True
+    widths: Widths = field(default_factory=Widths)
 
 
 def free_neurons(graph: ChannelGraph, scores: Scores, scope: str) -> np.ndarray:
@@ -35,14 +76,19 @@ def free_neurons(graph: ChannelGraph, scores: Scores, scope: str) -> np.ndarray:
     return (graph.scope_of <= SCOPES[scope]) & ~np.isnan(scores.values)
 
 
-def forced_neurons(graph: ChannelGraph, scores: Scores, free: np.ndarray) -> np.ndarray:
+def forced_neurons(graph: ChannelGraph, scores: Scores, free: np.ndarray, widths: Widths | None = None) -> np.ndarray:
     """(neurons,) bool: those that stay whatever the budget.
 
     Beside all that are not free, the best of every layer, part and attention that would be left with too few.
     """
     forced = ~free
+    floors = list(graph.facts.at_least)
+    if widths is not None and widths.at_least is not None:
+        for label, module in graph.facts.written:
+            name = graph.slots.name_of(int(label[0]))
+            floors.append(AtLeast(label, module, widths.minimum(name, len(label))))
     # Small minima first: most layers have one of a single neuron, and what that forces counts for the larger ones.
-    for label, module, minimum in sorted(graph.facts.at_least, key=lambda floor: floor.minimum):
+    for label, module, minimum in sorted(floors, key=lambda floor: floor.minimum):
         if module in graph.optional:
             continue
         units = graph.unit_of_slot[label]

@@ -2,88 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from allocator.clock import Progress
 from allocator.errors import (
     CriterionError,
-    CriterionFallbackWarning,
     UninformativeScoresWarning,
     UnknownNameError,
     did_you_mean,
     warn,
 )
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.scoring.answers import Loss
+from allocator.scoring.calibration import collect, with_gradients
 from allocator.scoring.scores import Scores, SlotScores
+from allocator.scoring.torch_pruning import importance_scores, is_importance
 
 Weights = Callable[[str], torch.Tensor]
 """Gives a parameter or buffer of the model by its name."""
-Criterion = Callable[[ChannelGraph, Weights], "np.ndarray | SlotScores"]
-"""One number per neuron, or scores by parameter index."""
-CRITERIA: dict[str, Criterion] = {}
+Function = Callable[..., "np.ndarray | SlotScores"]
+"""Of the graph, of `Weights`, and of `Statistics` where it needs data: one number per neuron, or scores by slot."""
 AUTO = "auto"
-NO_BATCH_NORM = "no batch norm scales a neuron that can be removed"
 
 
-def criterion(name: str) -> Callable[[Criterion], Criterion]:
-    """Register a criterion: a function of the graph and of a look-up of tensors by name.
+@dataclass(frozen=True)
+class Criterion:
+    """What ranks neurons.
+
+    Attributes:
+        name: by which it is known.
+        function: gives the scores.
+        needs: what it needs of the data ("gradients", "moments", "covariances"); nothing where weights are enough.
+        additive: whether its scores add up, in the unit of a loss, so that they may be divided by a price.
+        labels: whether it needs the caller's loss, so that the model's own answers would not do.
+    """
+
+    name: str
+    function: Function
+    needs: tuple[str, ...] = ()
+    additive: bool = False
+    labels: bool = False
+
+
+CRITERIA: dict[str, Criterion] = {}
+
+
+@dataclass(frozen=True)
+class Data:
+    """What criteria may look at beside the weights.
+
+    Attributes:
+        loader: as for `allocator.allocate`.
+        loss: called with the output and the target; None for the model's own answers.
+        seed: of the noise that stands in for answers that are no classes.
+        progress: called with how far it is.
+    """
+
+    loader: Any
+    loss: Loss | None = None
+    seed: int = 0
+    progress: Progress | None = None
+
+
+def criterion(
+    name: str, *, needs: Collection[str] = (), additive: bool = False, labels: bool = False
+) -> Callable[[Function], Function]:
+    """Register a criterion: a function of the graph, of a look-up of tensors by name, and of what it needs of the data.
+
+    Args:
+        name: what to call it.
+        needs: any of "gradients", "moments" and "covariances"; then the function's third argument is
+            `allocator.scoring.calibration.Statistics`.
+        additive: the scores add up, in the unit of a loss.
+        labels: it needs the caller's loss.
 
     Raises:
         ValueError: the name is taken.
     """
 
-    def register(function: Criterion) -> Criterion:
+    def register(function: Function) -> Function:
         if name in CRITERIA:
             raise ValueError(f"criterion {name} is registered already")
-        CRITERIA[name] = function
+        CRITERIA[name] = Criterion(name, function, tuple(needs), additive, labels)
         return function
 
     return register
 
 
-def candidates(graph: ChannelGraph, criterion: str) -> list[str]:
-    """The criteria to try in turn: the one that was named, or for "auto" those that fit the model.
+def find_criterion(name: str) -> Criterion:
+    """The criterion of this name.
 
     Raises:
         UnknownNameError: no such criterion.
     """
-    names = (AUTO, *CRITERIA)
-    if criterion not in names:
-        near = did_you_mean(criterion, names, mark="'")
-        raise UnknownNameError(
-            f"no criterion {criterion!r}{near and '; ' + near} (there are {', '.join(sorted(names))})"
-        )
-    if criterion != AUTO:
-        return [criterion]
-    if any(len(graph.units(gamma.label)) for gamma in graph.facts.gammas):
-        return ["bn_scale", "magnitude"]
-    return ["magnitude"]
+    if name not in CRITERIA:
+        names = (AUTO, *CRITERIA)
+        near = did_you_mean(name, names, mark="'")
+        raise UnknownNameError(f"no criterion {name!r}{near and '; ' + near} (there are {', '.join(sorted(names))})")
+    return CRITERIA[name]
 
 
-def say_fallback(reason: str) -> str:
-    """Warn that "auto" ranks by magnitude, and why; returns what was said."""
-    message = f"{reason}: neurons are ranked by magnitude (criterion='auto'); name a criterion to choose yourself"
-    warn(message, CriterionFallbackWarning)
-    return message
+def usual_criterion(data: Data | None) -> str:
+    """What "auto" stands for: the best that is known with data, and without."""
+    return "group_norm" if data is None else "fisher"
 
 
-def score(graph: ChannelGraph, criterion: Any = AUTO) -> Scores:
+def score(graph: ChannelGraph, criterion: Any = AUTO, data: Data | None = None) -> Scores:
     """Rank all neurons.
 
     Args:
         graph: the model's neurons.
-        criterion: a registered name ("bn_scale", "magnitude" or "random"); "auto" for bn_scale where batch norms
-            scale neurons that can be removed, else magnitude, with a warning; a function like a registered one; an
-            array of one number per neuron; or, by the names of parameters, arrays of their shapes, whose entries
-            are added up over everything that goes with a neuron.
+        criterion: a registered name, or "auto"; several, whose rankings are averaged; a function like a registered
+            one; one of Torch-Pruning's importances; an array of one number per neuron; or, by the names of
+            parameters, arrays of their shapes, whose entries are added up over everything that goes with a neuron.
+        data: what criteria may look at.
 
     Raises:
         UnknownNameError: no such criterion, or no such parameter.
-        CriterionError: it has nothing to rank this model by, as where its weights lie on the meta device, or gave
-            something else than one number per neuron.
+        CriterionError: it has nothing to rank this model by, as where its weights lie on the meta device or it needs
+            data and there are none; or gave something else than one number per neuron.
+        DataError: the data do not fit the model.
     """
     if isinstance(criterion, Scores):
         criterion.by_slot(graph)
@@ -91,18 +134,54 @@ def score(graph: ChannelGraph, criterion: Any = AUTO) -> Scores:
     if isinstance(criterion, Mapping):
         return _checked(graph, "own", _by_parameter(graph, criterion))
     if isinstance(criterion, str):
-        return _by_name(graph, criterion)
+        return _by_names(graph, (usual_criterion(data) if criterion == AUTO else criterion,), data)
+    if isinstance(criterion, Sequence) and criterion and all(isinstance(name, str) for name in criterion):
+        return _by_names(graph, tuple(criterion), data)
     if callable(criterion):
-        name = getattr(criterion, "__name__", type(criterion).__name__)
-        return _checked(graph, name, criterion(graph, _weights_of(graph, name)))
+        return _by_function(graph, criterion, data)
     return _checked(graph, "own", np.asarray(criterion))
 
 
-def _by_name(graph: ChannelGraph, criterion: str) -> Scores:
-    chosen = candidates(graph, criterion)[0]
-    if chosen != criterion and chosen != "bn_scale":
-        say_fallback(NO_BATCH_NORM)
-    return _checked(graph, chosen, CRITERIA[chosen](graph, _weights_of(graph, chosen)))
+def _by_names(graph: ChannelGraph, names: tuple[str, ...], data: Data | None) -> Scores:
+    """By one criterion, or by the mean rank of several; the data are looked at once for all of them."""
+    criteria = [find_criterion(name) for name in names]
+    needs = {need for each in criteria for need in each.needs}
+    statistics = None
+    if needs:
+        if data is None:
+            asking = next(each.name for each in criteria if each.needs)
+            raise CriterionError(f"criterion {asking!r} looks at data: pass data=loader")
+        for each in criteria:
+            if each.labels and data.loss is None:
+                raise CriterionError(f"criterion {each.name!r} needs labels: pass loss=function beside the data")
+        statistics = collect(graph, data.loader, needs, loss=data.loss, seed=data.seed, progress=data.progress)
+    found = []
+    for each in criteria:
+        extra = (statistics,) if each.needs else ()
+        found.append(_checked(graph, each.name, each.function(graph, _weights_of(graph, each.name), *extra)))
+    if len(found) == 1:
+        return found[0]
+    ranks = np.mean([_rank(scores.values) for scores in found], axis=0)
+    return Scores("+".join(names), ranks)
+
+
+def _rank(values: np.ndarray) -> np.ndarray:
+    """Between 0 and 1, the best highest, equals alike; NaN where there is no score."""
+    scored = ~np.isnan(values)
+    _, rank = np.unique(values[scored], return_inverse=True)
+    result = np.full(len(values), np.nan)
+    result[scored] = (rank + 1) / max(int(rank.max(initial=0)) + 1, 1)
+    return result
+
+
+def _by_function(graph: ChannelGraph, function: Any, data: Data | None) -> Scores:
+    name = getattr(function, "__name__", type(function).__name__)
+    if is_importance(function):
+        model = graph.model
+        if data is not None:  # on a copy, so that the caller's gradients stay as they are
+            model = with_gradients(graph, data.loader, loss=data.loss, seed=data.seed, progress=data.progress)
+        return _checked(graph, name, importance_scores(graph, function, model))
+    return _checked(graph, name, function(graph, _weights_of(graph, name)))
 
 
 def _weights_of(graph: ChannelGraph, criterion: str) -> Weights:

@@ -11,6 +11,8 @@ import numpy as np
 from allocator.errors import CriterionError
 from allocator.graph.channel_graph import ChannelGraph
 
+Combine = Literal["mean", "sum", "mean_square"]
+
 
 @dataclass(frozen=True)
 class SlotScores:
@@ -21,16 +23,17 @@ class SlotScores:
 
     Attributes:
         slots: (entries,) which slot each entry belongs to; a slot may have any number of them.
-        values: (entries,) float64.
-        combine: how the entries that fall on a neuron make its score: their "mean", or their "sum".
+        values: (entries,) float64; (samples, entries) for "mean_square".
+        combine: how the entries that fall on a neuron make its score: their "mean", their "sum", or, over the samples,
+            the mean of the square of their sum ("mean_square").
     """
 
     slots: np.ndarray
     values: np.ndarray
-    combine: Literal["mean", "sum"] = "mean"
+    combine: Combine = "mean"
 
     @classmethod
-    def of(cls, rows: Iterable[tuple[np.ndarray, np.ndarray]], combine: Literal["mean", "sum"] = "mean") -> SlotScores:
+    def of(cls, rows: Iterable[tuple[np.ndarray, np.ndarray]], combine: Combine = "mean") -> SlotScores:
         """Of (slots, values) rows."""
         slots, values = [np.zeros(0, int)], [np.zeros(0)]
         for label, numbers in rows:
@@ -43,8 +46,14 @@ class SlotScores:
         units = graph.unit_of_slot[self.slots]
         free = units >= 0
         count = np.bincount(units[free], minlength=graph.size)
-        total = np.bincount(units[free], weights=self.values[free], minlength=graph.size)
-        divisor = count if self.combine == "mean" else np.ones(graph.size)
+        if self.combine == "mean_square":
+            total = np.zeros(graph.size)
+            for sample in self.values:
+                total += np.bincount(units[free], weights=sample[free], minlength=graph.size) ** 2
+            divisor = np.full(graph.size, float(max(len(self.values), 1)))
+        else:
+            total = np.bincount(units[free], weights=self.values[free], minlength=graph.size)
+            divisor = count.astype(np.float64) if self.combine == "mean" else np.ones(graph.size)
         return np.divide(total, divisor, out=np.full(graph.size, np.nan), where=count > 0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -26,14 +28,58 @@ def bn_scale(graph: ChannelGraph, weights: Weights) -> SlotScores:
 @criterion("magnitude")
 def magnitude(graph: ChannelGraph, weights: Weights) -> SlotScores:
     """Root mean square of the weights that write a neuron, relative to its layer's (Li et al., ICLR 2017)."""
+    return SlotScores.of((label, _over_mean(_norms(weights(name), dim))) for name, dim, label in _written(graph))
+
+
+@criterion("group_norm")
+def group_norm(graph: ChannelGraph, weights: Weights) -> SlotScores:
+    """Mean over all tensors that write, scale or read a neuron of the norm of its slice, relative to its branch's.
+
+    After the group L2 norm of Fang et al. (CVPR 2023), with every tensor's slices brought to one scale first.
+    """
+    rows = []
+    for name, dim, label in _dims_of_neurons(graph):
+        rows.append((label, _norms(weights(name), dim)))
+    return SlotScores.of((label, _over_branch(graph, label, norms)) for label, norms in rows)
+
+
+@criterion("fpgm")
+def fpgm(graph: ChannelGraph, weights: Weights) -> SlotScores:
+    """Sum of a filter's distances to all others of its layer, relative to its layer's (He et al., CVPR 2019)."""
     rows = []
     for name, dim, label in _written(graph):
-        tensor = weights(name).detach().to(torch.float64)
-        others = [d for d in range(tensor.dim()) if d != dim]
-        norms = as_array(torch.linalg.vector_norm(tensor, dim=others) if others else tensor.abs())
-        mean = norms.mean()
-        rows.append((label, norms / mean if mean > 0 else norms))
+        filters = weights(name).detach().to(torch.float32).movedim(dim, 0).flatten(1)
+        distances = as_array(torch.cdist(filters[None], filters[None])[0].sum(1))
+        rows.append((label, _over_mean(distances)))
     return SlotScores.of(rows)
+
+
+@criterion("random")
+def random(graph: ChannelGraph, weights: Weights) -> np.ndarray:
+    """A fixed random order: the control that any other criterion has to beat."""
+    return np.random.default_rng(0).random(graph.size)
+
+
+def _norms(tensor: torch.Tensor, dim: int) -> np.ndarray:
+    """(n,) the L2 norm of every slice along a dim."""
+    wide = tensor.detach().to(torch.float64)
+    others = [d for d in range(wide.dim()) if d != dim]
+    return as_array(torch.linalg.vector_norm(wide, dim=others) if others else wide.abs())
+
+
+def _over_mean(values: np.ndarray) -> np.ndarray:
+    mean = values.mean()
+    return values / mean if mean > 0 else values
+
+
+def _over_branch(graph: ChannelGraph, label: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Values relative to the mean of those of the same branch, since a tensor may read several side by side."""
+    units = graph.unit_of_slot[label]
+    branch = np.where(units >= 0, graph.branch_of[units], -1) + 1
+    count = np.bincount(branch)
+    mean = np.bincount(branch, weights=values) / np.maximum(count, 1)
+    divisor = mean[branch]
+    return np.divide(values, divisor, out=values.copy(), where=divisor > 0)
 
 
 def _written(graph: ChannelGraph) -> list[tuple[str, int, np.ndarray]]:
@@ -49,7 +95,14 @@ def _written(graph: ChannelGraph) -> list[tuple[str, int, np.ndarray]]:
     return list(found.values())
 
 
-@criterion("random")
-def random(graph: ChannelGraph, weights: Weights) -> np.ndarray:
-    """A fixed random order: the control that any other criterion has to beat."""
-    return np.random.default_rng(0).random(graph.size)
+def _dims_of_neurons(graph: ChannelGraph) -> Iterator[tuple[str, int, np.ndarray]]:
+    """(parameter, dim, its slots) of every dim of a weight or scale that holds neurons; shifts tell nothing of size."""
+    scales = {gamma.name for gamma in graph.facts.gammas}
+    for name, tensor in graph.tensors.items():
+        if not isinstance(tensor, torch.nn.Parameter) or not tensor.is_floating_point():
+            continue
+        if tensor.dim() < 2 and name not in scales:
+            continue
+        for dim, label in enumerate(graph.slots.labels(name)):
+            if (graph.unit_of_slot[label] >= 0).any():
+                yield name, dim, label

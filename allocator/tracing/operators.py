@@ -28,6 +28,7 @@ class Declaration:
         rule: how channels pass through it, a function of the flow and the call; None where nobody has said.
         flops: what fvcore counts for it, a function of the flow and the call; None where it counts nothing.
         multiplies: which of the tensors that it reads are the multiplied ones, the weight second; () for none.
+        read_dim: the dim of the weight that is summed over with the other.
         written_dim: the dim of its result that the weight writes; None where no single dim is.
         window: kernel, stride and dilation per axis, a function of the flow and the call, for what slides over pixels.
         sized: it takes sizes as integers, so that these may differ once channels are gone.
@@ -47,6 +48,7 @@ class Declaration:
     rule: Rule | None = None
     flops: Callable[[Any, Any], Sequence[Any]] | None = None
     multiplies: tuple[int, ...] = ()
+    read_dim: int | None = None
     written_dim: int | None = None
     window: Callable[[Any, Any], tuple[Any, Any, Any]] | None = None
     sized: bool = False

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from allocator import adapters
 from allocator.errors import TraceError
-from allocator.modules import modules_of, skeleton, tensor_names
+from allocator.modules import modules_of, set_training, skeleton, tensor_names
 from allocator.torch_private import (
     FakeTensorMode,
     TorchDispatchMode,
@@ -84,7 +84,7 @@ def record(
         )
         recorder = _Recorder(running)
         if any(module.training is not training for module in recorder.modules.values()):
-            running.train(training)
+            set_training(running, training)
         given = recorder.modules if copied else modules_of(model)
         stack.enter_context(torch.no_grad())
         if mode != "real":

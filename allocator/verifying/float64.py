@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.modules import skeleton, tensor_names
+from allocator.modules import set_training, skeleton, tensor_names
 from allocator.rewriting.index_map import IndexMap, Maps
 from allocator.torch_private import tree_map
 from allocator.tracing.inputs import Inputs
@@ -55,7 +55,7 @@ def run_float64(
             return tensor.detach().double()
         return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
 
-    copied = skeleton(model, own).eval()
+    copied = set_training(skeleton(model, own), False)
     direct = {name: rows for name, rows in (zeroed or {}).items() if not _zero_computed(copied, name, rows)}
     with torch.no_grad(), _precise(), _Float64(copied, direct, draw) as mode:
         arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs

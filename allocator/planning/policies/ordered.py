@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from allocator.graph.channel_graph import ChannelGraph
 from allocator.planning.policies.registry import policy
 from allocator.planning.problem import Problem
 from allocator.planning.search import keep_in_order
@@ -43,6 +44,29 @@ def all_together(problem: Problem) -> np.ndarray:
     rank = np.empty(graph.size)
     rank[order] = everything
     return (rank + 0.5) / max(graph.size, 1)
+
+
+@ordered("isomorphic")
+def isomorphic(problem: Problem) -> np.ndarray:
+    """One ranking among the neurons of layers that are alike, in what they hold and in the shapes of it.
+
+    After Fang et al. (ECCV 2024): scores of layers of another kind or shape need not have the same scale.
+    """
+    graph, values = problem.graph, problem.scores.values
+    return rank_within(kinds_of(graph), values, rank_within(graph.branch_of, values))
+
+
+def kinds_of(graph: ChannelGraph) -> np.ndarray:
+    """(neurons,) a number per kind of neuron: the dims of weights that it lies in, by their shapes and classes."""
+    signatures: list[set[tuple[object, ...]]] = [set() for _ in range(graph.size)]
+    for name, shape in graph.slots.shapes.items():
+        owner = type(graph.modules[name.rpartition(".")[0]]) if name.rpartition(".")[0] in graph.modules else None
+        for dim, label in enumerate(graph.slots.labels(name)):
+            units = graph.unit_of_slot[label]
+            for unit in np.unique(units[units >= 0]).tolist():
+                signatures[unit].add((owner, name.rpartition(".")[2], shape, dim))
+    numbers: dict[frozenset[tuple[object, ...]], int] = {}
+    return np.array([numbers.setdefault(frozenset(each), len(numbers)) for each in signatures], dtype=np.int64)
 
 
 @ordered("uniform")

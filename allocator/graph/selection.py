@@ -1,0 +1,76 @@
+"""Which parts of a model the caller means: by name pattern, by class, or by the module itself."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from allocator.errors import InputError, did_you_mean
+from allocator.modules import modules_of, tensor_names
+
+
+def as_items(given: Any) -> tuple[Any, ...]:
+    """One pattern, class or module, or several of them, as a tuple."""
+    if given is None:
+        return ()
+    if isinstance(given, (str, type, nn.Module)) or not isinstance(given, Iterable):
+        return (given,)
+    return tuple(given)
+
+
+def selected(model: nn.Module, items: Sequence[Any]) -> set[str]:
+    """Names of the parameters and buffers that lie in what is meant.
+
+    Args:
+        model: where to look.
+        items: name patterns of modules or tensors (`"layer1.*"`, which holds for all below too), module classes, or
+            modules.
+
+    Raises:
+        InputError: an item is none of these, or a module that the model does not have.
+    """
+    return {name for item in items for name in _tensors_of(model, item)}
+
+
+def unmatched(model: nn.Module, what: str, items: Sequence[Any]) -> list[str]:
+    """A note for every item that matches nothing, since it may be misspelled.
+
+    Args:
+        model: where to look.
+        what: the option that the items were given for.
+        items: as for `selected`.
+    """
+    notes = []
+    for item in items:
+        if isinstance(item, (list, tuple)):
+            notes += unmatched(model, what, item)
+        elif isinstance(item, str) and not _tensors_of(model, item):
+            near = did_you_mean(item, modules_of(model), mark="'")
+            notes.append(f"{what}={item!r} matches no module or parameter{near and '; ' + near}")
+        elif isinstance(item, type) and not _tensors_of(model, item):
+            notes.append(f"{what}={item.__name__} matches no module of the model")
+    return notes
+
+
+def _tensors_of(model: nn.Module, item: Any) -> list[str]:
+    modules, names = modules_of(model), tensor_names(model)
+    if isinstance(item, str):
+        return [name for name in names if matches(name, item)]
+    if isinstance(item, nn.Module):
+        paths = [path for path, module in modules.items() if module is item]
+        if not paths:
+            raise InputError(f"this {type(item).__name__} is no module of the model: pass one of model.modules()")
+        return [name for name in names if name.startswith(f"{paths[0]}." if paths[0] else "")]
+    if isinstance(item, type):
+        owners = {path for path, module in modules.items() if isinstance(module, item)}
+        return [name for name in names if name.rpartition(".")[0] in owners]
+    raise InputError(f"{item!r:.60} is a {type(item).__name__}: pass name patterns, module classes or modules")
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern means a tensor: by its own name, by its module's, or by that of a module around it."""
+    texts = (name, name.rpartition(".")[0])
+    return any(fnmatch.fnmatchcase(text, p) for text in texts for p in (pattern, f"{pattern}.*"))

@@ -1,0 +1,117 @@
+"""Widths that are multiples of a number, as tensor cores and vector units like them."""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+
+from allocator.errors import BudgetError
+from allocator.planning.problem import Problem
+
+
+def to_multiples(problem: Problem, kept: np.ndarray) -> np.ndarray:
+    """Round every layer's width to a multiple, down to the budgets and up again where they allow.
+
+    A layer that keeps all its channels may keep them, whatever their number.
+
+    Args:
+        problem: what there is to choose from.
+        kept: (neurons,) bool, a choice that meets its budgets.
+
+    Raises:
+        BudgetError: the budgets cannot be met by such widths.
+    """
+    if problem.widths.multiple == 1:
+        return kept
+    layers = [_Layer(problem, units) for units in _layers(problem)]
+    kept = kept.copy()
+    for layer in layers:
+        layer.take(kept, layer.at_or_below(int(kept[layer.order].sum())))
+    if not problem.budgets.met(kept):
+        exceeded = problem.budgets.unmet(kept)[0]
+        least = exceeded.metric.value(kept)
+        raise BudgetError(
+            f"{exceeded.limit:,.0f} {exceeded.metric.unit} cannot be met with widths that are multiples of "
+            f"{problem.widths.multiple} and keep what has to stay: these have {least:,} {exceeded.metric.unit}",
+            asked=exceeded.limit,
+            reachable=least,
+        )
+    return _widened(problem, layers, kept) if problem.fill else kept
+
+
+def _layers(problem: Problem) -> list[np.ndarray]:
+    """Neurons by the layer that writes them."""
+    branch = problem.graph.branch_of
+    return [np.flatnonzero(branch == number) for number in np.unique(branch[branch >= 0])]
+
+
+class _Layer:
+    """One layer's neurons, best first, and how many of them make a width that is allowed.
+
+    Attributes:
+        order: the neurons, those that must stay first, then by score.
+        stops: how many of these may be kept, in ascending order.
+    """
+
+    def __init__(self, problem: Problem, units: np.ndarray) -> None:
+        graph = problem.graph
+        values = np.where(problem.forced[units], np.inf, np.nan_to_num(problem.scores.values[units]))
+        self.order = units[np.argsort(-values, kind="stable")]
+        slots = graph.unit_of_slot[graph.facts.written[int(graph.branch_of[units[0]])].label]
+        held = np.bincount(slots[slots >= 0], minlength=graph.size)[self.order]
+        widths = int((slots < 0).sum()) + np.append(0, np.cumsum(held))
+        least = int(problem.forced[units].sum())
+        allowed = (widths % problem.widths.multiple == 0) & (widths > 0)
+        allowed[-1] = True
+        self.stops = np.flatnonzero(allowed & (np.arange(len(widths)) >= least))
+
+    def at_or_below(self, count: int) -> int:
+        """The largest number that is allowed and not above `count`, else the smallest there is."""
+        lower = self.stops[self.stops <= count]
+        return int(lower[-1] if len(lower) else self.stops[0])
+
+    def take(self, kept: np.ndarray, count: int) -> None:
+        """Keep the best `count`."""
+        kept[self.order] = False
+        kept[self.order[:count]] = True
+
+    def following(self, kept: np.ndarray) -> np.ndarray:
+        """The neurons that the next larger width would add."""
+        count = int(kept[self.order].sum())
+        higher = self.stops[self.stops > count]
+        return self.order[count : higher[0]] if len(higher) else self.order[:0]
+
+
+def _widened(problem: Problem, layers: list[_Layer], kept: np.ndarray) -> np.ndarray:
+    """Widen one layer after another, the one that is worth most per cost first, while the budgets allow.
+
+    Nothing gets cheaper while others widen: what was worth less than another before still is.
+    """
+    queue = [(-_worth(problem, layer.following(kept), kept), i) for i, layer in enumerate(layers)]
+    heapq.heapify(queue)
+    while queue:
+        _, i = heapq.heappop(queue)
+        units = layers[i].following(kept)
+        worth = _worth(problem, units, kept)
+        if worth == -np.inf:
+            continue
+        if queue and -worth > queue[0][0]:
+            heapq.heappush(queue, (-worth, i))
+            continue
+        kept[units] = True
+        heapq.heappush(queue, (-_worth(problem, layers[i].following(kept), kept), i))
+    return kept
+
+
+def _worth(problem: Problem, units: np.ndarray, kept: np.ndarray) -> float:
+    """Scores per share of the budgets; minus infinity for nothing, and for what does not fit."""
+    if not len(units):
+        return -np.inf
+    share = 0.0
+    for budget in problem.budgets.each:
+        cost = budget.metric.added(kept, units)
+        if cost > budget.left(kept):
+            return -np.inf
+        share = max(share, cost / budget.limit)
+    return float(np.nansum(problem.scores.values[units])) / max(share, 1e-12)

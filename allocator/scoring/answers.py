@@ -1,0 +1,66 @@
+"""Losses for a gradient pass: the caller's, or one that the model's own answers stand in for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from allocator.errors import DataError
+from allocator.scoring.batches import Batch, float_outputs
+
+Loss = Callable[[Any, Any], torch.Tensor]
+"""(the model's output, the batch's target) to a scalar."""
+
+
+def loss_of(output: Any, batch: Batch, loss: Loss | None, generator: torch.Generator) -> torch.Tensor:
+    """A scalar whose gradient tells what a change of the output costs.
+
+    Args:
+        output: what the model gave.
+        batch: what it was given.
+        loss: the caller's, called with the output and the batch's target; None for the model's own answers.
+        generator: of the noise that stands in for answers that are no classes.
+
+    Raises:
+        DataError: the loss raised, or is not a finite scalar.
+    """
+    if loss is None:
+        value = own_answers(output, generator)
+    else:
+        try:
+            value = loss(output, batch.target)
+        except Exception as error:
+            hint = "" if batch.target is not None else "; the data yield no target"
+            raise DataError(f"the loss raised {type(error).__name__}: {error}{hint}") from error
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise DataError(f"the loss gave {got}, expected a scalar: take the mean over the batch")
+    if not bool(torch.isfinite(value)):
+        raise DataError(f"the loss is {float(value)}: check the data, and the model's weights")
+    return value.reshape(())
+
+
+def own_answers(output: Any, generator: torch.Generator) -> torch.Tensor:
+    """A loss without labels: how far the output is from what it is.
+
+    Of logits, cross-entropy with the class that the model takes for right. Of anything else, the output times noise,
+    whose squared gradient is, on average, what the sum of squared errors loses (Gauss-Newton).
+    """
+    logits = getattr(output, "logits", None)
+    tensors = float_outputs(output)
+    if not tensors:
+        raise DataError(f"the model's output, a {type(output).__name__}, has no floating-point tensor to learn from")
+    if isinstance(logits, torch.Tensor) and logits.dim() >= 2:
+        flat = logits.reshape(-1, logits.shape[-1])
+        return functional.cross_entropy(flat, flat.detach().argmax(-1))
+    if len(tensors) == 1 and tensors[0].dim() == 2 and tensors[0].shape[1] > 1:
+        return functional.cross_entropy(tensors[0], tensors[0].detach().argmax(1))
+    total = tensors[0].new_zeros(())
+    for tensor in tensors:
+        noise = torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+        spread = tensor.detach().float().std().clamp_min(1e-12) if tensor.numel() > 1 else 1.0
+        total = total + (tensor * noise).sum() / (spread * max(tensor.numel(), 1) ** 0.5)
+    return total

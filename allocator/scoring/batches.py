@@ -1,0 +1,125 @@
+"""Batches of the caller's data as arguments for the model, whatever kind of loader they come from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from allocator.errors import DataError
+from allocator.torch_private import tree_flatten, tree_map
+from allocator.tracing.inputs import Inputs, device_of, dtype_of
+
+_IMAGES = ("img", "image", "images", "pixel_values", "input", "inputs", "x")
+"""Names under which batches that are dicts hold what a forward of one positional argument takes."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arguments for one forward, and what came with them.
+
+    Attributes:
+        inputs: what the model takes.
+        target: the rest of the batch (labels), or None.
+    """
+
+    inputs: Inputs
+    target: Any = None
+
+    @property
+    def size(self) -> int:
+        """How many samples it holds."""
+        return max((t.shape[0] for t in self.inputs.tensors() if t.dim()), default=1)
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        """Parts of at most so many samples, in order."""
+        whole = self.size
+        for start in range(0, whole, size):
+
+            def part(leaf: Any, start: int = start) -> Any:
+                of_samples = isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == whole
+                return leaf[start : start + size] if of_samples else leaf
+
+            args, kwargs = tree_map(part, (self.inputs.args, self.inputs.kwargs))
+            yield Batch(Inputs(args, kwargs), tree_map(part, self.target))
+
+
+def batches(data: Any, model: nn.Module, example: Inputs) -> Iterator[Batch]:
+    """What a loader yields, as arguments for the model, on its device and in its dtype.
+
+    Args:
+        data: a tensor of inputs; or an iterable of tensors, of tuples of arguments, of (inputs, target) pairs, or of
+            dicts, as torch's, Hugging Face's and Ultralytics' loaders give them.
+        model: what they are for.
+        example: the inputs that it was traced with, which tell how many arguments it takes.
+
+    Raises:
+        DataError: the loader is empty, or yields what the model does not take.
+    """
+    if isinstance(data, torch.Tensor):
+        data = (data,)
+    if not isinstance(data, Iterable):
+        raise DataError(f"data is a {type(data).__name__}: pass a loader, or a tensor of inputs")
+    device, dtype = device_of(model), dtype_of(model)
+
+    def place(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
+
+    empty = True
+    for item in data:
+        empty = False
+        batch = _as_batch(item, model, example)
+        if not batch.inputs.tensors():
+            raise DataError(f"the data yield a {type(item).__name__} without a tensor for the model")
+        yield Batch(batch.inputs.map(place), tree_map(place, batch.target))
+    if empty:
+        raise DataError("the data are empty: the loader yields no batch")
+
+
+def _as_batch(item: Any, model: nn.Module, example: Inputs) -> Batch:
+    if isinstance(item, torch.Tensor):
+        return Batch(Inputs((item,)))
+    if isinstance(item, Mapping):
+        return _of_dict(item, model, example)
+    if isinstance(item, (tuple, list)) and item:
+        expected = len(example.args)
+        if len(item) == expected and expected > 1:
+            return Batch(Inputs(tuple(item)))
+        first, *rest = item
+        target = rest[0] if len(rest) == 1 else tuple(rest) or None
+        if isinstance(first, Mapping):
+            return Batch(_of_dict(first, model, example).inputs, target)
+        return Batch(Inputs(tuple(first) if isinstance(first, (tuple, list)) else (first,)), target)
+    raise DataError(
+        f"the data yield a {type(item).__name__}: expected tensors, tuples of arguments, (inputs, target) pairs or "
+        "dicts"
+    )
+
+
+def _of_dict(item: Mapping[str, Any], model: nn.Module, example: Inputs) -> Batch:
+    """By the names of the forward's arguments; where it has none of them, by the usual name of images."""
+    parameters = inspect.signature(model.forward).parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    taken = example.kwargs.keys() or [
+        name for name in item if (name in parameters or open_ended) and name not in ("labels", "label")
+    ]
+    kwargs = {name: item[name] for name in taken if name in item}
+    if kwargs:
+        return Batch(Inputs((), kwargs), dict(item))
+    for name in _IMAGES:
+        if isinstance(item.get(name), torch.Tensor):
+            return Batch(Inputs((item[name],)), dict(item))
+    names = ", ".join(map(str, item))
+    raise DataError(f"the data yield dicts of {names}, none of which {type(model).__name__}.forward takes by name")
+
+
+def float_outputs(output: Any) -> list[torch.Tensor]:
+    """The floating-point tensors in a model's output that gradients can come from."""
+    leaves, _ = tree_flatten(vars(output) if hasattr(output, "__dict__") and not isinstance(output, dict) else output)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]

@@ -1,0 +1,291 @@
+"""One pass over the caller's data that gathers all that the criteria asked for need to know of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from allocator.clock import Progress, bar
+from allocator.errors import DataError
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.modules import set_training, skeleton, tensor_names
+from allocator.scoring.answers import Loss, loss_of
+from allocator.scoring.batches import Batch, batches
+from allocator.torch_private import TorchDispatchMode
+from allocator.tracing.operators import operator_of
+
+GRADIENTS, MOMENTS, COVARIANCES = "gradients", "moments", "covariances"
+CHUNK = 8
+"""Samples per gradient: few enough that they don't average out, many enough to be quick."""
+MOST_CHUNKS = 64
+"""Gradients that are kept; more data than these take are not looked at."""
+
+Dim = tuple[str, int]
+"""(name of a parameter, one of its dims)."""
+
+
+@dataclass
+class Moments:
+    """Sums over everything that was read along one dim of a weight.
+
+    Attributes:
+        count: how many vectors.
+        total: (n,) their sum.
+        squares: (n,) or (n, n) the sum of their squares, or of their outer products.
+    """
+
+    count: int = 0
+    total: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    squares: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    def add(self, vectors: torch.Tensor, *, products: bool) -> None:
+        """Add (m, n) vectors."""
+        wide = vectors.detach().to(torch.float64)
+        squares = wide.T @ wide if products else wide.square().sum(0)
+        if self.count == 0:
+            self.total, self.squares = np.zeros(wide.shape[1]), np.zeros(tuple(squares.shape))
+        self.count += wide.shape[0]
+        self.total = self.total + wide.sum(0).cpu().numpy()
+        self.squares = self.squares + squares.cpu().numpy()
+
+    @property
+    def variance(self) -> np.ndarray:
+        """(n,) of each index."""
+        squares = self.squares if self.squares.ndim == 1 else np.diag(self.squares)
+        return np.maximum(squares / self.count - (self.total / self.count) ** 2, 0.0)
+
+
+@dataclass
+class Statistics:
+    """What one pass over the data found.
+
+    Attributes:
+        samples: how many were looked at.
+        read: (gradients, neurons) per small batch, what the loss would change by, to first order, if the weights that
+            read a neuron were zero; of one that no weight reads, those that write it.
+        written: (gradients, neurons) the same for the weights that write and scale it.
+        moments: per dim of a weight along which activations are read, their moments.
+    """
+
+    samples: int = 0
+    read: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    written: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    moments: dict[Dim, Moments] = field(default_factory=dict)
+
+
+def collect(
+    graph: ChannelGraph,
+    data: Any,
+    needs: Collection[str],
+    *,
+    loss: Loss | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Run the model over the data in eval mode.
+
+    Under `torch.distributed` every rank sees its own share of the data, and all get the statistics of the whole.
+
+    Args:
+        graph: the model's neurons; the model itself is not changed.
+        data: as for `batches`.
+        needs: any of "gradients", "moments" and "covariances".
+        loss: as for `loss_of`.
+        seed: of the noise that stands in for answers that are no classes.
+        progress: called with how far it is.
+
+    Raises:
+        DataError: the data are empty, do not fit the model, or the loss is not a finite scalar.
+    """
+    shadow = set_training(skeleton(graph.model, _shared), False)
+    found = Statistics()
+    gradients = _Gradients(graph, shadow) if GRADIENTS in needs else None
+    watched = {MOMENTS, COVARIANCES} & set(needs)
+    reader = _Readers(graph, shadow, found.moments, products=COVARIANCES in needs) if watched else None
+    generator = torch.Generator().manual_seed(seed)
+    with bar("looking at the data", progress) as advance:
+        for batch in batches(data, graph.model, graph.inputs):
+            for chunk in batch.chunks(CHUNK):
+                _look(shadow, chunk, loss, generator, gradients, reader)
+                found.samples += chunk.size
+                advance(f"{found.samples} samples")
+            if gradients is not None and len(gradients.read) >= MOST_CHUNKS:
+                break
+    if gradients is not None:
+        found.read, found.written = np.array(gradients.read), np.array(gradients.written)
+    _reduce(found)
+    return found
+
+
+def with_gradients(
+    graph: ChannelGraph, data: Any, *, loss: Loss | None = None, seed: int = 0, progress: Progress | None = None
+) -> nn.Module:
+    """A copy of the model that shares its weights and holds the gradients of the loss, summed over the data."""
+    shadow = set_training(skeleton(graph.model, _shared), False)
+    generator = torch.Generator().manual_seed(seed)
+    with bar("looking at the data", progress) as advance, torch.enable_grad():
+        for batch in batches(data, graph.model, graph.inputs):
+            for chunk in batch.chunks(CHUNK):
+                loss_of(_forward(shadow, chunk), chunk, loss, generator).backward()
+            advance("gradients")
+    return shadow
+
+
+def _shared(_: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter that shares the original's memory, so that no gradient reaches it; a buffer of its own."""
+    if isinstance(tensor, nn.Parameter):
+        learns = tensor.is_floating_point() or tensor.is_complex()
+        return nn.Parameter(tensor.detach(), requires_grad=learns)
+    return tensor.detach().clone()
+
+
+def _look(
+    shadow: nn.Module,
+    batch: Batch,
+    loss: Loss | None,
+    generator: torch.Generator,
+    gradients: _Gradients | None,
+    reader: _Readers | None,
+) -> None:
+    """One forward, and a backward where gradients are asked for."""
+    with contextlib.ExitStack() as stack:
+        if reader is not None:
+            stack.enter_context(reader)
+        stack.enter_context(torch.set_grad_enabled(gradients is not None))
+        output = _forward(shadow, batch)
+    if gradients is not None:
+        with torch.enable_grad():
+            gradients.add(loss_of(output, batch, loss, generator))
+
+
+def _forward(shadow: nn.Module, batch: Batch) -> Any:
+    try:
+        return shadow(*batch.inputs.args, **batch.inputs.kwargs)
+    except Exception as error:
+        raise DataError(
+            f"the model raised {type(error).__name__} on {batch.inputs.describe()} from the data: {error!s:.300}"
+        ) from error
+
+
+class _Gradients:
+    """What every neuron's weights, each times its gradient, add up to; one row per backward.
+
+    A parameter's gradient is used and dropped as soon as it is there, so that never all of them are held.
+    """
+
+    def __init__(self, graph: ChannelGraph, shadow: nn.Module) -> None:
+        self.graph = graph
+        self.read: list[np.ndarray] = []
+        self.written: list[np.ndarray] = []
+        reads = np.zeros(graph.slots.total, dtype=bool)
+        for label in graph.facts.read:
+            reads[label] = True
+        free = graph.unit_of_slot >= 0
+        self.has_reader = np.zeros(graph.size, dtype=bool)
+        self.has_reader[graph.unit_of_slot[reads & free]] = True
+        for name, tensor in tensor_names(shadow).items():
+            if not isinstance(tensor, nn.Parameter) or not tensor.requires_grad:
+                continue
+            dims = []
+            for dim, label in enumerate(graph.slots.labels(name)):
+                chosen = free[label]
+                if chosen.any():
+                    dims.append((dim, graph.unit_of_slot[label[chosen]], chosen, reads[label[chosen]]))
+            if dims:
+                tensor.register_post_accumulate_grad_hook(lambda p, dims=dims: self._take(p, dims))
+            else:
+                tensor.requires_grad_(False)
+        self._rows = self._empty()
+
+    def _empty(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros(self.graph.size), np.zeros(self.graph.size)
+
+    def _take(self, parameter: torch.Tensor, dims: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> None:
+        assert parameter.grad is not None
+        products = parameter.detach().float() * parameter.grad.float()
+        parameter.grad = None
+        for dim, units, chosen, reads in dims:
+            others = [d for d in range(products.dim()) if d != dim]
+            along = (products.sum(others) if others else products).double().cpu().numpy()[chosen]
+            np.add.at(self._rows[0], units[reads], along[reads])
+            np.add.at(self._rows[1], units[~reads], along[~reads])
+
+    def add(self, loss: torch.Tensor) -> None:
+        """One backward."""
+        self._rows = self._empty()
+        loss.backward()
+        read, written = self._rows
+        if not (np.isfinite(read).all() and np.isfinite(written).all()):
+            raise DataError("a gradient of the loss is not finite: check the data, and the model's weights")
+        self.read.append(np.where(self.has_reader, read, written))
+        self.written.append(written)
+
+
+class _Readers(TorchDispatchMode):
+    """Takes the moments of what every weight reads, at the call that multiplies them."""
+
+    def __init__(self, graph: ChannelGraph, shadow: nn.Module, moments: dict[Dim, Moments], *, products: bool) -> None:
+        super().__init__()
+        self.moments, self.products = moments, products
+        self.names: dict[int, str] = {}
+        free = graph.unit_of_slot >= 0
+        for name, tensor in tensor_names(shadow).items():
+            if isinstance(tensor, nn.Parameter) and any(free[label].any() for label in graph.slots.labels(name)):
+                self.names[id(tensor)] = name
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        declared = operator_of(func).declared
+        if declared.read_dim is not None:
+            tensors = [item for item in args if isinstance(item, torch.Tensor)]
+            x, weight = (tensors[place] for place in declared.multiplies)
+            found = self._weight(weight, declared.read_dim)
+            if found is not None and declared.window is None:
+                self._add(found, x.detach().reshape(-1, x.shape[-1]))
+            elif found is not None:
+                name, dim = found[0], 1 - found[1] if _transposed(func, args) else found[1]
+                if weight.shape[dim] == x.shape[1]:  # else its groups read apart
+                    self._add((name, dim), x.detach().transpose(0, 1).flatten(1).T)
+        return func(*args, **(kwargs or {}))
+
+    def _weight(self, weight: torch.Tensor, dim: int) -> Dim | None:
+        """The parameter that this is, and the dim of it that is read; a linear layer's comes transposed."""
+        name = self.names.get(id(weight))
+        if name is not None:
+            return name, dim
+        base = weight._base
+        name = None if base is None else self.names.get(id(base))
+        if name is None or base is None or base.dim() != 2 or weight.stride() != base.stride()[::-1]:
+            return None
+        return name, 1 - dim
+
+    def _add(self, dim: Dim, vectors: torch.Tensor) -> None:
+        self.moments.setdefault(dim, Moments()).add(vectors, products=self.products)
+
+
+def _transposed(func: Any, args: Any) -> bool:
+    """Whether a convolution's weight has its inputs first."""
+    position, default = operator_of(func).arguments.get("transposed", (len(args), False))
+    return bool(args[position] if position < len(args) else default)
+
+
+def _reduce(found: Statistics) -> None:
+    """Put the ranks' statistics together, in the order of the ranks."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, found)
+    found.samples = sum(each.samples for each in gathered)
+    found.read = np.concatenate([each.read for each in gathered])
+    found.written = np.concatenate([each.written for each in gathered])
+    for dim, moments in found.moments.items():
+        same = [each.moments[dim] for each in gathered]
+        moments.count = sum(each.count for each in same)
+        moments.total = np.sum([each.total for each in same], axis=0)
+        moments.squares = np.sum([each.squares for each in same], axis=0)
