@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 
 from allocator.errors import DataError
-from allocator.scoring.batches import Batch, float_outputs
+from allocator.scoring.batches import Batch
+from allocator.tracing.record import tensors_in
 
 Loss = Callable[[Any, Any], torch.Tensor]
 """(the model's output, the batch's target) to a scalar."""
@@ -50,7 +51,7 @@ def own_answers(output: Any, generator: torch.Generator) -> torch.Tensor:
     whose squared gradient is, on average, what the sum of squared errors loses (Gauss-Newton).
     """
     logits = getattr(output, "logits", None)
-    tensors = float_outputs(output)
+    tensors = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
     if not tensors:
         raise DataError(f"the model's output, a {type(output).__name__}, has no floating-point tensor to learn from")
     if isinstance(logits, torch.Tensor) and logits.dim() >= 2:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from allocator.errors import DataError
-from allocator.torch_private import tree_flatten, tree_map
+from allocator.torch_private import tree_map
 from allocator.tracing.inputs import Inputs, device_of, dtype_of
 
 _IMAGES = ("img", "image", "images", "pixel_values", "input", "inputs", "x")
@@ -117,9 +117,3 @@ def _of_dict(item: Mapping[str, Any], model: nn.Module, example: Inputs) -> Batc
             return Batch(Inputs((item[name],)), dict(item))
     names = ", ".join(map(str, item))
     raise DataError(f"the data yield dicts of {names}, none of which {type(model).__name__}.forward takes by name")
-
-
-def float_outputs(output: Any) -> list[torch.Tensor]:
-    """The floating-point tensors in a model's output that gradients can come from."""
-    leaves, _ = tree_flatten(vars(output) if hasattr(output, "__dict__") and not isinstance(output, dict) else output)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
