@@ -1,85 +1,70 @@
-"""The criterion that is taken where none is named: batch norms where they rank what has to go, else magnitude."""
+"""What ranks neurons where nothing is named, and what criteria say."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
-import pytest
 import torch
 from subjects import IMAGE, Branches, trained, untouched
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import allocator
-from allocator import CriterionFallbackWarning
 
 
-class HalfNormed(nn.Module):
-    """A stem with a batch norm, then two wide convolutions without: most of the cost has no scale to rank it by."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.wide, self.head = nn.Conv2d(8, 64, 3, padding=1), nn.Conv2d(64, 16, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.relu(self.wide(F.relu(self.norm(self.stem(x))))))
-
-
-def test_batch_norms_that_rank_the_neurons_are_taken_in_silence() -> None:
+def test_without_data_the_norm_of_all_that_goes_with_a_neuron_ranks_it() -> None:
+    model = trained()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = allocator.allocate(trained(), "60%", example_inputs=IMAGE)
-    named = allocator.allocate(trained(), "60%", example_inputs=IMAGE, criterion="bn_scale")
-    assert result.allocation.criterion == "bn_scale"
-    assert result.allocation.kept == named.allocation.kept
-    assert not any("magnitude" in note for note in result.notes)
-
-
-def test_without_batch_norms_magnitude_is_taken_and_said() -> None:
-    torch.manual_seed(0)
-    model: Any = Branches(norm=False).eval()
-    said = "no batch norm scales a neuron that can be removed: neurons are ranked by magnitude"
-    with untouched(model), pytest.warns(CriterionFallbackWarning, match=said):
         result = allocator.allocate(model, "60%", example_inputs=IMAGE)
-    named = allocator.allocate(model, "60%", example_inputs=IMAGE, criterion="magnitude")
-    assert result.allocation.criterion == "magnitude"
-    assert result.allocation.kept == named.allocation.kept
-    assert any(said in note for note in result.notes)
-    assert not any(said in note for note in named.notes)
-    graph = allocator.trace(model, IMAGE)
-    with pytest.warns(CriterionFallbackWarning, match=said):
-        scores = allocator.score(graph)
-    assert scores.criterion == "magnitude"
-    assert allocator.plan(graph, scores, "60%").kept == result.allocation.kept
+    allocation = result.allocation
+    assert (allocation.criterion, allocation.policy, allocation.scope) == ("group_norm", "global", "all")
+    named = allocator.allocate(model, "60%", example_inputs=IMAGE, criterion="group_norm", policy="global")
+    assert allocation.kept == named.allocation.kept
 
 
-def test_a_budget_that_batch_norms_alone_cannot_meet_is_met_by_magnitude() -> None:
-    torch.manual_seed(0)
-    model = trained(HalfNormed())
-    with pytest.raises(allocator.BudgetError) as caught:
-        allocator.allocate(model, "5%", example_inputs=IMAGE, criterion="bn_scale")
-    assert caught.value.reachable is not None
-    with pytest.warns(CriterionFallbackWarning, match="ranked by batch norms alone, the model does not come down to"):
-        result = allocator.allocate(model, "5%", example_inputs=IMAGE)
-    assert result.allocation.criterion == "magnitude"
+def test_with_data_the_loss_that_a_neuron_costs_is_held_against_its_price() -> None:
+    model = trained()
+    with untouched(model):
+        result = allocator.allocate(model, "60%", example_inputs=IMAGE, data=torch.randn(16, *IMAGE.shape[1:]))
+    allocation = result.allocation
+    assert (allocation.criterion, allocation.policy, allocation.scope) == ("fisher", "priced", "all")
     assert result.certificate.ok
-    assert result.flops_after <= result.flops_asked < caught.value.reachable
-    graph = allocator.trace(model, IMAGE)
-    with pytest.warns(CriterionFallbackWarning):
-        assert allocator.plan(graph, flops="5%").kept == result.allocation.kept
-    loose = allocator.allocate(model, float(caught.value.reachable), example_inputs=IMAGE)
-    assert loose.allocation.criterion == "bn_scale"
 
 
-def test_a_budget_that_no_criterion_meets_says_what_one_can_reach() -> None:
-    model = trained(HalfNormed())
-    with pytest.raises(allocator.BudgetError) as caught:
-        allocator.allocate(model, 100, example_inputs=IMAGE)
-    with pytest.warns(CriterionFallbackWarning):
-        result = allocator.allocate(model, float(caught.value.reachable or 0), example_inputs=IMAGE)
-    assert result.flops_after == caught.value.reachable
+def test_batch_norms_compare_within_a_block() -> None:
+    result = allocator.allocate(trained(), "60%", example_inputs=IMAGE, criterion="bn_scale")
+    assert result.allocation.policy == "per_block"
+
+
+def test_a_network_without_batch_norms_needs_no_other_criterion() -> None:
+    torch.manual_seed(0)
+    result = allocator.allocate(Branches(norm=False).eval(), "60%", example_inputs=IMAGE)
+    assert result.allocation.criterion == "group_norm"
+    assert result.certificate.ok
+
+
+def test_a_part_is_not_emptied_while_others_stay_whole() -> None:
+    """The narrowest scope that meets a budget takes all of it from the branches."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 32, 32, 3, padding=1) for i in range(5)))
+            self.branches = nn.ModuleList(nn.Conv2d(32, 64, k, padding=k // 2) for k in (1, 3, 3))
+            self.head = nn.Conv2d(192, 10, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.encoder(x)
+            return self.head(torch.cat([branch(x) for branch in self.branches], 1))
+
+    torch.manual_seed(0)
+    model: Any = Net().eval()
+    small: Any = allocator.allocate(model, "50%", example_inputs=IMAGE).model
+    for old, new in zip(model.modules(), small.modules()):
+        if isinstance(old, nn.Conv2d):
+            assert new.out_channels >= 0.1 * old.out_channels
 
 
 class Rates(nn.Module):

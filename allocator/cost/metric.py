@@ -52,6 +52,11 @@ class Metric:
         """Number of neurons."""
         return int(self.incidence.shape[1])
 
+    @property
+    def factors(self) -> np.ndarray:
+        """(terms,) the cost of each per kept index of all its axes, before fvcore's rounding."""
+        return self._factor / (1 + self._printed)
+
     def counts(self, kept: np.ndarray) -> np.ndarray:
         """Kept indices per axis, with a final 1 that stands for no axis."""
         counts = self.fixed + self.incidence @ kept.astype(np.int64)

@@ -40,7 +40,7 @@ def loss_of(output: Any, batch: Batch, loss: Loss | None, generator: torch.Gener
         got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise DataError(f"the loss gave {got}, expected a scalar: take the mean over the batch")
     if not bool(torch.isfinite(value)):
-        raise DataError(f"the loss is {float(value)}: check the data, and the model's weights")
+        raise DataError(f"the loss is {float(value.detach())}: check the data, and the model's weights")
     return value.reshape(())
 
 
