@@ -30,9 +30,7 @@ class Bottleneck(nn.Module):
         self.last = nn.Sequential(nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.last(self.body(x)) + self.shortcut(x))
@@ -85,7 +83,12 @@ def _head(inputs: int) -> list[nn.Module]:
 
 def residual() -> nn.Module:
     """Six bottlenecks in three stages."""
-    stages = [Bottleneck(16, 16, 48, 1), Bottleneck(48, 16, 48, 1), Bottleneck(48, 24, 96, 2), Bottleneck(96, 24, 96, 1)]
+    stages = [
+        Bottleneck(16, 16, 48, 1),
+        Bottleneck(48, 16, 48, 1),
+        Bottleneck(48, 24, 96, 2),
+        Bottleneck(96, 24, 96, 1),
+    ]
     stages += [Bottleneck(96, 32, 128, 2), Bottleneck(128, 32, 128, 1)]
     return nn.Sequential(conv(1, 16, 3, 2), *stages, *_head(128))
 

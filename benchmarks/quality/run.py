@@ -1,0 +1,116 @@
+"""Train the networks, allocate them in every way, and measure.
+
+As cut, with fresh batch-norm statistics, and after a little training. Every row is written as soon as it is there; a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.common import RESULTS  # sets one thread before torch is imported
+
+from .arms import ARMS, flops_of
+from .measure import errors, train, with_batch_norm_statistics
+from .networks import NETWORKS
+from .task import Part, load
+
+SHARES = (0.9, 0.8, 0.6, 0.4)
+EPOCHS, LEARNING_RATE = 8.0, 0.1
+TUNING_EPOCHS, TUNING_RATE = 0.5, 0.02
+ROWS = RESULTS / "quality.jsonl"
+"""One line per network, seed, share and arm."""
+
+
+def trained(name: str, seed: int, parts: dict[str, Part], folder: Path) -> nn.Module:
+    """The network, trained once and kept in a folder."""
+    torch.manual_seed(seed)
+    model = NETWORKS[name]()
+    path = folder / f"{name}-{seed}.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        train(model, parts["train"], EPOCHS, LEARNING_RATE, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), path)
+    return model.eval()
+
+
+def row(model: nn.Module, arm: str, share: float, parts: dict[str, Part], seed: int, tune: bool) -> dict[str, Any]:
+    """What one arm makes of one network."""
+    image = parts["test"].images[:1]
+    start = time.perf_counter()
+    try:
+        small = ARMS[arm](model, parts["calibration"], share)
+    except Exception as error:  # whatever is raised is a result here
+        return {"failed": f"{type(error).__name__}: {error!s:.120}"}
+    found: dict[str, Any] = {"seconds": time.perf_counter() - start}
+    found["share"] = flops_of(small, image) / flops_of(model, image)
+    states = {"cut": small, "statistics": with_batch_norm_statistics(small, parts["calibration"])}
+    if tune:
+        states["tuned"] = copy.deepcopy(small)
+        train(states["tuned"], parts["train"], TUNING_EPOCHS, TUNING_RATE, seed)
+    for state, network in states.items():
+        for part in ("calibration", "test"):
+            found[f"{state} {part}"] = errors(network, parts[part])
+    return found
+
+
+def run(
+    networks: Sequence[str], seeds: Sequence[int], arms: Sequence[str], shares: Sequence[float], folder: Path
+) -> None:
+    """All rows that are not there yet."""
+    parts = load()
+    known = {_key(each) for each in read_rows()}
+    for seed in seeds:
+        for name in networks:
+            model = trained(name, seed, parts, folder)
+            todo = [("full", 1.0), *((arm, share) for share in shares for arm in arms)]
+            for arm, share in todo:
+                key = {"network": name, "seed": seed, "arm": arm, "asked": share}
+                if _key(key) in known:
+                    continue
+                if arm == "full":
+                    found = {f"cut {part}": errors(model, parts[part]) for part in ("calibration", "test")}
+                else:
+                    found = row(model, arm, share, parts, seed, tune=share in (0.6, 0.4))
+                with ROWS.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**key, **found}) + "\n")
+                print(name, seed, share, arm, found.get("cut test", found.get("failed")), flush=True)
+
+
+def read_rows() -> list[dict[str, Any]]:
+    """All rows so far."""
+    if not ROWS.exists():
+        return []
+    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["network"], row["seed"], row["arm"], row["asked"]
+
+
+def main() -> None:
+    """See --help."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
+    parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="for trained networks")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    run(args.networks, args.seeds, args.arms, args.shares, args.folder)
+
+
+if __name__ == "__main__":
+    main()
