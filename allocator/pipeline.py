@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from allocator.clock import Clock, Progress
@@ -197,7 +198,14 @@ def budgets_of(graph: ChannelGraph, asked: Mapping[str, float | str | None]) -> 
     return parse_budgets(given, metrics)
 
 
-def choose(graph: ChannelGraph, budgets: Budgets, settings: Settings, scores: Scores | None = None) -> Fitted:
+def choose(
+    graph: ChannelGraph,
+    budgets: Budgets,
+    settings: Settings,
+    scores: Scores | None = None,
+    *,
+    gone: np.ndarray | None = None,
+) -> Fitted:
     """A plan that runs.
 
     Args:
@@ -205,14 +213,16 @@ def choose(graph: ChannelGraph, budgets: Budgets, settings: Settings, scores: Sc
         budgets: what may be kept at most.
         settings: how neurons are chosen.
         scores: their importance; None to rank them by the settings' criterion.
+        gone: (slots,) bool, what is not kept in any case.
 
     Raises:
         BudgetError, NothingToAllocateError: as for `allocator.allocate`.
     """
-    if budgets.met(graph.everything):
+    if gone is None and budgets.met(graph.everything):
         return _keep_everything(graph, budgets, settings)
     scores = score(graph, settings.criterion) if scores is None else scores
-    attempt = _attempt(graph, settings, scores)
+    scores.by_slot(graph)  # that there is one per neuron
+    attempt = _attempt(graph, settings, scores, gone)
     try:
         return attempt(budgets)
     except (BudgetError, NothingToAllocateError) as error:
@@ -230,21 +240,22 @@ def _keep_everything(graph: ChannelGraph, budgets: Budgets, settings: Settings) 
     return fit(graph, lambda _: whole)
 
 
-def _attempt(graph: ChannelGraph, settings: Settings, scores: Scores) -> Callable[[Budgets], Fitted]:
+def _attempt(
+    graph: ChannelGraph, settings: Settings, scores: Scores, gone: np.ndarray | None
+) -> Callable[[Budgets], Fitted]:
     """Planning and fitting by these scores, as a function of the budgets."""
-    by_slot = scores.by_slot(graph)
 
     def planner(current: ChannelGraph, budgets: Budgets) -> Plan:
         # A repair may have changed what a neuron is: the scores are projected again, and costs are counted again.
-        ranked = scores if current is graph else Scores(scores.criterion, by_slot.on(current), by_slot)
         return make_plan(
             current,
-            ranked,
+            scores.on(graph, current),
             budgets.on({name: current.metric(name) for name in budgets.names}),
             policy=settings.policy,
             scope=settings.scope,
             fill=settings.fill,
             widths=Widths(settings.at_least, settings.multiple),
+            gone=gone,
         )
 
     return lambda budgets: fit(graph, lambda current: planner(current, budgets))

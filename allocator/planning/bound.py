@@ -1,11 +1,12 @@
 """How much importance any plan could keep under a budget: the bound that a plan's gap is measured against.
 
-Neurons that every axis of a metric counts alike form a class; of a class, the best n are kept, so that a plan is a number
-per class. What it keeps is a sum of concave functions of these numbers, and what it costs a polynomial of degree two.
+Neurons that every axis of a metric counts alike form a class; of a class, the best n are kept, so that a plan is a
+number per class. What it keeps is a sum of concave functions of these numbers, and what it costs a polynomial of degree
+two.
 
-For any price level, the most that importance minus price can come to bounds every plan (Lagrange). Where the classes that
-are multiplied with one another form trees, that is found exactly by dynamic programming. Elsewhere products are replaced
-by the planes below them (McCormick), in pieces, and the rest is a mixed-integer linear programme.
+For any price level, the most that importance minus price can come to bounds every plan (Lagrange). Where the classes
+that are multiplied with one another form trees, that is found exactly by dynamic programming. Elsewhere products are
+replaced by the planes below them (McCormick), in pieces, and the rest is a mixed-integer linear programme.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def _classes(problem: Problem, budget: Budget) -> _Classes | None:
 def _hashes(columns: coo_matrix) -> np.ndarray:
     """(n,) a number per column, the same for equal ones: sums of two independent random weights per row."""
     random = np.random.default_rng(0).integers(1, 2**31, size=(2, columns.shape[0])).astype(np.float64)
-    sums = np.asarray((columns.T @ random.T))
+    sums = np.asarray(columns.T @ random.T)
     return sums[:, 0] + 1j * sums[:, 1]
 
 

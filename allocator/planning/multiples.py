@@ -57,6 +57,7 @@ class _Layer:
     def __init__(self, problem: Problem, units: np.ndarray) -> None:
         graph = problem.graph
         values = np.where(problem.forced[units], np.inf, np.nan_to_num(problem.scores.values[units]))
+        values = np.where(problem.open[units], values, -np.inf)
         self.order = units[np.argsort(-values, kind="stable")]
         slots = graph.unit_of_slot[graph.facts.written[int(graph.branch_of[units[0]])].label]
         held = np.bincount(slots[slots >= 0], minlength=graph.size)[self.order]
@@ -64,7 +65,10 @@ class _Layer:
         least = int(problem.forced[units].sum())
         allowed = (widths % problem.widths.multiple == 0) & (widths > 0)
         allowed[-1] = True
-        self.stops = np.flatnonzero(allowed & (np.arange(len(widths)) >= least))
+        most = int(problem.open[units].sum())
+        self.stops = np.flatnonzero(allowed & (np.arange(len(widths)) >= least) & (np.arange(len(widths)) <= most))
+        if not len(self.stops):  # no multiple lies between what has to stay and what may
+            self.stops = np.array([least])
 
     def at_or_below(self, count: int) -> int:
         """The largest number that is allowed and not above `count`, else the smallest there is."""

@@ -52,6 +52,7 @@ def make_plan(
     scope: str = DEFAULTS.scope,
     fill: bool = DEFAULTS.fill,
     widths: Widths | None = None,
+    gone: np.ndarray | None = None,
 ) -> Plan:
     """Choose the neurons to keep.
 
@@ -64,6 +65,7 @@ def make_plan(
             budgets and come within 0.5 % of one (where none comes so close, the narrowest that can meet them).
         fill: spend what is left on the next best neurons that fit.
         widths: what is asked of the widths of layers.
+        gone: (slots,) bool, what is not kept in any case.
 
     Raises:
         BudgetError: a budget cannot be met; says the smallest figure that can.
@@ -83,7 +85,7 @@ def make_plan(
         least.append(forced)
         if not budgets.met(forced):
             continue
-        problem = Problem(graph, scores, forced, budgets, fill, widths)
+        problem = Problem(graph, scores, forced, budgets, fill, widths, None if gone is None else _units(graph, gone))
         kept = to_multiples(problem, choose(problem))
         plan = Plan(kept, budgets, name, policy, scores.criterion, next_cost(problem, kept))
         if budgets.used(kept) >= CLOSE or not fill:
@@ -96,6 +98,14 @@ def make_plan(
     nearest = min(least, key=budgets.used)
     exceeded = budgets.unmet(nearest)[0]
     raise unmet(exceeded, scope, exceeded.metric.value(nearest))
+
+
+def _units(graph: ChannelGraph, slots: np.ndarray) -> np.ndarray:
+    """(neurons,) bool: those that hold any of these slots."""
+    units = graph.unit_of_slot[slots]
+    found = np.zeros(graph.size, dtype=bool)
+    found[units[units >= 0]] = True
+    return found
 
 
 def usual_policy(criterion: str) -> str:

@@ -61,6 +61,7 @@ class Problem:
         budgets: what may be kept at most.
         fill: whether the rest of the budgets is spent on the next best neurons that fit.
         widths: what is asked of the widths of layers.
+        gone: (neurons,) bool, those that are not kept in any case.
     """
 
     graph: ChannelGraph
@@ -69,6 +70,13 @@ class Problem:
     budgets: Budgets
     fill: bool = True
     widths: Widths = field(default_factory=Widths)
+    gone: np.ndarray | None = None
+
+    @property
+    def open(self) -> np.ndarray:
+        """(neurons,) bool: those that may be kept."""
+        everything = np.ones(len(self.forced), dtype=bool)
+        return everything if self.gone is None else ~self.gone | self.forced
 
 
 def free_neurons(graph: ChannelGraph, scores: Scores, scope: str) -> np.ndarray:

@@ -15,23 +15,24 @@ def keep_in_order(problem: Problem, threshold: np.ndarray) -> np.ndarray:
     forced = problem.forced
     threshold = np.where(forced, 0.0, threshold)
     order = np.argsort(np.where(forced, -1.0, threshold), kind="stable")
+    order = order[problem.open[order]]
     first = int(forced.sum())
     low, high = first, len(order)
     while low < high:
         middle = (low + high + 1) // 2
-        if problem.budgets.met(_prefix(order, middle)):
+        if problem.budgets.met(_prefix(problem, order, middle)):
             low = middle
         else:
             high = middle - 1
     if problem.fill:
-        return fill(problem, order, _prefix(order, low))
+        return fill(problem, order, _prefix(problem, order, low))
     while first < low < len(order) and threshold[order[low]] == threshold[order[low - 1]]:
         low -= 1
-    return _prefix(order, low)
+    return _prefix(problem, order, low)
 
 
-def _prefix(order: np.ndarray, count: int) -> np.ndarray:
-    kept = np.zeros(len(order), dtype=bool)
+def _prefix(problem: Problem, order: np.ndarray, count: int) -> np.ndarray:
+    kept = np.zeros(len(problem.forced), dtype=bool)
     kept[order[:count]] = True
     return kept
 
@@ -43,7 +44,7 @@ def fill(problem: Problem, order: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """
     budgets = problem.budgets.each
     left = [budget.left(kept) for budget in budgets]
-    tried = kept.copy()
+    tried = kept | ~problem.open
     while True:
         cheap = ~tried
         for budget, rest in zip(budgets, left, strict=True):

@@ -81,6 +81,18 @@ class Scores:
             )
         object.__setattr__(self, "values", values)
 
+    def on(self, graph: ChannelGraph, other: ChannelGraph) -> Scores:
+        """The scores of another graph of the same model.
+
+        Args:
+            graph: that they were made for.
+            other: a graph in which fewer neurons may go, or some go together.
+        """
+        if other is graph:
+            return self
+        slots = self.by_slot(graph)
+        return Scores(self.criterion, slots.on(other), slots)
+
     def by_slot(self, graph: ChannelGraph) -> SlotScores:
         """The scores by parameter index.
 

@@ -1,6 +1,6 @@
 """Train the networks, allocate them in every way, and measure.
 
-As cut, with fresh batch-norm statistics, and after a little training. Every row is written as soon as it is there; a run that was stopped goes on where it was.
+Every row is written as soon as it is there; a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def _at_weights(problem: Problem, weights: np.ndarray) -> np.ndarray:
 def _settled(problem: Problem, values: np.ndarray, weights: np.ndarray, level: float, kept: np.ndarray) -> np.ndarray:
     """Neurons that are worth their price, beside those that are."""
     for _ in range(ROUNDS):
-        chosen = problem.forced | (values > level * prices(problem, kept, weights))
+        chosen = problem.forced | (problem.open & (values > level * prices(problem, kept, weights)))
         if np.array_equal(chosen, kept):
             break
         kept = chosen

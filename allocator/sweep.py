@@ -1,0 +1,175 @@
+"""Many budgets at once: one trace, one scoring, allocations that lie within one another."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from torch import nn
+
+from allocator.clock import Progress, bar
+from allocator.cost.budget import Budgets
+from allocator.disk import PathLike, write_text
+from allocator.errors import BudgetError, InputError
+from allocator.fitting.fit import Fitted
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.pipeline import budgets_of, choose, trace_model
+from allocator.reporting.words import percent, short
+from allocator.rewriting.allocation import Allocation
+from allocator.rewriting.rewrite import rewrite
+from allocator.scoring.registry import Data, score
+from allocator.scoring.scores import Scores
+from allocator.settings import Settings
+
+Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One budget of a sweep.
+
+    Attributes:
+        asked: the budget, in the metric's unit.
+        cost: what the plan costs of it.
+        share: that cost over the network's own.
+        importance: share of all scores that is kept.
+        allocation: the choice as data.
+        values: what the caller's function gave for the smaller network, by name.
+    """
+
+    asked: float
+    cost: int
+    share: float
+    importance: float
+    allocation: Allocation
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Allocations for many budgets, the largest first; each keeps a part of what the one before it keeps.
+
+    Attributes:
+        metric: what was limited.
+        unit: of the metric.
+        points: one per budget.
+    """
+
+    metric: str
+    unit: str
+    points: tuple[Point, ...]
+
+    def __iter__(self) -> Iterator[Point]:
+        return iter(self.points)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, without the allocations."""
+        rows = [
+            {"asked": p.asked, "cost": p.cost, "share": p.share, "importance": p.importance, **p.values}
+            for p in self.points
+        ]
+        return {"metric": self.metric, "unit": self.unit, "points": rows}
+
+    def to_csv(self, path: PathLike | None = None) -> str:
+        """One line per budget; also written to a file where a path is given.
+
+        Raises:
+            FileError: the path cannot be written.
+        """
+        rows = self.to_dict()["points"]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]) if rows else ["asked"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        if path is not None:
+            write_text(path, text.getvalue())
+        return text.getvalue()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        names = list(dict.fromkeys(name for point in self.points for name in point.values))
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+        for title in ("asked", self.unit, "share", "importance", *names):
+            table.add_column(title, justify="right", no_wrap=True)
+        for point in self.points:
+            values = [f"{point.values[name]:.4g}" if name in point.values else "" for name in names]
+            table.add_row(
+                short(point.asked), f"{point.cost:,}", percent(point.share), percent(point.importance), *values
+            )
+        yield table
+
+
+def sweep(
+    model: nn.Module,
+    asked: Mapping[str, Sequence[float | str]],
+    example_inputs: Any,
+    settings: Settings,
+    *,
+    data: Data | None = None,
+    evaluate: Evaluate | None = None,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Allocations for many budgets; see `allocator.sweep`.
+
+    Args:
+        model: the trained network; not changed.
+        asked: the budgets, by the name of their metric; of one metric.
+        example_inputs: as the caller gave them.
+        settings: how neurons are chosen.
+        data: what criteria may look at.
+        evaluate: called with every smaller network.
+        progress: called with how far it is.
+    """
+    given = {name: figures for name, figures in asked.items() if figures is not None}
+    if len(given) != 1:
+        raise BudgetError("a sweep is over budgets of one metric: pass flops=['80%', '60%'], or another metric alone")
+    ((name, figures),) = given.items()
+    if isinstance(figures, (str, int, float)) or not len(figures):
+        raise InputError(f"{name}={figures!r} is no list of budgets: pass several, such as ['80%', '60%', '40%']")
+    graph = trace_model(model, example_inputs, settings)
+    budgets = [budgets_of(graph, {name: figure}) for figure in figures]
+    budgets.sort(key=lambda each: each.first.limit, reverse=True)
+    scores = score(graph, settings.criterion, data)
+    points = []
+    with bar("planning", progress, total=len(budgets)) as advance:
+        for budget, fitted in zip(budgets, _nested(graph, scores, budgets, settings), strict=True):
+            points.append(_point(graph, fitted, scores, budget, _evaluated(model, fitted, evaluate)))
+            advance(f"{budget.first.limit:,.0f} {budget.first.metric.unit}")
+    metric = budgets[0].first.metric
+    return Sweep(metric.name, metric.unit, tuple(points))
+
+
+def _nested(graph: ChannelGraph, scores: Scores, budgets: Sequence[Budgets], settings: Settings) -> Iterator[Fitted]:
+    """A plan per budget, the largest first, each within the one before.
+
+    The smallest is fitted first: what it shows not to fit stays in all of them, so that repairs are made once.
+    """
+    repaired = choose(graph, budgets[-1], settings, scores).graph
+    gone = np.zeros(graph.slots.total, dtype=bool)
+    for each in budgets:
+        fitted = choose(repaired, each, settings, scores.on(graph, repaired), gone=gone)
+        gone |= ~fitted.graph.stays(fitted.plan.kept)
+        yield fitted
+
+
+def _evaluated(model: nn.Module, fitted: Fitted, evaluate: Evaluate | None) -> Mapping[str, float]:
+    if evaluate is None:
+        return {}
+    found = evaluate(rewrite(model, fitted.allocation))
+    return dict(found) if isinstance(found, Mapping) else {"value": float(found)}
+
+
+def _point(graph: ChannelGraph, fitted: Fitted, scores: Scores, budgets: Budgets, values: Mapping[str, float]) -> Point:
+    kept, metric = fitted.plan.kept, fitted.plan.budgets.first.metric
+    ranked = np.nan_to_num(scores.on(graph, fitted.graph).values)
+    whole, cost = float(ranked.sum()), metric.value(kept)
+    importance = float(ranked[kept].sum()) / whole if whole > 0 else 1.0
+    return Point(budgets.first.limit, cost, cost / metric.whole, importance, fitted.allocation, values)
