@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from allocator.errors import AllocationMismatchError
-from allocator.modules import shapes_of, skeleton
+from allocator.modules import lies_within, shapes_of, skeleton
 from allocator.rewriting.allocation import Allocation, Indices, architecture_hash
 from allocator.rewriting.index_map import length, take
 
@@ -97,7 +97,7 @@ def gives(allocation: Allocation, shapes: dict[str, tuple[int, ...]]) -> bool:
         sizes = tuple(n if kept is None else length(kept) for n, kept in zip(shape, dims))
         if len(shape) != len(dims) or sizes != shape:
             return False
-    return not any(name.startswith(f"{path}.") for path in allocation.absent for name in shapes)
+    return not any(lies_within(name, allocation.absent) for name in shapes)
 
 
 def _within(indices: Indices, size: int) -> bool:
