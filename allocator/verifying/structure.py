@@ -195,9 +195,10 @@ def _compare_arguments(old: Flow, new: Flow, a: Op, b: Op, values: dict[int, int
             return what
     if a.target is not b.target or (a.args == b.args and a.kwargs == b.kwargs):
         return None
-    found = [numbers_in((op.args, op.kwargs)) for op in (a, b)]
+    # By their names, since torch leaves out an argument that has its default.
+    numbers = [numbers_in(op.arg(name) for name in op.operator.arguments) for op in (a, b)]
     sized = a.declared.sized and a.arg("fill_value") == b.arg("fill_value")
-    return _compare_numbers(*found, sized=sized)
+    return _compare_numbers(*numbers, sized=sized)
 
 
 def _compare_numbers(old: Sequence[Any], new: Sequence[Any], *, sized: bool = False) -> str | None:
@@ -205,6 +206,8 @@ def _compare_numbers(old: Sequence[Any], new: Sequence[Any], *, sized: bool = Fa
     for x, y in zip(old, new, strict=False):
         if x != y and not (sized and type(x) is int and type(y) is int) and not (x != x and y != y):
             return f"has the number {y}, expected {x}"
+    if len(new) != len(old):
+        return f"has {len(new)} numbers, expected {len(old)}"
     return None
 
 
@@ -212,7 +215,7 @@ def numbers_in(tree: Iterable[Any]) -> list[Any]:
     """All that is no tensor in the arguments of a call, in order."""
     found: list[Any] = []
     for item in tree:
-        if isinstance(item, tuple):
+        if isinstance(item, (tuple, list)):
             found += numbers_in(item)
         elif isinstance(item, dict):
             found += numbers_in(item.values())
