@@ -90,7 +90,7 @@ def compare(
     gone = _gone(old, image)
     before, returned = _without_copies(old.trace, gone, raised is None)
     after, expected = _without_copies(new.trace, set(), raised is None)
-    values: dict[int, int] = {}
+    values = _Pairs()
     for a, b in zip(before, after, strict=False):
         what = _compare_call(old, new, a, b, values, gone, image, groups)
         if what:
@@ -100,9 +100,24 @@ def compare(
     if len(before) != len(after):
         last = before[min(len(before), len(after)) - 1]
         return Mismatch(old.trace.ops[last.index], f"{len(after)} calls follow, expected {len(before)}")
-    if [values.get(i) for i in returned] != expected:
+    if [values.new.get(i) for i in returned] != expected:
         return Mismatch(old.trace.ops[before[-1].index], "the model returns other tensors")
     return None
+
+
+class _Pairs:
+    """Which values of the two forwards stand for one another, one for one."""
+
+    def __init__(self) -> None:
+        self.new: dict[int, int] = {}
+        self.old: dict[int, int] = {}
+
+    def add(self, old: int, new: int) -> None:
+        self.new[old], self.old[new] = new, old
+
+    def agree(self, old: int, new: int) -> bool:
+        """Whether these two go together; values that were not seen before do from now on."""
+        return self.new.setdefault(old, new) == new and self.old.setdefault(new, old) == old
 
 
 def _first_not_made(old: Flow, before: list[Op], done: int, raised: Exception) -> Mismatch:
@@ -148,7 +163,7 @@ def _compare_call(
     new: Flow,
     a: Op,
     b: Op,
-    values: dict[int, int],
+    values: _Pairs,
     gone: set[int],
     image: Image,
     groups: dict[str, np.ndarray],
@@ -163,7 +178,7 @@ def _compare_call(
     if what:
         return what
     for i, j in zip(a.outputs, b.outputs, strict=True):
-        values[i] = j
+        values.add(i, j)
         what = _compare_value(old, new, i, j, image)
         if what:
             return what
@@ -181,14 +196,14 @@ def _compare_value(old: Flow, new: Flow, i: int, j: int, image: Image) -> str | 
     return None
 
 
-def _compare_arguments(old: Flow, new: Flow, a: Op, b: Op, values: dict[int, int], gone: set[int]) -> str | None:
+def _compare_arguments(old: Flow, new: Flow, a: Op, b: Op, values: _Pairs, gone: set[int]) -> str | None:
     refs_a = [i for i in a.inputs() if i not in gone]
     refs_b = b.inputs()
     if len(refs_a) != len(refs_b):
         return f"reads {len(refs_b)} tensors, expected {len(refs_a)}"
     for i, j in zip(refs_a, refs_b, strict=True):
         name, other = old.trace.values[i].name, new.trace.values[j].name
-        if values.setdefault(i, j) != j or name != other:
+        if not values.agree(i, j) or name != other:
             return f"reads {other or 'another tensor'}, expected {name or 'the same as before'}"
         what = _compare_numbers(old.trace.values[i].literal, new.trace.values[j].literal)
         if what:
