@@ -182,7 +182,7 @@ def _compare_call(
         what = _compare_value(old, new, i, j, image)
         if what:
             return what
-    return None
+    return _compare_ranges(old, a, b, image)
 
 
 def _compare_value(old: Flow, new: Flow, i: int, j: int, image: Image) -> str | None:
@@ -194,6 +194,28 @@ def _compare_value(old: Flow, new: Flow, i: int, j: int, image: Image) -> str | 
         if not image.holds(a, b):
             return f"dim {dim} holds other channels, or in another order"
     return None
+
+
+def _compare_ranges(old: Flow, a: Op, b: Op, image: Image) -> str | None:
+    """A slice takes the image of what it took, whatever numbers say so.
+
+    Labels alone do not tell that: a flattened channel's pixels have one label.
+    """
+    if not {"dim", "start", "end", "step"} <= a.operator.arguments.keys():
+        return None
+    dim, source = int(a.arg("dim") or 0), a.inputs()[0]
+    if dim != int(b.arg("dim") or 0):
+        return f"slices dim {b.arg('dim')}, expected {dim}"
+    label, places = old.labels(source)[dim], np.arange(old.shape(source)[dim])
+    left = places if label is None else image.positions(label)
+    expected = np.flatnonzero(np.isin(left, places[_range(a)]))
+    if not np.array_equal(np.arange(len(left))[_range(b)], expected):
+        return f"takes other places of dim {dim}, from {b.arg('start') or 0} on"
+    return None
+
+
+def _range(op: Op) -> slice:
+    return slice(op.arg("start"), op.arg("end"), op.arg("step"))
 
 
 def _compare_arguments(old: Flow, new: Flow, a: Op, b: Op, values: _Pairs, gone: set[int]) -> str | None:
