@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -45,6 +45,11 @@ def set_training(model: nn.Module, training: bool) -> nn.Module:
     for module in modules_of(model).values():
         module.training = training
     return model
+
+
+def lies_within(path: str, modules: Iterable[str]) -> bool:
+    """Whether this is the path of one of these modules, or of what is inside one."""
+    return any(path == module or path.startswith(f"{module}.") for module in modules)
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

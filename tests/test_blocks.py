@@ -8,46 +8,13 @@ the block's output.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import pytest
+from meetings import FIVE, ONE, THREE, Meeting, Way, check_meetings, meeting
 
 import allocator
-from allocator import Block, Branch
-
-Kernels = tuple[tuple[int, int], ...]
-
-ONE, THREE, FIVE = (1, 1), (3, 3), (5, 5)
-
-
-class Way(NamedTuple):
-    """One branch as stated by hand; None where the architecture doesn't tell."""
-
-    name: str
-    channels: int
-    kernels: Kernels = ()
-    stride: float = 1
-    scale: float | None = 1
-    dilation: int = 1
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """One block as stated by hand."""
-
-    name: str
-    kind: str
-    channels: int
-    branches: tuple[Way, ...]
-
-
-def meeting(name: str, kind: str, *branches: Way) -> Meeting:
-    """A block whose channels follow from its branches'."""
-    each = [branch.channels for branch in branches]
-    channels = sum(each) if kind in ("concat", "split", "groups") else each[0]
-    return Meeting(name, kind, channels, branches)
+from allocator import Block
 
 
 @cache
@@ -65,23 +32,9 @@ def blocks_of(model: str, *stages: str) -> list[Block]:
     return [block for block in traced(model) if any(inside(block, stage) for stage in stages)]
 
 
-def way(found: Branch, expected: Way) -> Way:
-    """A found branch in the terms of the one stated by hand."""
-    kernels = tuple((kernel[0], kernel[1]) for kernel in found.kernels)
-    scale = None if expected.scale is None else found.scale
-    return Way(found.name, found.channels, kernels, found.stride, scale, found.dilation)
-
-
 def check(model: str, stages: tuple[str, ...], expected: list[Meeting]) -> None:
     """The blocks of these stages are the stated ones: all of them, no others, in order."""
-    found = blocks_of(model, *stages)
-    assert [block.name for block in found] == [block.name for block in expected]
-    for block, stated in zip(found, expected, strict=True):
-        title = f"{model} {block.name}"
-        assert (block.kind, block.channels) == (stated.kind, stated.channels), title
-        assert [b.name for b in block.branches] == [b.name for b in stated.branches], title
-        for got, want in zip(block.branches, stated.branches, strict=True):
-            assert way(got, want) == want, f"{title} {got.name}"
+    check_meetings(blocks_of(model, *stages), expected, model)
 
 
 # ScaleNet -------------------------------------------------------------------------------------------

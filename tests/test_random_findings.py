@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from random_checks import Case, check, check_model, count, example, require_equal
 from random_layers import Hierarchy, Mixer, NonLocal, PerChannel
 from random_networks import Spec, Step
+from small_graphs import Net
 from torch import Tensor, nn
 
 import allocator
@@ -18,19 +19,6 @@ import allocator
 IMAGE = (3, 8, 8)
 X = example(IMAGE)
 Run = Callable[[Any, Tensor], Any]
-
-
-class Net(nn.Module):
-    """Layers given by name, and a forward that is given too."""
-
-    def __init__(self, run: Run, **layers: nn.Module) -> None:
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.run(self, x)
 
 
 def _net(run: Run, make: Callable[[], dict[str, nn.Module]]) -> nn.Module:

@@ -13,6 +13,7 @@ import numpy as np
 
 from allocator.disk import write_text
 from allocator.errors import AllocationMismatchError, FileError
+from allocator.modules import lies_within
 
 FORMAT = 3
 READABLE = (1, 2, FORMAT)
@@ -189,8 +190,8 @@ class Allocation:
         for path, values in second.attributes.items():
             merged.setdefault(path, {}).update(values)
         absent = sorted({*self.absent, *second.absent})
-        kept = {name: dims for name, dims in kept.items() if name.rpartition(".")[0] not in absent}
-        merged = {path: values for path, values in merged.items() if path not in absent}
+        kept = {name: dims for name, dims in kept.items() if not lies_within(name, absent)}
+        merged = {path: values for path, values in merged.items() if not lies_within(path, absent)}
         rest = {**second.to_dict(), "kept": kept, "attributes": merged, "absent": absent}
         rest |= {"architecture": self.architecture, "costs": _compose_costs(self.costs, second.costs)}
         rest["blocks"] = _compose_blocks(self.blocks, second.blocks)

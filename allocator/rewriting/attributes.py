@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from allocator.flow.flow import Flow
+from allocator.modules import lies_within
 from allocator.torch_private import BatchNormBase, ConvolutionBase
 
 
@@ -36,8 +37,7 @@ def standard_attributes(
             continue
         sources = _sources(module)
         names = {field: name_of[id(tensor)] for field, tensor in sources.items()}
-        gone = any(path == other or path.startswith(f"{other}.") for other in absent)
-        if gone or not any(name in shapes or name in groups for name in names.values()):
+        if lies_within(path, absent) or not any(name in shapes or name in groups for name in names.values()):
             continue
         sizes = {field: shapes.get(names[field], tuple(tensor.shape)) for field, tensor in sources.items()}
         described = _describe(module, sizes, groups.get(names.get("weight", "")))

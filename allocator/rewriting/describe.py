@@ -14,6 +14,7 @@ from allocator import adapters
 from allocator.flow.facts import Attribute
 from allocator.graph.blocks import describe_blocks
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.modules import lies_within
 from allocator.planning.plan import Plan
 from allocator.rewriting.allocation import Allocation, architecture_hash
 from allocator.rewriting.attributes import norms_without_tensors, standard_attributes
@@ -90,10 +91,11 @@ def describe_maps(
             absent += together
     attributes = standard_attributes(graph.modules, graph.tensors, shapes, groups, absent)
     for path, name, value in (*_following(graph, stays, mends, alone), *_declared(graph, stays)):
-        attributes.setdefault(path, {})[name] = value
+        if not lies_within(path, absent):
+            attributes.setdefault(path, {})[name] = value
     kept: dict[str, list[Any]] = {}
     for name, dims in maps.items():
-        if not any(name.startswith(f"{layer}.") for layer in absent):
+        if not lies_within(name, absent):
             kept[name] = [None if dim is None else dim.tolist() for dim in dims]
     _add_rows(graph.modules, kept)
     return kept, attributes, absent

@@ -89,9 +89,14 @@ def take(tensor: torch.Tensor, sources: Sequence[Any]) -> torch.Tensor:
             shape = (*index.shape, *result.shape[2:])
             index = index.reshape(*index.shape, *([1] * (result.dim() - 2))).expand(shape)
             result = result.gather(1, index)
-    if result.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return result.contiguous(memory_format=torch.channels_last)
+    layout = _CHANNELS_LAST.get(result.dim())
+    if layout is not None and tensor.is_contiguous(memory_format=layout):
+        return result.contiguous(memory_format=layout)
     return result
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The memory format with channels last, by the number of dims."""
 
 
 def take_on_meta(tensor: torch.Tensor, sources: Sequence[Any]) -> torch.Tensor:

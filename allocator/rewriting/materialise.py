@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from allocator.errors import AllocationMismatchError
-from allocator.modules import shapes_of, skeleton
+from allocator.modules import lies_within, shapes_of, skeleton
 from allocator.rewriting.allocation import Allocation, Indices, architecture_hash
 from allocator.rewriting.index_map import length, take
 
@@ -48,14 +48,7 @@ def check_fits(model: nn.Module, allocation: Allocation) -> None:
     for name, dims in allocation.kept.items():
         if name not in tensors:
             raise AllocationMismatchError(f"the allocation names {name}, which {type(model).__name__} does not have")
-        shape = tuple(tensors[name].shape)
-        if len(dims) != len(shape):
-            raise AllocationMismatchError(f"{name}: the allocation expects {len(dims)} dims, the model has {shape}")
-        for dim, indices in enumerate(dims):
-            if indices is not None and np.size(indices) and not _within(indices, shape[dim]):
-                raise AllocationMismatchError(
-                    f"{name}, dim {dim}: the allocation keeps index {np.max(indices)}, the model has {shape[dim]}"
-                )
+        _check_indices(name, dims, tuple(tensors[name].shape))
     _check_attributes(model, allocation)
     architecture = architecture_hash(shapes_of(model))
     if allocation.architecture and allocation.architecture != architecture:
@@ -97,12 +90,31 @@ def gives(allocation: Allocation, shapes: dict[str, tuple[int, ...]]) -> bool:
         sizes = tuple(n if kept is None else length(kept) for n, kept in zip(shape, dims))
         if len(shape) != len(dims) or sizes != shape:
             return False
-    return not any(name.startswith(f"{path}.") for path in allocation.absent for name in shapes)
+    return not any(lies_within(name, allocation.absent) for name in shapes)
 
 
-def _within(indices: Indices, size: int) -> bool:
-    array = np.asarray(indices)
-    return bool(array.min() >= 0 and array.max() < size)
+def _check_indices(name: str, dims: Sequence[Indices | None], shape: tuple[int, ...]) -> None:
+    """A tensor has the indices that an allocation names, and rows of them only where each output may have its own."""
+    if len(dims) != len(shape):
+        raise AllocationMismatchError(f"{name}: the allocation expects {len(dims)} dims, the model has {shape}")
+    for dim, indices in enumerate(dims):
+        if indices is None:
+            continue
+        array = np.asarray(indices)
+        beyond = array[(array < 0) | (array >= shape[dim])]
+        if len(beyond):
+            raise AllocationMismatchError(
+                f"{name}, dim {dim}: the allocation keeps index {beyond[0]}, the model has {shape[dim]}"
+            )
+        if array.ndim == 2 and (dim != 1 or len(array) != _count(dims[0], shape[0])):
+            raise AllocationMismatchError(
+                f"{name}, dim {dim}: the allocation has {len(array)} rows of indices, which are for the inputs of "
+                f"each of the {_count(dims[0], shape[0])} outputs"
+            )
+
+
+def _count(indices: Indices | None, size: int) -> int:
+    return size if indices is None else len(indices)
 
 
 def reset_parameters(model: nn.Module) -> None:

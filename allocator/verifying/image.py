@@ -46,15 +46,16 @@ class Image:
                     source = start + self._sources[start]
                 if len(source) == new_size:
                     self.origin[first : first + new_size] = source
-        self._sizes: dict[int, int] = {}
-        self._same: set[tuple[int, int]] = set()
+        # What was asked about by identity is held, so that no other array has its id.
+        self._sizes: dict[int, tuple[np.ndarray, int]] = {}
+        self._same: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def size(self, label: np.ndarray) -> int:
-        """How many indices these labels of the original become; they are a value's own, known by their identity."""
+        """How many indices these labels of the original become."""
         known = self._sizes.get(id(label))
         if known is None:
-            known = self._sizes[id(label)] = int(self.copies[label].sum())
-        return known
+            known = self._sizes[id(label)] = label, int(self.copies[label].sum())
+        return known[1]
 
     def holds(self, old: Label, new: Label) -> bool:
         """Whether the new labels are the image of the old ones, in order."""
@@ -65,7 +66,7 @@ class Image:
             image = old[self.positions(old)] if self._sources else old[self.copies[old] > 0]
             if not np.array_equal(image, self.origin[new]):
                 return False
-            self._same.add(key)
+            self._same[key] = old, new
         return True
 
     def positions(self, label: np.ndarray) -> np.ndarray:

@@ -90,7 +90,7 @@ def compare(
     gone = _gone(old, image)
     before, returned = _without_copies(old.trace, gone, raised is None)
     after, expected = _without_copies(new.trace, set(), raised is None)
-    values: dict[int, int] = {}
+    values = _Pairs()
     for a, b in zip(before, after, strict=False):
         what = _compare_call(old, new, a, b, values, gone, image, groups)
         if what:
@@ -100,9 +100,24 @@ def compare(
     if len(before) != len(after):
         last = before[min(len(before), len(after)) - 1]
         return Mismatch(old.trace.ops[last.index], f"{len(after)} calls follow, expected {len(before)}")
-    if [values.get(i) for i in returned] != expected:
+    if [values.new.get(i) for i in returned] != expected:
         return Mismatch(old.trace.ops[before[-1].index], "the model returns other tensors")
     return None
+
+
+class _Pairs:
+    """Which values of the two forwards stand for one another, one for one."""
+
+    def __init__(self) -> None:
+        self.new: dict[int, int] = {}
+        self.old: dict[int, int] = {}
+
+    def add(self, old: int, new: int) -> None:
+        self.new[old], self.old[new] = new, old
+
+    def agree(self, old: int, new: int) -> bool:
+        """Whether these two go together; values that were not seen before do from now on."""
+        return self.new.setdefault(old, new) == new and self.old.setdefault(new, old) == old
 
 
 def _first_not_made(old: Flow, before: list[Op], done: int, raised: Exception) -> Mismatch:
@@ -148,7 +163,7 @@ def _compare_call(
     new: Flow,
     a: Op,
     b: Op,
-    values: dict[int, int],
+    values: _Pairs,
     gone: set[int],
     image: Image,
     groups: dict[str, np.ndarray],
@@ -163,11 +178,11 @@ def _compare_call(
     if what:
         return what
     for i, j in zip(a.outputs, b.outputs, strict=True):
-        values[i] = j
+        values.add(i, j)
         what = _compare_value(old, new, i, j, image)
         if what:
             return what
-    return None
+    return _compare_ranges(old, a, b, image)
 
 
 def _compare_value(old: Flow, new: Flow, i: int, j: int, image: Image) -> str | None:
@@ -181,23 +196,46 @@ def _compare_value(old: Flow, new: Flow, i: int, j: int, image: Image) -> str | 
     return None
 
 
-def _compare_arguments(old: Flow, new: Flow, a: Op, b: Op, values: dict[int, int], gone: set[int]) -> str | None:
+def _compare_ranges(old: Flow, a: Op, b: Op, image: Image) -> str | None:
+    """A slice takes the image of what it took, whatever numbers say so.
+
+    Labels alone do not tell that: a flattened channel's pixels have one label.
+    """
+    if not {"dim", "start", "end", "step"} <= a.operator.arguments.keys():
+        return None
+    dim, source = int(a.arg("dim") or 0), a.inputs()[0]
+    if dim != int(b.arg("dim") or 0):
+        return f"slices dim {b.arg('dim')}, expected {dim}"
+    label, places = old.labels(source)[dim], np.arange(old.shape(source)[dim])
+    left = places if label is None else image.positions(label)
+    expected = np.flatnonzero(np.isin(left, places[_range(a)]))
+    if not np.array_equal(np.arange(len(left))[_range(b)], expected):
+        return f"takes other places of dim {dim}, from {b.arg('start') or 0} on"
+    return None
+
+
+def _range(op: Op) -> slice:
+    return slice(op.arg("start"), op.arg("end"), op.arg("step"))
+
+
+def _compare_arguments(old: Flow, new: Flow, a: Op, b: Op, values: _Pairs, gone: set[int]) -> str | None:
     refs_a = [i for i in a.inputs() if i not in gone]
     refs_b = b.inputs()
     if len(refs_a) != len(refs_b):
         return f"reads {len(refs_b)} tensors, expected {len(refs_a)}"
     for i, j in zip(refs_a, refs_b, strict=True):
         name, other = old.trace.values[i].name, new.trace.values[j].name
-        if values.setdefault(i, j) != j or name != other:
+        if not values.agree(i, j) or name != other:
             return f"reads {other or 'another tensor'}, expected {name or 'the same as before'}"
         what = _compare_numbers(old.trace.values[i].literal, new.trace.values[j].literal)
         if what:
             return what
     if a.target is not b.target or (a.args == b.args and a.kwargs == b.kwargs):
         return None
-    found = [numbers_in((op.args, op.kwargs)) for op in (a, b)]
+    # By their names, since torch leaves out an argument that has its default.
+    numbers = [numbers_in(op.arg(name) for name in op.operator.arguments) for op in (a, b)]
     sized = a.declared.sized and a.arg("fill_value") == b.arg("fill_value")
-    return _compare_numbers(*found, sized=sized)
+    return _compare_numbers(*numbers, sized=sized)
 
 
 def _compare_numbers(old: Sequence[Any], new: Sequence[Any], *, sized: bool = False) -> str | None:
@@ -205,6 +243,8 @@ def _compare_numbers(old: Sequence[Any], new: Sequence[Any], *, sized: bool = Fa
     for x, y in zip(old, new, strict=False):
         if x != y and not (sized and type(x) is int and type(y) is int) and not (x != x and y != y):
             return f"has the number {y}, expected {x}"
+    if len(new) != len(old):
+        return f"has {len(new)} numbers, expected {len(old)}"
     return None
 
 
@@ -212,7 +252,7 @@ def numbers_in(tree: Iterable[Any]) -> list[Any]:
     """All that is no tensor in the arguments of a call, in order."""
     found: list[Any] = []
     for item in tree:
-        if isinstance(item, tuple):
+        if isinstance(item, (tuple, list)):
             found += numbers_in(item)
         elif isinstance(item, dict):
             found += numbers_in(item.values())
