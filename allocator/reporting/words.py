@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from allocator.cost.latency import Latency
 
@@ -33,6 +33,11 @@ def change(before: int, after: int | None) -> str:
     return str(before) if after is None or before == after else f"{before} → {after}"
 
 
+def share_of(part: float, whole: float) -> float:
+    """How much of the whole a part is; of nothing, nothing."""
+    return part / whole if whole else 0.0
+
+
 def percent(share: float, digits: int = 1) -> str:
     """0.1234 as "12.3%"."""
     return f"{share:.{digits}%}"
@@ -60,6 +65,11 @@ def timed(now: Latency, kept: Latency | None = None) -> str:
     threads = plural(now.threads, "thread")
     inputs = ", ".join(size(shape) for shape in now.inputs)
     return f"{said}; median of {plural(now.forwards, 'forward')}, {now.device}, {threads}, input {inputs}"
+
+
+def counted(operators: Mapping[str, int]) -> str:
+    """Operators with the number of their calls, such as "max_pool2d (8), add (3)"."""
+    return ", ".join(f"{name.removeprefix('aten::')} ({calls})" for name, calls in operators.items())
 
 
 def printable(text: str) -> str:
