@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     check_report(None, args.plot)
     check_outputs(args, args.output, args.plot)
     from allocator.reporting.compare import compare
-    from allocator.reporting.compare_render import COMPARISONS, ComparisonText
+    from allocator.reporting.compare_render import COMPARISONS
+    from allocator.reporting.compare_text import ComparisonText
 
     talk = Talk(args)
     comparison = compare(_side(args.a, args, talk), _side(args.b, args, talk))

@@ -34,6 +34,7 @@ COLUMNS = (
     "before",
 )
 LATENCY_COLUMNS = ("seconds", "seconds_kept")
+# A spreadsheet runs a cell that begins with one of these.
 _FORMULA = ("=", "+", "-", "@")
 _MOST_MODULES = 3
 
