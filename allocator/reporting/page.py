@@ -39,7 +39,7 @@ def to_html(summary: Summary) -> str:
 @functools.cache
 def _library() -> str:
     """Vega, Vega-Lite and vega-embed in one script."""
-    # The library writes pages of its own, from strings that hold end tags of scripts: one of them would end this one.
+    # An end tag of a script in one of the library's strings would end the element that holds the library.
     return re.sub("</(?=script)", r"<\\/", str(library().javascript_bundle()), flags=re.IGNORECASE)
 
 

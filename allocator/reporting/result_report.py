@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from allocator.disk import PathLike
-from allocator.errors import AllocatorWarning
+from allocator.errors import AllocatorWarning, UnknownNameError
 from allocator.reporting.collect import Allocated, outcome_of, summarise
 from allocator.reporting.curve import pareto
 from allocator.reporting.facts import Outcome, Point, Summary
@@ -18,6 +18,7 @@ from allocator.reporting.outcome_text import OutcomeText
 from allocator.reporting.render import format_of, write
 from allocator.rewriting.kept import kept_by
 from allocator.scoring.registry import score
+from allocator.scoring.scores import Scores
 
 
 class Report:
@@ -48,11 +49,12 @@ class Report:
         """
         result = self.result
         graph, allocation = result.graph, result.allocation
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AllocatorWarning)  # said when it was allocated
-            scores = score(graph, allocation.criterion)
+        notes = [note for note in result.notes if note not in graph.notes]
+        scores = self._scores()
         points: Sequence[Point] = ()
-        if curve:
+        if scores is None:
+            notes.append(f"{allocation.criterion!r} is no registered criterion: its scores and their curve are left out")
+        elif curve:
             points = pareto(graph, scores)
         return summarise(
             graph,
@@ -63,8 +65,17 @@ class Report:
             certificate=str(result.certificate),
             curve=points,
             uncounted=result.uncounted,
-            notes=[note for note in result.notes if note not in graph.notes],
+            notes=notes,
         )
+
+    def _scores(self) -> Scores | None:
+        """Those that the neurons were chosen by, made again; None where they were the caller's own."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AllocatorWarning)  # said when it was allocated
+            try:
+                return score(self.result.graph, self.result.allocation.criterion)
+            except UnknownNameError:
+                return None
 
     def save(self, path: PathLike, *, name: str | None = None) -> None:
         """Write the report in the format of the suffix: .html, .md, .csv, .json or .txt.
