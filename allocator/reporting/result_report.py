@@ -53,7 +53,9 @@ class Report:
         scores = self._scores()
         points: Sequence[Point] = ()
         if scores is None:
-            notes.append(f"{allocation.criterion!r} is no registered criterion: its scores and their curve are left out")
+            notes.append(
+                f"{allocation.criterion!r} is no registered criterion: its scores and their curve are left out"
+            )
         elif curve:
             points = pareto(graph, scores)
         return summarise(
