@@ -57,6 +57,11 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensor_names(model).items()}
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in all parameters; a tied one counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def _tensors(modules: Mapping[str, nn.Module]) -> list[tuple[str, str, torch.Tensor]]:
     """(field of the module that holds it, name, tensor): parameters, then buffers, as torch names them."""
     found, seen = [], set[int]()

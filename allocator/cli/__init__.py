@@ -16,6 +16,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+# A command imports what it works with (torch, and the rooms of this package that need it) once its arguments were found
+# to fit, so that help and complaints come at once.
 from allocator.cli import allocate, apply, compare, export, recipes, report, train, verify
 from allocator.cli.arguments import UsageError
 from allocator.errors import AllocatorError, BudgetError
@@ -105,10 +107,12 @@ def _failed(args: argparse.Namespace, error: Exception) -> int:
     """Report an error on stderr, and for machines on stdout as well."""
     if args.debug:
         traceback.print_exc()
-    known = isinstance(error, AllocatorError)
-    said = str(error) if known else f"unexpected {type(error).__name__}: {error}"
-    hint = "" if known or args.debug else " (run again with --debug for the traceback)"
-    print(f"allocator-cli {args.command}: {said}{hint}", file=sys.stderr)
+    message = str(error)
+    if not isinstance(error, AllocatorError):
+        message = f"unexpected {type(error).__name__}: {error}"
+        if not args.debug:
+            message += " (run again with --debug for the traceback)"
+    print(f"allocator-cli {args.command}: {message}", file=sys.stderr)
     if args.json:
         facts: dict[str, Any] = {"error": type(error).__name__, "message": str(error)}
         if isinstance(error, BudgetError):

@@ -11,11 +11,12 @@ from allocator.cli.arguments import (
     add_input_options,
     add_model_options,
     add_output_options,
+    add_plan_options,
     parse_flops,
+    plan_options,
 )
 from allocator.cli.opening import example_inputs, open_model
-from allocator.cli.outputs import MODEL_SUFFIXES, check_outputs, check_suffix, write_model
-from allocator.cli.plan import add_plan_options, check_report, plan_options
+from allocator.cli.outputs import MODEL_SUFFIXES, check_outputs, check_report, check_suffix, write_model
 from allocator.cli.talk import Talk
 
 if TYPE_CHECKING:
@@ -68,6 +69,13 @@ def run(args: argparse.Namespace) -> int:
     talk = Talk(args)
     model = open_model(args.model, args, talk)
     result = _allocate(model, args, talk)
+    written = _write_files(args, talk, result)
+    _show(args, talk, result, written)
+    return 0
+
+
+def _write_files(args: argparse.Namespace, talk: Talk, result: Result) -> dict[str, str]:
+    """Write the files that were asked for; paths by what they hold."""
     written = {}
     if args.output is not None:
         with talk.stage(f"writing {args.output}"):
@@ -76,13 +84,6 @@ def run(args: argparse.Namespace) -> int:
     if args.allocation is not None:
         result.allocation.save(args.allocation)
         written["allocation"] = args.allocation
-    written |= _write_reports(args, talk, result)
-    _show(args, talk, result, written)
-    return 0
-
-
-def _write_reports(args: argparse.Namespace, talk: Talk, result: Result) -> dict[str, str]:
-    written = {}
     if args.report is not None:
         with talk.stage(f"writing {args.report}"):
             result.report().save(args.report, name=args.model)

@@ -36,13 +36,13 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("nothing to write: give -o OUT")
     check_suffix(args.output, MODEL_SUFFIXES, "the model (-o)")
     check_outputs(args, args.output)
+    from allocator.api import apply
     from allocator.io.files import load_allocation
+    from allocator.modules import count_parameters
 
     talk = Talk(args)
     allocation = load_allocation(args.allocation)
     model = open_model(args.model, args, talk)
-    from allocator.api import apply
-
     with talk.stage("applying"):
         small = apply(model, allocation, args.weights)
     with talk.stage(f"writing {args.output}"):
@@ -52,19 +52,15 @@ def run(args: argparse.Namespace) -> int:
         "allocation": args.allocation,
         "flops_before": allocation.flops_before,
         "flops_after": allocation.flops_after,
-        "parameters_before": _parameters(model),
-        "parameters_after": _parameters(small),
+        "parameters_before": count_parameters(model),
+        "parameters_after": count_parameters(small),
         "files": {"model": args.output},
     }
-    talk.result(_lines(facts), facts)
+    talk.result(_text(facts), facts)
     return 0
 
 
-def _parameters(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _lines(facts: dict[str, Any]) -> str:
+def _text(facts: dict[str, Any]) -> str:
     return (
         f"FLOPs       {facts['flops_before']:,} -> {facts['flops_after']:,}\n"
         f"parameters  {facts['parameters_before']:,} -> {facts['parameters_after']:,}\n"

@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import Any
 
+from allocator.settings import CHOICES, DEFAULTS, KNOWN_POLICIES, OPTIONS
+
 _UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
@@ -22,11 +24,11 @@ def add_command(commands: Any, name: str, summary: str, example: str) -> argpars
         epilog=f"example:\n{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    talk = parser.add_argument_group("output")
-    talk.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
-    talk.add_argument("-v", "--verbose", action="store_true", help="show each stage's time on stderr")
-    talk.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes on stderr")
-    talk.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
+    group.add_argument("-v", "--verbose", action="store_true", help="show each stage's time on stderr")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes on stderr")
+    group.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     return parser
 
 
@@ -75,10 +77,46 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite files that exist")
 
 
+def add_report_options(parser: argparse.ArgumentParser, *, output: str, plot: str) -> None:
+    """Options for what is shown, with the help of the two that name a file."""
+    parser.add_argument(
+        "--format", metavar="FORMAT", help="rich, json, csv, html or md (default: the suffix of FILE, else rich)"
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", help=output)
+    parser.add_argument("--plot", metavar="FILE", help=plot)
+    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
+
+
+def add_plan_options(group: Any) -> None:
+    """A flag for every option of `allocator.settings`."""
+    for name, option in OPTIONS.items():
+        default = getattr(DEFAULTS, name)
+        flag = f"--{(option.flag or name).replace('_', '-')}"
+        facts: dict[str, Any] = {"dest": name, "help": option.help}
+        if isinstance(default, bool):
+            facts["action"] = "store_false" if default else "store_true"
+        elif isinstance(default, tuple):
+            facts |= {"action": "append", "default": [], "metavar": option.metavar}
+        else:
+            facts |= {"default": default, "help": f"{option.help} (default: {default})"}
+            facts["choices"] = KNOWN_POLICIES if name == "policy" else CHOICES.get(name)
+            facts["metavar"] = option.metavar or None
+        group.add_argument(flag, **facts)
+
+
+def plan_options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """What was asked for, by the names of the options: all of them, or those that are named."""
+    values = {}
+    for name in names or OPTIONS:
+        value = getattr(args, name)
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return values
+
+
 def parse_size(text: str) -> tuple[int, ...]:
     """``"1x3x224x224"`` as (1, 3, 224, 224)."""
     try:
-        size = tuple(int(part) for part in text.lower().split("x"))
+        size = tuple(map(int, text.lower().split("x")))
     except ValueError:
         size = ()
     if not size or min(size) < 1:
@@ -89,7 +127,9 @@ def parse_size(text: str) -> tuple[int, ...]:
 def parse_flops(text: str) -> float | str:
     """``"4.2e9"`` or ``"4.2G"`` as a number of FLOPs; ``"60%"`` stays a share of the model's own."""
     text = text.strip()
-    number, unit = (text[:-1], text[-1:].lower()) if text[-1:].lower() in {"%", *_UNITS} else (text, "")
+    number, unit = text, text[-1:].lower()
+    if unit == "%" or unit in _UNITS:
+        number = text[:-1]
     try:
         value = float(number)
     except ValueError:

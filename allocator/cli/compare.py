@@ -8,11 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocator.cli.arguments import UsageError, add_command, add_input_options, add_latency_options, add_model_options
+from allocator.cli.arguments import (
+    UsageError,
+    add_command,
+    add_input_options,
+    add_latency_options,
+    add_model_options,
+    add_report_options,
+)
 from allocator.cli.opening import example_inputs, measured, open_model
-from allocator.cli.outputs import asked_format, check_outputs
-from allocator.cli.plan import check_report
+from allocator.cli.outputs import asked_format, check_outputs, check_report
 from allocator.cli.talk import Talk
+from allocator.disk import write_text
+from allocator.errors import InputError
 
 if TYPE_CHECKING:
     from allocator.reporting.compare import Comparison, Side
@@ -26,16 +34,15 @@ _EXAMPLE = """\
 def register(commands: Any) -> None:
     """Add the subcommand."""
     parser = add_command(commands, "compare", "show two allocations or two models side by side", _EXAMPLE)
-    for name in ("a", "b"):
-        help_ = "an allocation (.json), a saved result (.safetensors), or a model: a file or a name"
-        parser.add_argument(name, metavar=name.upper(), help=help_)
+    side = "an allocation (.json), a saved result (.safetensors), or a model: a file or a name"
+    parser.add_argument("a", metavar="A", help=side)
+    parser.add_argument("b", metavar="B", help=side)
     parser.add_argument("--all", action="store_true", help="also list the blocks that are alike")
-    parser.add_argument(
-        "--format", metavar="FORMAT", help="rich, json, csv, html or md (default: the suffix of FILE, else rich)"
+    add_report_options(
+        parser,
+        output="write it here: .txt, .json, .csv, .html or .md",
+        plot="draw both side by side: .png, .svg or .pdf",
     )
-    parser.add_argument("-o", "--output", metavar="FILE", help="write it here: .txt, .json, .csv, .html or .md")
-    parser.add_argument("--plot", metavar="FILE", help="draw both side by side: .png, .svg or .pdf")
-    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
     add_latency_options(parser)
     add_input_options(parser)
     add_model_options(parser)
@@ -48,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     check_report(None, args.plot)
     check_outputs(args, args.output, args.plot)
     from allocator.reporting.compare import compare
-    from allocator.reporting.compare_render import COMPARISONS, ComparisonText
+    from allocator.reporting.compare_render import COMPARISONS
+    from allocator.reporting.compare_text import ComparisonText
 
     talk = Talk(args)
     comparison = compare(_side(args.a, args, talk), _side(args.b, args, talk))
@@ -56,10 +64,8 @@ def run(args: argparse.Namespace) -> int:
         with talk.stage(f"drawing {args.plot}"):
             _draw(comparison, args.plot)
     if args.output is not None:
-        from allocator.io.files import write_text
-
         write_text(args.output, COMPARISONS[format](comparison))
-        talk.said(f"comparison written to {args.output}")
+        talk.announce(f"comparison written to {args.output}")
     elif format == "rich":
         talk.result(ComparisonText(comparison, everything=args.all), {})
     else:
@@ -69,22 +75,34 @@ def run(args: argparse.Namespace) -> int:
 
 def _side(spec: str, args: argparse.Namespace, talk: Talk) -> Side:
     """What an argument stands for: an allocation where the file holds one, else a model."""
-    from allocator.api import trace
-    from allocator.io.files import RESULT_SUFFIX, load_allocation
-    from allocator.reporting import summarise
-    from allocator.reporting.compare import side_of_allocation, side_of_summary
+    from allocator.io.files import RESULT_SUFFIX
 
-    if Path(spec).suffix == ".json":
-        if args.latency:
-            raise UsageError(f"{spec} is an allocation alone, which takes no time: give the model or the saved result")
-        with talk.stage(f"reading {spec}"):
-            return side_of_allocation(spec, load_allocation(spec))
-    if Path(spec).suffix == RESULT_SUFFIX:
-        with talk.stage(f"reading {spec}"):
-            allocation = load_allocation(spec)
-        inputs = example_inputs(args, allocation)
-        time = measured(open_model(spec, args, talk), spec, inputs, args, talk) if args.latency else None
-        return side_of_allocation(spec, allocation, time)
+    suffix = Path(spec).suffix
+    if suffix == ".json" and args.latency:
+        raise UsageError(f"{spec} is an allocation alone, which takes no time: give the model or the saved result")
+    if suffix in (".json", RESULT_SUFFIX):
+        return _side_of_file(spec, args, talk)
+    return _side_of_model(spec, args, talk)
+
+
+def _side_of_file(path: str, args: argparse.Namespace, talk: Talk) -> Side:
+    """What an allocation keeps; of a saved result, whose model is there too, the time as well."""
+    from allocator.io.files import load_allocation
+    from allocator.reporting.compare import side_of_allocation
+
+    with talk.stage(f"reading {path}"):
+        allocation = load_allocation(path)
+    time = None
+    if args.latency:
+        time = measured(open_model(path, args, talk), path, example_inputs(args, allocation), args, talk)
+    return side_of_allocation(path, allocation, time)
+
+
+def _side_of_model(spec: str, args: argparse.Namespace, talk: Talk) -> Side:
+    from allocator.api import trace
+    from allocator.reporting import summarise
+    from allocator.reporting.compare import side_of_summary
+
     model = open_model(spec, args, talk)
     with talk.stage(f"tracing {spec}"):
         graph = trace(model, example_inputs(args))
@@ -94,7 +112,6 @@ def _side(spec: str, args: argparse.Namespace, talk: Talk) -> Side:
 
 def _draw(comparison: Comparison, path: str) -> None:
     """Each side's channels per branch of the blocks whose branches add up."""
-    from allocator.errors import InputError
     from allocator.reporting.facts import SHARED
     from allocator.reporting.pictures import Panel, draw_shares
 

@@ -9,6 +9,7 @@ from allocator.cli.arguments import UsageError, add_command, add_input_options, 
 from allocator.cli.opening import example_inputs, open_model
 from allocator.cli.outputs import check_outputs
 from allocator.cli.talk import Talk
+from allocator.errors import UnknownNameError
 
 if TYPE_CHECKING:
     from allocator.io.export import Export
@@ -34,7 +35,6 @@ def run(args: argparse.Namespace) -> int:
     """Export, compare, print the difference."""
     if args.output is None:
         raise UsageError("nothing to write: give -o FILE")
-    from allocator.errors import UnknownNameError
     from allocator.io.export import export, format_of
 
     try:
@@ -45,17 +45,17 @@ def run(args: argparse.Namespace) -> int:
     talk = Talk(args)
     model = open_model(args.model, args, talk)
     with talk.stage("exporting and comparing"):
-        made = export(model, args.output, to=to, example_inputs=example_inputs(args))
-    for note in made.notes:
+        exported = export(model, args.output, to=to, example_inputs=example_inputs(args))
+    for note in exported.notes:
         talk.note(note)
-    talk.result(_lines(made), {"model": args.model, **made.to_dict()})
+    talk.result(_text(exported), {"model": args.model, **exported.to_dict()})
     return 0
 
 
-def _lines(made: Export) -> str:
-    sizes = ", ".join(map(str, made.batches))
+def _text(exported: Export) -> str:
+    sizes = ", ".join(map(str, exported.batches))
     return (
-        f"{made.format} written to {made.path} ({made.size:,} bytes)\n"
-        f"outputs    within {made.difference:.1e} of the module's largest, at batches of {sizes}\n"
-        f"layers     {made.layer_flops:,} FLOPs in convolutions and linear layers, as in the module"
+        f"{exported.format} written to {exported.path} ({exported.size:,} bytes)\n"
+        f"outputs    within {exported.difference:.1e} of the module's largest, at batches of {sizes}\n"
+        f"layers     {exported.layer_flops:,} FLOPs in convolutions and linear layers, as in the module"
     )

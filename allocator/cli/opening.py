@@ -1,7 +1,5 @@
 """Opening the model that an argument names, and what it is fed."""
 
-# Packages that take long to import are imported where they are used, so that --help answers at once.
-
 from __future__ import annotations
 
 import argparse
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from allocator.cli.arguments import UsageError
 from allocator.cli.talk import Talk
+from allocator.errors import FileError
 
 if TYPE_CHECKING:
     import torch
@@ -22,39 +21,50 @@ if TYPE_CHECKING:
 
 def open_model(spec: str, args: argparse.Namespace, talk: Talk) -> nn.Module:
     """The model a MODEL argument stands for: a file if there is one of that name, else a named network."""
-    from allocator.errors import FileError
-    from allocator.io.files import load_model
-    from allocator.io.models import build
-
     if os.path.exists(spec) or not _is_name(spec):
-        if args.set:
-            raise UsageError("--set goes with a named model, not with a file")
-        try:
-            with talk.stage(f"reading {spec}"):
-                return load_model(spec, arch=args.arch, trust=args.trust)
-        except FileError as error:
-            if os.path.exists(spec) or os.sep in spec or "." in spec:
-                raise
-            raise FileError(f"{error}; a named model has a prefix, as in torchvision:{spec}") from error
-    if args.arch:
-        raise UsageError("--arch goes with a file of weights, not with a named model")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # so that package.module:factory finds the user's own code
-    import torch
-
-    torch.manual_seed(0)  # a name stands for the same weights every time, so that verify can build it again
-    with talk.stage(f"building {spec}"):
-        return build(spec, **dict(args.set))
+        return _model_in_file(spec, args, talk)
+    return _named_model(spec, args, talk)
 
 
 def _is_name(spec: str) -> bool:
-    prefix, colon, rest = spec.partition(":")
-    return bool(colon and rest) and all(part.isidentifier() for part in prefix.split("."))
+    prefix, colon, name = spec.partition(":")
+    return bool(colon and name) and all(part.isidentifier() for part in prefix.split("."))
+
+
+def _model_in_file(path: str, args: argparse.Namespace, talk: Talk) -> nn.Module:
+    if args.set:
+        raise UsageError("--set goes with a named model, not with a file")
+    from allocator.io.files import load_model
+
+    try:
+        with talk.stage(f"reading {path}"):
+            return load_model(path, arch=args.arch, trust=args.trust)
+    except FileError as error:
+        # "resnet18" alone is more likely meant as a network's name than as a file's.
+        if os.path.exists(path) or os.sep in path or "." in path:
+            raise
+        raise FileError(f"{error}; a named model has a prefix, as in torchvision:{path}") from error
+
+
+def _named_model(name: str, args: argparse.Namespace, talk: Talk) -> nn.Module:
+    if args.arch:
+        raise UsageError("--arch goes with a file of weights, not with a named model")
+    import torch
+
+    from allocator.io.models import build
+
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # so that package.module:factory finds the user's own code
+    torch.manual_seed(0)  # a name stands for the same weights every time, so that verify can build it again
+    with talk.stage(f"building {name}"):
+        return build(name, **dict(args.set))
 
 
 def example_inputs(args: argparse.Namespace, allocation: Allocation | None = None) -> tuple[torch.Tensor, ...] | None:
     """Random inputs of the sizes asked for, else of those an allocation was made with, else None."""
-    sizes = args.input_size or (allocation.input_shapes if allocation is not None else None)
+    sizes = args.input_size
+    if not sizes and allocation is not None:
+        sizes = allocation.input_shapes
     if not sizes:
         return None
     import torch

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from allocator.cli.arguments import UsageError
+from allocator.disk import check_writable
+from allocator.errors import FileError, UnknownNameError
 
 MODEL_SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
 def check_outputs(args: argparse.Namespace, *paths: str | None) -> None:
     """Refuse, before any work is done, outputs that could not be written or would overwrite a file."""
-    from allocator.errors import FileError
-    from allocator.io.files import check_writable
-
     given = [path for path in paths if path is not None]
     if len({os.path.realpath(path) for path in given}) < len(given):
         raise UsageError("two outputs have the same name")
@@ -43,20 +42,38 @@ def write_model(result: Any, path: str) -> None:
         save_model(getattr(result, "model", result), path)
 
 
+def check_report(report: str | None, plot: str | None) -> None:
+    """Usage error, before any work is done, where the name of a report or a picture does not say its format."""
+    from allocator.reporting import format_of
+    from allocator.reporting.pictures import picture_format
+
+    try:
+        if report is not None:
+            format_of(report)
+        if plot is not None:
+            picture_format(plot)
+    except UnknownNameError as error:
+        raise UsageError(str(error)) from error
+
+
 def asked_format(args: argparse.Namespace) -> str:
     """The format of a report: by name (`--json`, `--format`), else by the suffix of `-o`, else "rich"."""
-    from allocator.errors import UnknownNameError
-    from allocator.reporting.render import check_format, format_of
-
     if args.json and args.format not in (None, "json"):
         raise UsageError(f"--json and --format {args.format} do not go together")
     try:
-        if args.json or args.format is not None:
-            format = check_format("json" if args.json else args.format)
-        else:
-            format = "rich" if args.output is None else format_of(args.output)
+        format = _named_format("json" if args.json else args.format, args.output)
     except UnknownNameError as error:
         raise UsageError(str(error)) from error
     if format == "html" and args.output is None and sys.stdout.isatty():
         raise UsageError("HTML is not for a terminal: give -o FILE.html")
     return format
+
+
+def _named_format(name: str | None, path: str | None) -> str:
+    from allocator.reporting.render import check_format, format_of
+
+    if name is not None:
+        return check_format(name)
+    if path is not None:
+        return format_of(path)
+    return "rich"

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from allocator import recipes
 
     talk = Talk(args)
-    names = [name for name in recipes.names() if _wanted(name, args.pattern)]
+    names = [name for name in recipes.names() if _is_wanted(name, args.pattern)]
     if not names:
         raise UsageError(f"no recipe matches {' or '.join(args.pattern)}; without a pattern, all are listed")
     rows = []
@@ -47,6 +47,7 @@ def facts(name: str) -> dict[str, Any]:
 
     from allocator import recipes
     from allocator.api import trace
+    from allocator.modules import count_parameters
 
     with torch.device("meta"):
         model = recipes.build(name)
@@ -54,22 +55,26 @@ def facts(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "input": list(graph.inputs.tensors()[0].shape),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count_parameters(model),
         "flops": graph.flops,
         "call": recipes.call(name),
     }
 
 
-def _wanted(name: str, patterns: list[str]) -> bool:
-    return not patterns or any(fnmatch.fnmatchcase(name, pattern.lower().replace("_", "-")) for pattern in patterns)
+def _is_wanted(name: str, patterns: list[str]) -> bool:
+    if not patterns:
+        return True
+    return any(fnmatch.fnmatchcase(name, pattern.lower().replace("_", "-")) for pattern in patterns)
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, justify in (("recipe", "left"), ("input", "left"), ("parameters", "right"), ("FLOPs", "right")):
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    table.add_column("recipe")
+    table.add_column("input")
+    table.add_column("parameters", justify="right")
+    table.add_column("FLOPs", justify="right")
     table.add_column("made by", overflow="fold")
     for row in rows:
         size = "x".join(map(str, row["input"]))

@@ -5,19 +5,27 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from allocator.cli.arguments import add_command, add_input_options, add_latency_options, add_model_options, parse_flops
+from allocator.cli.arguments import (
+    add_command,
+    add_input_options,
+    add_latency_options,
+    add_model_options,
+    add_plan_options,
+    add_report_options,
+    parse_flops,
+    plan_options,
+)
 from allocator.cli.opening import example_inputs, measured, open_model
-from allocator.cli.outputs import asked_format, check_outputs
-from allocator.cli.plan import add_plan_options, check_report, plan_options
+from allocator.cli.outputs import asked_format, check_outputs, check_report
 from allocator.cli.talk import Talk
+from allocator.errors import CriterionError
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from allocator.graph.channel_graph import ChannelGraph
     from allocator.reporting import Point, Summary
+    from allocator.rewriting.allocation import Allocation
     from allocator.scoring.scores import Scores
 
 _EXAMPLE = """\
@@ -34,12 +42,11 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--flops", type=parse_flops, metavar="N", help="also show what this budget would leave: 4.2e9, 4.2G or 60%%"
     )
-    parser.add_argument(
-        "--format", metavar="FORMAT", help="rich, json, csv, html or md (default: the suffix of FILE, else rich)"
+    add_report_options(
+        parser,
+        output="write the report here: .txt, .json, .csv, .html or .md",
+        plot="draw each block's neurons per scale: .png, .svg or .pdf",
     )
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the report here: .txt, .json, .csv, .html or .md")
-    parser.add_argument("--plot", metavar="FILE", help="draw each block's neurons per scale: .png, .svg or .pdf")
-    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
     parser.add_argument(
         "--blocks", type=_limit, default=None, metavar="N", help="list at most N blocks, 0 for all (default: 64)"
     )
@@ -80,54 +87,59 @@ def _summary(args: argparse.Namespace, talk: Talk, format: str) -> Summary:
     model = open_model(args.model, args, talk)
     with talk.stage("tracing"):
         graph = trace(model, example_inputs(args), **plan_options(args, "groups", "norms", "exclude"))
-    summary = _planned(args, talk, graph, format)
+    summary = _collected(args, talk, graph, format)
     if Path(args.model).suffix == RESULT_SUFFIX and Path(args.model).exists():
         summary = with_origin(summary, load_allocation(args.model))
     return summary
 
 
-def _planned(args: argparse.Namespace, talk: Talk, graph: ChannelGraph, format: str) -> Summary:
+def _collected(args: argparse.Namespace, talk: Talk, graph: ChannelGraph, format: str) -> Summary:
     """With what a budget would leave, where one is given, and with the curve, where it is drawn."""
-    from allocator.api import plan, rewrite, score
+    from allocator.api import rewrite
     from allocator.reporting import pareto, summarise
     from allocator.rewriting.kept import kept_by
 
     notes: list[str] = []
-    allocation = kept = None
+    scores, allocation = _choice(args, talk, graph, notes)
     curve: tuple[Point, ...] = ()
-    if args.flops is None:
-        scores = _scores(args.criterion, talk, graph, notes)
-    else:
-        with talk.stage("planning"):
-            named = None if args.criterion == "auto" else score(graph, args.criterion)
-            allocation = plan(graph, named, args.flops, **plan_options(args, "policy", "scope", "fill"))
-            kept = kept_by(graph, allocation)
-            scores = named or score(graph, allocation.criterion)
     if format == "html" and scores is not None:
         with talk.stage("drawing the curve of budgets") as update:
             curve = pareto(graph, scores, progress=update)
-    now = measured(graph.model, args.model, graph.inputs, args, talk)
-    left = None
-    if now is not None and allocation is not None:
-        left = measured(rewrite(graph.model, allocation), "what is left of it", graph.inputs, args, talk)
+    latency = measured(graph.model, args.model, graph.inputs, args, talk)
+    latency_kept = None
+    if latency is not None and allocation is not None:
+        latency_kept = measured(rewrite(graph.model, allocation), "what is left of it", graph.inputs, args, talk)
     with talk.stage("collecting"):
         return summarise(
             graph,
             args.model,
             scores=scores,
             allocation=allocation,
-            kept=kept,
+            kept=None if allocation is None else kept_by(graph, allocation),
             curve=curve,
             notes=notes,
-            latency=now,
-            latency_kept=left,
+            latency=latency,
+            latency_kept=latency_kept,
         )
+
+
+def _choice(
+    args: argparse.Namespace, talk: Talk, graph: ChannelGraph, notes: list[str]
+) -> tuple[Scores | None, Allocation | None]:
+    """Scores of all neurons, and what a budget keeps of them, where one is given; adds to the notes."""
+    from allocator.api import plan, score
+
+    if args.flops is None:
+        return _scores(args.criterion, talk, graph, notes), None
+    with talk.stage("planning"):
+        scores = None if args.criterion == "auto" else score(graph, args.criterion)
+        allocation = plan(graph, scores, args.flops, **plan_options(args, "policy", "scope", "fill"))
+        return scores or score(graph, allocation.criterion), allocation
 
 
 def _scores(criterion: str, talk: Talk, graph: ChannelGraph, notes: list[str]) -> Scores | None:
     """Of all neurons; a model that nothing ranks is no error here."""
     from allocator.api import score
-    from allocator.errors import CriterionError
 
     try:
         with talk.stage("scoring"):
@@ -142,11 +154,13 @@ def _show(args: argparse.Namespace, talk: Talk, summary: Summary, format: str) -
     from allocator.reporting.rows import LIMIT
     from allocator.reporting.text import SummaryText
 
-    limit = LIMIT if args.blocks is None else args.blocks or None
+    limit: int | None = LIMIT
+    if args.blocks is not None:
+        limit = args.blocks or None  # 0 stands for all
     if args.output is not None:
         with talk.stage(f"writing {args.output}"):
             write(summary, args.output, format, limit)
-        talk.said(f"report written to {args.output}")
+        talk.announce(f"report written to {args.output}")
     elif format == "rich":
         talk.result(SummaryText(summary, limit), {})
     else:

@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from allocator.errors import AllocatorWarning
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -53,8 +55,6 @@ class Talk:
             self._take_warning(warning)
 
     def _take_warning(self, warning: warnings.WarningMessage) -> None:
-        from allocator.errors import AllocatorWarning
-
         if issubclass(warning.category, AllocatorWarning):
             self.note(str(warning.message))
         elif self.verbose:
@@ -74,7 +74,7 @@ class Talk:
             for name, seconds in timings.items():
                 print(f"{seconds:8.3f} s    {name}", file=sys.stderr)
 
-    def said(self, text: str) -> None:
+    def announce(self, text: str) -> None:
         """What was done, for people: on stderr, so that stdout holds results alone."""
         if not self.quiet:
             print(text, file=sys.stderr)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from allocator.recipes.run import RunResult
 
+_MOST_TESTS = 3
+
 _EXAMPLE = """\
   allocator-cli train scalenet_digits
   allocator-cli train my.yaml --set data.root=/data/imagenet --set final.lr=0.2 --resume
@@ -45,10 +47,9 @@ def run(args: argparse.Namespace) -> int:
     from allocator.recipes.run import train
 
     talk = Talk(args)
-    result = train(
-        args.config, settings=args.set, resume=args.resume, dry_run=args.dry_run, progress=not (talk.quiet or talk.json)
-    )
-    if result.main:
+    progress = not (talk.quiet or talk.json)
+    result = train(args.config, settings=args.set, resume=args.resume, dry_run=args.dry_run, progress=progress)
+    if result.main:  # of several processes, one speaks
         facts = result.to_dict()
         if args.dry_run is not None:
             facts["folder"] = None
@@ -59,12 +60,23 @@ def run(args: argparse.Namespace) -> int:
 def _table(result: RunResult, dry_run: int | None) -> Table:
     from rich.table import Table
 
-    where = f"dry run of {dry_run} updates" if dry_run is not None else str(result.folder)
-    table = Table(title=where, title_justify="left")
-    tests = list(dict.fromkeys(key for stage in result.stages for key in stage.test))[:3]
-    for header in ("network", "FLOPs", "parameters", *(f"test {key}" for key in tests), "seconds"):
-        table.add_column(header, justify="left" if header == "network" else "right")
+    title = str(result.folder) if dry_run is None else f"dry run of {dry_run} updates"
+    table = Table(title=title, title_justify="left")
+    tests = _tests(result)
+    table.add_column("network", justify="left")
+    for header in ("FLOPs", "parameters", *(f"test {name}" for name in tests), "seconds"):
+        table.add_column(header, justify="right")
     for stage in result.stages:
-        shares = [f"{stage.test[key]:.1%}" if key in stage.test else "-" for key in tests]
-        table.add_row(stage.name, f"{stage.flops:,}", f"{stage.parameters:,}", *shares, f"{stage.seconds:.0f}")
+        cells = [stage.name, f"{stage.flops:,}", f"{stage.parameters:,}"]
+        for name in tests:
+            cells.append(f"{stage.test[name]:.1%}" if name in stage.test else "-")
+        table.add_row(*cells, f"{stage.seconds:.0f}")
     return table
+
+
+def _tests(result: RunResult) -> list[str]:
+    """The first few measures that any of the networks was tested by."""
+    names: dict[str, None] = {}
+    for stage in result.stages:
+        names |= dict.fromkeys(stage.test)
+    return list(names)[:_MOST_TESTS]

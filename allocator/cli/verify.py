@@ -35,9 +35,12 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verify, and print the certificate; status 1 where it does not hold."""
-    source = args.allocation or (args.small if Path(args.small).suffix == ".safetensors" else None)
+    source = args.allocation
+    if source is None and Path(args.small).suffix == ".safetensors":
+        source = args.small
     if source is None:
         raise UsageError("ALLOCATION is needed: only a .safetensors SMALL holds its own")
+    from allocator.api import verify
     from allocator.io.files import load_allocation, load_model
 
     talk = Talk(args)
@@ -45,24 +48,24 @@ def run(args: argparse.Namespace) -> int:
     model = open_model(args.model, args, talk)
     with talk.stage(f"reading {args.small}"):
         small = load_model(args.small, trust=args.trust)
-    from allocator.api import verify
-
     with talk.stage("verifying"):
         certificate = verify(model, small, allocation, example_inputs=example_inputs(args, allocation))
     facts = {"model": args.model, "small": args.small, **certificate.to_dict()}
-    talk.result(_lines(certificate), facts)
+    talk.result(_text(certificate), facts)
     return 0 if certificate.ok else 1
 
 
-def _lines(certificate: Certificate) -> str:
-    error = certificate.relative_error
-    numeric = "not computed" if error is None else f"relative error {error:.3g}"
-    if error is not None and not certificate.exact:
-        numeric += " (inexact by nature: a norm over channels)"
+def _text(certificate: Certificate) -> str:
     structure = "holds" if certificate.structural else "BROKEN"
     weights = {None: "not compared", True: "the original's, bit for bit", False: "NOT the original's"}
+    numbers = "not computed"
+    if certificate.relative_error is not None:
+        numbers = f"relative error {certificate.relative_error:.3g}"
+        if not certificate.exact:
+            numbers += " (inexact by nature: a norm over channels)"
     verdict = "the original minus the removed neurons"
     if not certificate.ok:
         verdict = f"NOT {verdict}"
-    lines = [f"structure  {structure}", f"weights    {weights[certificate.weights]}", f"numbers    {numeric}"]
-    return "\n".join([*lines, f"verdict    {verdict}"])
+    return (
+        f"structure  {structure}\nweights    {weights[certificate.weights]}\nnumbers    {numbers}\nverdict    {verdict}"
+    )

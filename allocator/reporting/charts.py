@@ -5,12 +5,13 @@ Sizes, titles and data are here; colours of text and background come from whoeve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from allocator.errors import InputError
-from allocator.reporting.facts import SHARED, BlockFacts, BranchFacts, Summary
-from allocator.reporting.words import printable, size
+from allocator.reporting.facts import SHARED, BranchFacts, Summary
+from allocator.reporting.words import printable, share_of, size
 
 Spec = dict[str, Any]
 Parts = Mapping[str, Mapping[str, int]]
@@ -36,25 +37,32 @@ def parts_of(summary: Summary, *, kept: bool) -> Parts:
         summary: the network.
         kept: what a budget leaves, not what there is.
     """
-    adding = [block for block in summary.blocks if block.kind not in SHARED]
-    use = adding or [block for block in summary.blocks if any(branch.inner for branch in block.branches)]
-    scales = {branch.scale for block in use for branch in block.branches}
-
-    def name(branch: BranchFacts) -> str:
-        if len(scales) > 1:
-            return f"scale {branch.scale:g}"
-        return size(branch.kernel) if branch.kernel else "no kernel"
-
-    def neurons(branch: BranchFacts) -> int:
-        before, after = (branch.channels, branch.kept) if adding else (branch.inner, branch.inner_kept)
-        return before if after is None or not kept else after
-
+    blocks = [block for block in summary.blocks if block.kind not in SHARED]
+    inside = not blocks
+    if inside:
+        blocks = [block for block in summary.blocks if any(branch.inner for branch in block.branches)]
+    scales = {branch.scale for block in blocks for branch in block.branches}
     table: dict[str, dict[str, int]] = {}
-    for block in use:
+    for block in blocks:
         row = table.setdefault(printable(block.name), {})
         for branch in block.branches:
-            row[name(branch)] = row.get(name(branch), 0) + neurons(branch)
+            part = _part(branch, by_scale=len(scales) > 1)
+            row[part] = row.get(part, 0) + _neurons(branch, inside=inside, kept=kept)
     return _few_parts(table)
+
+
+def _part(branch: BranchFacts, *, by_scale: bool) -> str:
+    if by_scale:
+        return f"scale {branch.scale:g}"
+    return size(branch.kernel) or "no kernel"
+
+
+def _neurons(branch: BranchFacts, *, inside: bool, kept: bool) -> int:
+    """Of a branch, or of the layers inside it: how many there are, or are left where a budget was given."""
+    before, after = (branch.inner, branch.inner_kept) if inside else (branch.channels, branch.kept)
+    if kept and after is not None:
+        return after
+    return before
 
 
 def _few_parts(table: dict[str, dict[str, int]]) -> Parts:
@@ -65,27 +73,34 @@ def _few_parts(table: dict[str, dict[str, int]]) -> Parts:
             total[part] = total.get(part, 0) + count
     if len(total) <= len(COLOURS):
         return table
-    main = set(sorted(total, key=lambda part: -total[part])[: len(COLOURS) - 1])
+    largest = sorted(total, key=lambda part: -total[part])[: len(COLOURS) - 1]
     merged: dict[str, dict[str, int]] = {}
     for block, row in table.items():
-        merged[block] = {part: count for part, count in row.items() if part in main}
-        merged[block]["others"] = sum(count for part, count in row.items() if part not in main)
+        merged[block] = {part: count for part, count in row.items() if part in largest}
+        merged[block]["others"] = sum(row.values()) - sum(merged[block].values())
     return merged
 
 
 def part_names(tables: Sequence[Parts]) -> list[str]:
     """All parts: scales from fine to coarse, others in the order that they first come up."""
-    names = list(dict.fromkeys(name for parts in tables for row in parts.values() for name in row))
+    names: dict[str, None] = {}
+    for parts in tables:
+        for row in parts.values():
+            names |= dict.fromkeys(row)
     if all(name.startswith("scale ") for name in names):
         return sorted(names, key=lambda name: float(name.removeprefix("scale ")))
-    return names
+    return list(names)
 
 
 def bins(names: Sequence[str], most: int = MOST_BARS) -> list[tuple[str, list[str]]]:
     """Names in bars of equal numbers of neighbours, no more than `most` of them: (label, its names)."""
-    width = -(-len(names) // most) or 1
-    groups = [list(names[i : i + width]) for i in range(0, len(names), width)]
-    return [(group[0] if len(group) == 1 else f"{group[0]} … {group[-1]}", group) for group in groups]
+    width = math.ceil(len(names) / most) or 1
+    bars = []
+    for start in range(0, len(names), width):
+        members = list(names[start : start + width])
+        label = members[0] if len(members) == 1 else f"{members[0]} … {members[-1]}"
+        bars.append((label, members))
+    return bars
 
 
 def share_rows(parts: Parts, seed: Parts | None = None) -> list[dict[str, Any]]:
@@ -93,13 +108,12 @@ def share_rows(parts: Parts, seed: Parts | None = None) -> list[dict[str, Any]]:
     whole = seed or parts
     names = part_names([parts])
     rows = []
-    for i, (label, blocks) in enumerate(bins(list(parts))):
-        all_of_it = max(1, sum(sum(whole[block].values()) for block in blocks))
-        for j, part in enumerate(names):
-            count = sum(parts[block].get(part, 0) for block in blocks)
-            rows.append(
-                {"order": i, "block": label, "part": part, "rank": j, "neurons": count, "share": count / all_of_it}
-            )
+    for order, (label, blocks) in enumerate(bins(list(parts))):
+        all_neurons = max(1, sum(sum(whole[block].values()) for block in blocks))
+        for rank, part in enumerate(names):
+            neurons = sum(parts[block].get(part, 0) for block in blocks)
+            row = {"order": order, "block": label, "part": part, "rank": rank}
+            rows.append({**row, "neurons": neurons, "share": neurons / all_neurons})
     return rows
 
 
@@ -148,24 +162,22 @@ def _block_axis(title: str) -> Spec:
 
 def flops_rows(summary: Summary) -> list[dict[str, Any]]:
     """FLOPs of each bar's blocks, as they are and as a budget leaves them; the last bar is what is in no block."""
-    by_number = [*summary.blocks, None]
-    numbers = [str(i) for i in range(len(by_number))]
-    rows = []
-    for order, (_, members) in enumerate(bins(numbers)):
-        blocks = [by_number[int(i)] for i in members]
-        label = _label(blocks)
-        before = sum(summary.outside if block is None else block.flops for block in blocks)
+    names = [printable(block.name) for block in summary.blocks]
+    before = [block.flops for block in summary.blocks]
+    after = [block.flops_kept or 0 for block in summary.blocks]
+    names.append("outside blocks")
+    before.append(summary.outside)
+    after.append(summary.outside_kept or 0)
+    rows: list[dict[str, Any]] = []
+    start = 0
+    for order, (label, members) in enumerate(bins(names)):
+        end = start + len(members)
         row = {"order": order, "block": label}
-        rows.append({**row, "when": BEFORE, "flops": before})
+        rows.append({**row, "when": BEFORE, "flops": sum(before[start:end])})
         if summary.budget is not None:
-            after = sum((summary.outside_kept if block is None else block.flops_kept) or 0 for block in blocks)
-            rows.append({**row, "when": AFTER, "flops": after})
+            rows.append({**row, "when": AFTER, "flops": sum(after[start:end])})
+        start = end
     return rows
-
-
-def _label(blocks: Sequence[BlockFacts | None]) -> str:
-    names = ["outside blocks" if block is None else printable(block.name) for block in blocks]
-    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
 
 
 def flops(rows: list[dict[str, Any]], *, title: str) -> Spec:
@@ -193,6 +205,10 @@ def curve(summary: Summary, *, title: str) -> Spec:
     """Budget against importance kept, a line per policy; a diamond marks the budget at hand."""
     policies = list(dict.fromkeys(point.policy for point in summary.curve))
     rows = [{"policy": p.policy, "flops": p.flops, "importance": p.importance} for p in summary.curve]
+    legend = {"title": None, "orient": "top"}
+    colours = {"domain": policies, "range": list(COLOURS[: len(policies)])}
+    # So that the lines are told apart without colour too.
+    dashes = {"domain": policies, "range": [[1, 0], [6, 3], [2, 3]]}
     encoding: Spec = {
         "x": {"field": "flops", "type": "quantitative", "axis": {"format": "%", "title": "share of FLOPs kept"}},
         "y": {
@@ -206,27 +222,21 @@ def curve(summary: Summary, *, title: str) -> Spec:
             {"field": "importance", "format": ".1%"},
         ],
     }
-    colour = {
-        "field": "policy",
-        "type": "nominal",
-        "scale": {"domain": policies, "range": list(COLOURS[: len(policies)])},
-        "legend": {"title": None, "orient": "top"},
-    }
-    dash = {
-        "field": "policy",
-        "legend": {"title": None, "orient": "top"},
-        "scale": {"domain": policies, "range": [[1, 0], [6, 3], [2, 3]]},
-    }
-    line = {
+    lines = {
+        "data": {"values": rows},
         "mark": {"type": "line", "point": {"size": 36}},
-        "encoding": {**encoding, "color": colour, "strokeDash": dash},
+        "encoding": {
+            **encoding,
+            "color": {"field": "policy", "type": "nominal", "scale": colours, "legend": legend},
+            "strokeDash": {"field": "policy", "legend": legend, "scale": dashes},
+        },
     }
-    layers: list[Spec] = [{"data": {"values": rows}, **line}]
+    layers: list[Spec] = [lines]
     budget = summary.budget
     if budget is not None and budget.importance is not None:
         point = {
             "policy": f"this budget ({budget.policy})",
-            "flops": budget.totals.flops / max(summary.totals.flops, 1),
+            "flops": share_of(budget.totals.flops, summary.totals.flops),
             "importance": budget.importance,
         }
         mark = {"type": "point", "shape": "diamond", "size": 220, "filled": True, "color": COLOURS[6]}

@@ -49,23 +49,30 @@ def pareto(
 
 
 def _curve(graph: ChannelGraph, scores: Scores, policy: str, scope: str) -> Iterator[Point]:
-    own = graph.flops
-    if importance(scores, np.ones(graph.size, dtype=bool)) is None or not own:
+    whole = graph.flops
+    if not whole or importance(scores, np.ones(graph.size, dtype=bool)) is None:
         return
 
     def plan_at(limit: float) -> Plan:
         budgets = Budgets([Budget(graph.metric("flops"), limit)])
         return make_plan(graph, scores, budgets, policy=policy, scope=scope)
 
-    try:
-        plan_at(1.0)
+    smallest = _smallest(plan_at, whole)
+    if smallest is None:
         return
-    except NothingToAllocateError:
-        return
-    except BudgetError as error:
-        least = error.reachable or own
-    for budget in np.linspace(least, own, STEPS):
-        plan = plan_at(float(budget))
-        share = importance(scores, plan.kept)
+    for limit in np.linspace(smallest, whole, STEPS):
+        kept = plan_at(float(limit)).kept
+        share = importance(scores, kept)
         if share is not None:
-            yield Point(policy, graph.metric("flops").value(plan.kept) / own, share)
+            yield Point(policy, graph.metric("flops").value(kept) / whole, share)
+
+
+def _smallest(plan_at: Callable[[float], Plan], whole: int) -> int | None:
+    """The smallest budget that can be met; None where nothing can go."""
+    try:
+        plan_at(1.0)  # a budget of one FLOP is met by no network worth a curve, and the error says what is
+    except BudgetError as error:
+        return error.reachable or whole
+    except NothingToAllocateError:
+        return None
+    return None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 from allocator.cost.latency import Latency
+from allocator.verifying.certificate import Certificate
 
 FORMAT = 1
 """Version of the JSON form; `report.schema.json` describes it."""
@@ -27,6 +28,15 @@ class Totals:
     flops: int
     parameters: int
     activations: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One of a network's totals, and what a budget leaves of it; None without a budget."""
+
+    name: str
+    before: int
+    after: int | None
 
 
 @dataclass(frozen=True)
@@ -206,6 +216,23 @@ class Summary:
     latency: Latency | None = None
     lanes: dict[tuple[int, int], list[Layer | int]] = field(repr=False, compare=False, default_factory=dict)
 
+    @property
+    def latency_kept(self) -> Latency | None:
+        """Of what the budget leaves, where it was measured."""
+        return None if self.budget is None else self.budget.latency
+
+    @property
+    def outside_share(self) -> float:
+        """Of the network's FLOPs, that calls in no block have."""
+        return self.outside / max(self.totals.flops, 1)
+
+    def costs(self) -> tuple[Cost, ...]:
+        """Its FLOPs, parameters and activations."""
+        after: tuple[int | None, ...] = (None, None, None)
+        if self.budget is not None:
+            after = astuple(self.budget.totals)
+        return tuple(map(Cost, ("FLOPs", "parameters", "activations"), astuple(self.totals), after))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, that `allocator/reporting/report.schema.json` describes.
 
@@ -218,7 +245,7 @@ class Summary:
         facts["outside_blocks"] = {
             "flops": self.outside,
             "flops_kept": self.outside_kept,
-            "share": self.outside / max(self.totals.flops, 1),
+            "share": self.outside_share,
         }
         return plain({"format": FORMAT, **facts})
 
@@ -228,6 +255,95 @@ class Summary:
             outer = self.blocks[block.parent[0]]
             facts["parent"] = {"block": outer.name, "branch": outer.branches[block.parent[1]].name}
         return facts
+
+
+@dataclass(frozen=True)
+class BranchChange:
+    """One branch before and after an allocation: its channels, and those of the layers inside it."""
+
+    name: str
+    before: int
+    after: int
+    kernel: tuple[int, ...]
+    scale: float
+    stride: float
+    inner_before: int
+    inner_after: int
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether any of its channels went."""
+        return self.before != self.after or self.inner_before != self.inner_after
+
+
+@dataclass(frozen=True)
+class BlockChange:
+    """One aggregation block before and after an allocation."""
+
+    name: str
+    kind: str
+    branches: tuple[BranchChange, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an allocation did to a network.
+
+    Attributes:
+        model: name of the network's class.
+        asked, flops_before, flops_after: the budget and what it limits, as fvcore counts.
+        next_cost: FLOPs of the cheapest further neuron; None where all are kept.
+        parameters_before, parameters_after: numbers in the parameters.
+        policy, criterion, scope: how the neurons were chosen.
+        blocks: in the order of their aggregation.
+        certificate: what was checked.
+        uncounted: operators that fvcore does not count, with the number of their calls.
+        unsupported: operators without a rule, with the modules that call them.
+        free_share: of the channels that layers write, those that can go.
+        notes: what was assumed, set or frozen on the way.
+        seconds: per stage.
+    """
+
+    model: str
+    asked: float
+    flops_before: int
+    flops_after: int
+    next_cost: int | None
+    parameters_before: int
+    parameters_after: int
+    policy: str
+    criterion: str
+    scope: str
+    blocks: tuple[BlockChange, ...]
+    certificate: Certificate
+    uncounted: dict[str, int]
+    unsupported: dict[str, list[str]]
+    free_share: float
+    notes: tuple[str, ...]
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, that `allocator/reporting/allocate.schema.json` describes."""
+        flops = {
+            "asked": self.asked,
+            "before": self.flops_before,
+            "after": self.flops_after,
+            "next_neuron_costs": self.next_cost,
+        }
+        return {
+            "flops": flops,
+            "parameters": {"before": self.parameters_before, "after": self.parameters_after},
+            "policy": self.policy,
+            "criterion": self.criterion,
+            "scope": self.scope,
+            "blocks": plain([asdict(block) for block in self.blocks]),
+            "certificate": self.certificate.to_dict(),
+            "not_counted_by_fvcore": dict(self.uncounted),
+            "operators_without_a_rule": plain(self.unsupported),
+            "share_of_channels_that_can_go": self.free_share,
+            "notes": list(self.notes),
+            "seconds": dict(self.seconds),
+        }
 
 
 def plain(value: Any) -> Any:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-import html
 import json
 import re
-from importlib import resources
 from typing import Any
 
 from allocator.reporting import charts
-from allocator.reporting.facts import SHARED, BlockFacts, Histogram, Layer, Summary
+from allocator.reporting.facts import SHARED, BlockFacts, Fixed, Histogram, Layer, Summary
+from allocator.reporting.html_parts import asset, filled, text
+from allocator.reporting.lanes import TOP, Place
 from allocator.reporting.pictures import library
 from allocator.reporting.rows import condensed
-from allocator.reporting.words import percent, printable, short, size, timed
+from allocator.reporting.words import percent, printable, share_of, short, size, timed
+
+_MOST_MODULES = 3
 
 
 def to_html(summary: Summary) -> str:
@@ -23,76 +25,83 @@ def to_html(summary: Summary) -> str:
         MissingPackageError: the package that draws is not installed.
     """
     parts = {
-        "title": html.escape(printable(summary.model)),
+        "title": text(summary.model),
         "style": asset("page.css"),
-        "head": _head(summary),
+        "head": _head(summary) + _totals(summary) + _latency(summary),
         "remarks": _remarks(summary),
-        "data": json.dumps(page_data(summary), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+        "data": _inside_script(page_data(summary)),
         "library": _library(),
         "script": asset("page.js"),
     }
     return filled("page.html", parts)
 
 
-def filled(template: str, parts: dict[str, str]) -> str:
-    """A page with its parts, which stand between ``%%`` in the template, put in."""
-    pieces = asset(template).split("%%")
-    return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
-
-
 @functools.cache
 def _library() -> str:
     """Vega, Vega-Lite and vega-embed in one script."""
+    # An end tag of a script in one of the library's strings would end the element that holds the library.
     return re.sub("</(?=script)", r"<\\/", str(library().javascript_bundle()), flags=re.IGNORECASE)
 
 
-def asset(name: str) -> str:
-    """A file that lies beside this one."""
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+def _inside_script(data: dict[str, Any]) -> str:
+    """JSON that holds no "<", which could end the element that it stands in."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _head(summary: Summary) -> str:
-    inputs = ", ".join(size(shape) for shape in summary.inputs)
-    lines = [f"<p>{html.escape(printable(summary.kind))}, input {inputs}. "]
     budget = summary.budget
+    inputs = ", ".join(size(shape) for shape in summary.inputs)
+    head = f"<p>{text(summary.kind)}, input {inputs}. "
     if budget is not None:
-        lines.append(
-            f"Under a budget of {budget.asked:,.0f} FLOPs: policy {html.escape(budget.policy)}, criterion "
-            f"{html.escape(budget.criterion)}, scope {html.escape(budget.scope)}."
+        head += (
+            f"Under a budget of {budget.asked:,.0f} FLOPs: policy {text(budget.policy)}, criterion "
+            f"{text(budget.criterion)}, scope {text(budget.scope)}."
         )
         if budget.certificate:
-            lines.append(f"</p><p>Certificate: {html.escape(budget.certificate)}.")
-    lines.append("</p><table class='totals'><caption>What it costs</caption><thead><tr><td></td><th scope=col>now</th>")
-    lines.append(
-        "<th scope=col>kept</th><th scope=col>share kept</th></tr></thead><tbody>" if budget else "</tr></thead>"
-    )
-    for what, key in (("FLOPs (multiply-adds)", "flops"), ("parameters", "parameters"), ("activations", "activations")):
-        before = getattr(summary.totals, key)
-        lines.append(f"<tr><th scope=row>{what}</th><td>{before:,} <small>({short(before)})</small></td>")
-        if budget is not None:
-            after = getattr(budget.totals, key)
-            lines.append(f"<td>{after:,}</td><td>{percent(after / max(before, 1))}</td>")
-        lines.append("</tr>")
-    if summary.latency is None:
-        lines.append("</tbody></table><p>FLOPs are not latency: measure that on your device.</p>")
+            head += f"</p><p>Certificate: {text(budget.certificate)}."
+    return f"{head}</p>"
+
+
+def _totals(summary: Summary) -> str:
+    table = "<table class='totals'><caption>What it costs</caption><thead><tr><td></td><th scope=col>now</th>"
+    if summary.budget is None:
+        table += "</tr></thead>"
     else:
-        said = timed(summary.latency, budget.latency if budget else None)
-        lines.append(f"</tbody></table><p>Latency {html.escape(said)}.</p>")
-    return "".join(lines)
+        table += "<th scope=col>kept</th><th scope=col>share kept</th></tr></thead><tbody>"
+    for cost in summary.costs():
+        name = "FLOPs (multiply-adds)" if cost.name == "FLOPs" else cost.name
+        table += f"<tr><th scope=row>{name}</th><td>{cost.before:,} <small>({short(cost.before)})</small></td>"
+        if cost.after is not None:
+            table += f"<td>{cost.after:,}</td><td>{percent(share_of(cost.after, cost.before))}</td>"
+        table += "</tr>"
+    return f"{table}</tbody></table>"
+
+
+def _latency(summary: Summary) -> str:
+    if summary.latency is None:
+        return "<p>FLOPs are not latency: measure that on your device.</p>"
+    return f"<p>Latency {text(timed(summary.latency, summary.latency_kept))}.</p>"
 
 
 def _remarks(summary: Summary) -> str:
-    items = []
-    for each in summary.fixed:
-        where = f" (at {', '.join(each.modules[:3])}{' …' if len(each.modules) > 3 else ''})" if each.modules else ""
-        items.append(f"{each.channels:,} channels must stay: {each.reason}{where}")
-    items += [f"not followed: {name} in {', '.join(modules)}" for name, modules in summary.unsupported.items()]
+    remarks = [f"{fixed.channels:,} channels must stay: {fixed.reason}{_where(fixed)}" for fixed in summary.fixed]
+    for operator, modules in summary.unsupported.items():
+        remarks.append(f"not followed: {operator} in {', '.join(modules)}")
     if summary.uncounted:
-        items.append("not counted by fvcore: " + ", ".join(f"{k} ({n})" for k, n in summary.uncounted.items()))
-    items += [f"assumed: {each}" for each in summary.assumptions]
-    items += list(summary.notes)
-    listed = "".join(f"<li>{html.escape(printable(item))}</li>" for item in items)
-    return f"<p>{summary.free:,} of {summary.written:,} written channels can go.</p><ul>{listed}</ul>"
+        calls = ", ".join(f"{operator} ({count})" for operator, count in summary.uncounted.items())
+        remarks.append(f"not counted by fvcore: {calls}")
+    remarks += [f"assumed: {assumption}" for assumption in summary.assumptions]
+    remarks += summary.notes
+    items = "".join(f"<li>{text(remark)}</li>" for remark in remarks)
+    return f"<p>{summary.free:,} of {summary.written:,} written channels can go.</p><ul>{items}</ul>"
+
+
+def _where(fixed: Fixed) -> str:
+    """The modules that channels are fixed at, such as " (at conv1, conv2, conv3 …)"."""
+    if not fixed.modules:
+        return ""
+    more = " …" if len(fixed.modules) > _MOST_MODULES else ""
+    return f" (at {', '.join(fixed.modules[:_MOST_MODULES])}{more})"
 
 
 def page_data(summary: Summary) -> dict[str, Any]:
@@ -102,56 +111,65 @@ def page_data(summary: Summary) -> dict[str, Any]:
         "criterion": summary.criterion or "",
         "charts": _charts(summary),
         "histogram": charts.histogram(),
-        "top": _lane(summary, (-1, -1)),
+        "top": _lane(summary, TOP),
         "blocks": [_block(summary, i, block) for i, block in enumerate(summary.blocks)],
     }
 
 
 def _charts(summary: Summary) -> dict[str, Any]:
-    planned = summary.budget is not None
+    axis = "share of the block's neurons"
+    specs: dict[str, Any] = {"flops": charts.flops(charts.flops_rows(summary), title="")}
     now = charts.parts_of(summary, kept=False)
-    drawn: dict[str, Any] = {"flops": charts.flops(charts.flops_rows(summary), title="")}
     if now:
         names = charts.part_names([now])
-        rows = charts.share_rows(now)
-        drawn["shares"] = charts.shares(rows, names, title="", axis="share of the block's neurons")
-        if planned:
+        specs["shares"] = charts.shares(charts.share_rows(now), names, title="", axis=axis)
+        if summary.budget is not None:
             rows = charts.share_rows(charts.parts_of(summary, kept=True), now)
-            drawn["kept"] = charts.shares(rows, names, title="", axis="share of the block's neurons")
+            specs["kept"] = charts.shares(rows, names, title="", axis=axis)
     if summary.curve:
-        drawn["curve"] = charts.curve(summary, title="")
-    for spec in drawn.values():
-        del spec["title"]
+        specs["curve"] = charts.curve(summary, title="")
+    for spec in specs.values():
+        del spec["title"]  # the page has headings of its own
         spec |= {"width": "container", "height": 280}
-    return drawn
+    return specs
 
 
 def _block(summary: Summary, number: int, block: BlockFacts) -> list[Any]:
-    """Name, kind, channels, kept, FLOPs, share, branches, scores."""
+    """Name, kind, channels, kept, FLOPs, share, whether its branches add up, branches, scores."""
     branches = []
     for j, row in enumerate(condensed(block)):
         facts = [printable(row.name), row.channels, row.kept, row.inner, row.inner_kept, row.scale, size(row.kernel)]
-        gamma = None if row.gamma is None else [float(f"{n:.3g}") for n in row.gamma]
-        branches.append([*facts, row.own_flops, gamma, _lane(summary, (number, j))])
-    adds = block.kind not in SHARED
+        branches.append([*facts, row.own_flops, _gamma(row.gamma), _lane(summary, (number, j))])
+    name, share, adds_up = printable(block.name), round(block.share, 6), block.kind not in SHARED
     scores = _scores(block.scores)
-    named = printable(block.name)
-    return [named, block.kind, block.channels, block.kept, block.flops, round(block.share, 6), adds, branches, scores]
+    return [name, block.kind, block.channels, block.kept, block.flops, share, adds_up, branches, scores]
+
+
+def _gamma(gamma: tuple[float, float, float] | None) -> list[float] | None:
+    if gamma is None:
+        return None
+    return [_rounded(number, 3) for number in gamma]
 
 
 def _scores(histogram: Histogram | None) -> list[Any] | None:
+    """Ends of the bins, the cut, neurons per bin that are kept and dropped."""
     if histogram is None:
         return None
-    ends = [float(f"{n:.5g}") for n in (histogram.low, histogram.high)]
-    cut = None if histogram.cut is None else float(f"{histogram.cut:.5g}")
+    cut = None if histogram.cut is None else _rounded(histogram.cut, 5)
+    ends = [_rounded(histogram.low, 5), _rounded(histogram.high, 5)]
     return [*ends, cut, list(histogram.kept), list(histogram.dropped)]
 
 
-def _lane(summary: Summary, place: tuple[int, int]) -> list[Any]:
+def _rounded(number: float, digits: int) -> float:
+    return float(f"{number:.{digits}g}")
+
+
+def _lane(summary: Summary, place: Place) -> list[Any]:
     """Layers as [what, name, before, after], blocks as their number."""
-    lane = summary.lanes.get(place, [])
-    return [_layer(item) if isinstance(item, Layer) else item for item in lane]
-
-
-def _layer(layer: Layer) -> list[Any]:
-    return [layer.what, printable(layer.name), layer.channels, layer.kept]
+    lane: list[Any] = []
+    for item in summary.lanes.get(place, []):
+        if isinstance(item, Layer):
+            lane.append([item.what, printable(item.name), item.channels, item.kept])
+        else:
+            lane.append(item)
+    return lane

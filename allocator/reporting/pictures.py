@@ -94,20 +94,25 @@ def draw_shares(panels: Sequence[Panel], path: PathLike, *, dark: bool = False) 
         FileError: the path cannot be written.
     """
     picture_format(path)
+    _check(panels)
+    names = part_names([panel.parts for panel in panels])
+    whose = "seed's" if all(panel.seed for panel in panels) else "block's"
+    specs = []
+    for panel in panels:
+        rows = share_rows(panel.parts, panel.seed)
+        spec = shares(rows, names, title=panel.title, axis=f"share of the {whose} neurons")
+        bars = len({row["block"] for row in rows})
+        specs.append(spec | {"width": min(max(_STEP * bars, _NARROWEST), _WIDEST), "height": _HEIGHT})
+    save(side_by_side(specs), path, dark=dark)
+
+
+def _check(panels: Sequence[Panel]) -> None:
+    """Raise InputError where there is nothing to draw, or a seed is that of another network."""
     if not panels or not all(any(panel.parts.values()) for panel in panels):
         raise InputError("there is nothing to draw: a panel without blocks, or blocks without parts")
     for panel in panels:
         if panel.seed is not None and list(panel.seed) != list(panel.parts):
             raise InputError(f"the seed of panel {panel.title!r} has other blocks than its network")
-    names = part_names([panel.parts for panel in panels])
-    whose = "seed's" if all(panel.seed for panel in panels) else "block's"
-    drawn = []
-    for panel in panels:
-        rows = share_rows(panel.parts, panel.seed)
-        spec = shares(rows, names, title=panel.title, axis=f"share of the {whose} neurons")
-        bars = len({row["block"] for row in rows})
-        drawn.append(spec | {"width": min(max(_STEP * bars, _NARROWEST), _WIDEST), "height": _HEIGHT})
-    save(side_by_side(drawn), path, dark=dark)
 
 
 def draw_summary(summary: Summary, path: PathLike) -> None:
@@ -133,7 +138,9 @@ def save(spec: Spec, path: PathLike, *, dark: bool = False) -> None:
     format = picture_format(path)
     options: dict[str, Any] = {"config": _DARK if dark else _CONFIG}
     if format == "png":
-        options["scale"] = 2
-    drawn = getattr(vl_convert, f"vegalite_to_{format}")(spec, **options)
+        options["scale"] = 2  # sharp on dense screens too; the other formats have no pixels
+    picture: str | bytes = getattr(vl_convert, f"vegalite_to_{format}")(spec, **options)
+    if isinstance(picture, str):
+        picture = picture.encode()
     with write_atomically(path) as temporary:
-        temporary.write_bytes(drawn.encode() if isinstance(drawn, str) else drawn)
+        temporary.write_bytes(picture)

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-
 from allocator.disk import PathLike, write_text
 from allocator.errors import UnknownNameError, did_you_mean
 from allocator.reporting.facts import Summary
+from allocator.reporting.page import to_html
 from allocator.reporting.rows import LIMIT
 from allocator.reporting.tables import to_csv, to_markdown
+from allocator.reporting.terminal import as_plain_text
 from allocator.reporting.text import SummaryText
-
-_TEXT_WIDTH = 120
 
 
 def _rich(summary: Summary, limit: int | None) -> str:
-    console = Console(file=io.StringIO(), width=_TEXT_WIDTH, no_color=True, force_terminal=False)
-    console.print(SummaryText(summary, limit))
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    return as_plain_text(SummaryText(summary, limit))
 
 
 def _json(summary: Summary, limit: int | None) -> str:
@@ -30,8 +25,6 @@ def _json(summary: Summary, limit: int | None) -> str:
 
 
 def _html(summary: Summary, limit: int | None) -> str:
-    from allocator.reporting.page import to_html
-
     return to_html(summary)
 
 
@@ -63,7 +56,7 @@ def check_format(format: str) -> str:
         UnknownNameError: there is no such format; names a near one.
     """
     if format not in FORMATS:
-        words = {"markdown": "md", "text": "rich"}
+        words = {"markdown": "md", "text": "rich"}  # what people call these formats
         near = did_you_mean(format, (*FORMATS, *words), cutoff=0.5, mark="'")
         for word, name in words.items():
             near = near.replace(f"'{word}'", f"'{name}'")

@@ -31,34 +31,40 @@ def select(summary: Summary, limit: int | None = LIMIT) -> Selection:
     blocks = summary.blocks
     if limit is None or len(blocks) <= limit:
         return Selection(blocks, 0, 0.0)
-    heaviest = sorted(range(len(blocks)), key=lambda i: (-blocks[i].flops, i))
-    shown, rest = sorted(heaviest[:limit]), heaviest[limit:]
-    return Selection(tuple(blocks[i] for i in shown), len(rest), sum(blocks[i].share for i in rest))
+    heaviest_first = sorted(range(len(blocks)), key=lambda i: (-blocks[i].flops, i))
+    shown, hidden = sorted(heaviest_first[:limit]), heaviest_first[limit:]
+    return Selection(tuple(blocks[i] for i in shown), len(hidden), sum(blocks[i].share for i in hidden))
 
 
 def condensed(block: BlockFacts) -> Sequence[BranchFacts]:
     """The branches; groups of a convolution, which differ in γ alone, as one."""
-    rows = block.branches
+    groups = block.branches
     if block.kind != "groups":
-        return rows
-    kept = None if block.kept is None else sum(row.kept or 0 for row in rows)
-    gammas = [row.gamma for row in rows if row.gamma is not None]
-    gamma = None
-    if gammas:
-        means, lows, highs = zip(*gammas, strict=True)
-        gamma = (sum(means) / len(means), min(lows), max(highs))
-    left = None if block.kept is None else sum(1 for row in rows if row.kept)
-    named = f"{len(rows)} groups" if left in (None, len(rows)) else f"{left} of {len(rows)} groups"
+        return groups
+    count = f"{len(groups)} groups"
+    if block.kept is not None:
+        left = sum(1 for group in groups if group.kept)
+        if left < len(groups):
+            count = f"{left} of {count}"
     together = replace(
-        rows[0],
-        name=f"{named} of {rows[0].channels}",
+        groups[0],
+        name=f"{count} of {groups[0].channels}",
         channels=block.channels,
-        kept=kept,
+        kept=block.kept,
         flops=block.flops,
         own_flops=block.flops,
         own_flops_kept=block.flops_kept,
         share=block.share,
-        gamma=gamma,
+        gamma=_gamma_over(groups),
         before=None,
     )
     return (together,)
+
+
+def _gamma_over(groups: Sequence[BranchFacts]) -> tuple[float, float, float] | None:
+    """(mean, min, max) over groups of one size, by those that have any."""
+    gammas = [group.gamma for group in groups if group.gamma is not None]
+    if not gammas:
+        return None
+    means, lows, highs = zip(*gammas, strict=True)
+    return sum(means) / len(means), min(lows), max(highs)
