@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from allocator.errors import UnknownNameError, did_you_mean
+from allocator.io.models import register_builder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,3 +99,6 @@ def train(config: Any, **options: Any) -> RunResult:
     from allocator.recipes.run import train as run
 
     return run(config, **options)
+
+
+register_builder("recipe", build)

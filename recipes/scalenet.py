@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from allocator.adapters import Adapter, register
 from allocator.errors import AllocationMismatchError, FileError, InputError, UnknownNameError
 from allocator.recipes.residual import initialise, stage_features
 from allocator.recipes.scalenet_allocations import RELEASED
@@ -119,6 +120,18 @@ class ScaleBlock(nn.Module):
         """Neurons of each scale by what it is called in a picture."""
         names = ["full size" if rate == 1 else f"pooled by {rate}" for rate in self.rates]
         return dict(zip(names, self.row(), strict=False))
+
+
+def _present_scales(block: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The scales that may go as a whole, each with its norm; the others of the block's layers may not."""
+    scales: dict[str, tuple[str, ...]] = {}
+    for name, conv in block.get_submodule("conv2")._modules.items():
+        if conv is not None:
+            scales[f"conv2.{name}"] = (f"conv2.{name}", f"bn2.{name}")
+    return scales
+
+
+register(ScaleBlock, Adapter(optional_branches=_present_scales))
 
 
 class ScaleNet(nn.Module):
