@@ -207,6 +207,15 @@ class Config:
     device: str = "auto"
     run: Running = field(default_factory=Running)
 
+    def trainings(self) -> dict[str, Training]:
+        """The sections of the networks that are trained, by name."""
+        trainings = {}
+        if self.seed is not None:
+            trainings["seed"] = self.seed
+        if self.final is not None:
+            trainings["final"] = self.final
+        return trainings
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as YAML holds it."""
         return asdict(self, dict_factory=_without_tuples)
@@ -345,23 +354,13 @@ _LEAST: dict[str, tuple[float, bool]] = {
 def _contradictions(config: Config) -> list[str]:
     """Values that are of the right type and yet cannot be, alone or beside others."""
     problems = _choice_problems(config)
-    for section, training in _trainings(config).items():
+    for section, training in config.trainings().items():
         problems += _training_problems(section, training)
     problems += _stage_problems(config)
     problems += _data_problems(config)
     if config.task == "detection":
         return problems + _detection_problems(config)
     return problems + _classification_problems(config)
-
-
-def _trainings(config: Config) -> dict[str, Training]:
-    """The networks that are trained."""
-    trainings = {}
-    if config.seed is not None:
-        trainings["seed"] = config.seed
-    if config.final is not None:
-        trainings["final"] = config.final
-    return trainings
 
 
 def _choice_problems(config: Config) -> list[str]:
@@ -410,7 +409,7 @@ def _classification_problems(config: Config) -> list[str]:
 
 def _detection_problems(config: Config) -> list[str]:
     problems = _coco_problems(config.data)
-    for section, training in _trainings(config).items():
+    for section, training in config.trainings().items():
         if training.label_smoothing or training.recalibrate:
             problems.append(f"{section}: label_smoothing and recalibrate are not for detectors")
     if config.detector is None:
