@@ -15,7 +15,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from allocator.adapters.stand_ins import stand_ins
 from allocator.errors import AdapterError
 
 Kept = Callable[[str, int], np.ndarray]
@@ -59,7 +60,7 @@ class Adapter:
 
 _ADAPTERS: dict[str, Adapter] = {}
 # The package of a class, and the file here that knows it.
-_LIBRARIES = {"allocator.recipes": "recipes", "timm": "timm", "torchvision": "torchvision", "transformers": "hf"}
+_LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "transformers": "hf"}
 
 
 def register(classes: str | type | Iterable[str | type], adapter: Adapter | None = None) -> Callable[[S], S]:
@@ -74,21 +75,25 @@ def register(classes: str | type | Iterable[str | type], adapter: Adapter | None
     Raises:
         ValueError: the class has an adapter already.
     """
-    names = [_name(cls) for cls in ([classes] if isinstance(classes, (str, type)) else classes)]
-
-    def add(known: Adapter) -> None:
-        for name in names:
-            if name in _ADAPTERS:
-                raise ValueError(f"{name} has an adapter already")
-        _ADAPTERS.update(dict.fromkeys(names, known))
+    if isinstance(classes, (str, type)):
+        classes = [classes]
+    names = [_name(cls) for cls in classes]
 
     def decorate(sizes: S) -> S:
-        add(Adapter(sizes=sizes))
+        _add(names, Adapter(sizes=sizes))
         return sizes
 
     if adapter is not None:
-        add(adapter)
+        _add(names, adapter)
     return decorate
+
+
+def _add(names: Iterable[str], adapter: Adapter) -> None:
+    # All are looked at first, so that a refusal leaves nothing half registered.
+    for name in names:
+        if name in _ADAPTERS:
+            raise ValueError(f"{name} has an adapter already")
+    _ADAPTERS.update(dict.fromkeys(names, adapter))
 
 
 def unregister(classes: str | type) -> None:
@@ -101,39 +106,50 @@ def find(module: nn.Module) -> Adapter | None:
     for cls in type(module).__mro__:
         _load(cls.__module__)
         name = _name(cls)
-        for known in (name, *_packages(name)):
-            if known in _ADAPTERS:
-                return _ADAPTERS[known]
+        for pattern in (name, *_packages(name)):
+            if pattern in _ADAPTERS:
+                return _ADAPTERS[pattern]
     return None
 
 
 def adapted(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, Adapter]]:
     """(path, module, adapter) of the modules that have one; each class is looked up once."""
-    known = {cls: find(module) for cls, module in {type(m): m for m in modules.values()}.items()}
+    by_class: dict[type, Adapter | None] = {}
     for path, module in modules.items():
-        adapter = known[type(module)]
+        cls = type(module)
+        if cls not in by_class:
+            by_class[cls] = find(module)
+        adapter = by_class[cls]
         if adapter is not None:
             yield path, module, adapter
 
 
 def optional_branches(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
     """Full paths of all layers of a model that may be absent, each with what goes with it."""
-    found = {}
+    optional: dict[str, tuple[str, ...]] = {}
     for path, module, adapter in adapted(modules):
         if adapter.optional_branches is not None:
             for layer, together in adapter.optional_branches(module).items():
-                found[_join(path, layer)] = tuple(_join(path, name) for name in together)
-    return found
+                optional[_join(path, layer)] = tuple(_join(path, name) for name in together)
+    return optional
 
 
 def norm_scales(modules: Mapping[str, nn.Module]) -> list[str]:
     """Names of the vectors by which norms that torch does not know as such scale their channels."""
-    return [_join(path, a.norm_scale) for path, _, a in adapted(modules) if a.norm_scale]
+    names = []
+    for path, _, adapter in adapted(modules):
+        if adapter.norm_scale is not None:
+            names.append(_join(path, adapter.norm_scale))
+    return names
 
 
 def output_layers(modules: Mapping[str, nn.Module]) -> list[str]:
     """Paths of the layers that make a model's answer, as far as adapters know them."""
-    return [_join(path, name) for path, m, a in adapted(modules) if a.outputs is not None for name in a.outputs(m)]
+    paths: list[str] = []
+    for path, module, adapter in adapted(modules):
+        if adapter.outputs is not None:
+            paths.extend(_join(path, name) for name in adapter.outputs(module))
+    return paths
 
 
 def sizes_of(
@@ -157,14 +173,17 @@ def sizes_of(
     def kept(name: str, dim: int) -> np.ndarray:
         owner, _, key = name.rpartition(".")
         holder = module.get_submodule(owner)
+        # Not getattr: a parametrised weight would be computed anew, and no longer be the tensor that was traced.
         tensor = {**holder._parameters, **holder._buffers}.get(key)
         if tensor is None:
             raise AttributeError(f"there is no parameter or buffer {name}")
-        return np.ones(tensor.shape[dim], dtype=bool) if keep is None else keep(tensor, dim)
+        if keep is None:
+            return np.ones(tensor.shape[dim], dtype=bool)
+        return keep(tensor, dim)
 
     try:
         values = dict(adapter.sizes(module, kept))
-    except Exception as error:
+    except Exception as error:  # an adapter is anybody's code
         raise AdapterError(f"{where} raised {type(error).__name__}: {error}") from error
     missing = [name for name in values if not hasattr(module, name)]
     if missing:
@@ -180,21 +199,23 @@ def how_to(module: nn.Module) -> str:
 def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], str] | None:
     """Arguments that a model takes, and where their size comes from, where an adapter of its class knows."""
     adapter = find(model)
-    return None if adapter is None or adapter.inputs is None else adapter.inputs(model)
+    if adapter is None or adapter.inputs is None:
+        return None
+    return adapter.inputs(model)
 
 
 @contextmanager
 def while_tracing() -> Iterator[None]:
     """What the libraries in use need while one of their forwards runs on tensors without values."""
-    with ExitStack() as stack:
-        for library, file in _LIBRARIES.items():
-            if library in sys.modules:
-                context = getattr(importlib.import_module(f"{__name__}.{file}"), "while_tracing", None)
-                if context is not None:
-                    stack.enter_context(context())
+    # The model itself need not be of a library whose functions it calls, so `find` may not have loaded its file.
+    for library in _LIBRARIES:
+        if library in sys.modules:
+            _load(library)
+    with stand_ins.in_place():
         yield
 
 
+# Cached, as it is asked for every class of every model, and a file is loaded only once anyway.
 @functools.cache
 def _load(module: str) -> None:
     """Load what is known of the library that a module is of."""
@@ -211,8 +232,11 @@ def _packages(name: str) -> Iterator[str]:
 
 
 def _name(cls: str | type) -> str:
-    return cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+    if isinstance(cls, str):
+        return cls
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _join(path: str, name: str) -> str:
+    # The model itself has the empty path.
     return f"{path}.{name}" if path else name

@@ -21,6 +21,7 @@ def library(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        # A library that is installed but lacks something of its own is not mended by installing it.
         if error.name != top:
             raise
         raise UnsupportedModelError(f"{top} is not installed: {_INSTALL_HINTS.get(top, _ZOO)}") from error

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from allocator.adapters import Adapter, Kept, register
+from allocator.adapters.library import library
 from allocator.errors import UnknownNameError, unknown
-
-from . import Adapter, Kept, register
-from .library import library
 
 
 def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """The model of this name, with random weights unless `pretrained` is true."""
     timm = library("timm")
+    # Names on a hub and folders are timm's own affair; of its list, a name may have a tag of weights after a dot.
     is_remote = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     if not is_remote and not timm.is_model(name.partition(".")[0]):
         raise UnknownNameError(unknown("timm model", name, timm.list_models()))
@@ -28,7 +28,11 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
 def _image(model: nn.Module) -> tuple[tuple[Any, ...], str] | None:
     """One image of the size in the model's configuration."""
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
+    # timm leaves a dict; a caller may have set its PretrainedCfg.
+    if isinstance(config, dict):
+        size = config.get("input_size")
+    else:
+        size = getattr(config, "input_size", None)
     if not isinstance(size, (tuple, list)) or not size or not all(isinstance(n, int) for n in size):
         return None
     return (torch.zeros(1, *size),), "the model's default_cfg"
@@ -36,24 +40,44 @@ def _image(model: nn.Module) -> tuple[tuple[Any, ...], str] | None:
 
 def _features(model: nn.Module, kept: Kept) -> Mapping[str, Any]:
     """`num_features` and `head_hidden_size` of a whole model follow what its classifier reads, or a layer before it."""
-    classifier = getattr(model, "get_classifier", None)
-    layers = [classifier() if callable(classifier) else None, getattr(model, "conv_head", None)]
-    paths = [path for layer in layers for path, m in model.named_modules() if m is layer and hasattr(m, "weight")]
-    read = [kept(f"{path}.weight", 1) for path in paths]
-    found = {}
+    columns = _columns_of_last_layers(model, kept)
+    sizes = {}
     for name in ("num_features", "head_hidden_size"):
-        follows = next((each for each in read if len(each) == getattr(model, name, None)), None)
-        if follows is not None:
-            found[name] = int(follows.sum())
-    return found
+        width = getattr(model, name, None)
+        # The attribute does not say whose width it is; it is the first layer's that reads as many.
+        for columns_of_layer in columns:
+            if len(columns_of_layer) == width:
+                sizes[name] = int(columns_of_layer.sum())
+                break
+    return sizes
+
+
+def _columns_of_last_layers(model: nn.Module, kept: Kept) -> list[np.ndarray]:
+    """Which of their input channels the classifier keeps, then the convolution that some networks have ahead of it."""
+    layers = []
+    get_classifier = getattr(model, "get_classifier", None)
+    if callable(get_classifier):
+        layers.append(get_classifier())
+    layers.append(getattr(model, "conv_head", None))
+    columns = []
+    for layer in layers:
+        for path, module in model.named_modules():
+            # A network without classes has an Identity for its classifier, which reads all and weighs nothing.
+            if module is layer and hasattr(module, "weight"):
+                columns.append(kept(f"{path}.weight", 1))
+    return columns
 
 
 def _res2net(block: nn.Module, kept: Kept) -> Mapping[str, Any]:
     """`width` is given to `torch.split`, which takes a list of sizes where the parts differ."""
-    width: Any = block.width
-    widths = width if isinstance(width, (list, tuple)) else [width] * int(block.scale)  # type: ignore[arg-type]
+    widths: Any = block.width
+    if not isinstance(widths, (list, tuple)):
+        widths = [widths] * int(block.scale)  # type: ignore[arg-type]
     parts = [int(part.sum()) for part in np.split(kept("conv1.weight", 0), np.cumsum(widths)[:-1])]
-    return {"width": parts[0] if len(set(parts)) == 1 else parts}
+    # Equal parts stay a number, so that with everything kept the block is told what it has.
+    if len(set(parts)) == 1:
+        return {"width": parts[0]}
+    return {"width": parts}
 
 
 def _attention(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
@@ -83,7 +107,9 @@ def _position_bias(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
 def _ghost(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
     """`out_chs` is where the joined halves are cut off: all of what they write, unless a channel is cut off."""
     both = np.append(kept("primary_conv.0.weight", 0), kept("cheap_operation.0.weight", 0))
-    return {"out_chs": int(both.sum())} if module.out_chs == len(both) else {}
+    if module.out_chs != len(both):
+        return {}
+    return {"out_chs": int(both.sum())}
 
 
 register("timm.layers.attention.Attention", Adapter(sizes=_attention))

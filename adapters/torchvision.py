@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 
+from allocator.adapters import Adapter, register
+from allocator.adapters.library import library
+from allocator.adapters.stand_ins import stand_ins
 from allocator.errors import UnknownNameError, unknown
-
-from . import Adapter, register
-from .library import library
 
 
 def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -24,6 +21,7 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     if name not in models.list_models():
         raise UnknownNameError(unknown("torchvision model", name, models.list_models()))
     kwargs = {"weights": None, **kwargs}
+    # A detector fetches its backbone's weights by default, even where its own are not asked for.
     parameters = inspect.signature(models.get_model_builder(name)).parameters
     if "weights_backbone" in parameters:
         kwargs.setdefault("weights_backbone", None)
@@ -31,17 +29,6 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
         kwargs.setdefault("init_weights", True)  # says what is done anyway; left out, it warns
     model: nn.Module = models.get_model(name, **kwargs)
     return model
-
-
-@contextlib.contextmanager
-def while_tracing() -> Iterator[None]:
-    """Let torchvision's detectors run without values, by functions of `_WITHOUT_VALUES`."""
-    with contextlib.ExitStack() as stack:
-        for path, name, other in _WITHOUT_VALUES:
-            module = sys.modules.get(f"torchvision.{path}")
-            if hasattr(module, name):
-                stack.enter_context(mock.patch.object(module, name, other))
-        yield
 
 
 def _suppressed(boxes: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -61,6 +48,7 @@ def _keypoints(maps: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, t
     torchvision resizes each heatmap to its box before.
     """
     scores, places = maps.flatten(2).max(2)
+    # Half a cell is added because a keypoint lies in the middle of its cell, as torchvision has it.
     left, top, right, bottom = boxes[:, :, None].unbind(1)
     x = left + (places % maps.shape[3] + 0.5) * (right - left) / maps.shape[3]
     y = top + (places // maps.shape[3] + 0.5) * (bottom - top) / maps.shape[2]
@@ -75,31 +63,41 @@ def _masks(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], padd
     return torch.nn.functional.interpolate(masks, size, mode="bilinear", align_corners=False)
 
 
-# Functions whose calls depend on values, by module and name, and those that take their place.
-_WITHOUT_VALUES = (
-    ("ops.boxes", "_batched_nms_vanilla", _suppressed),
-    ("models.detection.roi_heads", "heatmaps_to_keypoints", _keypoints),
-    ("models.detection.transform", "paste_masks_in_image", _masks),
-)
-
-
 def _image(*shape: int, times: int = 1, source: str) -> Callable[[nn.Module], tuple[tuple[Any, ...], str]]:
-    return lambda _: (tuple(torch.zeros(shape) for _ in range(times)), source)
+    def inputs(_: nn.Module) -> tuple[tuple[Any, ...], str]:
+        return tuple(torch.zeros(shape) for _ in range(times)), source
+
+    return inputs
 
 
 def _scene(_: nn.Module) -> tuple[tuple[Any, ...], str]:
     return ([torch.zeros(3, 320, 320)],), "a detector takes a list of images"
 
 
-def _names(*names: str) -> Callable[[nn.Module], tuple[str, ...]]:
-    return lambda module: tuple(name for name in names if name in module._modules)
+def _children(*names: str) -> Callable[[nn.Module], list[str]]:
+    """Those of the names that are layers of a head's own."""
+
+    def outputs(head: nn.Module) -> list[str]:
+        return [name for name in names if name in head._modules]
+
+    return outputs
 
 
-def _each(name: str) -> Callable[[nn.Module], list[str]]:
-    return lambda module: [f"{name}.{i}" for i in range(len(module.get_submodule(name)))]  # type: ignore[arg-type]
+def _list_entries(name: str) -> Callable[[nn.Module], list[str]]:
+    """All layers of a head's `ModuleList`: SSD has one per feature map."""
+
+    def outputs(head: nn.Module) -> list[str]:
+        layers = head.get_submodule(name)
+        return [f"{name}.{child}" for child, _ in layers.named_children()]
+
+    return outputs
 
 
 _DETECTION, _VIDEO = "torchvision.models.detection", "torchvision.models.video"
+stand_ins.add("torchvision.ops.boxes", "_batched_nms_vanilla", _suppressed)
+stand_ins.add(f"{_DETECTION}.roi_heads", "heatmaps_to_keypoints", _keypoints)
+# The name in `transform` is the one that is called: that module has imported the function from `roi_heads`.
+stand_ins.add(f"{_DETECTION}.transform", "paste_masks_in_image", _masks)
 register("torchvision.ops.misc.FrozenBatchNorm2d", Adapter(norm_scale="weight"))
 register(
     "torchvision.models.inception.Inception3",
@@ -116,14 +114,14 @@ register(
 )
 register(f"{_DETECTION}.*", Adapter(inputs=_scene))
 for _path, _layers in {
-    "faster_rcnn.FastRCNNPredictor": _names("cls_score", "bbox_pred"),
-    "rpn.RPNHead": _names("cls_logits", "bbox_pred"),
-    "mask_rcnn.MaskRCNNPredictor": _names("mask_fcn_logits"),
-    "keypoint_rcnn.KeypointRCNNPredictor": _names("kps_score_lowres"),
-    "retinanet.RetinaNetClassificationHead": _names("cls_logits"),
-    "retinanet.RetinaNetRegressionHead": _names("bbox_reg"),
-    "fcos.FCOSClassificationHead": _names("cls_logits"),
-    "fcos.FCOSRegressionHead": _names("bbox_reg", "bbox_ctrness"),
-    "ssd.SSDScoringHead": _each("module_list"),
+    "faster_rcnn.FastRCNNPredictor": _children("cls_score", "bbox_pred"),
+    "rpn.RPNHead": _children("cls_logits", "bbox_pred"),
+    "mask_rcnn.MaskRCNNPredictor": _children("mask_fcn_logits"),
+    "keypoint_rcnn.KeypointRCNNPredictor": _children("kps_score_lowres"),
+    "retinanet.RetinaNetClassificationHead": _children("cls_logits"),
+    "retinanet.RetinaNetRegressionHead": _children("bbox_reg"),
+    "fcos.FCOSClassificationHead": _children("cls_logits"),
+    "fcos.FCOSRegressionHead": _children("bbox_reg", "bbox_ctrness"),
+    "ssd.SSDScoringHead": _list_entries("module_list"),
 }.items():
     register(f"{_DETECTION}.{_path}", Adapter(outputs=_layers))

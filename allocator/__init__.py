@@ -11,6 +11,7 @@ from pathlib import Path
 if not (Path(__file__).parent / "adapters").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
+from allocator import recipes as _recipes  # noqa: F401 - makes their names known to `build`
 from allocator.api import allocate, apply, plan, rewrite, score, trace, verify
 from allocator.cost.latency import Latency, latency
 from allocator.errors import (

@@ -30,7 +30,7 @@ from reference_set import count  # isort: skip
 import allocator
 from allocator.recipes.digits import Split
 from allocator.recipes.scalenet import ScaleNet, scalenet_small_seed
-from allocator.recipes.training import evaluate, train
+from allocator.recipes.training import evaluate, train_network
 from allocator.rewriting.materialise import reset_parameters
 
 TASK = Task()
@@ -60,7 +60,7 @@ def single_scale_network() -> ScaleNet:
 def fit(model: nn.Module, data: Split, seed: int) -> float:
     """Train from the weights it has, by the schedule that all arms share; seconds."""
     model.to(memory_format=torch.channels_last)
-    return train(model, data, EPOCHS, RATE, batch_size=BATCH, seed=seed, progress=False).seconds
+    return train_network(model, data, EPOCHS, RATE, batch_size=BATCH, seed=seed, progress=False).seconds
 
 
 def make(arm: str, trained: ScaleNet, image: torch.Tensor, budget: float) -> nn.Module:

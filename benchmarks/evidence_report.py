@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from allocator.recipes.scalenet import DEPTHS, RATES, released_rows
+from allocator.recipes.residual import DEPTHS
+from allocator.recipes.scalenet import RATES, released_rows
 
 from .common import RESULTS, table
 

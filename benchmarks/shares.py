@@ -16,7 +16,7 @@ import torch
 
 import allocator
 from allocator.recipes.scalenet import scalenet_small_seed
-from allocator.recipes.training import evaluate, train
+from allocator.recipes.training import evaluate, train_network
 from allocator.reporting.pictures import Panel, draw_shares
 
 from .clutter import Task, load
@@ -35,7 +35,7 @@ def measure() -> dict[str, Any]:
     torch.manual_seed(0)
     seed = scalenet_small_seed(image_side=TASK.side, blocks=BLOCKS, planes=PLANES)
     seed.to(memory_format=torch.channels_last)
-    history = train(seed, training, EPOCHS, RATE)
+    history = train_network(seed, training, EPOCHS, RATE)
     result = allocator.allocate(seed, BUDGET, example_inputs=test.images[:1])
     return {
         "settings": {

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from allocator.errors import UnknownNameError, did_you_mean
+from allocator.io.models import register_builder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,13 +22,13 @@ _Recipe = tuple[str, str, dict[str, Any]]
 
 def _family(module: str, function: str, name: str) -> dict[str, _Recipe]:
     """Standard networks and seeds of 50 and 101 layers, and the small ones."""
-    found: dict[str, _Recipe] = {}
+    recipes: dict[str, _Recipe] = {}
     for depth in (50, 101):
-        found[f"{name}{depth}"] = (module, function, {"depth": depth})
-        found[f"{name}{depth}-seed"] = (module, f"{function}_seed", {"depth": depth})
-    found[f"{name}-small"] = (module, f"{function}_small", {})
-    found[f"{name}-small-seed"] = (module, f"{function}_small_seed", {})
-    return found
+        recipes[f"{name}{depth}"] = (module, function, {"depth": depth})
+        recipes[f"{name}{depth}-seed"] = (module, f"{function}_seed", {"depth": depth})
+    recipes[f"{name}-small"] = (module, f"{function}_small", {})
+    recipes[f"{name}-small-seed"] = (module, f"{function}_small_seed", {})
+    return recipes
 
 
 _RECIPES: dict[str, _Recipe] = {
@@ -95,6 +96,10 @@ def _find(name: str) -> _Recipe:
 
 def train(config: Any, **options: Any) -> RunResult:
     """Train a seed, allocate, train what is left and evaluate; see `allocator.recipes.run.train`."""
+    # Only here: building a network by name is not to wait for what training needs.
     from allocator.recipes.run import train as run
 
     return run(config, **options)
+
+
+register_builder("recipe", build)

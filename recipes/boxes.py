@@ -17,16 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allocator.api import trace
+import allocator
 from allocator.errors import ConfigurationError, DataError, FileError, UnsafeFileError
 from allocator.io.models import BUILD_ATTRIBUTE
 from allocator.io.results import RESULT_SUFFIX, load_result_allocation
 from allocator.recipes.configuration import Config, Data, Detector, Training
-from allocator.recipes.data import Batch, DataSets, Samples, TestBatches, what_of_corrupt
+from allocator.recipes.data import Batch, DataSets, Samples, TestBatches, what_of_corrupt, without_gaps
 from allocator.recipes.detection import CocoBoxes, Target, check_backbone, faster_rcnn
 from allocator.recipes.engine import Engine
 from allocator.recipes.tasks import Met, build_network
-from allocator.rewriting.allocation import Allocation
 
 FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 """In the order of pycocotools."""
@@ -40,14 +39,15 @@ class BoxSamples(Samples):
 
     def read(self, index: int, seed: int) -> tuple[Tensor, Target]:
         image, target = self.source[index]
-        if self.flip and float(torch.rand(1, generator=torch.Generator().manual_seed(seed))) < 0.5:
-            return mirrored(image, target)
+        if self.flip:
+            generator = torch.Generator().manual_seed(seed)
+            if float(torch.rand(1, generator=generator)) < 0.5:
+                return mirrored(image, target)
         return image, target
 
     def collate(self, samples: Sequence[tuple[Tensor | None, Any, tuple[str, ...]]]) -> Batch:
-        read = [(image, target) for image, target, _ in samples if image is not None]
-        unread = tuple(name for _, _, names in samples for name in names)
-        return Batch([image for image, _ in read], [target for _, target in read], unread)
+        # Lists: images are of any sizes here, and the detector pads them itself.
+        return Batch(*without_gaps(samples))
 
     def name(self, index: int) -> str:
         assert isinstance(self.source, CocoBoxes)
@@ -57,6 +57,7 @@ class BoxSamples(Samples):
 def mirrored(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     """An image (3, H, W) and its boxes, left to right."""
     boxes = target["boxes"].clone()
+    # The left edge becomes the right one, so the two change places.
     boxes[:, [0, 2]] = image.shape[2] - boxes[:, [2, 0]]
     return image.flip(2), {**target, "boxes": boxes}
 
@@ -76,7 +77,8 @@ class Detection:
         """
         data, detector = config.data, config.detector
         assert detector is not None
-        train, test = (_coco(data, part) for part in (data.train, data.test))
+        train, test = _coco(data, data.train), _coco(data, data.test)
+        # Only here: in the test, what is found in an image without boxes is wrong, and has to count.
         train.drop_empty()
         if train.num_classes != test.num_classes:
             raise DataError(
@@ -87,10 +89,10 @@ class Detection:
                 f"the detector has {detector.num_classes} classes with the background, the data {train.num_classes}: "
                 f"set detector.num_classes={train.num_classes}"
             )
-        modes, seed = what_of_corrupt(data), config.random_seed
+        in_training, in_test = what_of_corrupt(data)
         return DataSets(
-            BoxSamples(train, None, seed, modes[0], flip=data.augment == "flip"),
-            BoxSamples(test, None, seed, modes[1]),
+            BoxSamples(train, None, config.random_seed, in_training, flip=data.augment == "flip"),
+            BoxSamples(test, None, config.random_seed, in_test),
             train.num_classes,
         )
 
@@ -102,27 +104,22 @@ class Detection:
             AllocationMismatchError, FileError, UnknownNameError: as for `tasks.build_network`.
             InputError, UnsupportedModelError: as for `detection.faster_rcnn`.
         """
-        options, weights = config.detector, config.network.weights
+        options = config.detector
         assert options is not None
         _check_settings(options)
-        allocation = _own_allocation(config)
-        network = build_network(config, allocation)
-        frozen = options.frozen_norms if options.frozen_norms is not None else weights is not None
+        allocation = _allocation_of_backbone(config)
+        backbone = build_network(config, allocation)
+        pretrained = config.network.weights is not None
+        frozen_norms = options.frozen_norms
+        if frozen_norms is None:
+            # Fresh norms have no statistics yet that would be worth keeping.
+            frozen_norms = pretrained
         shape = {"min_size": options.min_size, "max_size": options.max_size, **options.settings}
-        shape |= {"out_channels": options.out_channels, "frozen_norms": frozen}
-        detector = faster_rcnn(network, options.num_classes, **shape)
-        _train_stages(detector, options.trained_stages, pretrained=weights is not None)
-        recorded = {
-            "num_classes": options.num_classes,
-            "backbone": config.network.name,
-            "backbone_arguments": config.network.arguments,
-            "allocation": allocation and allocation.to_dict(),
-            **shape,
-        }
-        with contextlib.suppress(UnsafeFileError):  # a network of the caller's own is not for a file to name
-            check_backbone(config.network.name, config.network.arguments)
-            setattr(detector, BUILD_ATTRIBUTE, {"name": "recipe:faster-rcnn", "kwargs": recorded})
-        if any(each is not None and each.l1 for each in (config.seed, config.final)) and frozen:
+        shape |= {"out_channels": options.out_channels, "frozen_norms": frozen_norms}
+        detector = faster_rcnn(backbone, options.num_classes, **shape)
+        _train_stages(detector, options.trained_stages, pretrained=pretrained)
+        _record_build(detector, config, allocation, shape)
+        if frozen_norms and any(training.l1 for training in config.trainings().values()):
             raise ConfigurationError("l1 needs batch norms that are trained: set detector.frozen_norms=false")
         return detector
 
@@ -134,7 +131,9 @@ class Detection:
 
     def loss(self, model: nn.Module, batch: Batch, device: torch.device, options: Training) -> Met:
         images = [image.to(device, non_blocking=True) for image in batch.images]
-        targets = [{key: each.to(device, non_blocking=True) for key, each in t.items()} for t in batch.labels]
+        targets = []
+        for target in batch.labels:
+            targets.append({key: values.to(device, non_blocking=True) for key, values in target.items()})
         losses: dict[str, Tensor] = model(images, targets)
         return Met(torch.stack(list(losses.values())).sum(), len(images))
 
@@ -147,23 +146,26 @@ class Detection:
         try:
             for batch in batches:
                 corrupt.update(batch.corrupt)
-                if len(batch.images):
-                    found = model([image.to(engine.device) for image in batch.images])
-                    numbers = [int(target["image_id"]) for target in batch.labels]
-                    rows += [row for number, each in zip(numbers, found, strict=True) for row in _rows(number, each)]
-                    seen += numbers
+                if not batch.images:
+                    continue
+                detections = model([image.to(engine.device) for image in batch.images])
+                for target, detection in zip(batch.labels, detections, strict=True):
+                    image_id = int(target["image_id"])
+                    rows += _rows(image_id, detection)
+                    seen.append(image_id)
         finally:
             model.train(was_training)
         if engine.num_processes > 1:
             from accelerate.utils import gather_object
 
+            # Average precision is no mean over images: it needs what all processes found.
             rows, seen = gather_object(rows), gather_object(seen)
         assert isinstance(batches.samples.source, CocoBoxes)
         return average_precision(batches.samples.source, rows, seen)
 
     def flops(self, network: nn.Module, example: Any) -> int:
         """For the most boxes there can be."""
-        return trace(network, example).flops
+        return allocator.trace(network, example).flops
 
 
 def average_precision(data: CocoBoxes, rows: list[dict[str, Any]], seen: list[int]) -> dict[str, float]:
@@ -183,28 +185,35 @@ def average_precision(data: CocoBoxes, rows: list[dict[str, Any]], seen: list[in
 
     truth = data.data.coco
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        found = truth.loadRes(rows) if rows else type(truth)()
-        if not rows:
-            found.dataset = {**truth.dataset, "annotations": []}
-            found.createIndex()
-        evaluation = COCOeval(truth, found, "bbox")
+        if rows:
+            results = truth.loadRes(rows)
+        else:
+            # `loadRes` looks at the first of them, and fails where a young detector has found nothing.
+            results = type(truth)()
+            results.dataset = {**truth.dataset, "annotations": []}
+            results.createIndex()
+        evaluation = COCOeval(truth, results, "bbox")
         evaluation.params.imgIds = sorted(seen)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    figures = dict(zip(FIGURES, map(float, evaluation.stats[: len(FIGURES)]), strict=True))
-    return {name: figure for name, figure in figures.items() if figure >= 0}
+    figures = {}
+    for name, figure in zip(FIGURES, evaluation.stats[: len(FIGURES)], strict=True):
+        # pycocotools gives -1 where there are no boxes of a size.
+        if figure >= 0:
+            figures[name] = float(figure)
+    return figures
 
 
-def _rows(number: int, found: Target) -> list[dict[str, Any]]:
+def _rows(image_id: int, detection: Target) -> list[dict[str, Any]]:
     """What a detector found in one image, in COCO's format."""
-    boxes = found["boxes"].float().cpu()
-    corners = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
-    classes, scores = found["labels"].tolist(), found["scores"].tolist()
-    return [
-        {"image_id": number, "category_id": label, "bbox": box, "score": score}
-        for box, label, score in zip(corners, classes, scores, strict=True)
-    ]
+    corners = detection["boxes"].float().cpu()
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
+    classes, scores = detection["labels"].tolist(), detection["scores"].tolist()
+    rows = []
+    for box, category_id, score in zip(boxes, classes, scores, strict=True):
+        rows.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": score})
+    return rows
 
 
 def _coco(data: Data, part: str) -> CocoBoxes:
@@ -212,6 +221,7 @@ def _coco(data: Data, part: str) -> CocoBoxes:
     pattern = data.annotations or "annotations/instances_{part}.json"
     if data.root is None:
         raise DataError(f"data.root is missing: the folder that holds {part}/IMAGE and {pattern}")
+    # Not str.format, to which other braces in a path would be fields.
     file = Path(data.root) / pattern.replace("{part}", part)
     folder = Path(data.root) / part
     try:
@@ -220,6 +230,11 @@ def _coco(data: Data, part: str) -> CocoBoxes:
         raise DataError(f"{error}; expected {part}/IMAGE and {pattern} in {data.root}") from error
     if not any(folder.iterdir()):
         raise DataError(f"{folder} is empty; {file} lists {len(boxes)} images")
+    _check_categories(boxes, file)
+    return boxes
+
+
+def _check_categories(boxes: CocoBoxes, file: Path) -> None:
     listed = set(boxes.data.coco.getCatIds())
     used = {annotation["category_id"] for annotation in boxes.data.coco.anns.values()}
     if not used:
@@ -228,26 +243,44 @@ def _coco(data: Data, part: str) -> CocoBoxes:
         raise DataError(f"{file}: boxes of category {min(used - listed)}, which is not in its list of categories")
     if min(listed) < 1:
         raise DataError(f"{file}: category id {min(listed)}; ids start at 1, as 0 stands for the background")
-    return boxes
 
 
-def _own_allocation(config: Config) -> Allocation | None:
-    """What the network was allocated to before: from the file named, or from the weights' own."""
-    network = config.network
-    for file in (network.allocation, network.weights):
-        if file is not None and file.endswith(RESULT_SUFFIX):
-            return load_result_allocation(file)
-        if file is not None and file == network.allocation:
-            return Allocation.load(file)
+def _allocation_of_backbone(config: Config) -> allocator.Allocation | None:
+    """What the backbone was allocated to before: from the file named, or from the weights' own."""
+    named, weights = config.network.allocation, config.network.weights
+    if named is not None:
+        if named.endswith(RESULT_SUFFIX):
+            return load_result_allocation(named)
+        return allocator.Allocation.load(named)
+    if weights is not None and weights.endswith(RESULT_SUFFIX):
+        return load_result_allocation(weights)
     return None
+
+
+def _record_build(
+    detector: nn.Module, config: Config, allocation: allocator.Allocation | None, shape: dict[str, Any]
+) -> None:
+    """Note on a detector how to build its like, so that a file of it needs no more than itself."""
+    assert config.detector is not None
+    arguments = {
+        "num_classes": config.detector.num_classes,
+        "backbone": config.network.name,
+        "backbone_arguments": config.network.arguments,
+        "allocation": allocation and allocation.to_dict(),
+        **shape,
+    }
+    with contextlib.suppress(UnsafeFileError):  # a network of the caller's own is not for a file to name
+        check_backbone(config.network.name, config.network.arguments)
+        setattr(detector, BUILD_ATTRIBUTE, {"name": "recipe:faster-rcnn", "kwargs": arguments})
 
 
 def _check_settings(options: Detector) -> None:
     """torchvision's constructors pass over what they do not know."""
     from torchvision.models.detection import FasterRCNN
 
-    known = set(inspect.signature(FasterRCNN).parameters) - {"backbone", "num_classes", "kwargs"}
-    unknown = sorted(options.settings.keys() - (known - asdict(options).keys()))
+    parameters = set(inspect.signature(FasterRCNN).parameters) - {"backbone", "num_classes", "kwargs"}
+    # What has a key of its own in the section would otherwise be given twice.
+    unknown = sorted(options.settings.keys() - (parameters - asdict(options).keys()))
     if unknown:
         raise ConfigurationError(f"detector.settings: unknown to torchvision's FasterRCNN, or not for here: {unknown}")
 
@@ -255,6 +288,7 @@ def _check_settings(options: Detector) -> None:
 def _train_stages(detector: nn.Module, count: int | None, *, pretrained: bool) -> None:
     """Leave stem and first stages of the backbone as they are, but for the last `count`."""
     body = detector.get_submodule("backbone.body")
+    # The stem's convolution and norm are children, too, and are trained only with all of the stages.
     stages = [name for name, _ in body.named_children() if name.startswith("layer")]
     if count is None:
         count = len(stages) - 1 if pretrained else len(stages)

@@ -54,9 +54,13 @@ def load_checkpoint(folder: Path, config: Config) -> dict[str, Any] | None:
     if not isinstance(state, dict) or state.get("format") != FORMAT or "config" not in state:
         raise FileError(f"{path} is not a checkpoint of this version")
     then, now = state["config"], config.what_decides()
-    differing = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
-    if differing:
-        listed = "; ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in differing[:8])
+    differences = []
+    for key in sorted({*then, *now}):
+        if then.get(key) != now.get(key):
+            differences.append(f"{key} was {then.get(key)!r}, is {now.get(key)!r}")
+    if differences:
+        # Eight of them: with another network or data set, whole sections differ.
+        listed = "; ".join(differences[:8])
         raise ConfigurationError(
             f"{path} was made with another configuration: {listed}; go on with that one, or choose another run.output"
         )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import types
-import typing
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args
 
 from allocator.disk import existing
 from allocator.errors import ConfigurationError, MissingPackageError, UnknownNameError, did_you_mean
+from allocator.recipes.parsing import parse
 from allocator.settings import CHOICES as ALLOCATION_CHOICES
 from allocator.settings import KNOWN_POLICIES, Settings, Weights
 
@@ -207,18 +207,34 @@ class Config:
     device: str = "auto"
     run: Running = field(default_factory=Running)
 
+    def trainings(self) -> dict[str, Training]:
+        """The sections of the networks that are trained, by name."""
+        trainings = {}
+        if self.seed is not None:
+            trainings["seed"] = self.seed
+        if self.final is not None:
+            trainings["final"] = self.final
+        return trainings
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as YAML holds it."""
-        return asdict(self)
+        return asdict(self, dict_factory=_without_tuples)
 
     def what_decides(self) -> dict[str, Any]:
         """The part that the result depends on, flat, with dotted keys."""
+        # A run may go on in another place, on another device and with other workers. What becomes of images that
+        # cannot be read (data.corrupt) does decide: it sets other images in their place.
         without = ("run.", "data.root", "data.workers", "data.check", "device")
         flat = _flat(self.to_dict())
         return {key: value for key, value in flat.items() if not key.startswith(without)}
 
 
-T = TypeVar("T")
+def _without_tuples(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A section with lists for tuples: YAML and JSON have no others, and would give back what is not equal."""
+    section = {}
+    for key, value in pairs:
+        section[key] = list(value) if isinstance(value, tuple) else value
+    return section
 
 
 def config_names() -> list[str]:
@@ -246,8 +262,10 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, settings: Seque
         data = _read(source)
     for setting in settings:
         _set(data, setting)
+    # As in other YAML formats, sections called x-... hold what others refer to.
+    sections = {key: value for key, value in data.items() if not key.startswith("x-")}
     problems: list[str] = []
-    config = _parse(Config, {key: value for key, value in data.items() if not key.startswith("x-")}, "", problems)
+    config = parse(Config, sections, "", problems)
     if config is not None:
         problems += _contradictions(config)
     if problems or config is None:
@@ -288,86 +306,19 @@ def _set(data: dict[str, Any], setting: str) -> None:
         raise ConfigurationError(f"{setting!r} is not of the form section.key=value")
     *sections, key = path.split(".")
     for section in sections:
-        if data.get(section) is None:
-            data[section] = {}
-        elif not isinstance(data[section], dict):
+        values = data.get(section)
+        if values is None:
+            values = {}
+        elif not isinstance(values, dict):
             raise ConfigurationError(f"{setting!r}: {section} is no section")
-        data[section] = data = dict(data[section])
+        # A copy: sections that YAML's anchors make alike are one dict, of which only this one is to change.
+        data[section] = dict(values)
+        data = data[section]
     yaml = _yaml()
     try:
         data[key] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{setting!r}: the value is not YAML ({error})") from error
-
-
-def _parse(cls: type[T], data: Any, place: str, problems: list[str]) -> T | None:
-    """An instance of a dataclass from plain data; what does not fit is noted, and None returned."""
-    before = len(problems)
-    if not isinstance(data, Mapping):
-        problems.append(f"{place or 'configuration'}: expected a section, got {data!r}")
-        return None
-    dot = f"{place}." if place else ""
-    hints, known = get_type_hints(cls), {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        if key not in known:
-            hint = did_you_mean(str(key), known, cutoff=0.5) or f"known: {', '.join(known)}"
-            problems.append(f"unknown key {dot}{key}; {hint}")
-            continue
-        values[key] = _value(hints[key], value, f"{dot}{key}", problems)
-    for name, f in known.items():
-        if name not in data and f.default is MISSING and f.default_factory is MISSING:
-            problems.append(f"{dot}{name} is missing")
-    return cls(**values) if len(problems) == before else None
-
-
-def _value(hint: Any, value: Any, place: str, problems: list[str]) -> Any:
-    choices = _alternatives(hint)
-    if value is None and type(None) in choices:
-        return None
-    section = next((choice for choice in choices if is_dataclass(choice)), None)
-    if section is not None:
-        return _parse(typing.cast(type, section), value, place, problems)
-    for choice in choices:
-        found = _plain(choice, value)
-        if found is not None:
-            return found
-    expected = " or ".join(_name(choice) for choice in choices)
-    problems.append(f"{place}: expected {expected}, got {value!r}")
-    return None
-
-
-def _alternatives(hint: Any) -> list[Any]:
-    """The types that a field may have; of one that takes one of a few words, text: which is checked with the whole."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return list(dict.fromkeys(choice for each in get_args(hint) for choice in _alternatives(each)))
-    if get_origin(hint) is Literal or hint is Any:
-        return [str]
-    if get_origin(hint) is Sequence:
-        return [list[str]]
-    return [hint]
-
-
-def _plain(hint: Any, value: Any) -> Any:
-    """The value as the type asks for it, None where it is of another. YAML reads 1e-4 as text, which is let pass."""
-    if hint is float and not isinstance(value, bool) and isinstance(value, int | float | str):
-        try:
-            return float(value)
-        except ValueError:
-            return None
-    if get_origin(hint) is list and isinstance(value, list | tuple):
-        items = [_plain(get_args(hint)[0], item) for item in value]
-        return None if None in items else items
-    if get_origin(hint) is dict:
-        return dict(value) if isinstance(value, Mapping) else None
-    return value if type(value) is hint else None
-
-
-def _name(hint: Any) -> str:
-    names = {float: "a number", int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
-    if get_origin(hint) is list:
-        return f"a list, each {_name(get_args(hint)[0])}"
-    return "a section" if get_origin(hint) is dict else names.get(hint, str(hint))
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -401,58 +352,91 @@ _LEAST: dict[str, tuple[float, bool]] = {
 
 
 def _contradictions(config: Config) -> list[str]:
+    """Values that are of the right type and yet cannot be, alone or beside others."""
+    problems = _choice_problems(config)
+    for section, training in config.trainings().items():
+        problems += _training_problems(section, training)
+    problems += _stage_problems(config)
+    problems += _data_problems(config)
+    if config.task == "detection":
+        return problems + _detection_problems(config)
+    return problems + _classification_problems(config)
+
+
+def _choice_problems(config: Config) -> list[str]:
     flat = _flat(config.to_dict())
-    problems = [
-        f"{key}: expected {' or '.join(choices)}, got {flat[key]!r}"
-        for key, choices in _CHOICES.items()
-        if key in flat and flat[key] not in choices
-    ]
-    for section, training in (("seed", config.seed), ("final", config.final)):
-        if training is not None:
-            problems += _training_problems(section, training)
+    problems = []
+    for key, choices in _CHOICES.items():
+        # Sections that are left out have no keys.
+        if key in flat and flat[key] not in choices:
+            problems.append(f"{key}: expected {' or '.join(choices)}, got {flat[key]!r}")
+    return problems
+
+
+def _stage_problems(config: Config) -> list[str]:
+    problems = []
     if config.seed is None and config.final is None:
         problems.append("nothing to train: give seed, final or both")
     if config.final is not None and config.seed is not None and config.allocation is None:
         problems.append("seed and final without an allocation between them: give allocation, or only final")
+    return problems
+
+
+def _data_problems(config: Config) -> list[str]:
+    problems = []
     if config.data.workers < 0 or config.run.checkpoint_updates < 1 or config.run.timeout <= 0:
         problems.append("expected data.workers >= 0, run.checkpoint_updates >= 1 and run.timeout > 0")
     if len(config.data.mean) != len(config.data.std):
         problems.append(f"data.mean has {len(config.data.mean)} values, data.std {len(config.data.std)}")
     if config.data.augment in ("shift", "imagenet") and config.data.side is None:
         problems.append(f"data.augment={config.data.augment} needs data.side")
-    return problems + (_detection_problems(config) if config.task == "detection" else _classification_problems(config))
+    return problems
 
 
 def _classification_problems(config: Config) -> list[str]:
-    strange = {
+    # Refused and not passed over: who gives these means to train a detector, and has forgotten the task.
+    for_detection = {
         "detector": config.detector is not None,
         "data.dataset=coco": config.data.dataset == "coco",
         "data.annotations": config.data.annotations is not None,
         "data.augment=flip": config.data.augment == "flip",
     }
-    problems = [f"{key} is for task=detection" for key, given in strange.items() if given]
+    problems = [f"{key} is for task=detection" for key, given in for_detection.items() if given]
     if config.network.allocation is not None:
         problems.append("network.allocation is for task=detection: apply it by allocation.file, with seed=null")
     return problems
 
 
 def _detection_problems(config: Config) -> list[str]:
-    data, detector, problems = config.data, config.detector, []
+    problems = _coco_problems(config.data)
+    for section, training in config.trainings().items():
+        if training.label_smoothing or training.recalibrate:
+            problems.append(f"{section}: label_smoothing and recalibrate are not for detectors")
+    if config.detector is None:
+        problems.append("task=detection needs a section detector")
+    else:
+        problems += _detector_problems(config.detector)
+    return problems
+
+
+def _coco_problems(data: Data) -> list[str]:
+    problems = []
     if data.dataset != "coco":
         problems.append(f"data.dataset: expected coco for task=detection, got {data.dataset!r}")
     if data.augment not in ("flip", "none"):
         problems.append(f"data.augment: expected flip or none for task=detection, got {data.augment!r}")
-    strange = {"side": data.side, "resize": data.resize, "mean": data.mean, "std": data.std}
-    problems += [
-        f"data.{key} is not for detectors, which bring images to size themselves: detector.min_size, max_size, settings"
-        for key, value in strange.items()
-        if value
-    ]
-    for section, training in (("seed", config.seed), ("final", config.final)):
-        if training is not None and (training.label_smoothing or training.recalibrate):
-            problems.append(f"{section}: label_smoothing and recalibrate are not for detectors")
-    if detector is None:
-        return [*problems, "task=detection needs a section detector"]
+    for_classification = {"side": data.side, "resize": data.resize, "mean": data.mean, "std": data.std}
+    for key, value in for_classification.items():
+        if value:
+            problems.append(
+                f"data.{key} is not for detectors, which bring images to size themselves: detector.min_size, max_size, "
+                "settings"
+            )
+    return problems
+
+
+def _detector_problems(detector: Detector) -> list[str]:
+    problems = []
     if detector.num_classes < 2 or detector.out_channels < 1 or not 0 < detector.min_size <= detector.max_size:
         problems.append("expected detector.num_classes >= 2, out_channels >= 1 and 0 < min_size <= max_size")
     if detector.trained_stages is not None and detector.trained_stages < 0:
@@ -464,8 +448,7 @@ def _training_problems(section: str, training: Training) -> list[str]:
     problems = []
     for key, (least, included) in _LEAST.items():
         value = getattr(training, key)
-        good = value is None or (value >= least if included else value > least)
-        if not good or value in (float("inf"), float("nan")):
+        if value is not None and not _is_in_range(value, least, included):
             problems.append(f"{section}.{key}: expected a number {'>=' if included else '>'} {least}, got {value}")
     if training.device_batch is not None and training.batch_size % training.device_batch:
         problems.append(
@@ -479,7 +462,15 @@ def _training_problems(section: str, training: Training) -> list[str]:
     return problems
 
 
+def _is_in_range(value: float, least: float, included: bool) -> bool:
+    # YAML has .inf and .nan, and they are floats: of the right type, but no rates or weights.
+    if not math.isfinite(value):
+        return False
+    return value >= least if included else value > least
+
+
 def _flat(data: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """Nested sections as one, with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, Mapping):

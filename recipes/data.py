@@ -83,31 +83,45 @@ class Samples(Dataset[Any]):
         """Image (None for a gap), class, and what could not be read, with the reason."""
         epoch, index = key
         unread: tuple[str, ...] = ()
-        for other in range(index, index + len(self.source)):
-            place = other % len(self.source)
+        # In training the next one that can be read takes the place, so that batches are as large as ever. In the test
+        # an image that counts twice would falsify the figures, so there it is a gap.
+        for candidate in range(index, index + len(self.source)):
+            place = candidate % len(self.source)
             try:
-                return *self.read(place, number(self.seed, epoch, place)), unread
+                image, label = self.read(place, number(self.seed, epoch, place))
+                return image, label, unread
             except (OSError, SyntaxError, ValueError) as error:  # what PIL raises
                 unread = (*unread, f"{self.name(place)} ({' '.join(str(error).split())})")
             if self.corrupt != "replace":
                 break
+        # Not raised here: from a worker, the message would come wrapped in the worker's whole traceback.
         return None, -1, unread
 
     def read(self, index: int, seed: int) -> tuple[Tensor, Any]:
         """One image, augmented as the seed says, and its class."""
-        if self.transform is not None:
-            torch.default_generator.manual_seed(seed)
+        if self.transform is None:
+            return self.source[index]
+        # torchvision's transforms draw from torch's own random state and take no generator.
+        torch.default_generator.manual_seed(seed)
         image, label = self.source[index]
-        return (image if self.transform is None else self.transform(image)), label
+        return self.transform(image), label
 
     def collate(self, samples: Sequence[tuple[Tensor | None, Any, tuple[str, ...]]]) -> Batch:
-        """One batch; gaps are left out."""
-        return collate(samples)
+        """One batch of images of one shape; gaps are left out."""
+        images, labels, unread = without_gaps(samples)
+        if not images:
+            return Batch(torch.empty(0), torch.tensor(labels), unread)
+        shapes = {tuple(image.shape) for image in images}
+        if len(shapes) > 1:
+            raise DataError(f"images differ in shape ({', '.join(map(str, sorted(shapes)))}): set data.side")
+        return Batch(torch.stack(images), torch.tensor(labels), unread)
 
     def name(self, index: int) -> str:
         """What an image is called: its file, or its number."""
         files = getattr(self.source, "samples", None)
-        return str(files[index][0]) if files else f"image {index}"
+        if not files:
+            return f"image {index}"
+        return str(files[index][0])
 
     def checked(self, batch: Batch) -> Batch:
         """The batch, unless an image in it ends the run.
@@ -127,18 +141,23 @@ class Samples(Dataset[Any]):
 
 def number(*parts: int) -> int:
     """A seed in 0..2**32 that depends on all the parts, so that close parts give unlike ones."""
+    # Not Python's hash, which is another in every process, nor a sum, which epoch 1, image 2 would share with 2 and 1.
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-def collate(samples: Sequence[tuple[Tensor | None, Any, tuple[str, ...]]]) -> Batch:
-    """One batch of images of one shape; gaps are left out."""
-    images = [image for image, _, _ in samples if image is not None]
-    labels = [label for image, label, _ in samples if image is not None]
-    unread = tuple(name for _, _, names in samples for name in names)
-    shapes = {tuple(image.shape) for image in images}
-    if len(shapes) > 1:
-        raise DataError(f"images differ in shape ({', '.join(map(str, sorted(shapes)))}): set data.side")
-    return Batch(torch.stack(images) if images else torch.empty(0), torch.tensor(labels), unread)
+def without_gaps(
+    samples: Sequence[tuple[Tensor | None, Any, tuple[str, ...]]],
+) -> tuple[list[Tensor], list[Any], tuple[str, ...]]:
+    """The images and the labels that could be read, and the names of what could not."""
+    images, labels = [], []
+    unread: list[str] = []
+    for image, label, names in samples:
+        # Also beside an image that was read: it may stand in the place of these.
+        unread += names
+        if image is not None:
+            images.append(image)
+            labels.append(label)
+    return images, labels, tuple(unread)
 
 
 class Chunks:
@@ -152,6 +171,7 @@ class Chunks:
 
     def __iter__(self) -> Iterator[list[Key]]:
         for start in self.starts:
+            # The epoch goes along: a worker has a copy of the samples, and sees nothing that is set on them later.
             yield [(self.epoch, int(index)) for index in self.order[start : start + self.size]]
 
 
@@ -185,6 +205,7 @@ class Batches:
     def __post_init__(self) -> None:
         self._generator, self._drawn = torch.Generator().manual_seed(self.seed), 0
         count = len(self.samples)
+        # Few images are one small batch, where nothing else has been said of how a batch is to be cut.
         if count < self.batch_size and self.world == 1 and self.device_batch is None:
             self.batch_size = max(1, count)
         self.chunk = self.device_batch or self.batch_size // self.world
@@ -199,11 +220,14 @@ class Batches:
     def __len__(self) -> int:
         """Updates per epoch."""
         whole = len(self.samples) // self.batch_size
-        return whole if self.limit is None else min(whole, self.limit)
+        if self.limit is None:
+            return whole
+        return min(whole, self.limit)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[list[Batch]]:
         """The batches of an epoch from update `first` on; each as the chunks that fall to this process."""
         order = self._order(epoch)
+        # Every process draws the whole order, and takes each `world`-th chunk of it: nothing has to be sent around.
         starts = range(first * self.batch_size, len(self) * self.batch_size, self.chunk)[self.rank :: self.world]
         loader = _loader(self.samples, Chunks(epoch, order, starts, self.chunk), self.workers)
         per_update = self.batch_size // (self.chunk * self.world)
@@ -213,6 +237,7 @@ class Batches:
 
     def _order(self, epoch: int) -> np.ndarray:
         """The epoch's permutation: of those that a generator with this seed gives, one after the other."""
+        # A run that goes on at epoch 7 draws the seven orders before it, so that it gets that of a run in one go.
         if epoch < self._drawn:
             self._generator, self._drawn = torch.Generator().manual_seed(self.seed), 0
         while True:
@@ -232,7 +257,7 @@ class TestBatches:
         limit: batches at most.
     """
 
-    __test__ = False
+    __test__ = False  # pytest would take it for a test, by its name
 
     samples: Samples
     batch_size: int = 256
@@ -276,45 +301,52 @@ def open_data(data: Data, seed: int) -> DataSets:
         DataError: missing or empty folders, or classes that differ between training and test; says which.
         MissingPackageError: scikit-learn or torchvision is needed and not installed.
     """
-    opener = {"folder": _folders, "digits": _digits}.get(data.dataset)
-    if opener is None and not data.dataset.startswith("torchvision:"):
+    if data.dataset == "folder":
+        train, test, classes = _folders(data)
+    elif data.dataset == "digits":
+        train, test, classes = _digits(data)
+    elif data.dataset.startswith("torchvision:"):
+        train, test, classes = _torchvision(data)
+    else:
         raise DataError(f"data.dataset: expected folder, digits or torchvision:NAME, got {data.dataset!r}")
-    train, test, classes = (opener or _torchvision)(data)
     for what, source in (("training", train), ("test", test)):
         if len(source) == 0:
             raise DataError(f"there are no {what} images in {data.dataset}, root={data.root}")
-    modes = what_of_corrupt(data)
+    in_training, in_test = what_of_corrupt(data)
     return DataSets(
-        Samples(train, transform(data, train=True), seed, modes[0]),
-        Samples(test, transform(data, train=False), seed, modes[1]),
+        Samples(train, transform(data, train=True), seed, in_training),
+        Samples(test, transform(data, train=False), seed, in_test),
         classes,
     )
 
 
 def what_of_corrupt(data: Data) -> tuple[str, str]:
     """What becomes of an image that cannot be read, in training and in the test; see `Samples.corrupt`."""
-    return ("stop", "stop") if data.corrupt == "stop" else ("replace", "drop")
+    if data.corrupt == "stop":
+        return "stop", "stop"
+    return "replace", "drop"
 
 
-def _digits(data: Data) -> tuple[Source, Source, int]:
+def _digits(data: Data) -> tuple[Source, Source, int | None]:
     from allocator.recipes import digits
 
-    arguments: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in data.arguments.items()
-    }
+    arguments: dict[str, Any] = {}
+    for key, value in data.arguments.items():
+        # YAML has no tuples.
+        arguments[key] = tuple(value) if isinstance(value, list) else value
     try:
         splits = digits.load(**arguments)
     except TypeError as error:
         raise DataError(f"data.arguments do not fit digits.load: {error}") from error
-    train, test = (Tensors(split.images, split.labels) for split in splits)
-    return train, test, 10
+    train, test = splits
+    return Tensors(train.images, train.labels), Tensors(test.images, test.labels), 10
 
 
-def _folders(data: Data) -> tuple[Source, Source, int]:
+def _folders(data: Data) -> tuple[Source, Source, int | None]:
     if data.root is None:
         raise DataError("data.root is missing: the folder that holds train/CLASS/IMAGE and val/CLASS/IMAGE")
     datasets = _torchvision_datasets()
-    found = []
+    sources = []
     for part in (data.train, data.test):
         folder = Path(data.root) / part
         if not folder.is_dir():
@@ -322,10 +354,11 @@ def _folders(data: Data) -> tuple[Source, Source, int]:
                 f"there is no folder {folder}: expected {data.train}/CLASS/IMAGE and {data.test}/CLASS/IMAGE"
             )
         try:
-            found.append(datasets.ImageFolder(str(folder), **data.arguments))
+            sources.append(datasets.ImageFolder(str(folder), **data.arguments))
         except FileNotFoundError as error:
             raise DataError(f"{folder} has no images in the form CLASS/IMAGE: {error}") from error
-    train, test = found
+    train, test = sources
+    # ImageFolder numbers the classes that it finds in each folder, so that unlike ones would be confused in silence.
     if train.classes != test.classes:
         only = sorted(set(train.classes) ^ set(test.classes))
         raise DataError(
@@ -343,22 +376,32 @@ def _torchvision(data: Data) -> tuple[Source, Source, int | None]:
         near = did_you_mean(name, datasets.__all__, most=3, cutoff=0.4)
         raise DataError(f"torchvision has no data set {name!r}; {near or 'none has a name like it'}")
     cls = getattr(datasets, name)
-    known = inspect.signature(cls).parameters
     sources = []
     for train in (True, False):
-        arguments: dict[str, Any] = {} if data.root is None or "root" not in known else {"root": data.root}
-        if "train" in known:
-            arguments["train"] = train
-        elif "split" in known:
-            arguments["split"] = "train" if train else "test"
-        arguments |= data.arguments | (data.train_arguments if train else data.test_arguments)
+        arguments = _torchvision_arguments(cls, data, train=train)
         try:
             sources.append(cls(**arguments))
         except (TypeError, ValueError, RuntimeError, OSError) as error:
             raise DataError(f"{data.dataset} does not open with {arguments}: {error}") from error
-    classes = getattr(sources[0], "classes", None)
-    count = getattr(sources[0], "num_classes", None) if classes is None else len(classes)
-    return sources[0], sources[1], count
+    train_source, test_source = sources
+    classes = getattr(train_source, "classes", None)
+    if classes is not None:
+        return train_source, test_source, len(classes)
+    return train_source, test_source, getattr(train_source, "num_classes", None)
+
+
+def _torchvision_arguments(cls: type, data: Data, *, train: bool) -> dict[str, Any]:
+    """What one of torchvision's data sets is made with: what its constructor takes, then what the caller says."""
+    parameters = inspect.signature(cls).parameters
+    arguments: dict[str, Any] = {}
+    if data.root is not None and "root" in parameters:
+        arguments["root"] = data.root
+    # Older classes have a flag, later ones a word; of those with other words, the caller has to say which.
+    if "train" in parameters:
+        arguments["train"] = train
+    elif "split" in parameters:
+        arguments["split"] = "train" if train else "test"
+    return arguments | data.arguments | (data.train_arguments if train else data.test_arguments)
 
 
 def _torchvision_datasets() -> Any:
@@ -379,7 +422,8 @@ def transform(data: Data, *, train: bool) -> Callable[[Image], Tensor] | None:
 
     steps: list[Any] = []
     if data.side is not None:
-        steps += _sizing(v2, data.side, data.resize, data.augment if train else "test")
+        augment = data.augment if train else "test"
+        steps += _sizing(v2, data.side, data.resize, augment)
     steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     if data.mean:
         steps.append(v2.Normalize(data.mean, data.std))
@@ -400,6 +444,7 @@ def _sizing(v2: Any, side: int, resize: int | None, augment: str) -> list[Any]:
 
 def unreadable(samples: Samples, workers: int = 0, rank: int = 0, world: int = 1) -> list[str]:
     """The images that cannot be read, with the reason, of those that fall to one process; reads each once."""
+    # Whatever the run is to do about them: "stop" would end at the first, "replace" would read others twice.
     scan = replace(samples, corrupt="drop")
     mine = range(rank, len(scan), world)
     loader = _loader(scan, Chunks(0, mine, range(len(mine)), 1), workers)

@@ -20,7 +20,7 @@ from torch import nn
 import allocator
 from allocator.recipes import digits
 from allocator.recipes.scalenet import scalenet_seed, scalenet_small_seed
-from allocator.recipes.training import evaluate, train
+from allocator.recipes.training import evaluate, train_network
 from allocator.reporting.pictures import Panel, draw_shares
 
 FULL_SIZE_BUDGET = 3.84e9
@@ -71,15 +71,15 @@ def run_digits(out: Path, effort: Effort, console: Console) -> None:
     )
     torch.manual_seed(0)
     seed = scalenet_small_seed(image_side=48, blocks=(2, 2, 2))
-    train(seed, training_data, effort.seed_epochs, 0.1, description="seed network", console=console)
+    train_network(seed, training_data, effort.seed_epochs, 0.1, description="seed network", console=console)
 
     console.rule("2. The same network with half the FLOPs")
     example = test_data.images[:1]
     learned = allocator.allocate(seed, flops="50%", example_inputs=example)
     even = allocator.allocate(seed, flops="50%", example_inputs=example, policy="uniform")
-    before_tuning = evaluate(learned.model, test_data)
+    before_tuning = evaluate(learned.model, test_data)  # now, as the model itself is tuned below
     for name, result in (("learned allocation", learned), ("even allocation", even)):
-        train(result.model, training_data, effort.tuning_epochs, 0.05, description=name, console=console)
+        train_network(result.model, training_data, effort.tuning_epochs, 0.05, description=name, console=console)
     console.print(learned.report())
 
     accuracies = [evaluate(model, test_data) for model in (seed, learned.model, even.model)]
@@ -111,10 +111,10 @@ def _save(console: Console, out: Path, learned: Any, even: Any, accuracies: list
     files = [out / "scalenet-digits.safetensors", out / "allocation.json", out / "shares.png"]
     allocator.save(learned, files[0])
     learned.allocation.save(files[1])
-    panels = [
-        Panel(f"{name}: {result.flops_after / 1e6:.2f} MFLOPs, {accuracy:.1%} right", result.model.parts())
-        for name, result, accuracy in (("Learned", learned, accuracies[1]), ("Even", even, accuracies[2]))
-    ]
+    panels = []
+    for name, result, accuracy in (("Learned", learned, accuracies[1]), ("Even", even, accuracies[2])):
+        title = f"{name}: {result.flops_after / 1e6:.2f} MFLOPs, {accuracy:.1%} right"
+        panels.append(Panel(title, result.model.parts()))
     draw_shares(panels, files[2])
     console.print("\nLeft on disk:")
     for path, what in zip(files, ("the fine-tuned model", "its allocation", "shares per block"), strict=True):

@@ -19,12 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from allocator.api import apply
+import allocator
 from allocator.errors import FileError, InputError, UnsupportedModelError
-from allocator.io.models import build
 from allocator.io.results import check_harmless
 from allocator.recipes.residual import stage_features
-from allocator.rewriting.allocation import Allocation
 
 if TYPE_CHECKING:
     from torchvision.models.detection import FasterRCNN
@@ -39,11 +37,16 @@ class Stages(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.stages, self.stem_pools = list(network.stages), network.stem_pools  # type: ignore[arg-type]
+        # As children of its own, so that parameters are called as in torchvision's detectors: backbone.body.layer1...
         for name in ("conv1", "bn1", *self.stages):
             self.add_module(name, network.get_submodule(name))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return OrderedDict((str(i), feature) for i, feature in enumerate(stage_features(self, x)))
+        # An OrderedDict, as torchvision's feature pyramid is declared to take.
+        features = OrderedDict()
+        for i, feature in enumerate(stage_features(self, x)):
+            features[str(i)] = feature
+        return features
 
 
 class Pyramid(nn.Module):
@@ -130,9 +133,9 @@ def named_faster_rcnn(
     """
     arguments = backbone_arguments or {}
     check_backbone(backbone, arguments)
-    network = build(backbone, **arguments)
+    network = allocator.build(backbone, **arguments)
     if allocation is not None:
-        network = apply(network, Allocation.from_dict(allocation))
+        network = allocator.apply(network, allocator.Allocation.from_dict(allocation))
     return faster_rcnn(network, num_classes, **options)
 
 
@@ -153,6 +156,7 @@ def _body(network: nn.Module) -> nn.Module:
 
 def _widths(body: nn.Module) -> list[int]:
     """Channels of each stage, found by running a small image."""
+    # By running it, as an allocated stage's width stands in no attribute that all networks have.
     first = next(module for module in body.modules() if isinstance(module, nn.Conv2d))
     if first.in_channels != 3:
         raise InputError(f"a detector's network takes images of 3 channels, this one takes {first.in_channels}")
@@ -166,13 +170,16 @@ def _widths(body: nn.Module) -> list[int]:
 def _freeze_norms(body: nn.Module) -> None:
     """Put norms with fixed statistics and scales in place of the batch norms."""
     frozen_norm = _torchvision("ops.misc").FrozenBatchNorm2d
-    owners = [(module, name, child) for module in body.modules() for name, child in module.named_children()]
-    for owner, name, child in owners:
-        if type(child) is nn.BatchNorm2d:
-            frozen = frozen_norm(child.num_features, eps=child.eps).to(child.weight.device)
-            state = child.state_dict()
-            frozen.load_state_dict({key: state[key] for key in frozen.state_dict()})
-            owner._modules[name] = frozen
+    # Listed first, as the walk would not outlast the changes.
+    for owner in list(body.modules()):
+        for name, child in list(owner.named_children()):
+            # Not subclasses, such as those that hold an activation as well.
+            if type(child) is nn.BatchNorm2d:
+                frozen = frozen_norm(child.num_features, eps=child.eps).to(child.weight.device)
+                state = child.state_dict()
+                # All but the number of batches seen, which a frozen norm does not have.
+                frozen.load_state_dict({key: state[key] for key in frozen.state_dict()})
+                owner._modules[name] = frozen
 
 
 class CocoBoxes(Dataset[tuple[Tensor, Target]]):
@@ -201,9 +208,10 @@ class CocoBoxes(Dataset[tuple[Tensor, Target]]):
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
                 self.data = datasets.CocoDetection(str(images), str(annotations))
-            for each in self.data.coco.anns.values():
-                each.setdefault("iscrowd", 0)
-                each.setdefault("area", each["bbox"][2] * each["bbox"][3])
+            # Files of boxes alone often lack them, and the evaluation asks for both.
+            for annotation in self.data.coco.anns.values():
+                annotation.setdefault("iscrowd", 0)
+                annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
         except ModuleNotFoundError as error:
             raise UnsupportedModelError(_MISSING) from error
         except (ValueError, KeyError, TypeError, AssertionError, IndexError) as error:
@@ -218,8 +226,12 @@ class CocoBoxes(Dataset[tuple[Tensor, Target]]):
 
     def drop_empty(self) -> None:
         """Leave out the images without a box, in place."""
-        boxes = self.data.coco.imgToAnns
-        self.data.ids = [i for i in self.data.ids if any(map(_is_box, boxes.get(i, [])))]
+        annotations_of = self.data.coco.imgToAnns
+        with_boxes = []
+        for image_id in self.data.ids:
+            if any(_is_box(annotation) for annotation in annotations_of.get(image_id, [])):
+                with_boxes.append(image_id)
+        self.data.ids = with_boxes
 
     def path(self, index: int) -> Path:
         """The file of an image."""
@@ -230,16 +242,17 @@ class CocoBoxes(Dataset[tuple[Tensor, Target]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         to_tensor = _torchvision("transforms.functional").to_tensor
-        number = self.data.ids[index]
+        image_id = self.data.ids[index]
         try:
             image, annotations = self.data[index]
         except OSError as error:  # missing, truncated, or not an image
             raise FileError(f"{self.path(index)}: not a readable image: {error}") from error
-        rows = [a for a in annotations if _is_box(a)]
-        boxes = torch.tensor([a["bbox"] for a in rows], dtype=torch.float32).reshape(-1, 4)
+        annotations = [annotation for annotation in annotations if _is_box(annotation)]
+        # Reshaped because of images without boxes: a tensor of an empty list has a single dim.
+        boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        labels = torch.tensor([a["category_id"] for a in rows], dtype=torch.int64)
-        return to_tensor(image), {"boxes": boxes, "labels": labels, "image_id": torch.tensor([number])}
+        labels = torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64)
+        return to_tensor(image), {"boxes": boxes, "labels": labels, "image_id": torch.tensor([image_id])}
 
 
 def _is_box(annotation: dict[str, Any]) -> bool:
@@ -288,8 +301,8 @@ def train_step(
 @torch.no_grad()
 def predict(detector: nn.Module, images: Sequence[Tensor]) -> list[Target]:
     """Boxes (n, 4), labels (n,) and scores (n,) of every (3, H, W) image, best first; sets eval mode."""
-    found: list[Target] = detector.eval()(list(images))
-    return found
+    detections: list[Target] = detector.eval()(list(images))
+    return detections
 
 
 def _torchvision(module: str) -> Any:

@@ -33,36 +33,47 @@ class ScalesBottleneck(ResidualBlock):
         parts, given = row[:scales], row[scales:]
         super().__init__((incoming, sum(parts), sum(given) + parts[-1], outgoing), stride, first)
         self.first, self.stride = first, stride
-        pairs = list(zip(parts, given, strict=False))
-        self.convs = nn.ModuleList(nn.Conv2d(read, out, 3, stride, 1, bias=False) for read, out in pairs)
-        self.bns = nn.ModuleList(nn.BatchNorm2d(out) for _, out in pairs)
+        self.convs, self.bns = nn.ModuleList(), nn.ModuleList()
+        # One part more than convolutions: the last goes by them.
+        for read, out in zip(parts, given, strict=False):
+            self.convs.append(nn.Conv2d(read, out, 3, stride, 1, bias=False))
+            self.bns.append(nn.BatchNorm2d(out))
 
     def transform(self, x: Tensor) -> Tensor:
         features: list[Tensor] = []
         start = 0
         for conv, norm in zip(self._convs(), self.bns, strict=True):
+            # Widths are those of the layers, and no numbers written down: allocation changes them part by part.
             part = x.narrow(1, start, conv.in_channels)
             start += conv.in_channels
+            # In a stage's first block the convolutions have a stride, and what they give is smaller than the parts.
             if features and not self.first:
                 part = features[-1] + part
             features.append(F.relu(norm(conv(part))))
-        rest = x.narrow(1, start, x.shape[1] - start)
-        features.append(F.avg_pool2d(rest, 3, self.stride, 1) if self.first else rest)
+        last_part = x.narrow(1, start, x.shape[1] - start)
+        if self.first:
+            last_part = F.avg_pool2d(last_part, 3, self.stride, 1)
+        features.append(last_part)
         return torch.cat(features, 1)
 
     def _convs(self) -> list[nn.Conv2d]:
         return cast(list[nn.Conv2d], list(self.convs))
 
-    def _rest(self) -> int:
+    def _last_part(self) -> int:
+        """Channels of the part that is not convolved."""
         return self.conv1.out_channels - sum(conv.in_channels for conv in self._convs())
 
     def row(self) -> list[int]:
-        convs = self._convs()
-        return [*(conv.in_channels for conv in convs), self._rest(), *(conv.out_channels for conv in convs)]
+        parts = [conv.in_channels for conv in self._convs()]
+        given = [conv.out_channels for conv in self._convs()]
+        return [*parts, self._last_part(), *given]
 
     def parts(self) -> dict[str, int]:
-        given = {f"scale {i + 1}": conv.out_channels for i, conv in enumerate(self._convs())}
-        return {**given, "not convolved": self._rest()}
+        neurons = {}
+        for i, conv in enumerate(self._convs()):
+            neurons[f"scale {i + 1}"] = conv.out_channels
+        neurons["not convolved"] = self._last_part()
+        return neurons
 
     @classmethod
     def misfit(cls, row: Sequence[int], first: bool) -> str | None:

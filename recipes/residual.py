@@ -11,6 +11,7 @@ stride on the 3x3 convolution as in torchvision's and timm's weights.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,9 +58,10 @@ class Widths:
             widths = cls([list(row) for row in data["rows"]], list(data["stages"]), data["stem"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FileError(f"{path}: not a readable file of widths: {error!r}") from error
-        numbers = [widths.stem, *widths.stages, *(n for row in widths.rows for n in row)]
-        if not all(type(n) is int for n in numbers):
-            raise FileError(f"{path}: expected whole numbers throughout")
+        for numbers in ([widths.stem], widths.stages, *widths.rows):
+            # Exactly int: JSON's `true` would pass for one otherwise.
+            if not all(type(n) is int for n in numbers):
+                raise FileError(f"{path}: expected whole numbers throughout")
         return widths
 
 
@@ -90,6 +92,7 @@ class ResidualBlock(nn.Module):
         self.conv3 = nn.Conv2d(given, outgoing, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outgoing)
         self.downsample: nn.Sequential | None = None
+        # Whether sizes would fit without it or not: an allocated network keeps the parameters that it was made with.
         if first:
             projection = nn.Conv2d(incoming, outgoing, 1, stride, bias=False)
             self.downsample = nn.Sequential(projection, nn.BatchNorm2d(outgoing))
@@ -121,6 +124,7 @@ class ResidualBlock(nn.Module):
         raise NotImplementedError
 
 
+# Subclasses take other arguments than their base class, so a block's class is called as one of these.
 BlockMaker = Callable[[int, Sequence[int], int, int, bool], ResidualBlock]
 
 
@@ -158,30 +162,32 @@ class ResidualNet(nn.Module):
         check_widths(block, widths, blocks)
         self.input_size = (in_channels, image_side, image_side)
         self.stem_pools = not small_stem
-        kernel, stride = (3, small_stem) if small_stem else (7, 2)
-        self.conv1 = nn.Conv2d(in_channels, widths.stem, kernel, stride, kernel // 2, bias=False)
+        self.conv1 = stem_convolution(in_channels, widths.stem, small_stem)
         self.bn1 = nn.BatchNorm2d(widths.stem)
         self.stages = [f"layer{i + 1}" for i in range(len(blocks))]
-        remaining, width = iter(widths.rows), widths.stem
+        rows, width = iter(widths.rows), widths.stem
         make = cast(BlockMaker, block)
         for i, (name, count, outgoing) in enumerate(zip(self.stages, blocks, widths.stages, strict=True)):
             stage = nn.Sequential()
             for j in range(count):
+                # The stem has brought the features to the first stage's size.
                 stride = 2 if i > 0 and j == 0 else 1
-                stage.append(make(width, next(remaining), outgoing, stride, j == 0))
+                stage.append(make(width, next(rows), outgoing, stride, j == 0))
                 width = outgoing
             self.add_module(name, stage)
         self.fc = nn.Linear(width, num_classes)
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = stage_features(self, x)[-1]
-        logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
-        return logits
+        return class_scores(self, x)
 
     def blocks(self) -> dict[str, ResidualBlock]:
         """The blocks by name, such as "layer1.0", in the order of the forward."""
-        return {f"{name}.{j}": block for name in self.stages for j, block in enumerate(getattr(self, name))}
+        blocks = {}
+        for name in self.stages:
+            for j, block in enumerate(getattr(self, name)):
+                blocks[f"{name}.{j}"] = block
+        return blocks
 
     def widths(self) -> Widths:
         """The widths as they stand; a network built from them loads this one's state_dict."""
@@ -196,16 +202,33 @@ class ResidualNet(nn.Module):
 
 def stage_features(network: nn.Module, x: Tensor) -> list[Tensor]:
     """What the stem and then each stage of a recipe's network gives; one (N, C, H, W) tensor per stage."""
-    stem, stages = cast(bool, network.stem_pools), cast(list[str], network.stages)
     x = F.relu(network.get_submodule("bn1")(network.get_submodule("conv1")(x)))
-    features = [F.max_pool2d(x, 3, 2, 1) if stem else x]
-    for name in stages:
-        features.append(network.get_submodule(name)(features[-1]))
-    return features[1:]
+    if network.stem_pools:
+        x = F.max_pool2d(x, 3, 2, 1)
+    features = []
+    for name in cast(list[str], network.stages):
+        x = network.get_submodule(name)(x)
+        features.append(x)
+    return features
+
+
+def class_scores(network: nn.Module, x: Tensor) -> Tensor:
+    """What a recipe's network gives for (N, C, H, W) images: (N, classes), from the last stage's means."""
+    features = stage_features(network, x)[-1]
+    scores: Tensor = network.get_submodule("fc")(torch.flatten(F.adaptive_avg_pool2d(features, 1), 1))
+    return scores
+
+
+def stem_convolution(in_channels: int, out_channels: int, small_stem: int) -> nn.Conv2d:
+    """The first convolution: 7x7 with stride 2, or 3x3 with the stride `small_stem` where that is not 0."""
+    if small_stem:
+        return nn.Conv2d(in_channels, out_channels, 3, small_stem, padding=1, bias=False)
+    return nn.Conv2d(in_channels, out_channels, 7, 2, padding=3, bias=False)
 
 
 def initialise(model: nn.Module) -> None:
     """Normal weights of variance 2 / fan-out for convolutions, in place; norms start as the identity."""
+    # No norm starts at zero, as the last one of a block often does: their scales are what neurons are ranked by.
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -223,11 +246,20 @@ def check_widths(block: type[ResidualBlock], widths: Widths, blocks: Sequence[in
         raise AllocationMismatchError(
             f"expected stem and stages of at least one channel, got {widths.stem} and {list(widths.stages)}"
         )
-    places = [(i, j) for i, count in enumerate(blocks) for j in range(count)]
-    for (i, j), row in zip(places, widths.rows, strict=True):
-        reason = block.misfit(row, j == 0) if _positive(row) else "expected whole numbers above 0"
+    for name, row in zip(block_names(blocks), widths.rows, strict=True):
+        begins_stage = name.endswith(".0")
+        reason = block.misfit(row, begins_stage) if _positive(row) else "expected whole numbers above 0"
         if reason:
-            raise AllocationMismatchError(f"block layer{i + 1}.{j}: {reason}, got {list(row)} ({block.meaning})")
+            raise AllocationMismatchError(f"block {name}: {reason}, got {list(row)} ({block.meaning})")
+
+
+def block_names(blocks: Sequence[int]) -> list[str]:
+    """`layer1.0`, `layer1.1` ... of a network with these many blocks per stage."""
+    names = []
+    for i, count in enumerate(blocks):
+        for j in range(count):
+            names.append(f"layer{i + 1}.{j}")
+    return names
 
 
 def _positive(numbers: Sequence[int]) -> bool:
@@ -250,7 +282,11 @@ def blocks_of(depth: int, name: str) -> tuple[int, ...]:
 
 def even_rows(blocks: Sequence[int], planes: Sequence[int], row: Callable[[int], list[int]]) -> list[list[int]]:
     """The same row for all blocks of a stage, made from the stage's planes."""
-    return [row(plane) for count, plane in zip(blocks, planes, strict=True) for _ in range(count)]
+    rows = []
+    for count, planes_of_stage in zip(blocks, planes, strict=True):
+        for _ in range(count):
+            rows.append(row(planes_of_stage))
+    return rows
 
 
 def build(
@@ -303,6 +339,33 @@ class Small:
     in_channels: int = 1
 
 
+def small_stem_stride(image_side: int) -> int:
+    """Stride of the stem of a network for small images."""
+    return 1 if image_side < 48 else 2
+
+
+def sides_of_stages(image_side: int, stem_stride: int, blocks: Sequence[int], planes: Sequence[int]) -> list[int]:
+    """Side in pixels of the features of each stage of a network for small images; each stage halves it.
+
+    Raises:
+        AllocationMismatchError: blocks and planes are not given for the same number of stages.
+        InputError: the images are so small that a stage would have no pixels left.
+    """
+    if len(blocks) != len(planes):
+        raise AllocationMismatchError(
+            f"expected blocks and planes for the same number of stages, got {len(blocks)} and {len(planes)}"
+        )
+    # Rounded up, as a padded convolution does; the halving of the stages is rounded down.
+    side = math.ceil(image_side / stem_stride)
+    sides = []
+    for _ in blocks:
+        sides.append(side)
+        side //= 2
+    if 0 in sides:
+        raise InputError(f"{len(blocks)} stages halve images of {image_side} pixels to nothing")
+    return sides
+
+
 def build_small(
     block: type[ResidualBlock], shape: Small, widths: Widths | None, row: Callable[[int], list[int]]
 ) -> ResidualNet:
@@ -312,15 +375,11 @@ def build_small(
         AllocationMismatchError: blocks, planes or widths do not fit.
         InputError: the images are so small that a stage would have no pixels left.
     """
-    if len(shape.blocks) != len(shape.planes):
-        raise AllocationMismatchError(
-            f"expected blocks and planes for the same number of stages, got {len(shape.blocks)} and {len(shape.planes)}"
-        )
-    stride = 1 if shape.image_side < 48 else 2
-    if -(-shape.image_side // stride) >> (len(shape.blocks) - 1) == 0:
-        raise InputError(f"{len(shape.blocks)} stages halve images of {shape.image_side} pixels to nothing")
-    stages = [EXPANSION * planes for planes in shape.planes]
-    widths = widths or Widths(even_rows(shape.blocks, shape.planes, row), stages, shape.planes[0])
+    stride = small_stem_stride(shape.image_side)
+    sides_of_stages(shape.image_side, stride, shape.blocks, shape.planes)
+    if widths is None:
+        stages = [EXPANSION * planes for planes in shape.planes]
+        widths = Widths(even_rows(shape.blocks, shape.planes, row), stages, shape.planes[0])
     return ResidualNet(
         block,
         widths,

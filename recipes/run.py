@@ -17,22 +17,22 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from allocator.api import allocate, apply
+import allocator
 from allocator.disk import shorten, write_text
 from allocator.errors import AllocatorError, ConfigurationError, DataError, FileError, MissingPackageError
-from allocator.io.files import save_result
 from allocator.modules import shapes_of
 from allocator.recipes.checkpoints import NAME, load_checkpoint, remove_leftovers, save_checkpoint
 from allocator.recipes.configuration import Config, Training, load_config
 from allocator.recipes.data import Batches, TestBatches, number, unreadable
 from allocator.recipes.tasks import task_of
 from allocator.recipes.training import Fit, as_text, training_bar
-from allocator.rewriting.allocation import Allocation, architecture_hash
+from allocator.rewriting.allocation import architecture_hash
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LOG_UPDATES = 50
+"""Updates between two entries in TensorBoard's logs."""
 T = TypeVar("T")
 
 
@@ -64,9 +64,13 @@ class Stage:
         return self.test["accuracy"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat: `test_accuracy`, or `test_AP` and so on, beside the rest that there is."""
-        rest = {key: value for key, value in asdict(self).items() if key != "test" and value is not None}
-        return rest | {f"test_{key}": value for key, value in self.test.items()}
+        """Flat: `test_accuracy`, or `test_AP` and so on, beside the other figures that there are."""
+        figures = {}
+        for key, value in asdict(self).items():
+            # A detector has no accuracy, and JSON's null would look as if it were missing.
+            if key != "test" and value is not None:
+                figures[key] = value
+        return figures | _as_test(self.test)
 
 
 @dataclass
@@ -83,7 +87,7 @@ class RunResult:
     """
 
     model: nn.Module
-    allocation: Allocation | None
+    allocation: allocator.Allocation | None
     stages: list[Stage]
     folder: Path
     corrupt: list[str] = field(default_factory=list)
@@ -142,14 +146,23 @@ def train(
         return _Run(_shortened(loaded, dry_run, folder), dry_run, progress, console).execute(False)
 
 
+def _as_test(figures: Mapping[str, float]) -> dict[str, float]:
+    """Figures of the test images, named so that they can stand beside those of the training."""
+    return {f"test_{key}": value for key, value in figures.items()}
+
+
 def _shortened(config: Config, updates: int, folder: str) -> Config:
-    def shorten_training(training: Training | None) -> Training | None:
-        return training and replace(training, epochs=1, recalibrate=min(updates, training.recalibrate))
+    """The configuration of a dry run; that it is over after some updates is said by the run's own limit."""
+
+    def shorten(training: Training | None) -> Training | None:
+        if training is None:
+            return None
+        return replace(training, epochs=1, recalibrate=min(updates, training.recalibrate))
 
     return replace(
         config,
-        seed=shorten_training(config.seed),
-        final=shorten_training(config.final),
+        seed=shorten(config.seed),
+        final=shorten(config.final),
         run=replace(config.run, output=folder),
     )
 
@@ -171,7 +184,8 @@ def make_accelerator(config: Config) -> Accelerator:
         raise MissingPackageError(
             "run.tensorboard needs TensorBoard: pip install 'neuron-allocator[train]', or set run.tensorboard=false"
         )
-    AcceleratorState._reset_state(reset_partial_state=True)  # so that one session can run several configurations
+    # Its state is one for the whole process, and the first configuration's would hold for those after it.
+    AcceleratorState._reset_state(reset_partial_state=True)
     try:
         accelerator = Accelerator(
             cpu=config.device == "cpu" or not torch.accelerator.is_available(),
@@ -179,12 +193,15 @@ def make_accelerator(config: Config) -> Accelerator:
             log_with="tensorboard" if config.run.tensorboard else None,
             project_dir=config.run.output,
             kwargs_handlers=[
+                # The loop averages statistics itself where it needs them; sent at every forward, those of one process
+                # would overwrite the others'.
                 DistributedDataParallelKwargs(broadcast_buffers=False),
                 InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.timeout)),
             ],
         )
     except ValueError as error:
         raise ConfigurationError(f"precision={config.precision} on device={config.device}: {error}") from error
+    # Where accelerate does not see its launcher, every process would train alone and write to the same folder.
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ConfigurationError(f"{launched} processes were launched, accelerate sees {accelerator.num_processes}")
@@ -201,11 +218,12 @@ class _Run:
         self.shown = progress and self.main
         self.console = console or Console(stderr=True)
         self.folder = Path(config.run.output)
-        self.allocation: Allocation | None = None
+        self.allocation: allocator.Allocation | None = None
         self.stages: list[Stage] = []
         self.corrupt: set[str] = set()
 
     def execute(self, resume: bool) -> RunResult:
+        # Whatever can be found wrong without training is looked for ahead of it.
         saved = self._open_folder(resume)
         network = self.task.build(self.config)
         self.data = self.task.open(self.config)
@@ -225,9 +243,10 @@ class _Run:
         from accelerate.utils import gather_object
 
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = [unreadable(each, self.config.data.workers, rank, world) for each in (self.data.train, self.data.test)]
-        found = sorted(name for names in mine for name in names)
-        self.corrupt |= set(gather_object(found))
+        mine: list[str] = []
+        for samples in (self.data.train, self.data.test):
+            mine += unreadable(samples, self.config.data.workers, rank, world)
+        self.corrupt |= set(gather_object(sorted(mine)))
         if self.corrupt and self.config.data.corrupt == "stop":
             total, names = len(self.data.train) + len(self.data.test), sorted(self.corrupt)
             raise DataError(
@@ -237,23 +256,28 @@ class _Run:
 
     def _stages(self, network: nn.Module, saved: dict[str, Any] | None) -> nn.Module:
         config = self.config
-        going_on = saved["stage"] if saved is not None else None
+        in_final = saved is not None and saved["stage"] == "final"
         if saved is not None:
-            self.stages = [Stage(**stage) for stage in saved["stages"]]
-            self.allocation = Allocation.from_dict(saved["allocation"]) if saved["allocation"] else None
-        if config.seed is not None and going_on != "final":
+            self._restore_stages(saved)
+        if config.seed is not None and not in_final:
             network = self._fit("seed", network, config.seed, saved)
             seed = network
             self._agree(lambda: self._save_network(seed, None, "seed.safetensors"))
         if config.allocation is not None:
-            if going_on != "final":
+            if not in_final:
                 self.allocation = self._allocate(network)
             assert self.allocation is not None
+            # Set anew, so that fresh weights are the same whether the run has trained the seed before or goes on here.
             torch.manual_seed(number(config.random_seed, 1))
-            network = apply(network, self.allocation, config.allocation.weights)
+            network = allocator.apply(network, self.allocation, config.allocation.weights)
         if config.final is not None:
-            network = self._fit("final", network, config.final, saved if going_on == "final" else None)
+            network = self._fit("final", network, config.final, saved if in_final else None)
         return network
+
+    def _restore_stages(self, saved: dict[str, Any]) -> None:
+        self.stages = [Stage(**stage) for stage in saved["stages"]]
+        if saved["allocation"]:
+            self.allocation = allocator.Allocation.from_dict(saved["allocation"])
 
     # ------------------------------------------------------------------------------------------ one network
 
@@ -263,6 +287,7 @@ class _Run:
         if saved is not None:
             self._load(fit, saved["fit"])
         else:
+            # Ahead of the first update: a run that is stopped early goes on here, and does not allocate again.
             self._save_state(fit)
         with training_bar(fit, f"{name} network", self.shown, self.console) as show:
 
@@ -288,15 +313,18 @@ class _Run:
         """The trained network on the CPU, the same on all processes, and its figures."""
         trained = fit.result()
         if fit.average is None:
+            # accelerate has put wrappers around it, which neither files nor a second network are to have.
             trained = self.accelerator.unwrap_model(fit.model, keep_fp32_wrapper=False)
         history = fit.history
-        test = self._evaluate(trained) if fit.options.recalibrate else history.test[-1]
+        test = history.test[-1]
+        if fit.options.recalibrate:
+            # The last epoch's figures are those of other statistics.
+            test = self._evaluate(trained)
         average_weights(trained, self.accelerator)
         self.accelerator.free_memory()
         trained = trained.cpu().eval()
         flops = self.task.flops(trained, self.example)
-        parameters = sum(each.numel() for each in trained.parameters())
-        self.stages.append(Stage(fit.name, test, flops, parameters, history.seconds, **fit.figures()))
+        self.stages.append(Stage(fit.name, test, flops, _count(trained), history.seconds, **fit.figures()))
         self.corrupt |= fit.corrupt
         return trained
 
@@ -314,23 +342,28 @@ class _Run:
 
     def _evaluate(self, network: nn.Module) -> dict[str, float]:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        size = self.task.test_batch if self.limit is None else min(8, self.task.test_batch)
+        size = self.task.test_batch
+        if self.limit is not None:
+            # A dry run is to show that things fit together, and large batches would make it wait.
+            size = min(8, size)
         batches = TestBatches(self.data.test, size, self.config.data.workers, rank, world, self.limit)
         return self.task.evaluate(network, batches, self.accelerator, self.corrupt)
 
-    def _allocate(self, network: nn.Module) -> Allocation:
+    def _allocate(self, network: nn.Module) -> allocator.Allocation:
         """The allocation, made on the main process and handed to the others."""
         plan = self.config.allocation
         assert plan is not None
 
-        def make() -> Allocation:
+        def make() -> allocator.Allocation:
             if plan.file is not None:
-                return Allocation.load(plan.file)
+                return allocator.Allocation.load(plan.file)
             options = asdict(plan) | {"exclude": [*plan.exclude, *self.task.protected]}
+            # Not for here: the weights are decided when the allocation is applied, on every process.
             del options["file"], options["weights"]
+            # Shown where the run's other lines are: on stderr they would tear the bars.
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                result = allocate(network, options.pop("flops"), example_inputs=self.example, **options)
+                result = allocator.allocate(network, options.pop("flops"), example_inputs=self.example, **options)
             for warning in caught:
                 self._say(f"note: {warning.message}")
             self._say(
@@ -358,7 +391,9 @@ class _Run:
             remove_leftovers(self.folder)
             write_text(self.folder / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
 
-        saved = load_checkpoint(self.folder, self.config) if resume else None
+        saved = None
+        if resume:
+            saved = load_checkpoint(self.folder, self.config)
         self._agree(prepare)
         return saved
 
@@ -381,9 +416,11 @@ class _Run:
             ) from error
         self._say(f"{fit.name}: going on at update {fit.step} of {fit.total}")
 
-    def _save_network(self, network: nn.Module, allocation: Allocation | None, name: str) -> None:
-        whole = Allocation(architecture=architecture_hash(shapes_of(network)))
-        save_result((network, allocation or whole), self.folder / name)
+    def _save_network(self, network: nn.Module, allocation: allocator.Allocation | None, name: str) -> None:
+        if allocation is None:
+            # One that keeps everything, so that all files of a run are read alike.
+            allocation = allocator.Allocation(architecture=architecture_hash(shapes_of(network)))
+        allocator.save((network, allocation), self.folder / name)
 
     def _write(self, result: RunResult) -> None:
         self._save_network(result.model, self.allocation, "model.safetensors")
@@ -395,19 +432,21 @@ class _Run:
 
     def _agree(self, make: Callable[[], T]) -> T:
         """What the main process makes, on every process; if it fails, they all do."""
-        made: list[Any] = [None, None]
+        # The error travels, too: the others would wait for what never comes until they time out.
+        outcome: list[Any] = [None, None]
         if self.main:
             try:
-                made[0] = make()
+                outcome[0] = make()
             except AllocatorError as error:
-                made[1] = error
+                outcome[1] = error
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
-            broadcast_object_list(made)
-        if made[1] is not None:
-            raise made[1]
-        agreed: T = made[0]
+            broadcast_object_list(outcome)
+        made, failure = outcome
+        if failure is not None:
+            raise failure
+        agreed: T = made
         return agreed
 
     def _say(self, text: str) -> None:
@@ -415,11 +454,10 @@ class _Run:
             self.console.print(text, highlight=False, soft_wrap=True)
 
     def _announce(self, network: nn.Module) -> None:
-        parameters = sum(each.numel() for each in network.parameters())
         shape = getattr(self.example, "shape", None)
         size = f" of {'x'.join(map(str, shape[1:]))}" if shape else ""
         self._say(
-            f"{self.config.network.name}: {parameters:,} parameters; {len(self.data.train):,} training and "
+            f"{self.config.network.name}: {_count(network):,} parameters; {len(self.data.train):,} training and "
             f"{len(self.data.test):,} test images{size}; "
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
             f"precision {self.config.precision}"
@@ -427,10 +465,11 @@ class _Run:
 
     def _tell(self, fit: Fit) -> None:
         history, epoch = fit.history, len(fit.history.loss)
-        test = {f"test_{key}": value for key, value in history.test[-1].items()}
-        figures = as_text(fit.figures() | {key.replace("_", " ", 1): value for key, value in test.items()})
-        self._say(f"{fit.name} epoch {epoch}/{fit.options.epochs}  {figures}  {history.seconds:.0f} s")
-        self._log(fit, fit.figures() | test)
+        shown = fit.figures()
+        for key, value in history.test[-1].items():
+            shown[f"test {key}"] = value
+        self._say(f"{fit.name} epoch {epoch}/{fit.options.epochs}  {as_text(shown)}  {history.seconds:.0f} s")
+        self._log(fit, fit.figures() | _as_test(history.test[-1]))
         unread = fit.corrupt | self.corrupt
         if unread:
             self._say(f"{len(unread)} images cannot be read, such as {min(unread)}")
@@ -438,6 +477,11 @@ class _Run:
     def _log(self, fit: Fit, values: Mapping[str, float]) -> None:
         named = {f"{fit.name}/{key}": value for key, value in {**values, "rate": fit.rate}.items()}
         self.accelerator.log(named, step=fit.step)
+
+
+def _count(network: nn.Module) -> int:
+    """How many numbers a network's parameters are."""
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 @torch.no_grad()

@@ -18,16 +18,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from allocator.errors import AllocationMismatchError, FileError, InputError, UnknownNameError
-from allocator.recipes.residual import initialise, stage_features
+from allocator.adapters import Adapter, register
+from allocator.errors import AllocationMismatchError, FileError, UnknownNameError
+from allocator.recipes.residual import (
+    PLANES,
+    block_names,
+    blocks_of,
+    class_scores,
+    initialise,
+    sides_of_stages,
+    small_stem_stride,
+    stem_convolution,
+)
 from allocator.recipes.scalenet_allocations import RELEASED
 
 Rows = Sequence[Sequence[int]]
 """One row per block: the neurons of each scale, then the side of the block's features in pixels."""
 
 RATES = (1, 2, 4, 7)
-DEPTHS: dict[int, tuple[int, ...]] = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-PLANES = (64, 128, 256, 512)
 SIDES = (56, 28, 14, 7)
 
 
@@ -35,6 +43,7 @@ def shrink(x: Tensor, rate: int) -> Tensor:
     """Max-pool (N, C, H, W) by `rate`; an axis shorter than `rate` is pooled whole."""
     if rate == 1:
         return x
+    # Rates do not divide every side: what does not fill a window is left out, and brought back by `enlarge`.
     window = (min(rate, x.shape[2]), min(rate, x.shape[3]))
     return F.max_pool2d(x, window, window)
 
@@ -82,8 +91,11 @@ class ScaleBlock(nn.Module):
         self.stride, self.side, self.rates = stride, side, tuple(rates)
         self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
-        convs = [_scale_conv(planes, count, side / 2**i) for i, count in enumerate(neurons)]
-        norms = [nn.BatchNorm2d(count) if count else None for count in neurons]
+        convs, norms = [], []
+        for i, count in enumerate(neurons):
+            convs.append(_scale_conv(planes, count, side / 2**i))
+            norms.append(nn.BatchNorm2d(count) if count else None)
+        # An absent scale leaves a gap, so that the others keep the names that the released checkpoints give them.
         self.conv2 = nn.ModuleList(cast(list[nn.Module], convs))
         self.bn2 = nn.ModuleList(cast(list[nn.Module], norms))
         self.conv3 = nn.Conv2d(sum(neurons), out_channels, 1, bias=False)
@@ -94,6 +106,7 @@ class ScaleBlock(nn.Module):
             self.downsample = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        # Ahead of everything, in place of strides in the convolutions: the shortcut sees the pooled features, too.
         x = shrink(x, self.stride)
         shortcut = x if self.downsample is None else self.downsample(x)
         x = F.relu(self.bn1(self.conv1(x)))
@@ -106,19 +119,39 @@ class ScaleBlock(nn.Module):
         for rate, conv, norm in zip(self.rates, _entries(self.conv2), _entries(self.bn2), strict=True):
             if conv is None or norm is None:
                 continue
-            y = conv(shrink(x, rate))
-            features.append(norm(y if rate == 1 else enlarge(y, size)))
+            scale = conv(shrink(x, rate))
+            if rate != 1:
+                scale = enlarge(scale, size)
+            # After it is enlarged, so that a norm's statistics are those of what is concatenated.
+            features.append(norm(scale))
         return features
 
     def row(self) -> list[int]:
         """Neurons of each scale as the block is now, then its side."""
-        convs = cast(Iterator[nn.Conv2d | None], _entries(self.conv2))
-        return [0 if conv is None else conv.out_channels for conv in convs] + [self.side]
+        neurons = []
+        for conv in cast(Iterator[nn.Conv2d | None], _entries(self.conv2)):
+            neurons.append(0 if conv is None else conv.out_channels)
+        return [*neurons, self.side]
 
     def parts(self) -> dict[str, int]:
         """Neurons of each scale by what it is called in a picture."""
-        names = ["full size" if rate == 1 else f"pooled by {rate}" for rate in self.rates]
-        return dict(zip(names, self.row(), strict=False))
+        *neurons, _ = self.row()
+        parts = {}
+        for rate, count in zip(self.rates, neurons, strict=True):
+            parts["full size" if rate == 1 else f"pooled by {rate}"] = count
+        return parts
+
+
+def _present_scales(block: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The scales that may go as a whole, each with its norm; the others of the block's layers may not."""
+    scales: dict[str, tuple[str, ...]] = {}
+    for name, conv in block.get_submodule("conv2")._modules.items():
+        if conv is not None:
+            scales[f"conv2.{name}"] = (f"conv2.{name}", f"bn2.{name}")
+    return scales
+
+
+register(ScaleBlock, Adapter(optional_branches=_present_scales))
 
 
 class ScaleNet(nn.Module):
@@ -161,10 +194,7 @@ class ScaleNet(nn.Module):
         self.input_size = (in_channels, image_side, image_side)
         self.stem_pools = not small_stem
         width = planes[0]
-        if small_stem:
-            self.conv1 = nn.Conv2d(in_channels, width, 3, small_stem, padding=1, bias=False)
-        else:
-            self.conv1 = nn.Conv2d(in_channels, width, 7, 2, padding=3, bias=False)
+        self.conv1 = stem_convolution(in_channels, width, small_stem)
         self.bn1 = nn.BatchNorm2d(width)
         remaining = iter(rows)
         self.stages = [f"layer{i + 1}" for i in range(len(blocks))]
@@ -180,13 +210,14 @@ class ScaleNet(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = stage_features(self, x)[-1]
-        logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
-        return logits
+        return class_scores(self, x)
 
     def scale_blocks(self) -> list[ScaleBlock]:
         """The blocks in the order of the forward."""
-        return [block for name in self.stages for block in getattr(self, name)]
+        blocks: list[ScaleBlock] = []
+        for name in self.stages:
+            blocks.extend(getattr(self, name))
+        return blocks
 
     def rows(self) -> list[list[int]]:
         """The allocation as it stands, one row per block: neurons per scale, then side."""
@@ -194,7 +225,7 @@ class ScaleNet(nn.Module):
 
     def parts(self) -> dict[str, dict[str, int]]:
         """Neurons of each scale of each block."""
-        names = [f"{name}.{i}" for name in self.stages for i in range(len(getattr(self, name)))]
+        names = block_names([len(getattr(self, name)) for name in self.stages])
         return {name: block.parts() for name, block in zip(names, self.scale_blocks(), strict=True)}
 
 
@@ -206,6 +237,7 @@ def _entries(modules: nn.ModuleList) -> Iterator[nn.Module | None]:
 def _scale_conv(planes: int, count: int, reduced_side: float) -> nn.Conv2d | None:
     if count == 0:
         return None
+    # On a single pixel a 3x3 convolution would read nothing but padding with eight of its nine weights.
     kernel = 3 if reduced_side > 1 else 1
     return nn.Conv2d(planes, count, kernel, padding=kernel // 2, bias=False)
 
@@ -216,12 +248,13 @@ def check_rows(rows: Rows, blocks: Sequence[int], scales: int = len(RATES)) -> N
         raise AllocationMismatchError(
             f"expected {sum(blocks)} rows, one per block ({'+'.join(map(str, blocks))}), got {len(rows)}"
         )
-    names = [f"layer{i + 1}.{j}" for i, count in enumerate(blocks) for j in range(count)]
-    for name, row in zip(names, rows, strict=True):
+    for name, row in zip(block_names(blocks), rows, strict=True):
         if len(row) != scales + 1:
             raise AllocationMismatchError(f"block {name}: expected {scales} neuron counts and a side, got {list(row)}")
+        *neurons, side = row
+        # A bool is an int in Python, and no number of neurons.
         whole = all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in row)
-        if not whole or sum(row[:-1]) == 0 or row[-1] == 0:
+        if not whole or sum(neurons) == 0 or side == 0:
             raise AllocationMismatchError(
                 f"block {name}: expected at least one neuron and a side above 0, in whole numbers, got {list(row)}"
             )
@@ -235,7 +268,11 @@ def released_rows(name: str) -> list[list[int]]:
     """
     if name not in RELEASED:
         raise UnknownNameError(f"no released allocation is called {name!r}; there are: {', '.join(RELEASED)}")
-    return [[*block, side] for stage, side in zip(RELEASED[name], SIDES, strict=True) for block in stage]
+    rows = []
+    for stage, side in zip(RELEASED[name], SIDES, strict=True):
+        for neurons in stage:
+            rows.append([*neurons, side])
+    return rows
 
 
 def read_rows(path: str | Path) -> list[list[int]]:
@@ -248,17 +285,20 @@ def read_rows(path: str | Path) -> list[list[int]]:
         rows: list[list[int]] = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FileError(f"{path}: not a readable JSON file: {error}") from error
-    good = isinstance(rows, list) and all(
-        isinstance(row, list) and row and all(type(value) is int for value in row) for row in rows
-    )
-    if not good or not rows:
+    if not isinstance(rows, list) or not rows or not all(_is_row(row) for row in rows):
         raise FileError(f"{path}: expected a list of rows [n1, n2, n4, n7, side] of whole numbers")
     return rows
 
 
+def _is_row(row: object) -> bool:
+    return isinstance(row, list) and len(row) > 0 and all(type(value) is int for value in row)
+
+
 def write_rows(path: str | Path, allocation: ScaleNet | Rows) -> None:
     """Write a network's allocation, or rows, in the authors' JSON form; the sides are the design's."""
-    rows = allocation.rows() if isinstance(allocation, ScaleNet) else [list(row) for row in allocation]
+    if isinstance(allocation, ScaleNet):
+        allocation = allocation.rows()
+    rows = [list(row) for row in allocation]
     Path(path).write_text(json.dumps(rows) + "\n", encoding="utf-8")
 
 
@@ -276,7 +316,7 @@ def scalenet(depth: int, allocation: str | Path | Rows, num_classes: int = 1000)
         AllocationMismatchError: the allocation does not fit the depth.
         FileError: the allocation is a path that cannot be read.
     """
-    blocks = _blocks(depth)
+    blocks = blocks_of(depth, "ScaleNet")
     if isinstance(allocation, str) and not Path(allocation).suffix:
         return ScaleNet(released_rows(allocation), blocks, num_classes=num_classes)
     rows = read_rows(allocation) if isinstance(allocation, str | Path) else allocation
@@ -317,9 +357,9 @@ def scalenet_seed(
     Raises:
         UnknownNameError: there is no such depth.
     """
-    counts = _per_stage(neurons_per_scale, PLANES)
-    blocks = _blocks(depth)
-    return ScaleNet(_even_rows(blocks, counts, SIDES), blocks, num_classes=num_classes)
+    neurons = _per_stage(neurons_per_scale, PLANES)
+    blocks = blocks_of(depth, "ScaleNet")
+    return ScaleNet(_even_rows(blocks, neurons, SIDES), blocks, num_classes=num_classes)
 
 
 def scalenet_small_seed(
@@ -348,15 +388,9 @@ def scalenet_small_seed(
         AllocationMismatchError: blocks, planes and neurons are not given for the same number of stages.
         InputError: the images are so small that a stage would have no pixels left.
     """
-    if len(blocks) != len(planes):
-        raise AllocationMismatchError(
-            f"expected blocks and planes for the same number of stages, got {len(blocks)} and {len(planes)}"
-        )
-    stride = stem_stride or (1 if image_side < 48 else 2)
-    first = -(-image_side // stride)
-    if first >> (len(blocks) - 1) == 0:
-        raise InputError(f"{len(blocks)} stages halve images of {image_side} pixels to nothing")
-    rows = _even_rows(blocks, _per_stage(neurons_per_scale, planes), [first >> i for i in range(len(blocks))])
+    stride = stem_stride or small_stem_stride(image_side)
+    sides = sides_of_stages(image_side, stride, blocks, planes)
+    rows = _even_rows(blocks, _per_stage(neurons_per_scale, planes), sides)
     return ScaleNet(
         rows,
         blocks,
@@ -375,19 +409,14 @@ def scalenet_small(image_side: int = 32, num_classes: int = 10, in_channels: int
     )
 
 
-def _blocks(depth: int) -> tuple[int, ...]:
-    if depth not in DEPTHS:
-        near = min(DEPTHS, key=lambda known: abs(known - depth))
-        raise UnknownNameError(
-            f"no ScaleNet has {depth} layers; there are {', '.join(map(str, DEPTHS))} (nearest: {near})"
-        )
-    return DEPTHS[depth]
-
-
 def _per_stage(neurons: int | Sequence[int] | None, planes: Sequence[int]) -> list[int]:
+    """Neurons of one scale in each stage, however they are given; see `scalenet_seed`."""
     if neurons is None:
         return list(planes)
-    counts = [neurons * plane // planes[0] for plane in planes] if isinstance(neurons, int) else list(neurons)
+    if isinstance(neurons, int):
+        counts = [neurons * planes_of_stage // planes[0] for planes_of_stage in planes]
+    else:
+        counts = list(neurons)
     if len(counts) != len(planes) or min(counts) < 1:
         raise AllocationMismatchError(
             f"expected neurons per scale as one number above 0, or {len(planes)} of them, got {neurons}"
@@ -396,5 +425,9 @@ def _per_stage(neurons: int | Sequence[int] | None, planes: Sequence[int]) -> li
 
 
 def _even_rows(blocks: Sequence[int], neurons: Sequence[int], sides: Sequence[int]) -> list[list[int]]:
-    stages = zip(blocks, neurons, sides, strict=True)
-    return [[count] * len(RATES) + [side] for number, count, side in stages for _ in range(number)]
+    """The same number of neurons for every scale of every block of a stage."""
+    rows = []
+    for number, count, side in zip(blocks, neurons, sides, strict=True):
+        for _ in range(number):
+            rows.append([count] * len(RATES) + [side])
+    return rows

@@ -10,16 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from allocator.api import apply
+import allocator
 from allocator.cost.fvcore import fvcore_flops
 from allocator.disk import shorten
 from allocator.errors import ConfigurationError, DataError, FileError, InputError
-from allocator.io.files import load_model
-from allocator.io.models import build
 from allocator.recipes.configuration import Config, Training
 from allocator.recipes.data import Batch, DataSets, TestBatches, number, open_data
 from allocator.recipes.engine import Engine, summed
-from allocator.rewriting.allocation import Allocation
 from allocator.tracing.inputs import as_inputs
 
 
@@ -97,6 +94,7 @@ def task_of(config: Config) -> Task:
     """The task that a configuration names."""
     if config.task == "classification":
         return Classification()
+    # Only here: it needs torchvision and pycocotools, which classifiers do without.
     from allocator.recipes.boxes import Detection
 
     return Detection()
@@ -104,11 +102,12 @@ def task_of(config: Config) -> Task:
 
 def logits_of(output: Any) -> Tensor:
     """The scores (N, classes) in what a classifier returned: the tensor, or its `logits`."""
+    # GoogLeNet and Inception give their auxiliary scores beside them in training, transformers a record of their own.
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
-        raise InputError(f"expected the network to give scores of shape (images, classes), got {got}")
-    return logits
+    if isinstance(logits, Tensor) and logits.dim() == 2:
+        return logits
+    got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
+    raise InputError(f"expected the network to give scores of shape (images, classes), got {got}")
 
 
 @torch.no_grad()
@@ -134,7 +133,7 @@ def accuracy_on(model: nn.Module, batches: Iterable[Batch], engine: Engine, corr
     return right / max(1, seen)
 
 
-def build_network(config: Config, allocation: Allocation | None = None) -> nn.Module:
+def build_network(config: Config, allocation: allocator.Allocation | None = None) -> nn.Module:
     """The network that a run starts from, with the allocation and the weights it starts from.
 
     Raises:
@@ -143,17 +142,18 @@ def build_network(config: Config, allocation: Allocation | None = None) -> nn.Mo
         AllocationMismatchError: the allocation is not one of this network.
         FileError: the weights cannot be read, or are of another network.
     """
-    network, seed = config.network, number(config.random_seed)
-    torch.manual_seed(seed)
+    network = config.network
+    torch.manual_seed(number(config.random_seed))
     try:
-        model = build(network.name, **network.arguments)
+        model = allocator.build(network.name, **network.arguments)
     except TypeError as error:
         raise ConfigurationError(f"network.arguments do not fit {network.name}: {error}") from error
     if allocation is not None:
-        model = apply(model, allocation, weights="reset")
+        model = allocator.apply(model, allocation, weights="reset")
     if network.weights is not None:
+        # A saved result says itself what it was built from; other files hold weights and no network.
         arch = None if network.weights.endswith(".safetensors") else network.name
-        weights = load_model(network.weights, arch=arch).state_dict()
+        weights = allocator.load_model(network.weights, arch=arch).state_dict()
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
@@ -169,6 +169,7 @@ def check_network(network: nn.Module, data: DataSets) -> Tensor:
     Raises:
         DataError: it does not; says what is expected.
     """
+    # A batch and not an image alone, which may be one that cannot be read.
     image = next(iter(TestBatches(data.test, batch_size=8))).images[:1]
     try:
         with torch.no_grad():

@@ -97,6 +97,7 @@ class Fit:
     ):
         self.module, self.batches, self.options, self.engine = module, batches, options, engine
         self.seed, self.name, self.task = seed, name, task or Classification()
+        # Made ahead of `prepare`, whose wrappers a copy of the module would have inside.
         self.average: AveragedModel | None = None
         if options.average is not None:
             ema = get_ema_multi_avg_fn(options.average)
@@ -109,8 +110,10 @@ class Fit:
             nesterov=options.nesterov and options.momentum > 0,
         )
         self.model, self.optimiser = engine.prepare(module, optimiser)
-        norms = [each for each in module.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
-        self.scales = [norm.weight for norm in norms if norm.affine]
+        self.scales = []
+        for layer in module.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.affine:
+                self.scales.append(layer.weight)
         self.step, self.tally, self.history = 0, Tally(), History()
         self.corrupt: set[str] = set()
 
@@ -135,6 +138,7 @@ class Fit:
             NonFiniteLossError: the loss is NaN or infinite; the weights are those before that update.
             DataError: an image cannot be read, and the samples say to stop.
         """
+        # As if it had never stopped: the seconds of earlier sittings count.
         start = time.perf_counter() - self.history.seconds
         per_epoch = len(self.batches)
         self.model.train()
@@ -157,8 +161,10 @@ class Fit:
         self.optimiser.zero_grad(set_to_none=True)
         for i, chunk in enumerate(chunks):
             last = i == len(chunks) - 1
-            place = i * self.engine.num_processes + self.engine.process_index  # of the chunk in the whole batch
+            # By the chunk's place in the whole batch, so that dropout is the same on however many processes.
+            place = i * self.engine.num_processes + self.engine.process_index
             seed_torch(number(self.seed, self.step, place), self.engine.device)
+            # Gradients are exchanged once per update, with those of the last chunk.
             with contextlib.nullcontext() if last else self.engine.no_sync(self.model):
                 self.engine.backward(self._loss(chunk) / len(chunks))
         if self.options.clip is not None:
@@ -174,6 +180,7 @@ class Fit:
         if self.options.l1:
             loss = loss + self.options.l1 * torch.stack([scale.abs().sum() for scale in self.scales]).sum()
         value = loss.item()
+        # Ahead of the backward pass: the weights are still those of the last good update.
         if not math.isfinite(value):
             raise NonFiniteLossError(
                 f"the loss became {value} at learning rate {self.rate:.3g}, update {self.step + 1} of {self.total}; "
@@ -196,20 +203,26 @@ class Fit:
         """Loss, and accuracy where there is one, of the epoch that is under way, or of the last one."""
         loss, accuracy = self.tally.means()
         if not self.tally.seen:
+            # At the start of a run there is neither, and the bar wants figures.
             loss = self.history.loss[-1] if self.history.loss else math.nan
             accuracy = self.history.accuracy[-1] if self.history.accuracy else 0.0
-        return {"loss": loss, "accuracy": accuracy} if self.task.rated else {"loss": loss}
+        if not self.task.rated:
+            return {"loss": loss}
+        return {"loss": loss, "accuracy": accuracy}
 
     def result(self) -> nn.Module:
         """The network as it is now: the average of its weights where one is kept."""
-        return self.module if self.average is None else self.average.module
+        if self.average is None:
+            return self.module
+        return self.average.module
 
     def recalibrate(self) -> None:
         """Compute batch norm's statistics anew from `options.recalibrate` batches; their mean over processes."""
+        # The epoch after the last: an order of its own, and images augmented in other ways than were learned from.
         batches = itertools.islice(self.batches.epoch(self.options.epochs), self.options.recalibrate)
-        wanted = (chunk.images for chunks in batches for chunk in chunks)
+        images = (chunk.images for chunks in batches for chunk in chunks)
         module = self.result()
-        update_bn(wanted, module, self.engine.device)
+        update_bn(images, module, self.engine.device)
         average_buffers(module, self.engine)
 
     def state_dict(self) -> dict[str, Any]:
@@ -218,8 +231,9 @@ class Fit:
         Raises:
             NonFiniteLossError: a weight is NaN or infinite.
         """
+        # Each process has seen other images; going on from one file, all have the same statistics.
         average_buffers(self.module, self.engine)
-        scaler = getattr(self.engine, "scaler", None)
+        scaler = getattr(self.engine, "scaler", None)  # accelerate's, for gradients in fp16
         weights = self.module.state_dict()
         for name, tensor in weights.items():
             if not torch.isfinite(tensor).all():
@@ -254,7 +268,8 @@ def rate_share(options: Training, step: int, per_epoch: int) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if options.schedule == "steps":
-        return options.gamma ** sum(step >= round(epoch * per_epoch) for epoch in options.milestones)
+        passed = sum(step >= round(epoch * per_epoch) for epoch in options.milestones)
+        return options.gamma**passed
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
@@ -283,13 +298,16 @@ def training_bar(
 
 def as_text(figures: Mapping[str, float]) -> str:
     """`loss 0.123  accuracy 45.6%`: a loss as it is, all else as a share."""
-    return "  ".join(f"{key} {value:.3f}" if key == "loss" else f"{key} {value:.1%}" for key, value in figures.items())
+    texts = []
+    for key, value in figures.items():
+        texts.append(f"{key} {value:.3f}" if key == "loss" else f"{key} {value:.1%}")
+    return "  ".join(texts)
 
 
 # ------------------------------------------------------------------------------------------------- on tensors
 
 
-def train(
+def train_network(
     model: nn.Module,
     data: Data,
     epochs: int,
@@ -309,6 +327,7 @@ def train(
     Stochastic gradient descent with Nesterov momentum; the learning rate rises over the first twentieth of
     the updates and then falls to zero along a half cosine. The last, incomplete batch of an epoch is left out
     where there is another. The same seed, model and data give the same weights on the CPU.
+    Its short name is `training.train`.
 
     Args:
         model: takes (B, C, H, W), gives (B, classes).
@@ -348,6 +367,10 @@ def train(
     with training_bar(fit, description, progress, console) as show:
         fit.run(show, show)
     return fit.history
+
+
+# A short name for `training.train(model, ...)`. `allocator.recipes.train(config)` is a whole run, from seed to result.
+train = train_network
 
 
 def evaluate(model: nn.Module, data: Data, batch_size: int = 256) -> float:

@@ -16,9 +16,8 @@ from torch.nn import functional as F
 
 from allocator import recipes
 from allocator.errors import AllocationMismatchError, FileError, InputError, UnknownNameError
-from allocator.recipes.residual import ResidualNet
+from allocator.recipes.residual import DEPTHS, ResidualNet
 from allocator.recipes.scalenet import (
-    DEPTHS,
     RATES,
     ScaleBlock,
     ScaleNet,

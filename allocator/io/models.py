@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -14,8 +15,25 @@ BUILD_ATTRIBUTE = "_allocator_build"
 """Attribute of a built model: ``{"name": str, "kwargs": dict}``, how to build its like."""
 
 _FETCHING_KWARGS = ("pretrained", "weights", "weights_backbone", "checkpoint_path")
-# The adapter that builds what has this prefix.
-_BUILDERS = {"torchvision": "torchvision", "timm": "timm", "recipe": "recipes", "hf": "hf"}
+# In the order in which messages list them.
+_PREFIXES = ("torchvision", "timm", "recipe", "hf")
+# What rooms above this one build; what has another prefix is built by the adapter of that name.
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register_builder(prefix: str, builder: Callable[..., nn.Module]) -> None:
+    """Let `build` hand on the names with one of its prefixes.
+
+    Args:
+        prefix: what comes before the colon.
+        builder: takes what comes after it, and the keyword arguments.
+
+    Raises:
+        ValueError: the prefix has a builder already, or is none that messages list.
+    """
+    if prefix in _BUILDERS or prefix not in _PREFIXES:
+        raise ValueError(f"{prefix}: has a builder already, or is not one of {', '.join(_PREFIXES)}")
+    _BUILDERS[prefix] = builder
 
 
 def build(name: str, **kwargs: Any) -> nn.Module:
@@ -38,8 +56,11 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     prefix, colon, rest = name.partition(":")
     if not colon or not rest or not prefix:
         raise UnknownNameError(_no_prefix(name))
+    model: Any
     if prefix in _BUILDERS:
-        model = importlib.import_module(f"allocator.adapters.{_BUILDERS[prefix]}").build(rest, kwargs)
+        model = _BUILDERS[prefix](rest, **kwargs)
+    elif prefix in _PREFIXES:
+        model = importlib.import_module(f"allocator.adapters.{prefix}").build(rest, kwargs)
     else:
         model = _build_from_factory(prefix, rest, kwargs)
     if not isinstance(model, nn.Module):
@@ -66,7 +87,7 @@ def _build_from_factory(module_name: str, attribute: str, kwargs: dict[str, Any]
         missing = error.name or ""
         if module_name != missing and not module_name.startswith(missing + "."):
             raise UnsupportedModelError(f"importing {module_name!r} needs the package {missing!r}") from error
-        raise UnknownNameError(unknown("prefix or module", module_name, _BUILDERS)) from error
+        raise UnknownNameError(unknown("prefix or module", module_name, _PREFIXES)) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             public = [each for each in dir(found) if not each.startswith("_")]
@@ -80,5 +101,5 @@ def _build_from_factory(module_name: str, attribute: str, kwargs: dict[str, Any]
 
 
 def _no_prefix(name: str) -> str:
-    prefixes = ", ".join(f"{prefix}:" for prefix in _BUILDERS)
+    prefixes = ", ".join(f"{prefix}:" for prefix in _PREFIXES)
     return f"{name!r} is not a model name: it needs a prefix ({prefixes} or package.module:factory)"
