@@ -21,10 +21,11 @@ import allocator
 from allocator.disk import shorten, write_text
 from allocator.errors import AllocatorError, ConfigurationError, DataError, FileError, MissingPackageError
 from allocator.modules import shapes_of
+from allocator.recipes.boxes import Detection
 from allocator.recipes.checkpoints import NAME, load_checkpoint, remove_leftovers, save_checkpoint
 from allocator.recipes.configuration import Config, Training, load_config
 from allocator.recipes.data import Batches, TestBatches, number, unreadable
-from allocator.recipes.tasks import task_of
+from allocator.recipes.tasks import Classification, Task
 from allocator.recipes.training import Fit, as_text, training_bar
 from allocator.rewriting.allocation import architecture_hash
 
@@ -208,11 +209,18 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
+def _task_of(config: Config) -> Task:
+    """The task that a configuration names."""
+    if config.task == "classification":
+        return Classification()
+    return Detection()
+
+
 class _Run:
     """One run, on this process."""
 
     def __init__(self, config: Config, limit: int | None, progress: bool, console: Console | None):
-        self.config, self.limit, self.task = config, limit, task_of(config)
+        self.config, self.limit, self.task = config, limit, _task_of(config)
         self.accelerator = accelerator = make_accelerator(config)
         self.main = accelerator.is_main_process
         self.shown = progress and self.main

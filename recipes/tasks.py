@@ -90,16 +90,6 @@ class Classification:
         return fvcore_flops(network, as_inputs(example, network))[0]
 
 
-def task_of(config: Config) -> Task:
-    """The task that a configuration names."""
-    if config.task == "classification":
-        return Classification()
-    # Only here: it needs torchvision and pycocotools, which classifiers do without.
-    from allocator.recipes.boxes import Detection
-
-    return Detection()
-
-
 def logits_of(output: Any) -> Tensor:
     """The scores (N, classes) in what a classifier returned: the tensor, or its `logits`."""
     # GoogLeNet and Inception give their auxiliary scores beside them in training, transformers a record of their own.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import allocator
@@ -31,6 +33,45 @@ ELSEWHERE = (
     "io/programs/torchscript_interpreter.py",
     "torch_private.py",
 )
+# Libraries that extras bring: each is imported by the function that needs it.
+OPTIONAL = {
+    "PIL",
+    "accelerate",
+    "matplotlib",
+    "monai",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "pandas",
+    "pycocotools",
+    "segmentation_models_pytorch",
+    "sklearn",
+    "tensorboard",
+    "timm",
+    "torchcrepe",
+    "torchvision",
+    "transformers",
+    "vl_convert",
+    "yaml",
+}
+
+
+def test_importing_any_module_imports_no_optional_library() -> None:
+    script = """
+import importlib, pkgutil, sys
+import torch
+of_torch = set(sys.modules)
+import allocator
+for package in (allocator, importlib.import_module("allocator.adapters"), importlib.import_module("allocator.recipes")):
+    for module in pkgutil.walk_packages(package.__path__[:1], f"{package.__name__}."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+assert {"allocator.cli.report", "allocator.adapters.timm", "allocator.recipes.run"} <= sys.modules.keys()
+print(*sorted({name.partition(".")[0] for name in sys.modules.keys() - of_torch}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert OPTIONAL.isdisjoint(done.stdout.split())
 
 
 def test_operators_are_named_where_they_are_declared_and_nowhere_else() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -338,12 +336,3 @@ def test_every_recipe_builds_by_name() -> None:
             model = recipes.build(name.upper().replace("-", "_"))
         assert isinstance(model, ScaleNet if name.startswith("scalenet") else ResidualNet)
         assert model.fc.out_features == (10 if "small" in name else 1000)
-
-
-def test_importing_recipes_is_light() -> None:
-    code = (
-        "import sys; import allocator.recipes, allocator.recipes.scalenet; "
-        "print([m for m in ('torchvision', 'timm', 'sklearn', 'matplotlib') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
