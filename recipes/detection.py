@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from allocator.api import apply
 from allocator.errors import FileError, InputError, UnsupportedModelError
 from allocator.io.models import build
-from allocator.io.results import check_harmless
+from allocator.io.rebuild import check_harmless
 from allocator.recipes.residual import stage_features
 from allocator.rewriting.allocation import Allocation
 
