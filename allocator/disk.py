@@ -22,11 +22,12 @@ def write_atomically(path: PathLike) -> Iterator[Path]:
         The temporary file's path; write to it.
 
     Raises:
-        FileError: the folder is missing or cannot be written to, the disk is full, or ``path`` is a folder.
+        FileError: the folder is missing or cannot be written to, the disk is full, or ``path`` is a folder or no path.
     """
-    target = Path(os.path.realpath(path))
     check_writable(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    target = Path(os.path.realpath(path))  # a link stays a link: what it points to is replaced
+    # Its own short name, because the target's may be as long as a file system allows.
+    temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
@@ -46,38 +47,58 @@ def write_atomically(path: PathLike) -> Iterator[Path]:
 
 def check_writable(path: PathLike) -> None:
     """Raise FileError where ``path`` clearly cannot be written, so that long work does not end in that."""
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
+    there = _status(path, "write")
+    if there is not None and not stat.S_ISREG(there.st_mode):
         raise FileError(f"cannot write {path}: it is a folder or a device, not a file")
-    folder = target.parent
-    if not folder.is_dir():
-        raise FileError(f"cannot write {path}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise FileError(f"cannot write {path}: no permission to write in {folder}")
+    # Where links lead, and where the path says: "absent/../file" would else be written beside the absent folder.
+    for folder in (Path(os.path.realpath(path)).parent, Path(path).parent):
+        if not folder.is_dir():
+            raise FileError(f"cannot write {path}: there is no folder {folder}")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise FileError(f"cannot write {path}: no permission to write in {folder}")
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Write a text file in one piece."""
+    """Write a text file in one piece, in UTF-8.
+
+    What UTF-8 cannot say (pieces of file names that are none) is written as ``\\udcXX``.
+    """
     with write_atomically(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def existing(path: PathLike) -> Path:
     """The path of a file that can be read and is not empty.
 
     Raises:
-        FileError: it is missing, empty, a folder, or may not be read.
+        FileError: it is missing, empty, a folder, no path at all, or may not be read.
     """
-    file = Path(path)
-    if not file.exists():
+    there = _status(path, "read")
+    if there is None:
         raise FileError(f"there is no file {path}")
-    if not file.is_file():
+    if not stat.S_ISREG(there.st_mode):
         raise FileError(f"{path} is a folder, not a model file")
-    if not os.access(file, os.R_OK):
+    if not os.access(path, os.R_OK):
         raise FileError(f"no permission to read {path}")
-    if file.stat().st_size == 0:
+    if there.st_size == 0:
         raise FileError(f"{path} is empty")
-    return file
+    return Path(path)
+
+
+def _status(path: PathLike, verb: str) -> os.stat_result | None:
+    """What the file system says of a path, None where nothing is there.
+
+    Raises:
+        FileError: it cannot be a path: too long, or with characters that no path can hold.
+    """
+    try:
+        return Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise FileError(f"cannot {verb} {shorten(str(path), 200)}: {error.strerror or error}") from error
+    except ValueError as error:  # NUL bytes, and half characters that UTF-8 cannot say
+        raise FileError(f"cannot {verb} {str(path)!r:.200}: {error}") from error
 
 
 def shorten(text: str, limit: int = 600) -> str:

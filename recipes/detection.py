@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 import allocator
 from allocator.errors import FileError, InputError, UnsupportedModelError
-from allocator.io.results import check_harmless
+from allocator.io.rebuild import check_harmless
 from allocator.recipes.residual import stage_features
 
 if TYPE_CHECKING:

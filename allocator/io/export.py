@@ -7,6 +7,7 @@ cost what fvcore counts in the module.
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -200,9 +201,11 @@ def _open_batch(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _write_pt2(program: torch.export.ExportedProgram, path: Path, inputs: Inputs) -> Written:
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode  # takes half a second that nothing else needs
 
-    torch.export.save(program, path)
+    whole = io.BytesIO()  # where the disk is full, torch's own writer to a file ends the process
+    torch.export.save(program, whole)
+    path.write_bytes(whole.getbuffer())
     module = torch.export.load(path).module()
 
     def run(given: Inputs) -> list[torch.Tensor]:
@@ -225,6 +228,8 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, inputs: Input
         written = torch.onnx.export(program, dynamo=True, verbose=False)
         assert written is not None
         written.save(path)
+    except OSError:
+        raise
     except Exception as error:
         raise ExportError(f"torch.onnx cannot write this network: {shorten(str(error), 400)}") from error
     options = runtime.SessionOptions()

@@ -12,6 +12,7 @@ Reading never runs code from a file, and writing is all or nothing. Four kinds o
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,12 @@ def save_model(model: nn.Module, path: PathLike) -> None:
             torch.save(model, temporary)
         except OSError:
             raise
-        except (RuntimeError, TypeError, AttributeError, ValueError) as error:
-            raise FileError(f"cannot write {path}: {error}") from error
-        except Exception as error:
-            if type(error).__name__ != "PicklingError":
-                raise
+        except pickle.PicklingError as error:
             raise FileError(f"cannot write {path}: the model does not pickle ({error})") from error
+        except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+            # torch's writer tells of a full disk in words of its own, "unexpected pos 9600 vs 9552".
+            full = "torch could not write all of it, is the disk full? " if "inline_container" in str(error) else ""
+            raise FileError(f"cannot write {path}: {full}{error}") from error
 
 
 def load_model(path: PathLike, *, arch: str | None = None, trust: bool = False) -> nn.Module:

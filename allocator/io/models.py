@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from allocator.errors import UnknownNameError, UnsupportedModelError, unknown
 BUILD_ATTRIBUTE = "_allocator_build"
 """Attribute of a built model: ``{"name": str, "kwargs": dict}``, how to build its like."""
 
+# They say which weights to load, not how the network looks: its like is built without them.
 _FETCHING_KWARGS = ("pretrained", "weights", "weights_backbone", "checkpoint_path")
 # In the order in which messages list them.
 _PREFIXES = ("torchvision", "timm", "recipe", "hf")
@@ -53,16 +55,16 @@ def build(name: str, **kwargs: Any) -> nn.Module:
         UnsupportedModelError: the library is not installed, or what was built is not an ``nn.Module``.
         FileError: ``hf:`` with a folder that holds no config.
     """
-    prefix, colon, rest = name.partition(":")
-    if not colon or not rest or not prefix:
+    prefix, colon, what = name.partition(":")
+    if not colon or not what or not prefix:
         raise UnknownNameError(_no_prefix(name))
     model: Any
     if prefix in _BUILDERS:
-        model = _BUILDERS[prefix](rest, **kwargs)
+        model = _BUILDERS[prefix](what, **kwargs)
     elif prefix in _PREFIXES:
-        model = importlib.import_module(f"allocator.adapters.{prefix}").build(rest, kwargs)
+        model = importlib.import_module(f"allocator.adapters.{prefix}").build(what, kwargs)
     else:
-        model = _build_from_factory(prefix, rest, kwargs)
+        model = _build_from_factory(prefix, what, kwargs)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"{name!r} gave a {type(model).__name__}, not a torch.nn.Module")
     plain = _plain_kwargs(kwargs)
@@ -81,23 +83,32 @@ def _plain_kwargs(kwargs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _build_from_factory(module_name: str, attribute: str, kwargs: dict[str, Any]) -> Any:
+    """What a function (or class) of the caller's gives; a module that lies there ready is taken as it is."""
+    factory: Any = _imported(module_name)
+    for part in attribute.split("."):
+        if not hasattr(factory, part):
+            public = [name for name in dir(factory) if not name.startswith("_")]
+            raise UnknownNameError(unknown(f"factory in {module_name}", attribute, public))
+        factory = getattr(factory, part)
+    if isinstance(factory, nn.Module):
+        return factory
+    if not callable(factory):
+        raise UnsupportedModelError(f"{module_name}:{attribute} is a {type(factory).__name__}, not a factory")
+    return factory(**kwargs)
+
+
+def _imported(module_name: str) -> ModuleType:
+    unknown_name = UnknownNameError(unknown("prefix or module", module_name, _PREFIXES))
+    if module_name.startswith("."):  # relative to nothing
+        raise unknown_name
     try:
-        found: Any = importlib.import_module(module_name)
+        return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or ""
-        if module_name != missing and not module_name.startswith(missing + "."):
+        # What is missing may be the module itself or a package around it; anything else is something that it needs.
+        if module_name != missing and not module_name.startswith(f"{missing}."):
             raise UnsupportedModelError(f"importing {module_name!r} needs the package {missing!r}") from error
-        raise UnknownNameError(unknown("prefix or module", module_name, _PREFIXES)) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            public = [each for each in dir(found) if not each.startswith("_")]
-            raise UnknownNameError(unknown(f"factory in {module_name}", attribute, public))
-        found = getattr(found, part)
-    if isinstance(found, nn.Module):
-        return found
-    if not callable(found):
-        raise UnsupportedModelError(f"{module_name}:{attribute} is a {type(found).__name__}, not a factory")
-    return found(**kwargs)
+        raise unknown_name from error
 
 
 def _no_prefix(name: str) -> str:

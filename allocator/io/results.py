@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from allocator.disk import PathLike, existing, shorten, write_atomically
-from allocator.errors import AllocationMismatchError, AllocatorError, FileError, UnsafeFileError
-from allocator.io.models import BUILD_ATTRIBUTE, build
+from allocator.errors import AllocationMismatchError, AllocatorError, FileError
+from allocator.io.models import BUILD_ATTRIBUTE
 from allocator.io.programs.program import Program
+from allocator.io.rebuild import build_on_meta, build_quietly, build_spec, check_harmless, has_meta, no_larger_than
 from allocator.modules import shapes_of, tensor_names
 from allocator.rewriting.allocation import Allocation, architecture_hash
 from allocator.rewriting.lineage import led_to, remember
 from allocator.rewriting.materialise import gives
 from allocator.rewriting.rewrite import rewrite
 
-_LARGEST_ARGUMENT = 2**17  # of a build that a file asks for: more than any width or number of classes
 RESULT_SUFFIX = ".safetensors"
 
 _FORMAT = "neuron-allocator"
 _FORMAT_VERSION = 2  # 1 had no flops, architecture, certificate and digest
-_SAFE_PREFIXES = ("torchvision:", "timm:", "recipe:")
-# Arguments that would fetch or open something else than the file at hand.
-_UNSAFE_KWARGS = ("pretrained", "weights", "checkpoint", "cache_dir", "file", "url")
 
 
 def save_result(result: Any, path: PathLike) -> None:
@@ -47,8 +46,6 @@ def save_result(result: Any, path: PathLike) -> None:
             allocation is known of.
         AllocationMismatchError: the allocation does not lead from the named architecture to this model.
     """
-    from safetensors.torch import save_file
-
     if Path(path).suffix != RESULT_SUFFIX:
         raise FileError(f"cannot save a result as {path}: the name must end in {RESULT_SUFFIX}")
     model, allocation, certificate = _parts(result)
@@ -75,7 +72,10 @@ def save_result(result: Any, path: PathLike) -> None:
         metadata["program"] = json.dumps(model.to_dict())
     metadata["digest"] = _digest(metadata, tensors)
     with write_atomically(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:  # a full disk, which others tell by an OSError
+            raise FileError(f"cannot write {path}: {error}") from error
 
 
 def _parts(result: Any) -> tuple[nn.Module, Allocation, dict[str, Any] | None]:
@@ -114,17 +114,11 @@ def load_result(
     """
     metadata, tensors = _read_result(path)
     allocation = _allocation_of(metadata, path)
-    for alias, name in _parse(metadata, "aliases", path, dict).items():
-        if name not in tensors:
-            raise FileError(f"{path} is damaged: {alias} stands for {name}, which is missing")
-        tensors[alias] = tensors[name]
+    _add_aliases(tensors, _parse(metadata, "aliases", path, dict), path)
     recorded = _parse(metadata, "build", path, (dict, type(None)))
     training = _parse(metadata, "training", path, bool)
     if model is not None:
-        fresh = model if isinstance(model, nn.Module) else model()
-        if isinstance(fresh, Program):
-            tensors = {name: tensor for name, tensor in tensors.items() if name in fresh.state_dict()}
-        loaded = _assemble(fresh, allocation, tensors, path)
+        loaded = _fill(model if isinstance(model, nn.Module) else model(), allocation, tensors, path)
     elif "program" in metadata:
         loaded = _program(_parse(metadata, "program", path, dict), allocation, tensors, path)
     elif recorded is None:
@@ -134,11 +128,29 @@ def load_result(
         )
     else:
         loaded = _rebuild(recorded, allocation, tensors, path, trust)
-    if "architecture" in metadata and _parse(metadata, "architecture", path, str) != architecture_hash(
-        shapes_of(loaded)
-    ):
-        raise AllocationMismatchError(f"{path} was saved from a network with other tensors than the one it rebuilds")
+    if "architecture" in metadata:
+        architecture = _parse(metadata, "architecture", path, str)
+        if architecture != architecture_hash(shapes_of(loaded)):
+            raise AllocationMismatchError(
+                f"{path} was saved from a network with other tensors than the one it rebuilds"
+            )
     return loaded.train(training)
+
+
+def _add_aliases(tensors: dict[str, torch.Tensor], aliases: dict[str, Any], path: PathLike) -> None:
+    """Put tied tensors under their other names too."""
+    for alias, name in aliases.items():
+        if not isinstance(name, str) or name not in tensors:
+            raise FileError(f"{path} is damaged: {alias} stands for {name}, which is missing")
+        tensors[alias] = tensors[name]
+
+
+def _fill(fresh: nn.Module, allocation: Allocation, tensors: dict[str, torch.Tensor], path: PathLike) -> nn.Module:
+    """Into a fresh build that the caller gave."""
+    if isinstance(fresh, Program):  # its result holds the tensors too that a state_dict leaves out
+        state = fresh.state_dict()
+        tensors = {name: tensor for name, tensor in tensors.items() if name in state}
+    return _assemble(fresh, allocation, tensors, path)
 
 
 def _program(
@@ -171,12 +183,12 @@ def _rebuild(
     trust: bool,
 ) -> nn.Module:
     """From the recorded build, without arithmetic on the meta device where the network can live there."""
-    name, kwargs = _build_spec(recorded, path)
+    name, kwargs = build_spec(recorded, path)
     if trust:
         return _assemble_named(name, kwargs, allocation, tensors, path)
     check_harmless(name, kwargs, path)
     try:
-        with _no_larger_than(tensors, path):
+        with no_larger_than(tensors, path):
             return _assemble_named(name, kwargs, allocation, tensors, path)
     except AllocatorError:
         raise
@@ -187,34 +199,12 @@ def _rebuild(
 def _assemble_named(
     name: str, kwargs: dict[str, Any], allocation: Allocation, tensors: dict[str, torch.Tensor], path: PathLike
 ) -> nn.Module:
-    meta = _build_on_meta(name, kwargs)
+    meta = build_on_meta(name, kwargs)
     if meta is not None:
         loaded = _assemble(meta, allocation, tensors, path)
-        if not _has_meta(loaded):
+        if not has_meta(loaded):
             return loaded
-    with torch.random.fork_rng(devices=[]):
-        fresh = build(name, **kwargs)
-    return _assemble(fresh, allocation, tensors, path)
-
-
-@contextlib.contextmanager
-def _no_larger_than(tensors: dict[str, torch.Tensor], path: PathLike) -> Iterator[None]:
-    """Stop a build that makes far more layers than the file has tensors for."""
-    from torch.nn.modules.module import register_module_parameter_registration_hook
-
-    left = 8 * len(tensors) + 2_000
-
-    def count(*_: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise FileError(f"{path} is damaged: its {len(tensors)} tensors are far too few for the network it names")
-
-    handle = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return _assemble(build_quietly(name, kwargs), allocation, tensors, path)
 
 
 def _assemble(fresh: nn.Module, allocation: Allocation, tensors: dict[str, torch.Tensor], path: PathLike) -> nn.Module:
@@ -248,10 +238,9 @@ def _check_gives(model: nn.Module, allocation: Allocation) -> None:
 
 def _check_leads_to(model: nn.Module, recorded: dict[str, Any], allocation: Allocation) -> None:
     """The allocation, applied to the recorded build, must give tensors of the model's shapes."""
-    fresh = _build_on_meta(recorded["name"], recorded["kwargs"])
+    fresh = build_on_meta(recorded["name"], recorded["kwargs"])
     if fresh is None:
-        with torch.random.fork_rng(devices=[]):
-            fresh = build(recorded["name"], **recorded["kwargs"])
+        fresh = build_quietly(recorded["name"], recorded["kwargs"])
     expected = {key: tuple(value.shape) for key, value in rewrite(fresh, allocation).state_dict().items()}
     for key, value in model.state_dict().items():
         if expected.get(key) != tuple(value.shape):
@@ -260,24 +249,6 @@ def _check_leads_to(model: nn.Module, recorded: dict[str, Any], allocation: Allo
                 f"shape {tuple(value.shape)}, expected {expected.get(key)}. Undo what was changed in the model "
                 f"since it was built, or delete its attribute {BUILD_ATTRIBUTE} and load with model=..."
             )
-
-
-def _build_on_meta(name: str, kwargs: dict[str, Any]) -> nn.Module | None:
-    """The network without storage, or None where its constructor needs values."""
-    try:
-        with torch.device("meta"):
-            return build(name, **kwargs)
-    except (NotImplementedError, RuntimeError):  # a copy out of meta tensors, .item() on one
-        return None
-
-
-def _has_meta(model: nn.Module) -> bool:
-    """Whether a tensor without values is left: a buffer that is not saved, or a plain attribute."""
-    for module in model.modules():
-        held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
-        if any(isinstance(each, torch.Tensor) and each.is_meta for each in held):
-            return True
-    return False
 
 
 def _distinct_tensors(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -303,8 +274,6 @@ def read_safetensors(path: PathLike, *, tensors: bool = True) -> tuple[dict[str,
     Raises:
         FileError: truncated or damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as opened:
             names = opened.keys() if tensors else ()
@@ -377,48 +346,10 @@ def _parse(metadata: dict[str, str], key: str, path: PathLike, kind: type | tupl
     return value
 
 
-def _build_spec(recorded: dict[str, Any], path: PathLike) -> tuple[str, dict[str, Any]]:
-    name, kwargs = recorded.get("name"), recorded.get("kwargs")
-    if not isinstance(name, str) or not isinstance(kwargs, dict):
-        raise FileError(f"{path} is damaged: its build cannot be read")
-    return name, kwargs
-
-
-def check_harmless(name: str, kwargs: dict[str, Any], path: PathLike) -> None:
-    """A file may name a network of a known library; it may not name code to import, or things to fetch."""
-    prefix, _, model = name.partition(":")
-    known = f"{prefix}:" in _SAFE_PREFIXES and re.fullmatch(r"[\w.-]+", model) is not None
-    fetching = [key for key in kwargs if key != "init_weights" and any(bad in key for bad in _UNSAFE_KWARGS)]
-    if known and not fetching:
-        if any(abs(number) > _LARGEST_ARGUMENT for number in _numbers(kwargs)):
-            raise FileError(f"{path} is damaged: it asks for {name} with arguments beyond {_LARGEST_ARGUMENT:,}")
-        return
-    what = f"the argument {fetching[0]!r} of {name!r}" if known else repr(name)
-    raise UnsafeFileError(
-        f"{path} asks to build its network from {what}, which could run or fetch something else. Give a "
-        "fresh network with model=... (or --arch NAME), or pass --trust (trust=True) if you trust the file"
-    )
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    """All numbers in plain data that may be sizes; figures such as an allocation's FLOPs are none."""
-    if isinstance(value, (int, float)):
-        yield value
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            if not key.startswith("flops"):
-                yield from _numbers(each)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _numbers(each)
-
-
 def _versions() -> dict[str, str]:
-    from importlib import metadata
-
     names = ("neuron-allocator", "torch", "torchvision", "timm")
     found: dict[str, str] = {}
     for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from allocator.disk import write_text
 from allocator.errors import AllocationMismatchError, FileError
 from allocator.modules import lies_within
+from allocator.rewriting import allocation_checks as checks
 
 FORMAT = 3
 READABLE = (1, 2, FORMAT)
@@ -83,17 +84,16 @@ class Allocation:
         """
         if not isinstance(data, dict) or "kept" not in data:
             raise FileError("this is not an allocation: it has no field 'kept'")
-        if data.get("format") not in READABLE:
+        written_as = data.get("format")
+        if type(written_as) is not int or written_as not in READABLE:
             raise FileError(
-                f"the allocation has format {data.get('format')!r}, this version reads up to {FORMAT}: "
+                f"the allocation has format {written_as!r:.40}, this version reads up to {FORMAT}: "
                 "install the version of neuron-allocator that wrote it"
             )
-        if data["format"] < FORMAT:
+        checks.check_plain(data)
+        if written_as < FORMAT:
             data = _from_one_budget(data)
-        known = {f.name for f in fields(cls)}
-        allocation = cls(**{key: value for key, value in data.items() if key in known})
-        allocation._check_types()
-        return allocation
+        return cls(**_fields_in(data))
 
     def to_json(self) -> str:
         """`to_dict` as compact JSON with a digest of itself, so that a damaged copy is noticed."""
@@ -112,6 +112,7 @@ class Allocation:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise FileError(f"this is not JSON: {error}") from error
+        checks.check_plain(data)
         digest = data.pop("digest", None) if isinstance(data, dict) else None
         if digest is not None and digest != _digest([_as_json(data)]):
             raise FileError(
@@ -119,32 +120,6 @@ class Allocation:
                 "'digest' if the change was meant"
             )
         return cls.from_dict(data)
-
-    def _check_types(self) -> None:
-        default = Allocation()
-        for each in fields(self):
-            value, usual = getattr(self, each.name), getattr(default, each.name)
-            kinds: Any = (int, float) if isinstance(usual, (int, float)) else type(usual)
-            if not isinstance(value, kinds):
-                raise FileError(
-                    f"the allocation's {each.name} is a {type(value).__name__}, not a {type(usual).__name__}"
-                )
-        for name, dims in self.kept.items():
-            if not isinstance(dims, list) or not all(d is None or _is_indices(d) for d in dims):
-                raise FileError(f"the allocation's entry for {name} is not a list of index lists")
-        for path, values in self.attributes.items():
-            if not isinstance(values, dict):
-                raise FileError(f"the allocation's attributes of {path} are not a mapping")
-        for name, figures in self.costs.items():
-            numbers = isinstance(figures, dict) and all(
-                isinstance(n, (int, float, type(None))) for n in figures.values()
-            )
-            if not numbers:
-                raise FileError(f"the allocation's costs in {name} are not numbers")
-        if not all(isinstance(path, str) for path in self.absent):
-            raise FileError("the allocation's absent layers are not a list of names")
-        if not all(isinstance(shape, (list, tuple)) and _is_indices(list(shape)) for shape in self.input_shapes):
-            raise FileError("the allocation's input shapes are not lists of numbers")
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, moved into place when complete.
@@ -161,12 +136,15 @@ class Allocation:
         Raises:
             FileError: missing, not JSON, or not an allocation.
         """
-        path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            written = Path(path).read_bytes()
         except OSError as error:
             raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
-        except ValueError as error:
+        except ValueError as error:  # no path at all: NUL bytes, half characters
+            raise FileError(f"{str(path)!r} cannot be read: {error}") from error
+        try:
+            text = written.decode("utf-8")
+        except UnicodeDecodeError as error:
             raise FileError(f"{path} is not a JSON file: {error}") from error
         try:
             return cls.from_json(text)
@@ -182,33 +160,72 @@ class Allocation:
         Raises:
             AllocationMismatchError: the second one indexes beyond what this one keeps.
         """
-        kept = dict(self.kept)
-        for name, dims in second.kept.items():
-            known = self.kept.get(name, [None] * len(dims))
-            kept[name] = [_compose(name, a, b, dims[0]) for a, b in zip(known, dims, strict=True)]
-        merged = {path: dict(values) for path, values in self.attributes.items()}
-        for path, values in second.attributes.items():
-            merged.setdefault(path, {}).update(values)
         absent = sorted({*self.absent, *second.absent})
+        kept = _compose_kept(self.kept, second.kept)
         kept = {name: dims for name, dims in kept.items() if not lies_within(name, absent)}
-        merged = {path: values for path, values in merged.items() if not lies_within(path, absent)}
-        rest = {**second.to_dict(), "kept": kept, "attributes": merged, "absent": absent}
-        rest |= {"architecture": self.architecture, "costs": _compose_costs(self.costs, second.costs)}
-        rest["blocks"] = _compose_blocks(self.blocks, second.blocks)
-        rest["parts"] = [part for each in (self, second) for part in each.parts or [each.to_dict()]]
-        return Allocation.from_dict(rest)
+        attributes = _compose_attributes(self.attributes, second.attributes)
+        attributes = {path: values for path, values in attributes.items() if not lies_within(path, absent)}
+        parts = []
+        for part in (self, second):
+            parts += part.parts or [part.to_dict()]
+        composed = second.to_dict() | {
+            "kept": kept,
+            "attributes": attributes,
+            "absent": absent,
+            "architecture": self.architecture,
+            "costs": _compose_costs(self.costs, second.costs),
+            "blocks": _compose_blocks(self.blocks, second.blocks),
+            "parts": parts,
+        }
+        return Allocation.from_dict(composed)
 
 
-def _is_indices(values: Any) -> bool:
-    """Whether this is a list of whole numbers, or of equally long lists of them."""
-    try:
-        array = np.asarray(values) if isinstance(values, list) else None
-    except ValueError:  # rows of different lengths
-        return False
-    return array is not None and array.ndim in (1, 2) and (array.size == 0 or array.dtype.kind == "i")
+def _fields_in(data: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an allocation among what a file holds, each of the kind that it has to be.
+
+    Raises:
+        FileError: one is not.
+    """
+    usual = Allocation()
+    given = {each.name: data[each.name] for each in fields(Allocation) if each.name in data}
+    for name, value in given.items():
+        kind = type(getattr(usual, name))
+        if not isinstance(value, kind):
+            raise FileError(f"the allocation's {name} is a {type(value).__name__}, not a {kind.__name__}")
+        if name in _CHECKS:
+            _CHECKS[name](value)
+    return given
 
 
-def _compose(name: str, first: Indices | None, second: Indices | None, rows: Indices | None) -> Indices | None:
+_CHECKS: dict[str, Callable[[Any], None]] = {
+    "kept": checks.check_kept,
+    "attributes": checks.check_attributes,
+    "absent": checks.check_absent,
+    "costs": checks.check_costs,
+    "blocks": checks.check_blocks,
+    "input_shapes": checks.check_input_shapes,
+}
+
+
+def _compose_kept(
+    first: Mapping[str, list[Indices | None]], second: Mapping[str, list[Indices | None]]
+) -> dict[str, list[Indices | None]]:
+    """Indices into the original of the first, of what the second keeps of the first one's result."""
+    kept = dict(first)
+    for name, dims in second.items():
+        before = first.get(name, [None] * len(dims))
+        try:
+            kept[name] = [_compose_dim(name, a, b, dims[0]) for a, b in zip(before, dims, strict=True)]
+        except AllocationMismatchError:
+            raise
+        except (IndexError, ValueError) as error:  # other dims or rows than the first allocation leaves
+            raise AllocationMismatchError(
+                f"{name}: the second allocation does not fit what the first one keeps ({error})"
+            ) from error
+    return kept
+
+
+def _compose_dim(name: str, first: Indices | None, second: Indices | None, rows: Indices | None) -> Indices | None:
     """Indices of one dim; `rows` are those that the second allocation keeps of the first dim's."""
     if first is None:
         return second
@@ -218,13 +235,24 @@ def _compose(name: str, first: Indices | None, second: Indices | None, rows: Ind
     if second is None:
         return list(a.tolist())
     b = np.asarray(second, dtype=np.int64)
-    if b.size and b.max() >= a.shape[-1]:
+    if b.size and (b.min() < 0 or b.max() >= a.shape[-1]):
         raise AllocationMismatchError(f"{name}: index {b.max()} of the second allocation, {a.shape[-1]} are kept")
-    if a.ndim == 2 or b.ndim == 2:
-        a = np.broadcast_to(a, (len(b) if b.ndim == 2 else len(a), a.shape[-1]))
-        b = np.broadcast_to(b, (len(a), b.shape[-1]))
-        return list(np.take_along_axis(a, b, axis=1).tolist())
-    return list(a[b].tolist())
+    if a.ndim == 1 and b.ndim == 1:
+        return list(a[b].tolist())
+    # One of the two has a row per output (a grouped weight); the other is the same for all of them.
+    a = np.broadcast_to(a, (len(b) if b.ndim == 2 else len(a), a.shape[-1]))
+    b = np.broadcast_to(b, (len(a), b.shape[-1]))
+    return list(np.take_along_axis(a, b, axis=1).tolist())
+
+
+def _compose_attributes(
+    first: Mapping[str, dict[str, Any]], second: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Of both, the second's where both set one."""
+    attributes = {path: dict(values) for path, values in first.items()}
+    for path, values in second.items():
+        attributes.setdefault(path, {}).update(values)
+    return attributes
 
 
 def _from_one_budget(data: dict[str, Any]) -> dict[str, Any]:
