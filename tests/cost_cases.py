@@ -69,6 +69,7 @@ def _products() -> dict[str, Any]:
         "torch.mv, not counted": plain(torch.mv, (3, 6), (6,)),
         "torch.dot, not counted": plain(torch.dot, (6,), (6,)),
         "torch.addmm": plain(torch.addmm, (3, 4), (3, 6), (6, 4)),
+        "addmm in place, not counted": plain(lambda c, a, b: (c * 1).addmm_(a, b), (3, 4), (3, 6), (6, 4)),
         "torch.baddbmm, not counted": plain(torch.baddbmm, (2, 3, 4), (2, 3, 6), (2, 6, 4)),
         "matmul by keywords": plain(lambda a, b: torch.matmul(other=b, input=a), (3, 6), (6, 4)),
     }
