@@ -65,6 +65,8 @@ _PAIRS: list[tuple[Shape, Shape]] = [
 def _products() -> dict[str, Any]:
     rows: dict[str, Any] = {
         "torch.mm": plain(torch.mm, (3, 6), (6, 4)),
+        "torch.mm by keywords": plain(lambda a, b: torch.mm(mat2=b, input=a), (3, 6), (6, 4)),
+        "mm with a weight": (Calls(lambda m, x: x.mm(m.w), w=torch.randn(6, 4)), [(3, 6)]),
         "torch.bmm": plain(torch.bmm, (2, 3, 6), (2, 6, 4)),
         "torch.mv, not counted": plain(torch.mv, (3, 6), (6,)),
         "torch.dot, not counted": plain(torch.dot, (6,), (6,)),
@@ -197,6 +199,7 @@ def _others() -> dict[str, Any]:
         "GRU, not counted": layer(nn.GRU(6, 5, bidirectional=True), (3, 2, 6)),
         "RNN, not counted": layer(nn.RNN(6, 5, num_layers=2), (3, 2, 6)),
         "LSTM cell": layer(nn.LSTMCell(6, 5), (2, 6)),
+        "LSTM cell without bias": layer(nn.LSTMCell(6, 5, bias=False), (2, 6)),
         "GRU cell": layer(nn.GRUCell(6, 5), (2, 6)),
         "pointwise, not counted": plain(lambda x: F.gelu(x).softmax(1) * 2 + x, (2, 6)),
         "dropped before the output": (
@@ -273,6 +276,7 @@ def _pooled(m: Any, x: torch.Tensor) -> torch.Tensor:
 IMAGE = torch.zeros(1, 3, 8, 7)
 REWRITTEN: dict[str, tuple[nn.Module, dict[str, Any]]] = {
     "plain": (Net(lambda m, x: x), {}),
+    "product": (Net(lambda m, x: x.mean((2, 3)).mm(m.w.weight)[:, :, None, None], 10, w=nn.Linear(10, 12)), {}),
     "transposed": (Net(lambda m, x: m.up(x), 9, up=nn.ConvTranspose2d(12, 9, 2, 2)), {}),
     "depthwise": (Net(lambda m, x: m.dw(x), dw=nn.Conv2d(12, 12, 3, groups=12)), {}),
     "whole groups": (Net(lambda m, x: m.g(x), g=nn.Conv2d(12, 12, 3, groups=6)), {"scope": "all"}),
