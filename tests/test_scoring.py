@@ -201,6 +201,19 @@ def test_what_has_no_number_stays() -> None:
     assert kept.sum() < graph.size / 2
 
 
+def test_what_has_no_number_stays_with_what_is_merged_into_it() -> None:
+    model = trained(Parts())
+    before, after = graph_of(model), graph_of(model, equal_parts=frozenset({""}))
+    values = np.arange(float(before.size))
+    values[[2, 9]] = np.nan
+    projected = Scores("mine", values).by_slot(before).on(after)
+    assert np.flatnonzero(np.isnan(projected)).tolist() == [2, 3]
+    kept = chosen(before, "40%", Scores("mine", values))
+    assert len(kept) == after.size
+    assert kept[[2, 3]].all()
+    assert not kept[:6].all()
+
+
 def test_by_the_names_of_parameters_entries_are_added_up() -> None:
     graph = graph_of(trained())
     random = np.random.default_rng(0)

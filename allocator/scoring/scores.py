@@ -21,7 +21,7 @@ class SlotScores:
 
     Attributes:
         slots: (entries,) which slot each entry belongs to; a slot may have any number of them.
-        values: (entries,) float64.
+        values: (entries,) float64; a neuron with a NaN among its entries stays.
         combine: how the entries that fall on a neuron make its score: their "mean", or their "sum".
     """
 
@@ -90,5 +90,4 @@ class Scores:
             return self.slots
         scored = np.flatnonzero(graph.unit_of_slot >= 0)
         units, first = np.unique(graph.unit_of_slot[scored], return_index=True)
-        known = ~np.isnan(self.values[units])
-        return SlotScores(scored[first][known], self.values[units][known])
+        return SlotScores(scored[first], self.values[units])
