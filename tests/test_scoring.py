@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -212,6 +213,22 @@ def test_what_has_no_number_stays_with_what_is_merged_into_it() -> None:
     assert len(kept) == after.size
     assert kept[[2, 3]].all()
     assert not kept[:6].all()
+
+
+def test_scores_that_were_changed_since_outlast_a_repair_as_they_are() -> None:
+    """Those of a criterion are known by parameter index too; what the caller wrote over them counts."""
+    model = trained(Parts())
+    graph = graph_of(model)
+    changed = allocator.score(graph, "magnitude")
+    changed.values[:6] += 10
+    changed.values[1] = np.nan
+    replaced = replace(allocator.score(graph, "magnitude"), values=changed.values.copy())
+    own = Scores("magnitude", changed.values.copy())
+    expected = chosen(graph, "60%", own)
+    assert expected[1]
+    for scores in (changed, replaced):
+        np.testing.assert_array_equal(scores.by_slot(graph).on(graph), own.values)
+        np.testing.assert_array_equal(chosen(graph, "60%", scores), expected)
 
 
 def test_by_the_names_of_parameters_entries_are_added_up() -> None:

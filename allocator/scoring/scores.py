@@ -86,7 +86,8 @@ class Scores:
                 f"the scores of {self.criterion!r} have shape {self.values.shape}, expected ({graph.size},): one "
                 "number per neuron, in the order of graph.neurons"
             )
-        if self.slots is not None:
+        # Values that the caller wrote over those of a criterion are the caller's own.
+        if self.slots is not None and np.array_equal(self.slots.on(graph), self.values, equal_nan=True):
             return self.slots
         scored = np.flatnonzero(graph.unit_of_slot >= 0)
         units, first = np.unique(graph.unit_of_slot[scored], return_index=True)
