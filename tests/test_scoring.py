@@ -138,11 +138,43 @@ def test_a_repair_looks_at_the_model_no_second_time() -> None:
 def test_an_array_is_one_number_per_neuron() -> None:
     graph = graph_of(trained())
     values = np.random.default_rng(0).random(graph.size)
-    for given in (values, values.tolist(), torch.tensor(values)):
+    for given in (values, values.tolist(), torch.tensor(values), torch.tensor(values, requires_grad=True)):
         scores = allocator.score(graph, given)
         assert scores.criterion == "own"
         assert scores.values.tolist() == values.tolist()
     np.testing.assert_array_equal(scores.by_slot(graph).on(graph), values)
+
+
+def test_a_tensor_is_read_whatever_its_dtype_and_whether_it_is_trained() -> None:
+    graph = graph_of(trained())
+    halves = torch.arange(graph.size, dtype=torch.bfloat16) / 2
+    assert allocator.score(graph, halves).values.tolist() == [i / 2 for i in range(graph.size)]
+
+    def by_bias(graph: ChannelGraph, weights: Any) -> Any:
+        return torch.cat([weights("norm.bias"), weights("wide_norm.bias"), weights("narrow_norm.bias")])
+
+    biases = by_bias(graph, dict(graph.model.named_parameters()).__getitem__)
+    assert biases.requires_grad
+    np.testing.assert_array_equal(allocator.score(graph, by_bias).values, biases.detach().numpy().astype(float))
+
+
+@pytest.mark.parametrize("given", [["a"], [[1], [1, 2]], "a", {}], ids=str)
+def test_what_are_no_numbers_is_refused(given: Any) -> None:
+    graph = graph_of(trained())
+    for name, criterion_of in (
+        ("'given'", lambda: _giving(given)),
+        ("'mine'", lambda: Scores("mine", given)),
+        ("stem.bias", lambda: {"stem.bias": given}),
+    ):
+        with pytest.raises(CriterionError, match=rf"^the scores of {name} are not an array of numbers: "):
+            allocator.score(graph, criterion_of())
+
+
+def _giving(numbers: Any) -> Any:
+    def given(graph: ChannelGraph, weights: Any) -> Any:
+        return numbers
+
+    return given
 
 
 def test_numbers_of_ones_own_outlast_a_merge_as_their_mean() -> None:

@@ -17,7 +17,7 @@ from allocator.errors import (
     warn,
 )
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.scoring.scores import Scores, SlotScores
+from allocator.scoring.scores import Scores, SlotScores, as_array
 
 Weights = Callable[[str], torch.Tensor]
 """Gives a parameter or buffer of the model by its name."""
@@ -95,7 +95,7 @@ def score(graph: ChannelGraph, criterion: Any = AUTO) -> Scores:
     if callable(criterion):
         name = getattr(criterion, "__name__", type(criterion).__name__)
         return _checked(graph, name, criterion(graph, _weights_of(graph, name)))
-    return _checked(graph, "own", np.asarray(criterion))
+    return _checked(graph, "own", criterion)
 
 
 def _by_name(graph: ChannelGraph, criterion: str) -> Scores:
@@ -126,7 +126,7 @@ def _by_parameter(graph: ChannelGraph, arrays: Mapping[str, Any]) -> SlotScores:
         if name not in graph.slots.shapes:
             near = did_you_mean(name, graph.slots.shapes, mark="'")
             raise UnknownNameError(f"scores for {name!r}, which is no parameter of the model{near and '; ' + near}")
-        array = as_array(given) if isinstance(given, torch.Tensor) else np.asarray(given, dtype=np.float64)
+        array = as_array(given, f"the scores of {name}")
         expected = graph.slots.shapes[name]
         if array.shape != expected:
             raise CriterionError(f"the scores of {name} have shape {array.shape}, expected {expected}")
@@ -150,8 +150,3 @@ def _checked(graph: ChannelGraph, name: str, given: np.ndarray | SlotScores) -> 
             UninformativeScoresWarning,
         )
     return scores
-
-
-def as_array(tensor: torch.Tensor) -> np.ndarray:
-    """The values of a tensor in float64."""
-    return np.asarray(tensor.detach().to("cpu", torch.float64).numpy())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from allocator.errors import CriterionError
 from allocator.graph.channel_graph import ChannelGraph
@@ -65,7 +66,7 @@ class Scores:
     slots: SlotScores | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        values = np.asarray(self.values, dtype=np.float64)
+        values = as_array(self.values, f"the scores of {self.criterion!r}")
         if np.isinf(values).any():
             raise CriterionError(
                 f"criterion {self.criterion!r} gave infinite scores: the model's weights are not finite"
@@ -92,3 +93,21 @@ class Scores:
         scored = np.flatnonzero(graph.unit_of_slot >= 0)
         units, first = np.unique(graph.unit_of_slot[scored], return_index=True)
         return SlotScores(scored[first], self.values[units])
+
+
+def as_array(numbers: Any, name: str) -> np.ndarray:
+    """Numbers in float64: of a tensor, wherever it lies and whatever its dtype, or of anything that numpy reads.
+
+    Args:
+        numbers: what was given.
+        name: of it, for messages.
+
+    Raises:
+        CriterionError: these are no numbers.
+    """
+    if isinstance(numbers, torch.Tensor):
+        numbers = numbers.detach().to("cpu", torch.float64).numpy()
+    try:
+        return np.asarray(numbers, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise CriterionError(f"{name} are not an array of numbers: {error}") from None

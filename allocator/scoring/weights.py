@@ -7,8 +7,8 @@ import torch
 
 from allocator.errors import CriterionError
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.scoring.registry import Weights, as_array, criterion
-from allocator.scoring.scores import SlotScores
+from allocator.scoring.registry import Weights, criterion
+from allocator.scoring.scores import SlotScores, as_array
 
 
 @criterion("bn_scale")
@@ -20,7 +20,7 @@ def bn_scale(graph: ChannelGraph, weights: Weights) -> SlotScores:
             "the model has no batch norm with a scale to rank neurons by (never had one, or it was folded "
             "into the convolutions): pass criterion='magnitude'"
         )
-    return SlotScores.of((label, np.abs(as_array(weights(name)))) for name, label in gammas.items())
+    return SlotScores.of((label, np.abs(as_array(weights(name), name))) for name, label in gammas.items())
 
 
 @criterion("magnitude")
@@ -30,7 +30,7 @@ def magnitude(graph: ChannelGraph, weights: Weights) -> SlotScores:
     for name, dim, label in _written(graph):
         tensor = weights(name).detach().to(torch.float64)
         others = [d for d in range(tensor.dim()) if d != dim]
-        norms = as_array(torch.linalg.vector_norm(tensor, dim=others) if others else tensor.abs())
+        norms = as_array(torch.linalg.vector_norm(tensor, dim=others) if others else tensor.abs(), name)
         mean = norms.mean()
         rows.append((label, norms / mean if mean > 0 else norms))
     return SlotScores.of(rows)
