@@ -267,8 +267,10 @@ def test_the_best_of_each_floor_stay(graph: ChannelGraph, minimum: int, seed: in
     random = np.random.default_rng(seed)
     units, values = neuron_of_slot(graph), random.random(graph.size)
     free = random.random(graph.size) < 0.8
-    slots = np.array(sorted(units)) if seed % 2 else np.arange(graph.slots.total)
-    label = random.choice(slots, 6, replace=False)
+    few = set(random.choice(graph.size, 4, replace=False).tolist())
+    of_few = [slot for slot, unit in units.items() if unit in few]
+    slots = np.array(of_few) if seed % 2 else np.arange(graph.slots.total)
+    label = random.choice(slots, 8, replace=False)
     forced = forced_neurons(with_floors(graph, [AtLeast(label, "layer", minimum)]), Scores("mine", values), free)
     assert forced.tolist() == best_enough(label, minimum, units, free, values).tolist()
     assert staying(label, units, forced) >= min(minimum, len(label))
