@@ -175,6 +175,15 @@ def test_a_limit_at_the_largest_keeps_all_and_one_at_the_smallest_none(tinies: l
         assert keep_in_order(narrow.problem(fills=fills), tiny.threshold).tolist() == tiny.forced.tolist()
 
 
+@pytest.mark.parametrize("fills", [True, False])
+def test_thresholds_are_any_numbers(tinies: list[Tiny], fills: bool) -> None:
+    """What counts is their order; what must stays first, however small a threshold is."""
+    for tiny in tinies:
+        kept = keep_in_order(tiny.problem(fills=fills), tiny.threshold)
+        other = keep_in_order(tiny.problem(fills=fills), 50 * tiny.threshold - 40)
+        assert other.tolist() == kept.tolist()
+
+
 @pytest.mark.parametrize("degree", [1, 2])
 def test_the_next_cost_is_of_the_cheapest_further_neuron(degree: int) -> None:
     for tiny in several(2, degree):
