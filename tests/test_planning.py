@@ -563,6 +563,13 @@ def test_nothing_to_remove_says_why(graph: ChannelGraph, scores: Scores) -> None
     ) as caught:
         make_plan(graph, nothing, budgets)
     assert caught.value.reasons[0] == "36 neurons have no score under criterion 'mine'"
+    mixed = Scores("mine", np.where(graph.scope_of == 0, np.nan, 1.0))
+    with pytest.raises(NothingToAllocateError) as caught:
+        make_plan(graph, mixed, budgets, scope="branches")
+    assert caught.value.reasons[:2] == [
+        "22 neurons can only be removed in a wider scope than 'branches'",
+        "14 neurons have no score under criterion 'mine'",
+    ]
     plain: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
     inner = allocator.trace(plain, IMAGE)
     with pytest.raises(NothingToAllocateError, match="8 neurons can only be removed in a wider scope than 'branches'"):

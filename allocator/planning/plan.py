@@ -110,7 +110,8 @@ def nothing(graph: ChannelGraph, scores: Scores, scope: str) -> NothingToAllocat
     unscored = int(np.isnan(scores.values).sum())
     if unscored:
         reasons.insert(0, f"{unscored} neurons have no score under criterion {scores.criterion!r}")
-    if graph.size and scope not in ("auto", "all"):
-        reasons.insert(0, f"{graph.size} neurons can only be removed in a wider scope than {scope!r}")
+    wider = int((graph.scope_of > SCOPES["all" if scope == "auto" else scope]).sum())
+    if wider:
+        reasons.insert(0, f"{wider} neurons can only be removed in a wider scope than {scope!r}")
     listed = "; ".join(reasons[:5]) or "the model has no convolution or linear layer whose outputs stay inside it"
     return NothingToAllocateError(f"no neuron of the model can be removed: {listed}", reasons=reasons)
