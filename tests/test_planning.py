@@ -14,7 +14,7 @@ from subjects import IMAGE, trained
 from torch import Tensor, nn
 
 import allocator
-from allocator import BudgetError, ChannelGraph, NothingToAllocateError, Scores, UnknownNameError
+from allocator import BudgetError, ChannelGraph, NothingToAllocateError, PolicyError, Scores, UnknownNameError
 from allocator.cost.budget import Budget, Budgets
 from allocator.cost.metric import Metric
 from allocator.cost.terms import Term
@@ -452,6 +452,24 @@ def test_an_order_of_the_callers_own_works_by_name(graph: ChannelGraph, scores: 
     forced = forced_neurons(graph, scores, free)
     assert np.flatnonzero(plan.kept & ~forced).max() < dropped.min()
     assert plan.kept[forced].all()
+
+
+@pytest.mark.usefixtures("scratch_policies")
+@pytest.mark.parametrize(
+    ("choose", "said"),
+    [
+        (lambda problem: np.ones(36, dtype=bool), r"keeps [\d,]+ FLOPs, [\d,]+ are allowed: add neurons while"),
+        (lambda problem: np.zeros(36, dtype=bool), r"drops \d+ neurons that must stay: keep those in problem.forced"),
+        (lambda problem: np.arange(5), r"gave int64 \(5,\), expected bool \(36,\): which neurons to keep"),
+        (lambda problem: np.ones(36), r"gave float64 \(36,\), expected bool"),
+        (lambda problem: [True] * 36, r"gave list, expected bool"),
+        (lambda problem: None, r"gave NoneType, expected bool"),
+    ],
+)
+def test_a_policy_that_does_not_do_what_it_has_to_is_named(choose: Callable[[Problem], Any], said: str) -> None:
+    policy("mine")(choose)
+    with pytest.raises(PolicyError, match=rf"^policy 'mine' {said}"):
+        allocator.allocate(trained(Nested()), "60%", example_inputs=IMAGE, policy="mine")
 
 
 # ---------------------------------------------------------------------------------------------------- the scope

@@ -8,7 +8,7 @@ import numpy as np
 
 import allocator.planning.policies  # noqa: F401  (fills the table of policies)
 from allocator.cost.budget import Budget, Budgets
-from allocator.errors import BudgetError, NothingToAllocateError
+from allocator.errors import BudgetError, NothingToAllocateError, PolicyError
 from allocator.graph.channel_graph import SCOPES, ChannelGraph
 from allocator.planning.policies.registry import find_policy
 from allocator.planning.problem import Problem, forced_neurons, free_neurons
@@ -65,6 +65,7 @@ def make_plan(
         BudgetError: a budget cannot be met; says the smallest figure that can.
         NothingToAllocateError: no neuron can be removed.
         UnknownNameError: no such policy or scope.
+        PolicyError: the policy's choice does not meet the budgets, or drops what must stay.
     """
     choose = find_policy(policy)
     check_choice("scope", scope, ("auto", *SCOPES))
@@ -79,7 +80,7 @@ def make_plan(
         if not budgets.met(forced):
             continue
         problem = Problem(graph, scores, forced, budgets, fill)
-        kept = choose(problem)
+        kept = _checked(policy, choose(problem), problem)
         plan = Plan(kept, budgets, name, policy, scores.criterion, next_cost(problem, kept))
         if budgets.used(kept) >= CLOSE or not fill:
             return plan
@@ -91,6 +92,25 @@ def make_plan(
     nearest = min(least, key=budgets.used)
     exceeded = budgets.unmet(nearest)[0]
     raise unmet(exceeded, scope, exceeded.metric.value(nearest))
+
+
+def _checked(policy: str, kept: np.ndarray, problem: Problem) -> np.ndarray:
+    """What a policy chose, once it is known to do what a policy has to; it may be the caller's own."""
+    expected = problem.forced
+    if not isinstance(kept, np.ndarray) or (kept.shape, kept.dtype) != (expected.shape, expected.dtype):
+        given = f"{kept.dtype} {kept.shape}" if isinstance(kept, np.ndarray) else type(kept).__name__
+        raise PolicyError(f"policy {policy!r} gave {given}, expected bool {expected.shape}: which neurons to keep")
+    dropped = int((expected & ~kept).sum())
+    if dropped:
+        raise PolicyError(f"policy {policy!r} drops {dropped} neurons that must stay: keep those in problem.forced")
+    exceeded = problem.budgets.unmet(kept)
+    if exceeded:
+        metric, limit = exceeded[0].metric, exceeded[0].limit
+        raise PolicyError(
+            f"policy {policy!r} keeps {metric.value(kept):,} {metric.unit}, {limit:,.0f} are allowed: add neurons "
+            "while problem.budgets.met(kept)"
+        )
+    return kept
 
 
 def unmet(budget: Budget, scope: str, reachable: int) -> BudgetError:
