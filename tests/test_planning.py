@@ -95,7 +95,7 @@ def draw(seed: int, budgets: int, degree: int) -> Tiny:
     random = np.random.default_rng([seed, budgets, degree])
     unit_of_slot = random.integers(-1, NEURONS, SLOTS)
     unit_of_slot[:NEURONS] = np.arange(NEURONS)
-    terms = []
+    terms: list[list[Term]] = []
     for _ in range(budgets):
         axes = [random.integers(0, SLOTS, random.integers(1, 9)) for _ in range(4)]
         terms.append([])
@@ -145,7 +145,7 @@ def test_with_filling_every_neuron_in_order_that_fits_is_kept(tinies: list[Tiny]
         assert kept.tolist() == tiny.one_by_one().tolist()
         assert kept[tiny.forced].all()
         assert tiny.met(kept)
-        for unit in np.flatnonzero(~kept):
+        for unit in np.flatnonzero(~kept).tolist():
             assert not tiny.met(tiny.with_neuron(kept, unit)), "a further neuron would fit in all budgets"
 
 
@@ -189,7 +189,7 @@ def test_the_next_cost_is_of_the_cheapest_further_neuron(degree: int) -> None:
     for tiny in several(2, degree):
         kept = tiny.one_by_one()
         first = tiny.terms[0]
-        more = [tiny.cost(first, tiny.with_neuron(kept, unit)) for unit in np.flatnonzero(~kept)]
+        more = [tiny.cost(first, tiny.with_neuron(kept, unit)) for unit in np.flatnonzero(~kept).tolist()]
         expected = min(more) - tiny.cost(first, kept) if more else None
         assert next_cost(tiny.problem(fills=True), kept) == expected
 
@@ -565,10 +565,11 @@ def test_a_budget_that_cannot_be_met_names_metric_asked_and_reachable(
 
 
 def test_of_several_budgets_the_one_that_cannot_be_met_is_named(graph: ChannelGraph, scores: Scores) -> None:
-    for asked, said in (
+    rows: list[tuple[dict[str, Any], str]] = [
         ({"flops": "90%", "params": 7}, "7 parameters cannot be met"),
         ({"params": "90%", "activations": 9, "flops": 8}, "9 activations cannot be met"),
-    ):
+    ]
+    for asked, said in rows:
         with pytest.raises(BudgetError, match=said):
             make_plan(graph, scores, budgets_of(graph, asked))
 

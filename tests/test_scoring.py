@@ -15,7 +15,15 @@ from subjects import IMAGE, Branches, Parts, trained
 from torch import nn
 
 import allocator
-from allocator import ChannelGraph, CriterionError, Scores, UninformativeScoresWarning, UnknownNameError, pipeline
+from allocator import (
+    ChannelGraph,
+    CriterionError,
+    CriterionFallbackWarning,
+    Scores,
+    UninformativeScoresWarning,
+    UnknownNameError,
+    pipeline,
+)
 from allocator.flow.options import Options, Place
 from allocator.graph.build import build_graph
 from allocator.scoring.registry import CRITERIA, candidates, criterion
@@ -30,7 +38,7 @@ def graph_of(model: nn.Module, **options: Any) -> ChannelGraph:
     return build_graph(model, as_inputs(IMAGE, model), Options(**options))
 
 
-def by_members(graph: ChannelGraph, score_of: Callable[[Member], list[float]], combine: str) -> list[float]:
+def by_members(graph: ChannelGraph, score_of: Callable[[Member], list[float]], combine: str) -> np.ndarray:
     """One number per neuron out of what each of its parameter indices has; NaN where none has any."""
     scores = []
     for neuron in graph.neurons:
@@ -39,7 +47,7 @@ def by_members(graph: ChannelGraph, score_of: Callable[[Member], list[float]], c
             entries += score_of(member)
         total = sum(entries) if entries else float("nan")
         scores.append(total / len(entries) if entries and combine == "mean" else total)
-    return scores
+    return np.array(scores)
 
 
 def chosen(graph: ChannelGraph, flops: str, scores: Scores) -> np.ndarray:
@@ -63,7 +71,8 @@ def test_entries_of_slots_are_combined_per_neuron(combine: Any) -> None:
     graph = graph_of(trained())
     random = np.random.default_rng(0)
     names = ("norm.weight", "narrow.weight", "wide_norm.bias", "head.weight")
-    rows, entries = [], {}
+    rows = []
+    entries: dict[Member, list[float]] = {}
     for name in (*names, "norm.weight"):
         for dim, label in enumerate(graph.slots.labels(name)[:2]):
             numbers = random.random(len(label))
@@ -92,8 +101,8 @@ def test_scores_follow_a_change_of_what_a_neuron_is(options: dict[str, Any], com
     model = trained(Parts())
     before, after = graph_of(model), graph_of(model, **options)
     assert after.size < before.size
-    entries = {}
     rows = []
+    entries: dict[Member, list[float]] = {}
     for name in ("first.weight", "norm.weight", "left.weight", "right.weight"):
         label = before.slots.labels(name)[0]
         numbers = np.random.default_rng(len(entries)).random(len(label))
@@ -398,6 +407,18 @@ def test_magnitude_is_relative_to_the_layer() -> None:
         model.wide.weight.zero_()
     wide = graph.units(graph.slots.labels("wide.weight")[0])
     assert (allocator.score(graph, "magnitude").values[wide] == 0).all()
+
+
+def test_without_a_batch_norm_there_is_no_bn_scale() -> None:
+    torch.manual_seed(0)
+    graph = graph_of(Branches(norm=False))
+    with pytest.raises(CriterionError, match=r"the model has no batch norm with a scale.*pass criterion='magnitude'"):
+        allocator.score(graph, "bn_scale")
+    with pytest.warns(CriterionFallbackWarning, match="no batch norm scales a neuron that can be removed: neurons are"):
+        scores = allocator.score(graph)
+    assert scores.criterion == "magnitude"
+    np.testing.assert_array_equal(scores.values, allocator.score(graph, "magnitude").values)
+    assert allocator.score(graph, scores) is scores
 
 
 def test_random_is_the_same_every_time() -> None:
