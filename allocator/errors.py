@@ -28,6 +28,10 @@ class CriterionError(AllocatorError, ValueError):
     """A criterion is unknown, or has nothing to rank this model by."""
 
 
+class PolicyError(AllocatorError, ValueError):
+    """A policy's choice is none of neurons, exceeds a budget, or drops what must stay."""
+
+
 class BudgetError(AllocatorError, ValueError):
     """A FLOPs budget that is not a number, or that cannot be met.
 

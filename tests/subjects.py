@@ -41,6 +41,27 @@ class Branches(nn.Module):
         return self.head(self.features(x).mean((2, 3)))
 
 
+class Parts(nn.Module):
+    """A stem of 12 channels in two parts of `width`, a layer of 5 on each, then a classifier.
+
+    The forward divides by the width, which so cannot become one number per part: a repair makes the parts equal.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 6
+        self.first, self.norm = nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.left, self.right = nn.Conv2d(6, 5, 1), nn.Conv2d(6, 5, 3, padding=1)
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 3, h, w) to (n, 4)."""
+        x = F.relu(self.norm(self.first(x)))
+        assert x.shape[1] // self.width == 2
+        left, right = x.split(self.width, 1)
+        return self.head(torch.cat([self.left(left), self.right(right)], 1).mean((2, 3)))
+
+
 def randomised_norms(model: nn.Module, seed: int = 0) -> Any:
     """Give every batch norm scales, shifts and statistics away from their start; set eval mode."""
     generator = torch.Generator().manual_seed(seed)

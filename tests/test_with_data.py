@@ -44,7 +44,7 @@ def model() -> Net:
     torch.manual_seed(0)
     net = Net().eval()
     nn.init.uniform_(net.norm.weight, 0.5, 2)
-    nn.init.uniform_(net.norm.running_var, 0.5, 2)
+    nn.init.uniform_(net.get_buffer("norm.running_var"), 0.5, 2)
     return net
 
 
@@ -237,7 +237,7 @@ def test_an_importance_that_looks_at_gradients_gets_them(model: Net, images: Ten
 def test_an_importance_of_a_users_own(model: Net) -> None:
     tp = pytest.importorskip("torch_pruning")
 
-    class FirstLayer(tp.importance.Importance):
+    class FirstLayer(tp.importance.Importance):  # type: ignore[name-defined, misc]
         def __call__(self, group: Any) -> Tensor:
             (dependency, indices), *_ = group
             return dependency.layer.weight.data[indices].abs().flatten(1).amax(1)

@@ -26,11 +26,14 @@ def flops_terms(flow: Flow) -> list[Term]:
             if id(op.call) not in counted:
                 counted.add(id(op.call))
                 terms += [Term.of(product, op.module, op.index) for product in whole(flow, op.call)]
-        elif op.declared.flops is not None and not _inside_recurrence(flow, op):
+        elif op.declared.flops is not None and not _overlooked(flow, op):
             terms += [Term.of(product, op.module, op.index) for product in op.declared.flops(flow, op)]
     return terms
 
 
-def _inside_recurrence(flow: Flow, op: Op) -> bool:
-    """fvcore sees an LSTM, GRU or RNN whole, and does not count it; it does count their cells."""
-    return isinstance(flow.trace.modules.get(op.module), nn.RNNBase)
+def _overlooked(flow: Flow, op: Op) -> bool:
+    """fvcore sees an LSTM, GRU or RNN whole, and does not count it; it does count their cells.
+
+    Nor does it know the twins that work in place (`addmm_`).
+    """
+    return op.name.endswith("_") or isinstance(flow.trace.modules.get(op.module), nn.RNNBase)

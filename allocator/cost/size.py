@@ -37,7 +37,10 @@ def activation_terms(flow: Flow, flops: Iterable[Term]) -> list[Term]:
     written: dict[int, Op] = {}
     for term in flops:
         op = ops[term.op]
-        if op.call is not None and FUNCTIONS[op.call.name].multiplies:
+        function = None if op.call is None else FUNCTIONS[op.call.name]
+        if function is not None and function.flops is not None:  # counted as a whole
+            if not function.multiplies:
+                continue
             op = last_of_call[id(op.call)]
         elif not op.declared.multiplies:
             continue

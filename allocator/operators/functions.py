@@ -41,6 +41,11 @@ def _matmul_flops(flow: Flow, call: Call) -> list[Product]:
     return [times(product, elements(flow, b, dims=slice(-1, None)))]
 
 
+def _mm_flops(flow: Flow, call: Call) -> list[Product]:
+    a, b = tensor_of(call, 0, "input"), tensor_of(call, 1, "mat2")
+    return [times(elements(flow, a), elements(flow, b, dims=slice(-1, None)))]
+
+
 def area_flops(flow: Flow, op: Op) -> list[Product]:
     """Adaptive pooling of images; to one pixel `interpolate` by area calls `mean`, and for signals it makes images."""
     if op.call is not None and op.call.name == "interpolate":
@@ -64,6 +69,8 @@ function("linalg_matrix_power", flops=_nothing)
 function("linalg_multi_dot", flops=_nothing)
 function("matmul", flops=_matmul_flops, multiplies=True, callable=torch.matmul)
 function("matrix_power", flops=_nothing)
+# Called by itself fvcore counts its FLOPs and not what it writes; as the part of a linear layer it counts both.
+function("mm", flops=_mm_flops)
 function("multi_head_attention_forward")
 function("rmatmul", flops=_matmul_flops, multiplies=True)
 function("scaled_dot_product_attention", flops=_nothing, callable=functional.scaled_dot_product_attention)

@@ -8,7 +8,7 @@ import numpy as np
 
 import allocator.planning.policies  # noqa: F401  (fills the table of policies)
 from allocator.cost.budget import Budget, Budgets
-from allocator.errors import BudgetError, NothingToAllocateError
+from allocator.errors import BudgetError, NothingToAllocateError, PolicyError
 from allocator.graph.channel_graph import SCOPES, ChannelGraph
 from allocator.planning.multiples import to_multiples
 from allocator.planning.policies.registry import find_policy
@@ -71,6 +71,7 @@ def make_plan(
         BudgetError: a budget cannot be met; says the smallest figure that can.
         NothingToAllocateError: no neuron can be removed.
         UnknownNameError: no such policy or scope.
+        PolicyError: the policy's choice does not meet the budgets, or drops what must stay.
     """
     policy = usual_policy(scores.criterion) if policy == "auto" else policy
     choose, widths = find_policy(policy), widths or Widths()
@@ -86,7 +87,7 @@ def make_plan(
         if not budgets.met(forced):
             continue
         problem = Problem(graph, scores, forced, budgets, fill, widths, None if gone is None else _units(graph, gone))
-        kept = to_multiples(problem, choose(problem))
+        kept = to_multiples(problem, _checked(policy, choose(problem), problem))
         plan = Plan(kept, budgets, name, policy, scores.criterion, next_cost(problem, kept))
         if budgets.used(kept) >= CLOSE or not fill:
             return plan
@@ -116,6 +117,25 @@ def usual_policy(criterion: str) -> str:
     return "per_block" if criterion == "bn_scale" else "global"
 
 
+def _checked(policy: str, kept: np.ndarray, problem: Problem) -> np.ndarray:
+    """What a policy chose, once it is known to do what a policy has to; it may be the caller's own."""
+    expected = problem.forced
+    if not isinstance(kept, np.ndarray) or (kept.shape, kept.dtype) != (expected.shape, expected.dtype):
+        given = f"{kept.dtype} {kept.shape}" if isinstance(kept, np.ndarray) else type(kept).__name__
+        raise PolicyError(f"policy {policy!r} gave {given}, expected bool {expected.shape}: which neurons to keep")
+    dropped = int((expected & ~kept).sum())
+    if dropped:
+        raise PolicyError(f"policy {policy!r} drops {dropped} neurons that must stay: keep those in problem.forced")
+    exceeded = problem.budgets.unmet(kept)
+    if exceeded:
+        metric, limit = exceeded[0].metric, exceeded[0].limit
+        raise PolicyError(
+            f"policy {policy!r} keeps {metric.value(kept):,} {metric.unit}, {limit:,.0f} are allowed: add neurons "
+            "while problem.budgets.met(kept)"
+        )
+    return kept
+
+
 def unmet(budget: Budget, scope: str, reachable: int) -> BudgetError:
     """The error for a budget that cannot be met, with the smallest figure that can."""
     metric, whole = budget.metric, budget.metric.whole
@@ -133,7 +153,8 @@ def nothing(graph: ChannelGraph, scores: Scores, scope: str) -> NothingToAllocat
     unscored = int(np.isnan(scores.values).sum())
     if unscored:
         reasons.insert(0, f"{unscored} neurons have no score under criterion {scores.criterion!r}")
-    if graph.size and scope in ("branches", "inner"):
-        reasons.insert(0, f"{graph.size} neurons can only be removed in a wider scope than {scope!r}")
+    wider = int((graph.scope_of > SCOPES["all" if scope == "auto" else scope]).sum())
+    if wider:
+        reasons.insert(0, f"{wider} neurons can only be removed in a wider scope than {scope!r}")
     listed = "; ".join(reasons[:5]) or "the model has no convolution or linear layer whose outputs stay inside it"
     return NothingToAllocateError(f"no neuron of the model can be removed: {listed}", reasons=reasons)

@@ -101,11 +101,13 @@ def forced_neurons(graph: ChannelGraph, scores: Scores, free: np.ndarray, widths
             continue
         units = graph.unit_of_slot[label]
         goes = (units >= 0) & ~forced[units]
+        loose, slots = np.unique(units[goes], return_counts=True)
         missing = minimum - int((~goes).sum())
         if missing > 0:
-            loose = np.unique(units[goes])
-            best = np.argsort(-scores.values[loose], kind="stable")[:missing]
-            forced[loose[best]] = True
+            best = np.argsort(-scores.values[loose], kind="stable")
+            # A neuron that holds several of the slots counts as often.
+            enough = int(np.searchsorted(np.cumsum(slots[best]), missing)) + 1
+            forced[loose[best[:enough]]] = True
     return forced
 
 

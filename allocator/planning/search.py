@@ -12,11 +12,9 @@ def keep_in_order(problem: Problem, threshold: np.ndarray) -> np.ndarray:
 
     Without `fill`, neurons of one threshold are kept together or not at all.
     """
-    forced = problem.forced
-    threshold = np.where(forced, 0.0, threshold)
-    order = np.argsort(np.where(forced, -1.0, threshold), kind="stable")
+    order = np.argsort(np.where(problem.forced, -np.inf, threshold), kind="stable")
     order = order[problem.open[order]]
-    first = int(forced.sum())
+    first = int(problem.forced.sum())
     low, high = first, len(order)
     while low < high:
         middle = (low + high + 1) // 2

@@ -20,7 +20,7 @@ from allocator.errors import (
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.scoring.answers import Loss
 from allocator.scoring.calibration import collect, with_gradients
-from allocator.scoring.scores import Scores, SlotScores
+from allocator.scoring.scores import Scores, SlotScores, as_array
 from allocator.scoring.torch_pruning import importance_scores, is_importance
 
 Weights = Callable[[str], torch.Tensor]
@@ -139,7 +139,7 @@ def score(graph: ChannelGraph, criterion: Any = AUTO, data: Data | None = None) 
         return _by_names(graph, tuple(criterion), data)
     if callable(criterion):
         return _by_function(graph, criterion, data)
-    return _checked(graph, "own", np.asarray(criterion))
+    return _checked(graph, "own", criterion)
 
 
 def _by_names(graph: ChannelGraph, names: tuple[str, ...], data: Data | None) -> Scores:
@@ -205,7 +205,7 @@ def _by_parameter(graph: ChannelGraph, arrays: Mapping[str, Any]) -> SlotScores:
         if name not in graph.slots.shapes:
             near = did_you_mean(name, graph.slots.shapes, mark="'")
             raise UnknownNameError(f"scores for {name!r}, which is no parameter of the model{near and '; ' + near}")
-        array = as_array(given) if isinstance(given, torch.Tensor) else np.asarray(given, dtype=np.float64)
+        array = as_array(given, f"the scores of {name}")
         expected = graph.slots.shapes[name]
         if array.shape != expected:
             raise CriterionError(f"the scores of {name} have shape {array.shape}, expected {expected}")
@@ -229,8 +229,3 @@ def _checked(graph: ChannelGraph, name: str, given: np.ndarray | SlotScores) -> 
             UninformativeScoresWarning,
         )
     return scores
-
-
-def as_array(tensor: torch.Tensor) -> np.ndarray:
-    """The values of a tensor in float64."""
-    return np.asarray(tensor.detach().to("cpu", torch.float64).numpy())

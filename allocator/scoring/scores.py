@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from allocator.errors import CriterionError
 from allocator.graph.channel_graph import ChannelGraph
@@ -23,7 +24,7 @@ class SlotScores:
 
     Attributes:
         slots: (entries,) which slot each entry belongs to; a slot may have any number of them.
-        values: (entries,) float64; (samples, entries) for "mean_square".
+        values: (entries,) float64; (samples, entries) for "mean_square". A neuron with a NaN among its entries stays.
         combine: how the entries that fall on a neuron make its score: their "mean", their "sum", or, over the samples,
             the mean of the square of their sum ("mean_square").
     """
@@ -47,7 +48,7 @@ class SlotScores:
         free = units >= 0
         count = np.bincount(units[free], minlength=graph.size)
         if self.combine == "mean_square":
-            total = np.zeros(graph.size)
+            total: np.ndarray = np.zeros(graph.size)
             for sample in self.values:
                 total += np.bincount(units[free], weights=sample[free], minlength=graph.size) ** 2
             divisor = np.full(graph.size, float(max(len(self.values), 1)))
@@ -74,7 +75,7 @@ class Scores:
     slots: SlotScores | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        values = np.asarray(self.values, dtype=np.float64)
+        values = as_array(self.values, f"the scores of {self.criterion!r}")
         if np.isinf(values).any():
             raise CriterionError(
                 f"criterion {self.criterion!r} gave infinite scores: the model's weights are not finite"
@@ -107,9 +108,27 @@ class Scores:
                 f"the scores of {self.criterion!r} have shape {self.values.shape}, expected ({graph.size},): one "
                 "number per neuron, in the order of graph.neurons"
             )
-        if self.slots is not None:
+        # Values that the caller wrote over those of a criterion are the caller's own.
+        if self.slots is not None and np.array_equal(self.slots.on(graph), self.values, equal_nan=True):
             return self.slots
         scored = np.flatnonzero(graph.unit_of_slot >= 0)
         units, first = np.unique(graph.unit_of_slot[scored], return_index=True)
-        known = ~np.isnan(self.values[units])
-        return SlotScores(scored[first][known], self.values[units][known])
+        return SlotScores(scored[first], self.values[units])
+
+
+def as_array(numbers: Any, name: str) -> np.ndarray:
+    """Numbers in float64: of a tensor, wherever it lies and whatever its dtype, or of anything that numpy reads.
+
+    Args:
+        numbers: what was given.
+        name: of it, for messages.
+
+    Raises:
+        CriterionError: these are no numbers.
+    """
+    if isinstance(numbers, torch.Tensor):
+        numbers = numbers.detach().to("cpu", torch.float64).numpy()
+    try:
+        return np.asarray(numbers, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise CriterionError(f"{name} are not an array of numbers: {error}") from None

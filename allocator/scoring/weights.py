@@ -9,8 +9,8 @@ import torch
 
 from allocator.errors import CriterionError
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.scoring.registry import Weights, as_array, criterion
-from allocator.scoring.scores import SlotScores
+from allocator.scoring.registry import Weights, criterion
+from allocator.scoring.scores import SlotScores, as_array
 
 
 @criterion("bn_scale")
@@ -22,13 +22,13 @@ def bn_scale(graph: ChannelGraph, weights: Weights) -> SlotScores:
             "the model has no batch norm with a scale to rank neurons by (never had one, or it was folded "
             "into the convolutions): pass criterion='magnitude'"
         )
-    return SlotScores.of((label, np.abs(as_array(weights(name)))) for name, label in gammas.items())
+    return SlotScores.of((label, np.abs(as_array(weights(name), name))) for name, label in gammas.items())
 
 
 @criterion("magnitude")
 def magnitude(graph: ChannelGraph, weights: Weights) -> SlotScores:
     """Root mean square of the weights that write a neuron, relative to its layer's (Li et al., ICLR 2017)."""
-    return SlotScores.of((label, _over_mean(_norms(weights(name), dim))) for name, dim, label in _written(graph))
+    return SlotScores.of((label, _over_mean(_norms(weights(name), dim, name))) for name, dim, label in _written(graph))
 
 
 @criterion("group_norm")
@@ -39,7 +39,7 @@ def group_norm(graph: ChannelGraph, weights: Weights) -> SlotScores:
     """
     rows = []
     for name, dim, label in _dims_of_neurons(graph):
-        rows.append((label, _norms(weights(name), dim)))
+        rows.append((label, _norms(weights(name), dim, name)))
     return SlotScores.of((label, _over_branch(graph, label, norms)) for label, norms in rows)
 
 
@@ -49,7 +49,7 @@ def fpgm(graph: ChannelGraph, weights: Weights) -> SlotScores:
     rows = []
     for name, dim, label in _written(graph):
         filters = weights(name).detach().to(torch.float32).movedim(dim, 0).flatten(1)
-        distances = as_array(torch.cdist(filters[None], filters[None])[0].sum(1))
+        distances = as_array(torch.cdist(filters[None], filters[None])[0].sum(1), name)
         rows.append((label, _over_mean(distances)))
     return SlotScores.of(rows)
 
@@ -60,11 +60,11 @@ def random(graph: ChannelGraph, weights: Weights) -> np.ndarray:
     return np.random.default_rng(0).random(graph.size)
 
 
-def _norms(tensor: torch.Tensor, dim: int) -> np.ndarray:
-    """(n,) the L2 norm of every slice along a dim."""
+def _norms(tensor: torch.Tensor, dim: int, name: str) -> np.ndarray:
+    """(n,) the L2 norm of every slice along a dim; the name is for messages."""
     wide = tensor.detach().to(torch.float64)
     others = [d for d in range(wide.dim()) if d != dim]
-    return as_array(torch.linalg.vector_norm(wide, dim=others) if others else wide.abs())
+    return as_array(torch.linalg.vector_norm(wide, dim=others) if others else wide.abs(), name)
 
 
 def _over_mean(values: np.ndarray) -> np.ndarray:

@@ -46,7 +46,7 @@ def activation(graph: ChannelGraph, weights: Weights, statistics: Statistics) ->
     away, so that it costs nothing to lose."""
     rows = []
     for (name, dim), moments in statistics.moments.items():
-        spread = moments.variance * _squared_columns(weights(name), dim)
+        spread = moments.variance * _squared_columns(weights(name), dim, name)
         total = spread.sum()
         rows.append((graph.slots.labels(name)[dim], spread / total if total > 0 else spread))
     return SlotScores.of(rows, "sum")
@@ -65,14 +65,14 @@ def reconstruction(graph: ChannelGraph, weights: Weights, statistics: Statistics
         covariance = moments.squares / moments.count - np.outer(mean, mean)
         ridge = RIDGE * max(float(np.trace(covariance)) / len(covariance), 1e-12)
         inverse = np.linalg.inv(covariance + ridge * np.eye(len(covariance)))
-        columns = _squared_columns(weights(name), dim)
+        columns = _squared_columns(weights(name), dim, name)
         total = float((np.diag(covariance) * columns).sum())
         rows.append((graph.slots.labels(name)[dim], columns / np.diag(inverse) / (total if total > 0 else 1.0)))
     return SlotScores.of(rows, "sum")
 
 
-def _squared_columns(weight: torch.Tensor, dim: int) -> np.ndarray:
-    """(n,) sum of the squared weights at each index of a dim."""
+def _squared_columns(weight: torch.Tensor, dim: int, name: str) -> np.ndarray:
+    """(n,) sum of the squared weights at each index of a dim; the name is for messages."""
     wide = weight.detach().to(torch.float64).square()
     others = [d for d in range(wide.dim()) if d != dim]
-    return as_array(wide.sum(others) if others else wide)
+    return as_array(wide.sum(others) if others else wide, name)
