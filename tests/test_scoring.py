@@ -339,12 +339,13 @@ def test_a_registered_name_with_numbers_of_ones_own_is_taken_as_given() -> None:
     def not_again(graph: ChannelGraph, weights: Any) -> np.ndarray:
         raise AssertionError("the criterion was asked, though numbers were given")
 
-    with mock.patch.dict(CRITERIA, {"bn_scale": not_again, "magnitude": not_again}):
-        named = allocator.plan(graph, Scores("bn_scale", values), "60%", scope="all")
-    own = allocator.plan(graph, Scores("mine", values), "60%", scope="all")
+    refusing = {name: replace(CRITERIA[name], function=not_again) for name in ("bn_scale", "magnitude")}
+    with mock.patch.dict(CRITERIA, refusing):
+        named = allocator.plan(graph, Scores("bn_scale", values), "60%", policy="global")
+    own = allocator.plan(graph, Scores("mine", values), "60%", policy="global")
     assert (named.criterion, own.criterion) == ("bn_scale", "mine")
     assert named.kept == own.kept
-    assert named.kept != allocator.plan(graph, allocator.score(graph, "magnitude"), "60%", scope="all").kept
+    assert named.kept != allocator.plan(graph, allocator.score(graph, "magnitude"), "60%", policy="global").kept
 
 
 def test_equal_scores_are_warned_of() -> None:
@@ -413,10 +414,9 @@ def test_without_a_batch_norm_there_is_no_bn_scale() -> None:
     graph = graph_of(Branches(norm=False))
     with pytest.raises(CriterionError, match=r"the model has no batch norm with a scale.*pass criterion='magnitude'"):
         allocator.score(graph, "bn_scale")
-    with pytest.warns(CriterionFallbackWarning, match="no batch norm scales a neuron that can be removed: neurons are"):
-        scores = allocator.score(graph)
-    assert scores.criterion == "magnitude"
-    np.testing.assert_array_equal(scores.values, allocator.score(graph, "magnitude").values)
+    scores = allocator.score(graph)
+    assert scores.criterion == "group_norm"
+    np.testing.assert_array_equal(scores.values, allocator.score(graph, "group_norm").values)
     assert allocator.score(graph, scores) is scores
 
 
@@ -455,15 +455,15 @@ def test_a_criterion_is_registered_once_and_works_by_name() -> None:
 
 def test_a_criterion_that_there_is_not_names_a_near_one() -> None:
     graph = graph_of(trained())
-    known = r"\(there are auto, bn_scale, magnitude, random\)"
+    known = rf"\(there are {', '.join(sorted(('auto', *CRITERIA)))}\)"
     with pytest.raises(UnknownNameError, match=rf"no criterion 'magnitud'; did you mean 'magnitude'\? {known}"):
         allocator.score(graph, "magnitud")
-    with pytest.raises(UnknownNameError, match=rf"no criterion 'taylor' {known}"):
-        allocator.plan(graph, allocator.score(graph, "taylor"))
+    with pytest.raises(UnknownNameError, match=rf"no criterion 'hessian' {known}"):
+        allocator.plan(graph, allocator.score(graph, "hessian"))
 
 
-def test_auto_tries_batch_norms_where_they_scale_what_may_go() -> None:
-    assert candidates(graph_of(trained()), "auto") == ["bn_scale", "magnitude"]
-    assert candidates(graph_of(Branches(norm=False)), "auto") == ["magnitude"]
-    assert candidates(graph_of(trained(), exclude=("*norm",)), "auto") == ["magnitude"]
-    assert candidates(graph_of(trained()), "random") == ["random"]
+def test_auto_is_what_looks_at_data_where_there_are_any() -> None:
+    graph, images = graph_of(trained()), torch.randn(4, 3, 32, 32)
+    assert allocator.score(graph).criterion == "group_norm"
+    assert allocator.score(graph, data=images).criterion == "fisher"
+    assert usual_criterion(None) == "group_norm"

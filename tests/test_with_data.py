@@ -237,7 +237,7 @@ def test_an_importance_that_looks_at_gradients_gets_them(model: Net, images: Ten
 def test_an_importance_of_a_users_own(model: Net) -> None:
     tp = pytest.importorskip("torch_pruning")
 
-    class FirstLayer(tp.importance.Importance):  # type: ignore[name-defined, misc]
+    class FirstLayer(tp.importance.Importance):  # type: ignore[name-defined]
         def __call__(self, group: Any) -> Tensor:
             (dependency, indices), *_ = group
             return dependency.layer.weight.data[indices].abs().flatten(1).amax(1)
