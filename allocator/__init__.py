@@ -12,7 +12,7 @@ if not (Path(__file__).parent / "adapters").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 from allocator import recipes as _recipes  # noqa: F401 - makes their names known to `build`
-from allocator.api import allocate, apply, plan, rewrite, score, trace, verify
+from allocator.api import allocate, apply, iterate, plan, rewrite, score, sweep, trace, verify
 from allocator.cost.latency import Latency, latency
 from allocator.errors import (
     AdapterError,
@@ -29,6 +29,7 @@ from allocator.errors import (
     ExportError,
     FileError,
     InputError,
+    IterationError,
     MissingPackageError,
     NothingToAllocateError,
     PolicyError,
@@ -48,6 +49,8 @@ from allocator.io.files import load_model, save_model
 from allocator.io.models import build
 from allocator.io.results import load_result as load
 from allocator.io.results import save_result as save
+from allocator.pipeline.iterate import Iterated
+from allocator.pipeline.sweep import Sweep
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.scoring.registry import criterion
@@ -74,6 +77,8 @@ __all__ = [
     "ExportError",
     "FileError",
     "InputError",
+    "Iterated",
+    "IterationError",
     "Latency",
     "MissingPackageError",
     "Neuron",
@@ -82,6 +87,7 @@ __all__ = [
     "Result",
     "RewriteError",
     "Scores",
+    "Sweep",
     "TraceError",
     "UninformativeScoresWarning",
     "UnknownNameError",
@@ -94,6 +100,7 @@ __all__ = [
     "build",
     "criterion",
     "export",
+    "iterate",
     "latency",
     "load",
     "load_model",
@@ -102,6 +109,7 @@ __all__ = [
     "save",
     "save_model",
     "score",
+    "sweep",
     "trace",
     "verify",
 ]

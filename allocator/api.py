@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from torch import nn
 
-from allocator import pipeline
 from allocator.clock import Progress
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.io.files import load_allocation
 from allocator.model_checks import check_model
+from allocator.pipeline.choice import budgets_of, choose
+from allocator.pipeline.iterate import Iterated, even_schedule, iterate_model
+from allocator.pipeline.model import trace_model
+from allocator.pipeline.run import run
+from allocator.pipeline.sweep import Evaluate, Sweep, sweep_model
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.index_map import maps_of
@@ -24,7 +29,18 @@ from allocator.scoring.answers import Loss
 from allocator.scoring.registry import Data
 from allocator.scoring.registry import score as score_graph
 from allocator.scoring.scores import Scores
-from allocator.settings import DEFAULTS, Groups, Norms, Policy, Scope, Settings, Weights, check_choice
+from allocator.settings import (
+    DEFAULTS,
+    Groups,
+    Limit,
+    Limits,
+    Norms,
+    Policy,
+    Scope,
+    Settings,
+    Weights,
+    check_choice,
+)
 from allocator.tracing.inputs import inputs_like
 from allocator.verifying.certificate import Certificate, certify, names_and_shapes_match, no_certificate
 from allocator.verifying.structure import find_mismatch
@@ -32,10 +48,12 @@ from allocator.verifying.structure import find_mismatch
 
 def allocate(
     model: nn.Module,
-    flops: float | str | None = None,
+    flops: Limit = None,
     *,
-    params: float | str | None = None,
-    activations: float | str | None = None,
+    params: Limit = None,
+    activations: Limit = None,
+    peak_activations: Limit = None,
+    latency: Limit = None,
     data: Any = None,
     loss: Loss | None = None,
     example_inputs: Any = None,
@@ -61,8 +79,12 @@ def allocate(
         model: the trained network; not changed. It is measured and proven in eval mode.
         flops: the budget as fvcore counts it (one multiply-add is one FLOP): a number, text such as "4.2G", or a
             share such as "60%".
-        params, activations: budgets of numbers in parameters, and of numbers that convolutions and matrix products
-            write in one forward; alone, or beside the others.
+        params, activations, peak_activations: budgets of numbers in parameters, of numbers that convolutions and
+            matrix products write in one forward, and of numbers in activations that are alive at once; alone, or
+            together with others.
+        latency: a budget of time for one forward: seconds, text such as "8ms", or a share. It is measured where the
+            model's parameters lie, with as many threads as torch uses: modules at several widths to plan by, then
+            the smaller network beside the original, until one lands. What was measured stands in `Result.notes`.
         data: what the network is for, for criteria that look at it: a loader of tensors, of (inputs, target) pairs
             or of dicts, or a tensor of inputs. A few hundred samples are enough.
         loss: called with the model's output and the batch's target, gives a scalar; without one, the model's own
@@ -97,9 +119,9 @@ def allocate(
     """
     check_choice("weights", weights, get_args(Weights))
     settings = Settings(policy, criterion, scope, fill, groups, norms, exclude, include, same, at_least, multiple)
-    return pipeline.run(
+    return run(
         model,
-        {"flops": flops, "params": params, "activations": activations},
+        Limits(flops, params, activations, peak_activations, latency),
         example_inputs,
         settings,
         data=None if data is None else Data(data, loss, seed, progress),
@@ -131,7 +153,7 @@ def trace(
         TraceError: the model's forward raised.
     """
     settings = Settings(groups=groups, norms=norms, exclude=exclude, include=include, same=same)
-    return pipeline.trace_model(check_model(model), example_inputs, settings)
+    return trace_model(check_model(model), example_inputs, settings)
 
 
 def score(
@@ -166,11 +188,12 @@ def score(
 def plan(
     graph: ChannelGraph,
     scores: Scores | None = None,
-    flops: float | str | None = None,
+    flops: Limit = None,
     policy: Policy | str = DEFAULTS.policy,
     *,
-    params: float | str | None = None,
-    activations: float | str | None = None,
+    params: Limit = None,
+    activations: Limit = None,
+    peak_activations: Limit = None,
     scope: Scope = DEFAULTS.scope,
     fill: bool = DEFAULTS.fill,
     at_least: Any = DEFAULTS.at_least,
@@ -181,7 +204,8 @@ def plan(
     Args:
         graph: from `trace`.
         scores: from `score`, or of the caller's own making; None for the criterion that `allocate` would take.
-        flops, params, activations: budgets, as for `allocate`; half of the FLOPs where there is none.
+        flops, params, activations, peak_activations: budgets, as for `allocate`; half of the FLOPs where there is
+            none.
         policy: "per_block" (one width multiplier, the best in each block; branches compete), "global" (one
             ranking), "isomorphic" (a ranking for each kind and shape of layer), "uniform" (every branch the same
             share), "priced" (whatever is worth more than a price level times its cost), or "auto" for what suits the
@@ -192,11 +216,105 @@ def plan(
         BudgetError, NothingToAllocateError: as for `allocate`.
         CriterionError: there is not one score per neuron.
     """
-    asked = {"flops": flops, "params": params, "activations": activations}
-    if all(figure is None for figure in asked.values()):
-        asked["flops"] = "50%"
+    limits = Limits(flops, params, activations, peak_activations)
+    if not limits.given():
+        limits = Limits("50%")
     settings = Settings(policy=policy, scope=scope, fill=fill, at_least=at_least, multiple=multiple).checked()
-    return pipeline.choose(graph, pipeline.budgets_of(graph, asked), settings, scores).allocation
+    return choose(graph, budgets_of(graph, limits), settings, scores).allocation
+
+
+def sweep(
+    model: nn.Module,
+    flops: Sequence[float | str] | None = None,
+    *,
+    params: Sequence[float | str] | None = None,
+    activations: Sequence[float | str] | None = None,
+    peak_activations: Sequence[float | str] | None = None,
+    data: Any = None,
+    loss: Loss | None = None,
+    evaluate: Evaluate | None = None,
+    example_inputs: Any = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Sweep:
+    """Allocations for many budgets: the model is traced and scored once, and each lies within the one before it.
+
+    Args:
+        model: the trained network; not changed.
+        flops, params, activations, peak_activations: budgets of one of these metrics, as for `allocate`.
+        evaluate: called with the smaller network of each budget; gives a number, or several by name, for the table
+            and the plot.
+        data, loss, example_inputs, seed, progress: as for `allocate`.
+        settings: how neurons are chosen, as for `allocate`: policy, criterion, scope, fill, groups, norms, exclude,
+            include, same, at_least, multiple.
+
+    Returns:
+        One point per budget, the largest first: printable with rich, `to_csv()` and `plot(path)`. `rewrite` gives the
+        network of a point's allocation.
+
+    Raises:
+        InputError: there is no list of budgets, or lists for several metrics.
+        BudgetError, NothingToAllocateError, CriterionError, DataError, UnsupportedModelError, InputError, TraceError:
+            as for `allocate`.
+    """
+    lists = {"flops": flops, "params": params, "activations": activations, "peak_activations": peak_activations}
+    data = None if data is None else Data(data, loss, seed, progress)
+    return sweep_model(
+        check_model(model), lists, example_inputs, Settings(**settings), data=data, evaluate=evaluate, progress=progress
+    )
+
+
+def iterate(
+    model: nn.Module,
+    flops: Limit = None,
+    *,
+    params: Limit = None,
+    activations: Limit = None,
+    peak_activations: Limit = None,
+    steps: int = 5,
+    schedule: Sequence[float] | None = None,
+    train: Callable[[nn.Module], Any],
+    data: Any = None,
+    loss: Loss | None = None,
+    example_inputs: Any = None,
+    certify: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Iterated:
+    """Make a network smaller step by step, and train it after each.
+
+    Args:
+        model: the trained network; not changed.
+        flops, params, activations, peak_activations: the last step's budgets, as for `allocate`.
+        steps: how many; every step takes the same factor off.
+        schedule: instead, how far each step goes, from 0 for the model's own cost to 1 for the budget, rising.
+        train: called with the network of every step, and trains it in place.
+        data, loss, example_inputs, certify, seed, progress: as for `allocate`, at every step.
+        settings: how neurons are chosen, as for `sweep`.
+
+    Returns:
+        The last network, trained, the allocation that leads to it from `model`, and the steps.
+
+    Raises:
+        IterationError: `train` raised, or a step could not be made; `done` is what the steps before it came to.
+        InputError: a schedule that does not rise to 1.
+        BudgetError, NothingToAllocateError, CriterionError, DataError, UnsupportedModelError, InputError, TraceError:
+            as for `allocate`, before anything was trained.
+    """
+    return iterate_model(
+        model,
+        Limits(flops, params, activations, peak_activations),
+        example_inputs,
+        Settings(**settings),
+        schedule=even_schedule(steps) if schedule is None else schedule,
+        train=train,
+        data=None if data is None else Data(data, loss, seed, progress),
+        numeric=certify,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def rewrite(model: nn.Module, allocation: Allocation, weights: Weights = "keep") -> nn.Module:
@@ -264,7 +382,7 @@ def verify(
     if example_inputs is None:
         example_inputs = inputs_like(allocation.input_shapes, model)
     settings = Settings(groups=allocation.groups, norms=allocation.norms)  # type: ignore[arg-type]
-    graph = pipeline.trace_model(model, example_inputs, settings)
+    graph = trace_model(model, example_inputs, settings)
     kept = kept_by(graph, allocation)
     if kept is None:
         return no_certificate(graph, seed)

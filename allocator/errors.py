@@ -6,6 +6,7 @@ import difflib
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class AllocatorError(Exception):
@@ -33,11 +34,11 @@ class PolicyError(AllocatorError, ValueError):
 
 
 class BudgetError(AllocatorError, ValueError):
-    """A FLOPs budget that is not a number, or that cannot be met.
+    """A budget that is not a number, or that cannot be met.
 
     Attributes:
-        asked: the budget in FLOPs, or None where it could not be read.
-        reachable: the smallest FLOPs that can be reached, or None where the budget could not be read.
+        asked: the budget in its own unit, or None where it could not be read.
+        reachable: the smallest that can be reached, or None where the budget could not be read.
     """
 
     def __init__(self, message: str, *, asked: float | None = None, reachable: int | None = None):
@@ -56,6 +57,18 @@ class NothingToAllocateError(AllocatorError, ValueError):
     def __init__(self, message: str, *, reasons: Sequence[str] = ()):
         super().__init__(message)
         self.reasons = list(reasons)
+
+
+class IterationError(AllocatorError, RuntimeError):
+    """A step of `iterate` could not be made, or its training raised.
+
+    Attributes:
+        done: what the steps before it came to, as `iterate` gives it; None where there was none.
+    """
+
+    def __init__(self, message: str, done: Any):
+        super().__init__(message)
+        self.done = done
 
 
 class RewriteError(AllocatorError, RuntimeError):

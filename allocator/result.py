@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.planning.optimality import Optimality
+from allocator.planning.plan import Plan
 from allocator.reporting.result_report import Report
 from allocator.rewriting.allocation import Allocation
 from allocator.verifying.certificate import Certificate
@@ -21,6 +24,7 @@ class Result:
         allocation: which neurons it kept, as data.
         certificate: proof that it is the original minus the others.
         graph: the original's neurons and blocks.
+        plan: the choice among them.
         flops_asked, flops_before, flops_after: FLOPs as fvcore counts them.
         next_cost: FLOPs of the cheapest further neuron, None if all are kept.
         uncounted: operators that fvcore does not count, with the number of their calls.
@@ -32,6 +36,7 @@ class Result:
     allocation: Allocation
     certificate: Certificate
     graph: ChannelGraph
+    plan: Plan = field(repr=False)
     flops_asked: float
     flops_before: int
     flops_after: int
@@ -39,6 +44,14 @@ class Result:
     uncounted: dict[str, int]
     notes: list[str]
     timings: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def optimality(self) -> Optimality | None:
+        """The importance that is kept, and what no plan under these budgets and in this scope exceeds.
+
+        None where nothing had to be chosen, or the scores have no positive sum. Takes about a second on first use.
+        """
+        return self.plan.optimality()
 
     def report(self) -> Report:
         """A table of blocks and branches before and after: printable with rich, `to_dict()` for machines."""

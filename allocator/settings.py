@@ -7,7 +7,7 @@ in the documentation are all made from this.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from allocator.errors import InputError, UnknownNameError
@@ -17,6 +17,7 @@ Scope = Literal["auto", "branches", "inner", "all", "narrowest"]
 Groups = Literal["whole", "width"]
 Norms = Literal["exact", "loose"]
 Weights = Literal["keep", "reset"]
+Limit = float | str | None
 
 
 @dataclass(frozen=True)
@@ -119,16 +120,38 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise UnknownNameError(f"no {name} {value!r} (there are {', '.join(choices)})")
 
 
-def _declared() -> dict[str, tuple[Any, Option]]:
+@dataclass(frozen=True)
+class Limits:
+    """Budgets: what the smaller network may cost at most. Each is a number, text such as "4.2G", or a share ("60%")."""
+
+    flops: Annotated[Limit, Option("FLOPs, as fvcore counts them: 4.2e9, 4.2G or 60%", metavar="N")] = None
+    params: Annotated[Limit, Option("numbers in its parameters: 10e6, 10M or 60%", metavar="N")] = None
+    activations: Annotated[
+        Limit, Option("numbers that its convolutions and matrix products write: 5M or 60%", metavar="N")
+    ] = None
+    peak_activations: Annotated[
+        Limit, Option("numbers in activations that are alive at once: 2M or 60%", metavar="N")
+    ] = None
+    latency: Annotated[
+        Limit, Option("time of a forward where it runs now, which is measured: 8ms or 70%", metavar="TIME")
+    ] = None
+
+    def given(self) -> dict[str, float | str]:
+        """Those that there are."""
+        return {name: limit for name, limit in asdict(self).items() if limit is not None}
+
+
+def _declared(kind: type) -> dict[str, tuple[Any, Option]]:
     """Type and option of every field."""
-    hints = get_type_hints(Settings, include_extras=True)
-    return {each.name: get_args(hints[each.name])[:2] for each in fields(Settings)}
+    hints = get_type_hints(kind, include_extras=True)
+    return {each.name: get_args(hints[each.name])[:2] for each in fields(kind)}
 
 
 DEFAULTS = Settings()
-OPTIONS: dict[str, Option] = {name: option for name, (_, option) in _declared().items()}
+OPTIONS: dict[str, Option] = {name: option for name, (_, option) in _declared(Settings).items()}
+BUDGETS: dict[str, Option] = {name: option for name, (_, option) in _declared(Limits).items()}
 CHOICES: dict[str, tuple[str, ...]] = {
-    name: get_args(kind) for name, (kind, _) in _declared().items() if get_origin(kind) is Literal
+    name: get_args(kind) for name, (kind, _) in _declared(Settings).items() if get_origin(kind) is Literal
 }
 """Of the options that take one of a few words and no others, these words."""
 KNOWN_POLICIES: tuple[str, ...] = get_args(Policy)

@@ -26,6 +26,7 @@ def metric(name: str, factor: int, degree: int, fixed: int = 0) -> Metric:
 
 AREA = metric("area", 3, 2, fixed=1)  # 3, 12, 27, 48, 75, 108
 WIDTH = metric("width", 10, 1)  # 0, 10, 20, 30, 40, 50
+TWO_HUNDRED = metric("parameters", 40, 1)
 
 
 def first(count: int) -> np.ndarray:
@@ -55,7 +56,7 @@ def test_the_first_leads() -> None:
     budgets = Budgets([Budget(WIDTH, 30), Budget(AREA, 50)])
     assert budgets.first.metric is WIDTH
     assert budgets.names == ["width", "area"]
-    other = budgets.with_first(20)
+    other = budgets.with_limit(budgets.first.metric.name, 20)
     assert [(budget.metric.name, budget.limit) for budget in other.each] == [("width", 20), ("area", 50)]
     assert budgets.first.limit == 30
 
@@ -75,7 +76,7 @@ def test_limits_hold_on_metrics_of_another_graph() -> None:
         (12, 12),
         (1.5, 1.5),
         (np.int64(7), 7),
-        (np.float32(0.5), 0.5),
+        (np.float32(2.5), 2.5),
         ("4.2e3", 4200),
         (" 12 ", 12),
         ("60%", 120),
@@ -86,27 +87,27 @@ def test_limits_hold_on_metrics_of_another_graph() -> None:
     ],
 )
 def test_a_number_or_a_share_of_the_models_own(asked: Any, limit: float) -> None:
-    assert parse_limit("params", asked, 200, "parameters") == pytest.approx(limit, rel=1e-12)
+    assert parse_limit("params", asked, TWO_HUNDRED) == pytest.approx(limit, rel=1e-12)
 
 
 @pytest.mark.parametrize("asked", ["half", "%", "", "60%%", "%60", "6 0", None, [1], {}, 1j, np.ones(2)])
 def test_what_is_no_number_says_what_to_pass(asked: Any) -> None:
-    said = r"^params=.* is not a number: pass parameters such as 4.2e9, or a share such as '60%'$"
+    said = r"^params=.* is not a number: pass PARAMETERS such as 10e6 or '10M', or a share such as '60%'$"
     with pytest.raises(BudgetError, match=said) as caught:
-        parse_limit("params", asked, 200, "parameters")
+        parse_limit("params", asked, TWO_HUNDRED)
     assert (caught.value.asked, caught.value.reachable) == (None, None)
 
 
 @pytest.mark.parametrize("asked", [0, -1, "0%", "-5%", "-0", math.nan, "nan", math.inf, "-inf", "1e999", "1e308%"])
 def test_what_is_not_positive_and_finite_names_the_models_own(asked: Any) -> None:
-    said = r"^params=.* must be positive and finite; the model's own parameters are 12,345$"
+    said = r"^params=.* must be positive and finite; the model's own is 12,345 PARAMETERS$"
     with pytest.raises(BudgetError, match=said):
-        parse_limit("params", asked, 12_345, "parameters")
+        parse_limit("params", asked, metric("parameters", 2469, 1))
 
 
 def test_a_number_larger_than_any_float() -> None:
     with pytest.raises(BudgetError, match=r"is not a number"):
-        parse_limit("params", 10**400, 200, "parameters")
+        parse_limit("params", 10**400, TWO_HUNDRED)
 
 
 def test_budgets_are_read_by_the_names_of_their_metrics() -> None:
@@ -114,5 +115,5 @@ def test_budgets_are_read_by_the_names_of_their_metrics() -> None:
     metrics = {"area": AREA, "width": WIDTH, "depth": metric("depth", 1, 1)}
     budgets = parse_budgets({"width": "60%", "area": "50%"}, metrics)
     assert [(budget.metric, budget.limit) for budget in budgets.each] == [(WIDTH, 30), (AREA, 54)]
-    with pytest.raises(BudgetError, match=r"area='-5%' must be positive and finite; the model's own AREA are 108"):
+    with pytest.raises(BudgetError, match=r"area='-5%' must be positive and finite; the model's own is 108 AREA"):
         parse_budgets({"width": 3, "area": "-5%"}, metrics)

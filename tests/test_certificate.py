@@ -206,7 +206,7 @@ def test_a_wrong_slice_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> Non
         small.wide.weight.data = small.wide.weight.data.flip(0)
         return small
 
-    monkeypatch.setattr("allocator.pipeline.materialise", wrongly)
+    monkeypatch.setattr("allocator.pipeline.run.materialise", wrongly)
     with pytest.raises(CertificateError, match=r"FAILED: every index.*weights NOT the original's, float64 outputs"):
         allocate(trained())
 

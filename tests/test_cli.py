@@ -17,7 +17,7 @@ from torch import nn
 
 import allocator
 from allocator.cli import main
-from allocator.cli.arguments import parse_flops, parse_setting, parse_size
+from allocator.cli.arguments import parse_budget, parse_setting, parse_size
 from allocator.io.files import load_allocation, load_model, save_model
 
 COMMANDS = ("report", "allocate", "apply", "verify", "compare", "export", "recipes", "train")
@@ -136,17 +136,17 @@ def test_bad_usage_ends_with_status_2(arguments: list[str], said: str, capsys: p
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [("4.2e9", 4.2e9), ("4.2G", 4.2e9), ("300m", 3e8), ("60%", "60%"), (" 0.5 ", 0.5), ("-1", -1.0)],
+    "text",
+    ["4.2e9", "4.2G", "300m", "60%", " 0.5 ", "-1", "8ms", "0.5 s", "1,000,000"],
 )
-def test_budgets_are_read(text: str, value: float | str) -> None:
-    assert parse_flops(text) == value
+def test_budgets_are_read_as_people_write_them(text: str) -> None:
+    assert parse_budget(text) == text
 
 
-@pytest.mark.parametrize("text", ["", "%", "G", "four", "1..2", "5%%"])
+@pytest.mark.parametrize("text", ["", "%", "G", "four", "1..2"])
 def test_other_budgets_are_usage_errors(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
-        parse_flops(text)
+        parse_budget(text)
 
 
 def test_sizes_and_settings_are_read() -> None:

@@ -16,11 +16,12 @@ from reference_set import REFERENCE_SET, example, randomised
 from torch import Tensor, nn
 
 import allocator
-from allocator import ChannelGraph, UnknownNameError, pipeline
+from allocator import ChannelGraph, UnknownNameError
 from allocator.cost.metric import Metric
 from allocator.cost.terms import Product, Term, elements, times
 from allocator.fitting.fit import Fitted
-from allocator.settings import Settings
+from allocator.pipeline.choice import budgets_of, choose
+from allocator.settings import Limits, Settings
 
 METRICS = ("flops", "params", "activations")
 
@@ -40,9 +41,9 @@ class Drawn:
     def metric(self) -> Metric:
         return Metric("flops", "FLOPs", self.terms, self.unit_of_slot, NEURONS)
 
-    def cost(self, kept: np.ndarray) -> int:
+    def cost(self, kept: np.ndarray) -> float:
         """Counted slot by slot."""
-        total = 0
+        total = 0.0
         for term in self.terms:
             product = term.factor
             for axis in term.axes:
@@ -220,7 +221,7 @@ def planned(fitted: Fitted) -> dict[str, int]:
 
 def smaller(graph: ChannelGraph, asked: dict[str, Any], **options: Any) -> tuple[Fitted, nn.Module]:
     """A plan within these budgets, and the network that was really rewritten by it."""
-    fitted = pipeline.choose(graph, pipeline.budgets_of(graph, asked), Settings(**options).checked())
+    fitted = choose(graph, budgets_of(graph, Limits(**asked)), Settings(**options).checked())
     return fitted, allocator.rewrite(graph.model, fitted.allocation)
 
 

@@ -19,12 +19,13 @@ from allocator.cost.budget import Budget, Budgets
 from allocator.cost.metric import Metric
 from allocator.cost.terms import Term
 from allocator.flow.facts import AtLeast
-from allocator.pipeline import budgets_of
+from allocator.pipeline.choice import budgets_of
 from allocator.planning.plan import CLOSE, Plan, make_plan
 from allocator.planning.policies import ordered
 from allocator.planning.policies.registry import POLICIES, find_policy, policy
 from allocator.planning.problem import Problem, forced_neurons, free_neurons, least
 from allocator.planning.search import fill, keep_in_order, next_cost
+from allocator.settings import Limits
 
 SCOPES = ("branches", "inner", "all")
 
@@ -50,8 +51,8 @@ class Tiny:
         nobody = cast(ChannelGraph, None)  # a search asks for costs alone
         return Problem(nobody, Scores("none", np.zeros(NEURONS)), self.forced, Budgets(budgets), fills)
 
-    def cost(self, terms: list[Term], kept: np.ndarray) -> int:
-        total = 0
+    def cost(self, terms: list[Term], kept: np.ndarray) -> float:
+        total = 0.0
         for term in terms:
             product = term.factor
             for axis in term.axes:
@@ -386,7 +387,7 @@ def test_a_policy_keeps_its_order_within_the_budget(
     """With filling: whoever is dropped, though one behind it in the order is kept, does not fit."""
     thresholds = {"per_block": ordered.per_block, "global": ordered.all_together, "uniform": ordered.uniform}[name]
     for share in (30, 50, 70, 90):
-        budgets = budgets_of(graph, {"flops": f"{share}%", "params": f"{share + 5}%"})
+        budgets = budgets_of(graph, Limits(flops=f"{share}%", params=f"{share + 5}%"))
         free = free_neurons(graph, scores, "all")
         problem = Problem(graph, scores, forced_neurons(graph, scores, free), budgets, fills)
         kept = find_policy(name)(problem)
@@ -446,7 +447,7 @@ def test_an_order_of_the_callers_own_works_by_name(graph: ChannelGraph, scores: 
     def by_index(problem: Problem) -> np.ndarray:
         return np.arange(problem.graph.size) / problem.graph.size
 
-    plan = make_plan(graph, scores, budgets_of(graph, {"flops": "60%"}), policy="by_index", scope="all", fill=False)
+    plan = make_plan(graph, scores, budgets_of(graph, Limits(flops="60%")), policy="by_index", scope="all", fill=False)
     dropped = np.flatnonzero(~plan.kept)
     free = free_neurons(graph, scores, "all")
     forced = forced_neurons(graph, scores, free)
@@ -493,16 +494,16 @@ def expected_scope(graph: ChannelGraph, plans: dict[str, Plan | None], limits: d
 
 
 @pytest.mark.parametrize("metrics", [("flops",), ("params",), ("flops", "activations")], ids="+".join)
-def test_auto_takes_the_narrowest_scope_that_comes_close(
+def test_narrowest_takes_the_narrowest_scope_that_comes_close(
     graph: ChannelGraph, scores: Scores, metrics: tuple[str, ...]
 ) -> None:
     taken, coarse = set(), 0
     for share in range(15, 100, 3):
-        budgets = budgets_of(graph, dict.fromkeys(metrics, f"{share}%"))
+        budgets = budgets_of(graph, Limits(**dict.fromkeys(metrics, f"{share}%")))
         plans = {scope: in_scope(graph, scores, budgets, scope) for scope in SCOPES}
         if not any(plans.values()):
             continue
-        plan = make_plan(graph, scores, budgets, scope="auto")
+        plan = make_plan(graph, scores, budgets, scope="narrowest")
         limits = {name: graph.metric(name).whole * share / 100 for name in metrics}
         assert plan.scope == expected_scope(graph, plans, limits)
         chosen = plans[plan.scope]
@@ -515,19 +516,19 @@ def test_auto_takes_the_narrowest_scope_that_comes_close(
     assert coarse or metrics != ("params",)
 
 
-def test_without_filling_auto_takes_the_narrowest_scope_that_meets_the_budget(
+def test_without_filling_narrowest_takes_the_narrowest_scope_that_meets_the_budget(
     graph: ChannelGraph, scores: Scores
 ) -> None:
     reachable = least(graph, scores, "flops")
     for share in range(10, 100, 3):
-        budgets = budgets_of(graph, {"flops": f"{share}%"})
+        budgets = budgets_of(graph, Limits(flops=f"{share}%"))
         meeting = [scope for scope in SCOPES if reachable[scope] <= budgets.first.limit]
         if meeting:
-            assert make_plan(graph, scores, budgets, scope="auto", fill=False).scope == meeting[0]
+            assert make_plan(graph, scores, budgets, scope="narrowest", fill=False).scope == meeting[0]
 
 
 def test_a_plan_says_how_it_was_made(graph: ChannelGraph, scores: Scores) -> None:
-    budgets = budgets_of(graph, {"params": "70%", "flops": "80%"})
+    budgets = budgets_of(graph, Limits(params="70%", flops="80%"))
     plan = make_plan(graph, scores, budgets, policy="global", scope="inner")
     assert (plan.scope, plan.policy, plan.criterion) == ("inner", "global", "bn_scale")
     assert plan.kept[layer_of(graph, "stem")].all()
@@ -540,27 +541,27 @@ def test_a_plan_says_how_it_was_made(graph: ChannelGraph, scores: Scores) -> Non
 
 
 @pytest.mark.parametrize("metric", ["flops", "params", "activations"])
-@pytest.mark.parametrize("scope", ["auto", *SCOPES])
+@pytest.mark.parametrize("scope", ["narrowest", *SCOPES])
 def test_a_budget_that_cannot_be_met_names_metric_asked_and_reachable(
     graph: ChannelGraph, scores: Scores, metric: str, scope: str
 ) -> None:
     unit = {"flops": "FLOPs", "params": "parameters", "activations": "activations"}[metric]
     whole = graph.metric(metric).whole
     with pytest.raises(BudgetError) as caught:
-        make_plan(graph, scores, budgets_of(graph, {metric: 7}), scope=scope)
+        make_plan(graph, scores, budgets_of(graph, Limits(**{metric: 7})), scope=scope)
     reachable = caught.value.reachable
     assert reachable is not None
     assert str(caught.value) == (
         f"7 {unit} cannot be met with scope={scope!r}: the smallest that can be reached is {reachable:,} {unit}, "
-        f"{100 * reachable / whole:.1f}% of the model's {whole:,}"
+        f"{100 * reachable / whole:.1f}% of the model's {whole:,} {unit}"
     )
     assert caught.value.asked == 7
-    plan = make_plan(graph, scores, budgets_of(graph, {metric: reachable}), scope=scope)
+    plan = make_plan(graph, scores, budgets_of(graph, Limits(**{metric: reachable})), scope=scope)
     assert graph.metric(metric).value(plan.kept) == reachable
     with pytest.raises(BudgetError):
-        make_plan(graph, scores, budgets_of(graph, {metric: reachable - 1}), scope=scope)
+        make_plan(graph, scores, budgets_of(graph, Limits(**{metric: reachable - 1})), scope=scope)
     assert reachable == (
-        min(least(graph, scores, metric).values()) if scope == "auto" else least(graph, scores, metric)[scope]
+        min(least(graph, scores, metric).values()) if scope == "narrowest" else least(graph, scores, metric)[scope]
     )
 
 
@@ -571,11 +572,11 @@ def test_of_several_budgets_the_one_that_cannot_be_met_is_named(graph: ChannelGr
     ]
     for asked, said in rows:
         with pytest.raises(BudgetError, match=said):
-            make_plan(graph, scores, budgets_of(graph, asked))
+            make_plan(graph, scores, budgets_of(graph, Limits(**asked)))
 
 
 def test_nothing_to_remove_says_why(graph: ChannelGraph, scores: Scores) -> None:
-    budgets = budgets_of(graph, {"flops": "50%"})
+    budgets = budgets_of(graph, Limits(flops="50%"))
     nothing = Scores("mine", np.full(graph.size, np.nan))
     with pytest.raises(
         NothingToAllocateError, match="36 neurons have no score under criterion 'mine'; an output"
@@ -592,10 +593,10 @@ def test_nothing_to_remove_says_why(graph: ChannelGraph, scores: Scores) -> None
     plain: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
     inner = allocator.trace(plain, IMAGE)
     with pytest.raises(NothingToAllocateError, match="8 neurons can only be removed in a wider scope than 'branches'"):
-        make_plan(inner, allocator.score(inner, "magnitude"), budgets_of(inner, {"flops": "50%"}), scope="branches")
+        make_plan(inner, allocator.score(inner, "magnitude"), budgets_of(inner, Limits(flops="50%")), scope="branches")
     single = allocator.trace(nn.Linear(3, 4), torch.zeros(1, 3))
     with pytest.raises(NothingToAllocateError, match=r"no neuron of the model can be removed: an output of the model"):
-        make_plan(single, Scores("none", np.zeros(0)), budgets_of(single, {"flops": "50%"}))
+        make_plan(single, Scores("none", np.zeros(0)), budgets_of(single, Limits(flops="50%")))
 
 
 @pytest.mark.parametrize(
@@ -612,7 +613,7 @@ def test_nothing_to_remove_says_why(graph: ChannelGraph, scores: Scores) -> None
 def test_names_that_there_are_not(graph: ChannelGraph, scores: Scores, options: dict[str, str], said: str) -> None:
     choose: Callable[..., Any]
     for choose in (
-        lambda **options: make_plan(graph, scores, budgets_of(graph, {"flops": "50%"}), **options),
+        lambda **options: make_plan(graph, scores, budgets_of(graph, Limits(flops="50%")), **options),
         lambda **options: allocator.plan(graph, scores, "50%", **options),
     ):
         with pytest.raises(UnknownNameError, match=said):

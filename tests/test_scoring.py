@@ -21,13 +21,13 @@ from allocator import (
     Scores,
     UninformativeScoresWarning,
     UnknownNameError,
-    pipeline,
 )
 from allocator.flow.options import Options, Place
 from allocator.graph.build import build_graph
+from allocator.pipeline.choice import budgets_of, choose
 from allocator.scoring.registry import CRITERIA, criterion, usual_criterion
 from allocator.scoring.scores import SlotScores
-from allocator.settings import Settings
+from allocator.settings import Limits, Settings
 from allocator.tracing.inputs import as_inputs
 
 Member = tuple[str, int, int]
@@ -51,7 +51,7 @@ def by_members(graph: ChannelGraph, score_of: Callable[[Member], list[float]], c
 
 def chosen(graph: ChannelGraph, flops: str, scores: Scores) -> np.ndarray:
     """(neurons,) bool of a plan in any scope; where a repair changed the neurons, of those that there are then."""
-    return pipeline.choose(graph, pipeline.budgets_of(graph, {"flops": flops}), Settings(scope="all"), scores).plan.kept
+    return choose(graph, budgets_of(graph, Limits(flops)), Settings(scope="all"), scores).plan.kept
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""``allocator-cli allocate``: a smaller model under a FLOPs budget."""
+"""``allocator-cli allocate``: a smaller model under a budget."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from allocator.cli.arguments import (
     UsageError,
+    add_budget_options,
     add_command,
     add_input_options,
     add_model_options,
     add_output_options,
     add_plan_options,
-    parse_flops,
+    budgets,
     plan_options,
 )
+from allocator.cli.data import add_data_options, data_options
 from allocator.cli.opening import example_inputs, open_model
 from allocator.cli.outputs import MODEL_SUFFIXES, check_outputs, check_report, check_suffix, write_model
 from allocator.cli.talk import Talk
@@ -27,18 +29,21 @@ if TYPE_CHECKING:
 _EXAMPLE = """\
   allocator-cli allocate torchvision:resnet50 --flops 60% -o small.pt
   allocator-cli allocate model.pt --flops 4.2e9 -o small.safetensors --allocation alloc.json
+  allocator-cli allocate model.pt --flops 60% --params 10M --data photographs/ -o small.pt
+  allocator-cli allocate model.pt --latency 8ms --multiple 8 -o small.pt
   allocator-cli allocate model.pt --flops 60% -o small.pt --report report.html --plot shares.png"""
 
 
 def register(commands: Any) -> None:
     """Add the subcommand."""
-    parser = add_command(commands, "allocate", "allocate a model's neurons under a FLOPs budget", _EXAMPLE)
+    parser = add_command(commands, "allocate", "allocate a model's neurons under a budget", _EXAMPLE)
     parser.add_argument("model", metavar="MODEL", help="a file or a name")
-    parser.add_argument("--flops", required=True, type=parse_flops, metavar="N", help="the budget: 4.2e9, 4.2G or 60%%")
+    add_budget_options(parser.add_argument_group("budgets, of which at least one is needed"))
     add_output_options(parser)
     parser.add_argument("--allocation", metavar="FILE", help="also write the allocation, as .json")
     plan = parser.add_argument_group("plan")
     add_plan_options(plan)
+    add_data_options(parser)
     _add_result_options(plan)
     parser.add_argument("--report", metavar="FILE", help="also write the report: .html, .md, .csv, .json or .txt")
     parser.add_argument("--plot", metavar="FILE", help="also draw each block's neurons per scale: .png, .svg or .pdf")
@@ -60,6 +65,8 @@ def _add_result_options(group: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Allocate, write the files, print the report."""
+    if not budgets(args):
+        raise UsageError("no budget is given, such as --flops 60%")
     if args.output is None and args.allocation is None:
         raise UsageError("nothing to write: give -o OUT, --allocation FILE or both")
     check_suffix(args.output, MODEL_SUFFIXES, "the model (-o)")
@@ -103,7 +110,8 @@ def _allocate(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
     with talk.stage("allocating") as update:
         result = allocate(
             model,
-            flops=args.flops,
+            **budgets(args),
+            **data_options(args, model),
             example_inputs=example_inputs(args),
             **plan_options(args),
             weights=args.weights,

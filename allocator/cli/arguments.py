@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
-from allocator.settings import CHOICES, DEFAULTS, KNOWN_POLICIES, OPTIONS
+from allocator.settings import BUDGETS, CHOICES, DEFAULTS, KNOWN_POLICIES, OPTIONS
 
-_UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_UNIT_LETTERS = "kKmMgGbBtTuµnsS "
 
 
 class UsageError(Exception):
@@ -92,16 +93,37 @@ def add_plan_options(group: Any) -> None:
     for name, option in OPTIONS.items():
         default = getattr(DEFAULTS, name)
         flag = f"--{(option.flag or name).replace('_', '-')}"
-        facts: dict[str, Any] = {"dest": name, "help": option.help}
+        facts: dict[str, Any] = {"dest": name, "help": option.help.replace("%", "%%")}
         if isinstance(default, bool):
             facts["action"] = "store_false" if default else "store_true"
         elif isinstance(default, tuple):
             facts |= {"action": "append", "default": [], "metavar": option.metavar}
         else:
-            facts |= {"default": default, "help": f"{option.help} (default: {default})"}
+            facts |= {"default": default, "help": f"{facts['help']} (default: {default})"}
             facts["choices"] = KNOWN_POLICIES if name == "policy" else CHOICES.get(name)
             facts["metavar"] = option.metavar or None
+            facts["type"] = int if isinstance(default, int) else None
         group.add_argument(flag, **facts)
+
+
+def add_budget_options(group: Any, *, several: bool = False, without: Sequence[str] = ()) -> None:
+    """A flag for every budget of `allocator.settings`.
+
+    Args:
+        group: what to add them to.
+        several: whether each takes several figures.
+        without: budgets that this subcommand does not know.
+    """
+    for name, option in BUDGETS.items():
+        if name not in without:
+            facts: dict[str, Any] = {"nargs": "+"} if several else {}
+            flag, text = f"--{name.replace('_', '-')}", option.help.replace("%", "%%")
+            group.add_argument(flag, dest=name, type=parse_budget, metavar=option.metavar, help=text, **facts)
+
+
+def budgets(args: argparse.Namespace) -> dict[str, Any]:
+    """The budgets that were given, by the names of their metrics."""
+    return {name: getattr(args, name) for name in BUDGETS if getattr(args, name, None) is not None}
 
 
 def plan_options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -124,17 +146,14 @@ def parse_size(text: str) -> tuple[int, ...]:
     return size
 
 
-def parse_flops(text: str) -> float | str:
-    """``"4.2e9"`` or ``"4.2G"`` as a number of FLOPs; ``"60%"`` stays a share of the model's own."""
-    text = text.strip()
-    number, unit = text, text[-1:].lower()
-    if unit == "%" or unit in _UNITS:
-        number = text[:-1]
+def parse_budget(text: str) -> str:
+    """A budget as it is written, such as "4.2G", "60%" or "8ms", once it is known to be one."""
+    number = text.strip().rstrip("%").rstrip(_UNIT_LETTERS)
     try:
-        value = float(number)
+        float(number.replace(",", "").replace("_", ""))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a budget such as 4.2e9, 4.2G or 60%") from None
-    return text if unit == "%" else value * _UNITS.get(unit, 1.0)
+    return text
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

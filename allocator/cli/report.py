@@ -8,25 +8,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocator.cli.arguments import (
+    add_budget_options,
     add_command,
     add_input_options,
     add_latency_options,
     add_model_options,
     add_plan_options,
     add_report_options,
-    parse_flops,
+    budgets,
     plan_options,
 )
+from allocator.cli.data import add_data_options, data_options
 from allocator.cli.opening import example_inputs, measured, open_model
 from allocator.cli.outputs import asked_format, check_outputs, check_report
 from allocator.cli.talk import Talk
 from allocator.errors import CriterionError
 
 if TYPE_CHECKING:
+    from allocator.cost.latency import Latency
+    from allocator.fitting.fit import Fitted
     from allocator.graph.channel_graph import ChannelGraph
     from allocator.reporting import Point, Summary
-    from allocator.rewriting.allocation import Allocation
     from allocator.scoring.scores import Scores
+    from allocator.settings import Settings
 
 _EXAMPLE = """\
   allocator-cli report torchvision:googlenet
@@ -39,9 +43,8 @@ def register(commands: Any) -> None:
     """Add the subcommand."""
     parser = add_command(commands, "report", "list a model's blocks, branches, scales, neurons and FLOPs", _EXAMPLE)
     parser.add_argument("model", metavar="MODEL", help="a file or a name")
-    parser.add_argument(
-        "--flops", type=parse_flops, metavar="N", help="also show what this budget would leave: 4.2e9, 4.2G or 60%%"
-    )
+    group = parser.add_argument_group("budgets, to also show what they would leave")
+    add_budget_options(group, without=["latency"])
     add_report_options(
         parser,
         output="write the report here: .txt, .json, .csv, .html or .md",
@@ -51,6 +54,7 @@ def register(commands: Any) -> None:
         "--blocks", type=_limit, default=None, metavar="N", help="list at most N blocks, 0 for all (default: 64)"
     )
     add_plan_options(parser.add_argument_group("plan"))
+    add_data_options(parser)
     add_latency_options(parser)
     add_input_options(parser)
     add_model_options(parser)
@@ -80,73 +84,87 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _summary(args: argparse.Namespace, talk: Talk, format: str) -> Summary:
-    from allocator.api import trace
     from allocator.io.files import RESULT_SUFFIX, load_allocation
+    from allocator.model_checks import check_model
+    from allocator.pipeline.model import trace_model
     from allocator.reporting import with_origin
+    from allocator.settings import Settings
 
     model = open_model(args.model, args, talk)
+    settings = Settings(**plan_options(args))
     with talk.stage("tracing"):
-        graph = trace(model, example_inputs(args), **plan_options(args, "groups", "norms", "exclude"))
-    summary = _collected(args, talk, graph, format)
+        graph = trace_model(check_model(model), example_inputs(args), settings)
+    summary = _collected(args, talk, graph, settings, format)
     if Path(args.model).suffix == RESULT_SUFFIX and Path(args.model).exists():
         summary = with_origin(summary, load_allocation(args.model))
     return summary
 
 
-def _collected(args: argparse.Namespace, talk: Talk, graph: ChannelGraph, format: str) -> Summary:
+def _collected(args: argparse.Namespace, talk: Talk, graph: ChannelGraph, settings: Settings, format: str) -> Summary:
     """With what a budget would leave, where one is given, and with the curve, where it is drawn."""
-    from allocator.api import rewrite
     from allocator.reporting import pareto, summarise
-    from allocator.rewriting.kept import kept_by
 
     notes: list[str] = []
-    scores, allocation = _choice(args, talk, graph, notes)
+    scores = _scores(args, talk, graph, settings, notes)
+    found = _choice(args, talk, graph, settings, scores)
     curve: tuple[Point, ...] = ()
     if format == "html" and scores is not None:
         with talk.stage("drawing the curve of budgets") as update:
             curve = pareto(graph, scores, progress=update)
     latency = measured(graph.model, args.model, graph.inputs, args, talk)
-    latency_kept = None
-    if latency is not None and allocation is not None:
-        latency_kept = measured(rewrite(graph.model, allocation), "what is left of it", graph.inputs, args, talk)
     with talk.stage("collecting"):
+        if found is None:
+            return summarise(graph, args.model, scores=scores, curve=curve, notes=notes, latency=latency)
         return summarise(
-            graph,
+            found.graph,
             args.model,
-            scores=scores,
-            allocation=allocation,
-            kept=None if allocation is None else kept_by(graph, allocation),
+            scores=None if scores is None else scores.on(graph, found.graph),
+            allocation=found.allocation,
+            kept=found.plan.kept,
+            optimality=found.plan.optimality(),
             curve=curve,
-            notes=notes,
+            notes=[*notes, *found.notes],
             latency=latency,
-            latency_kept=latency_kept,
+            latency_kept=_latency_kept(args, talk, found),
         )
 
 
 def _choice(
-    args: argparse.Namespace, talk: Talk, graph: ChannelGraph, notes: list[str]
-) -> tuple[Scores | None, Allocation | None]:
-    """Scores of all neurons, and what a budget keeps of them, where one is given; adds to the notes."""
-    from allocator.api import plan, score
+    args: argparse.Namespace, talk: Talk, graph: ChannelGraph, settings: Settings, scores: Scores | None
+) -> Fitted | None:
+    """What a budget keeps, where one is given."""
+    from allocator.pipeline.choice import budgets_of, choose
+    from allocator.settings import Limits
 
-    if args.flops is None:
-        return _scores(args.criterion, talk, graph, notes), None
+    if not budgets(args):
+        return None
     with talk.stage("planning"):
-        scores = None if args.criterion == "auto" else score(graph, args.criterion)
-        allocation = plan(graph, scores, args.flops, **plan_options(args, "policy", "scope", "fill"))
-        return scores or score(graph, allocation.criterion), allocation
+        return choose(graph, budgets_of(graph, Limits(**budgets(args))), settings, scores)
 
 
-def _scores(criterion: str, talk: Talk, graph: ChannelGraph, notes: list[str]) -> Scores | None:
-    """Of all neurons; a model that nothing ranks is no error here."""
+def _scores(
+    args: argparse.Namespace, talk: Talk, graph: ChannelGraph, settings: Settings, notes: list[str]
+) -> Scores | None:
+    """Of all neurons; a model that nothing ranks is no error where nothing has to be chosen."""
     from allocator.api import score
 
     try:
-        with talk.stage("scoring"):
-            return score(graph, criterion)
+        with talk.stage("scoring") as update:
+            return score(graph, settings.criterion, **data_options(args, graph.model), progress=update)
     except CriterionError as error:
+        if budgets(args):
+            raise
         notes.append(str(error))
         return None
+
+
+def _latency_kept(args: argparse.Namespace, talk: Talk, found: Fitted) -> Latency | None:
+    from allocator.api import rewrite
+
+    if not args.latency:
+        return None
+    small = rewrite(found.graph.model, found.allocation)
+    return measured(small, "what is left of it", found.graph.inputs, args, talk)
 
 
 def _show(args: argparse.Namespace, talk: Talk, summary: Summary, format: str) -> None:

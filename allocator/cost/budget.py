@@ -65,56 +65,66 @@ class Budgets:
         """The same limits on other metrics of the same names, as those of a graph that a repair changed."""
         return Budgets([Budget(metrics[budget.metric.name], budget.limit) for budget in self.each])
 
-    def with_first(self, limit: float) -> Budgets:
-        """With another limit for the first."""
-        return Budgets((Budget(self.first.metric, limit), *self.each[1:]))
+    def limit(self, name: str) -> float:
+        """The limit of the metric of this name."""
+        return next(budget.limit for budget in self.each if budget.metric.name == name)
+
+    def with_limit(self, name: str, limit: float) -> Budgets:
+        """With another limit for the metric of this name."""
+        return Budgets([Budget(b.metric, limit if b.metric.name == name else b.limit) for b in self.each])
 
 
 _UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-_EXAMPLES = {"flops": "4.2e9 or '4.2G'", "params": "10e6 or '10M'", "activations": "5e6 or '5M'"}
+_EXAMPLES = {
+    "flops": "4.2e9 or '4.2G'",
+    "params": "10e6 or '10M'",
+    "latency": "0.008 (in seconds) or '8ms'",
+}
+_TIMES = {"ns": 1.0, "us": 1e3, "µs": 1e3, "ms": 1e6, "s": 1e9}
 
 
-def parse_limit(name: str, asked: float | str, whole: int, unit: str) -> float:
+def parse_limit(name: str, asked: float | str, metric: Metric) -> float:
     """Read a budget: a number, text as people write it ("4.2G", "10 M"), or a share of the model's own ("60%").
+
+    A time is in seconds, or has its unit ("8ms").
 
     Args:
         name: of the argument, for messages.
         asked: what the caller gave.
-        whole: what the model itself costs.
-        unit: of the metric, in words.
+        metric: what it limits.
 
     Raises:
         BudgetError: zero, negative, NaN, infinite, not a number, or a share without its sign.
     """
+    whole, is_time = metric.whole, name == "latency"
     try:
-        value = _number(asked, whole)
+        value = _number(asked, whole, is_time)
     except (TypeError, ValueError, OverflowError):
-        example = _EXAMPLES.get(name, "1e6")
+        what, example = "seconds" if is_time else metric.unit, _EXAMPLES.get(name, "5e6 or '5M'")
         raise BudgetError(
-            f"{name}={asked!r} is not a number: pass {unit} such as {example}, or a share such as '60%'"
+            f"{name}={asked!r} is not a number: pass {what} such as {example}, or a share such as '60%'"
         ) from None
     if not math.isfinite(value) or value <= 0:
-        raise BudgetError(f"{name}={asked!r} must be positive and finite; the model's own {unit} are {whole:,}")
-    if value <= 1 < whole and not str(asked).strip().endswith("%"):
+        raise BudgetError(f"{name}={asked!r} must be positive and finite; the model's own is {metric.show(whole)}")
+    if value <= 1 < whole and not is_time and not str(asked).strip().endswith("%"):
         share = f"{100 * value:g}%"
-        raise BudgetError(f"{name}={asked!r} is {value:g} {unit} out of {whole:,}: did you mean {share!r}?")
+        raise BudgetError(f"{name}={asked!r} is {value:g} {metric.unit} out of {whole:,}: did you mean {share!r}?")
     return value
 
 
-def _number(asked: float | str, whole: int) -> float:
+def _number(asked: float | str, whole: int, is_time: bool) -> float:
     if not isinstance(asked, str):
-        return float(asked)
+        return float(asked) * (1e9 if is_time else 1.0)
     text = asked.strip().replace(",", "").replace("_", "")
     if text.endswith("%"):
         return whole * float(text[:-1]) / 100
-    factor = _UNITS.get(text[-1:].lower())
-    return float(text) if factor is None else float(text[:-1]) * factor
+    units = _TIMES if is_time else _UNITS
+    for unit in sorted(units, key=len, reverse=True):
+        if text.lower().endswith(unit):
+            return float(text[: -len(unit)]) * units[unit]
+    return float(text) * (1e9 if is_time else 1.0)
 
 
 def parse_budgets(asked: Mapping[str, float | str], metrics: Mapping[str, Metric]) -> Budgets:
     """Read budgets by the names of their metrics; raises like `parse_limit`."""
-    budgets = []
-    for name, figure in asked.items():
-        metric = metrics[name]
-        budgets.append(Budget(metric, parse_limit(name, figure, metric.whole, metric.unit)))
-    return Budgets(budgets)
+    return Budgets([Budget(metrics[name], parse_limit(name, figure, metrics[name])) for name, figure in asked.items()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,29 +56,60 @@ def latency(
         UnsupportedModelError: the model has no values, or cannot be copied.
         TraceError: its forward raised.
     """
+    (measured,) = latencies([model], example_inputs, threads=threads, seconds=seconds, seed=seed)
+    return measured
+
+
+def latencies(
+    models: Sequence[nn.Module],
+    example_inputs: Any = None,
+    *,
+    threads: int | None = None,
+    seconds: float = SECONDS,
+    seed: int = 0,
+) -> list[Latency]:
+    """Measure several models in turn, so that a machine that slows down slows all of them; as `latency`."""
     from torch.utils.benchmark import Measurement, Timer
 
     threads = torch.get_num_threads() if threads is None else threads
     if threads < 1 or not seconds > 0:
         raise InputError(f"cannot measure with {threads} threads for {seconds} seconds: both must be above zero")
+    timers = []
+    with torch.no_grad():
+        for model in models:
+            network, inputs = runnable(model, example_inputs, seed)
+            scope = {"network": network, "args": inputs.args, "kwargs": inputs.kwargs}
+            timers.append((network, inputs, Timer("network(*args, **kwargs)", globals=scope, num_threads=threads)))
+            timers[-1][-1].timeit(1)  # threads are started at the first use of their number
+        rounds = [
+            [timer.blocked_autorange(min_run_time=seconds / ROUNDS) for _, _, timer in timers] for _ in range(ROUNDS)
+        ]
+    found = []
+    for (network, inputs, _), blocks in zip(timers, zip(*rounds, strict=True), strict=True):
+        (merged,) = Measurement.merge(blocks)
+        forwards = sum(len(each.times) * each.number_per_run for each in blocks)
+        shapes = tuple(tuple(tensor.shape) for tensor in inputs.tensors())
+        found.append(Latency(merged.median, merged.iqr, forwards, threads, _device(network), shapes))
+    return found
+
+
+def runnable(model: nn.Module, example_inputs: Any, seed: int = 0) -> tuple[nn.Module, Inputs]:
+    """A copy of a model in eval mode that shares its weights, and inputs drawn for it; it has run once.
+
+    Raises:
+        InputError, UnsupportedModelError, TraceError: as for `latency`.
+    """
     network = skeleton(check_model(model, values=True), lambda _, tensor: tensor.detach())
     set_training(network, False)
     inputs = _drawn(network, as_inputs(example_inputs, network), seed)
-    scope = {"network": network, "args": inputs.args, "kwargs": inputs.kwargs}
-    timer = Timer("network(*args, **kwargs)", globals=scope, num_threads=threads)
-    with torch.no_grad():
-        try:
+    try:
+        with torch.no_grad():
             network(*inputs.args, **inputs.kwargs)
-        except Exception as error:
-            raise TraceError(
-                f"the forward raised {type(error).__name__} with {inputs.describe()}: {error!s:.300}"
-            ) from error
-        timer.timeit(1)  # threads are started at the first use of their number
-        rounds = [timer.blocked_autorange(min_run_time=seconds / ROUNDS) for _ in range(ROUNDS)]
-    (merged,) = Measurement.merge(rounds)
-    forwards = sum(len(each.times) * each.number_per_run for each in rounds)
-    shapes = tuple(tuple(tensor.shape) for tensor in inputs.tensors())
-    return Latency(merged.median, merged.iqr, forwards, threads, _device(network), shapes)
+    except Exception as error:
+        raise TraceError(
+            f"the forward raised {type(error).__name__} with {inputs.describe()}: {error!s:.300}"
+        ) from error
+    return network, inputs
 
 
 def _drawn(network: nn.Module, inputs: Inputs, seed: int) -> Inputs:

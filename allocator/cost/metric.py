@@ -38,7 +38,8 @@ class Metric:
         self.incidence = csr_matrix((ones, (rows[free], cols[free])), shape=(len(axes), size))
         self.incidence.sum_duplicates()
         self._transpose = self.incidence.T.tocsr()
-        self._factor = np.array([term.factor for term in self.terms], dtype=np.int64)
+        whole = all(isinstance(term.factor, int) for term in self.terms)
+        self._factor = np.array([term.factor for term in self.terms], dtype=np.int64 if whole else np.float64)
         self._printed = np.array([term.printed for term in self.terms], dtype=bool)
         # Terms have different numbers of axes; a last axis, whose count is always one, fills the table up.
         degree = max((len(row) for row in chosen), default=0)
@@ -52,10 +53,18 @@ class Metric:
         """Number of neurons."""
         return int(self.incidence.shape[1])
 
+    def times(self, kept: np.ndarray) -> np.ndarray:
+        """(terms,) how often each counts when the neurons with `kept` true are kept: once, in a sum of all."""
+        return np.ones(len(self.terms), dtype=np.int64)
+
     @property
     def factors(self) -> np.ndarray:
-        """(terms,) the cost of each per kept index of all its axes, before fvcore's rounding."""
-        return self._factor / (1 + self._printed)
+        """(terms,) the cost of each per kept index of all its axes, before fvcore's rounding; at most the metric's."""
+        return self._factor / (1 + self._printed) * self.times(np.ones(self.size, dtype=bool))
+
+    def show(self, value: float) -> str:
+        """A cost with its unit, for people."""
+        return f"{value:,.0f} {self.unit}"
 
     def counts(self, kept: np.ndarray) -> np.ndarray:
         """Kept indices per axis, with a final 1 that stands for no axis."""
@@ -70,7 +79,7 @@ class Metric:
 
     def value(self, kept: np.ndarray) -> int:
         """The cost when the neurons with `kept` true are kept."""
-        return int(self.per_term(kept).sum())
+        return int((self.times(kept) * self.per_term(kept)).sum())
 
     @cached_property
     def whole(self) -> int:
@@ -89,12 +98,14 @@ class Metric:
         An `einsum`, whose count fvcore rounds, is taken as it is before that.
         """
         grid = self.counts(kept)[self.axes_of_term]
-        factor = self._factor // (1 + self._printed)
-        slope = np.zeros(len(self.fixed) + 1, dtype=np.int64)
+        factor = self._factor * self.times(kept)
+        factor[self._printed] //= 2
+        slope = np.zeros(len(self.fixed) + 1, dtype=factor.dtype)
         for d in range(self.axes_of_term.shape[1]):
             others = np.delete(grid, d, axis=1).prod(axis=1)
             np.add.at(slope, self.axes_of_term[:, d], factor * others)
-        both = np.array([factor[t] * np.delete(grid[t], dims).prod() for t, dims in self._shared_terms], dtype=np.int64)
+        products = [factor[t] * np.delete(grid[t], dims).prod() for t, dims in self._shared_terms]
+        both = np.array(products, dtype=factor.dtype)
         return np.asarray(self._transpose @ slope[:-1] + self._shared @ both)
 
     def _find_shared_axes(self) -> None:

@@ -35,14 +35,14 @@ class Term:
     """One product of a metric.
 
     Attributes:
-        factor: the cost per kept index of every axis.
+        factor: the cost per kept index of every axis; a whole number where it is counted, not measured.
         axes: label arrays; the cost is the factor times the number of kept labels of each.
         module: path of the module that was running, or that holds the tensor.
         op: index into the trace's ops; -1 where no call is meant.
         printed: as for `Product`.
     """
 
-    factor: int
+    factor: float
     axes: tuple[np.ndarray, ...]
     module: str = ""
     op: int = -1

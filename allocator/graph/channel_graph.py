@@ -13,7 +13,9 @@ from torch import nn
 
 from allocator.cost.flops import flops_terms
 from allocator.cost.metric import Metric
+from allocator.cost.peak import PeakMetric, live_terms
 from allocator.cost.size import activation_terms, parameter_terms
+from allocator.cost.speed import LatencyMetric, Speed, speed_terms
 from allocator.errors import UnknownNameError
 from allocator.flow.facts import Facts
 from allocator.flow.flow import Flow
@@ -26,7 +28,13 @@ from allocator.tracing.inputs import Inputs
 
 BRANCHES, INNER, ALL = 0, 1, 2
 SCOPES = {"branches": BRANCHES, "inner": INNER, "all": ALL}
-METRICS = {"flops": "FLOPs", "params": "parameters", "activations": "activations"}
+METRICS = {
+    "flops": "FLOPs",
+    "params": "parameters",
+    "activations": "activations",
+    "peak_activations": "activations at once",
+    "latency": "ns",
+}
 """What can be counted as a function of the kept neurons, and its unit."""
 
 
@@ -62,6 +70,7 @@ class ChannelGraph:
         unit_of_slot: neuron of each slot, or -1 where it must stay.
         size: number of neurons.
         notes: what was assumed.
+        speed: how long the model's modules take, where that was measured.
     """
 
     model: nn.Module = field(repr=False)
@@ -76,6 +85,7 @@ class ChannelGraph:
     unit_of_slot: np.ndarray = field(repr=False)
     size: int
     notes: list[str]
+    speed: Speed | None = None
     _metrics: dict[str, Metric] = field(default_factory=dict, repr=False)
 
     @property
@@ -116,7 +126,11 @@ class ChannelGraph:
     # Cost ---------------------------------------------------------------------------------------
 
     def metric(self, name: str) -> Metric:
-        """A cost as a function of the kept neurons: "flops" (as fvcore counts), "params" or "activations".
+        """A cost as a function of the kept neurons.
+
+        Args:
+            name: "flops" (as fvcore counts them), "params", "activations", "peak_activations", or "latency", where
+                `speed` was measured.
 
         Raises:
             UnknownNameError: no such metric.
@@ -132,6 +146,12 @@ class ChannelGraph:
             terms = parameter_terms(self.slots, self.tensors)
         elif name == "activations":
             terms = activation_terms(self.flow, self.metric("flops").terms)
+        elif name == "peak_activations":
+            alive, instants = live_terms(self.flow)
+            return PeakMetric(name, METRICS[name], alive, self.unit_of_slot, self.size, instants)
+        elif name == "latency" and self.speed is not None:
+            terms = speed_terms(self.flow, self.metric("flops").terms, self.speed)
+            return LatencyMetric(name, METRICS[name], terms, self.unit_of_slot, self.size)
         else:
             raise UnknownNameError(f"no metric {name!r} (there are {', '.join(METRICS)})")
         return Metric(name, METRICS[name], terms, self.unit_of_slot, self.size)

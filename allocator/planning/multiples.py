@@ -32,8 +32,8 @@ def to_multiples(problem: Problem, kept: np.ndarray) -> np.ndarray:
         exceeded = problem.budgets.unmet(kept)[0]
         least = exceeded.metric.value(kept)
         raise BudgetError(
-            f"{exceeded.limit:,.0f} {exceeded.metric.unit} cannot be met with widths that are multiples of "
-            f"{problem.widths.multiple} and keep what has to stay: these have {least:,} {exceeded.metric.unit}",
+            f"{exceeded.metric.show(exceeded.limit)} cannot be met with widths that are multiples of "
+            f"{problem.widths.multiple} and keep what has to stay: these have {exceeded.metric.show(least)}",
             asked=exceeded.limit,
             reachable=least,
         )

@@ -11,6 +11,7 @@ from allocator.cost.budget import Budget, Budgets
 from allocator.errors import BudgetError, NothingToAllocateError, PolicyError
 from allocator.graph.channel_graph import SCOPES, ChannelGraph
 from allocator.planning.multiples import to_multiples
+from allocator.planning.optimality import Optimality, optimality
 from allocator.planning.policies.registry import find_policy
 from allocator.planning.problem import Problem, Widths, forced_neurons, free_neurons
 from allocator.planning.search import next_cost
@@ -33,6 +34,7 @@ class Plan:
         policy: who competed with whom.
         criterion: what ranked the neurons.
         next_cost: what the cheapest further neuron costs of the first budget, or None if all are kept.
+        problem: what it answers; None where the budgets leave nothing to choose.
     """
 
     kept: np.ndarray
@@ -41,6 +43,15 @@ class Plan:
     policy: str
     criterion: str
     next_cost: int | None
+    problem: Problem | None = None
+
+    def optimality(self) -> Optimality | None:
+        """The importance that is kept, and what no plan exceeds; takes about a second where many layers hang together.
+
+        Returns:
+            None where nothing had to be chosen, or the scores have no positive sum.
+        """
+        return None if self.problem is None else optimality(self.problem, self.kept)
 
 
 def make_plan(
@@ -88,7 +99,7 @@ def make_plan(
             continue
         problem = Problem(graph, scores, forced, budgets, fill, widths, None if gone is None else _units(graph, gone))
         kept = to_multiples(problem, _checked(policy, choose(problem), problem))
-        plan = Plan(kept, budgets, name, policy, scores.criterion, next_cost(problem, kept))
+        plan = Plan(kept, budgets, name, policy, scores.criterion, next_cost(problem, kept), problem)
         if budgets.used(kept) >= CLOSE or not fill:
             return plan
         coarse = coarse or plan
@@ -130,8 +141,8 @@ def _checked(policy: str, kept: np.ndarray, problem: Problem) -> np.ndarray:
     if exceeded:
         metric, limit = exceeded[0].metric, exceeded[0].limit
         raise PolicyError(
-            f"policy {policy!r} keeps {metric.value(kept):,} {metric.unit}, {limit:,.0f} are allowed: add neurons "
-            "while problem.budgets.met(kept)"
+            f"policy {policy!r} keeps {metric.show(metric.value(kept))}, {metric.show(limit)} are allowed: add "
+            "neurons while problem.budgets.met(kept)"
         )
     return kept
 
@@ -140,8 +151,8 @@ def unmet(budget: Budget, scope: str, reachable: int) -> BudgetError:
     """The error for a budget that cannot be met, with the smallest figure that can."""
     metric, whole = budget.metric, budget.metric.whole
     return BudgetError(
-        f"{budget.limit:,.0f} {metric.unit} cannot be met with scope={scope!r}: the smallest that can be reached is "
-        f"{reachable:,} {metric.unit}, {100 * reachable / whole:.1f}% of the model's {whole:,}",
+        f"{metric.show(budget.limit)} cannot be met with scope={scope!r}: the smallest that can be reached is "
+        f"{metric.show(reachable)}, {100 * reachable / whole:.1f}% of the model's {metric.show(whole)}",
         asked=budget.limit,
         reachable=reachable,
     )

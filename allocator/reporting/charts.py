@@ -208,7 +208,7 @@ def curve(summary: Summary, *, title: str) -> Spec:
     legend = {"title": None, "orient": "top"}
     colours = {"domain": policies, "range": list(COLOURS[: len(policies)])}
     # So that the lines are told apart without colour too.
-    dashes = {"domain": policies, "range": [[1, 0], [6, 3], [2, 3]]}
+    dashes = {"domain": policies, "range": [[1, 0], [6, 3], [2, 3], [8, 3, 2, 3]]}
     encoding: Spec = {
         "x": {"field": "flops", "type": "quantitative", "axis": {"format": "%", "title": "share of FLOPs kept"}},
         "y": {
@@ -242,6 +242,31 @@ def curve(summary: Summary, *, title: str) -> Spec:
         mark = {"type": "point", "shape": "diamond", "size": 220, "filled": True, "color": COLOURS[6]}
         layers.append({"data": {"values": [point]}, "mark": mark, "encoding": encoding})
     return {"title": {"text": title, "anchor": "start"}, "layer": layers}
+
+
+def lines(rows: list[dict[str, Any]], *, title: str, x: str, y: str) -> Spec:
+    """Lines through points, one per `name` of the rows, each in a chart of its own scale.
+
+    Args:
+        rows: with "name", "x" (a share) and "y".
+        title: what is written above.
+        x, y: titles of the axes.
+    """
+    return {
+        "data": {"values": rows},
+        "title": {"text": title, "anchor": "start"},
+        "facet": {"row": {"field": "name", "type": "nominal", "title": None}},
+        "resolve": {"scale": {"y": "independent"}},
+        "spec": {
+            "width": 420,
+            "height": 220,
+            "mark": {"type": "line", "point": {"size": 36}, "color": COLOURS[0]},
+            "encoding": {
+                "x": {"field": "x", "type": "quantitative", "axis": {"format": "%", "title": x}},
+                "y": {"field": "y", "type": "quantitative", "scale": {"zero": False}, "axis": {"title": y}},
+            },
+        },
+    }
 
 
 def histogram(*, kept: str = "kept", dropped: str = "dropped") -> Spec:

@@ -14,6 +14,8 @@ from allocator.flow.labels import FROZEN
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.graph.neurons import components
 from allocator.modules import count_parameters
+from allocator.planning.optimality import Optimality
+from allocator.planning.plan import Plan
 from allocator.planning.problem import least
 from allocator.reporting.block_facts import BlockCollector
 from allocator.reporting.facts import (
@@ -22,6 +24,7 @@ from allocator.reporting.facts import (
     BranchChange,
     Budget,
     Fixed,
+    Limited,
     Outcome,
     Point,
     Summary,
@@ -43,6 +46,7 @@ def summarise(
     scores: Scores | None = None,
     allocation: Allocation | None = None,
     kept: np.ndarray | None = None,
+    optimality: Optimality | None = None,
     certificate: str | None = None,
     curve: Sequence[Point] = (),
     uncounted: dict[str, int] | None = None,
@@ -57,6 +61,7 @@ def summarise(
         name: what to call the model.
         scores: from `score`; None where nothing can be ranked.
         allocation: what a budget keeps, with `kept`, (neurons,) bool, its choice among the graph's neurons.
+        optimality: what the choice keeps of the scores, and what no other exceeds.
         certificate: verdict on the rewritten model.
         curve: from `pareto`.
         uncounted: operators that fvcore does not count.
@@ -70,6 +75,8 @@ def summarise(
     if allocation is not None and kept is not None:
         budget = _budget(graph, allocation, kept, scores)
         budget = replace(budget, certificate=certificate, latency=latency_kept)
+        if optimality is not None:
+            budget = replace(budget, bound=optimality.bound, gap=optimality.gap)
     return Summary(
         model=name,
         kind=type(graph.model).__name__,
@@ -169,7 +176,7 @@ class Allocated(Protocol):
     allocation: Allocation
     certificate: Certificate
     graph: ChannelGraph
-    flops_asked: float
+    plan: Plan
     flops_before: int
     flops_after: int
     next_cost: int | None
@@ -177,13 +184,16 @@ class Allocated(Protocol):
     notes: list[str]
     timings: dict[str, float]
 
+    @property
+    def optimality(self) -> Optimality | None: ...
+
 
 def outcome_of(result: Allocated) -> Outcome:
     """Collect what is said of an allocation."""
     allocation = result.allocation
     return Outcome(
         model=type(result.model).__name__,
-        asked=result.flops_asked,
+        budgets=_limited(allocation),
         flops_before=result.flops_before,
         flops_after=result.flops_after,
         next_cost=result.next_cost,
@@ -192,6 +202,7 @@ def outcome_of(result: Allocated) -> Outcome:
         policy=allocation.policy,
         criterion=allocation.criterion,
         scope=allocation.scope,
+        optimality=result.optimality,
         blocks=_changes(allocation),
         certificate=result.certificate,
         uncounted=result.uncounted,
@@ -200,6 +211,14 @@ def outcome_of(result: Allocated) -> Outcome:
         notes=tuple(result.notes),
         seconds=result.timings,
     )
+
+
+def _limited(allocation: Allocation) -> tuple[Limited, ...]:
+    budgets = []
+    for name, cost in allocation.costs.items():
+        if cost["asked"] is not None:
+            budgets.append(Limited(name, cost["asked"], cost["before"], cost["after"]))
+    return tuple(budgets)
 
 
 def _changes(allocation: Allocation) -> tuple[BlockChange, ...]:

@@ -21,7 +21,7 @@ def pareto(
     graph: ChannelGraph,
     scores: Scores,
     *,
-    policies: Sequence[str] = ("per_block", "global", "uniform"),
+    policies: Sequence[str] = ("priced", "global", "per_block", "uniform"),
     scope: str = "all",
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Point, ...]:

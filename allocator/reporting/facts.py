@@ -6,6 +6,7 @@ from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 from allocator.cost.latency import Latency
+from allocator.planning.optimality import Optimality
 from allocator.verifying.certificate import Certificate
 
 FORMAT = 1
@@ -142,6 +143,8 @@ class Budget:
         policy, criterion, scope: how it was chosen.
         neurons: how many stay.
         importance: share of all scores that the kept neurons have; None without scores.
+        bound: share of all scores that no plan under this budget exceeds; None where none is known.
+        gap: by how much a better plan could exceed this one, as a share of the bound.
         certificate: verdict on the rewritten model; None where there is only a plan.
         latency: of the rewritten model, where it was measured.
     """
@@ -153,6 +156,8 @@ class Budget:
     scope: str
     neurons: int
     importance: float | None
+    bound: float | None = None
+    gap: float | None = None
     certificate: str | None = None
     latency: Latency | None = None
 
@@ -286,15 +291,33 @@ class BlockChange:
 
 
 @dataclass(frozen=True)
+class Limited:
+    """A metric that a budget limited.
+
+    Attributes:
+        metric: its name.
+        asked: the budget, in the metric's own unit.
+        before, after: the metric of the network and of what is left of it.
+    """
+
+    metric: str
+    asked: float
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What an allocation did to a network.
 
     Attributes:
         model: name of the network's class.
-        asked, flops_before, flops_after: the budget and what it limits, as fvcore counts.
-        next_cost: FLOPs of the cheapest further neuron; None where all are kept.
+        budgets: what was asked, and what it limits before and after, the first named first.
+        flops_before, flops_after: as fvcore counts.
+        next_cost: of the first budget, what the cheapest further neuron costs; None where all are kept.
         parameters_before, parameters_after: numbers in the parameters.
         policy, criterion, scope: how the neurons were chosen.
+        optimality: the importance that is kept, and what no plan exceeds; None where nothing was chosen by scores.
         blocks: in the order of their aggregation.
         certificate: what was checked.
         uncounted: operators that fvcore does not count, with the number of their calls.
@@ -305,7 +328,7 @@ class Outcome:
     """
 
     model: str
-    asked: float
+    budgets: tuple[Limited, ...]
     flops_before: int
     flops_after: int
     next_cost: int | None
@@ -314,6 +337,7 @@ class Outcome:
     policy: str
     criterion: str
     scope: str
+    optimality: Optimality | None
     blocks: tuple[BlockChange, ...]
     certificate: Certificate
     uncounted: dict[str, int]
@@ -324,18 +348,17 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, that `allocator/reporting/allocate.schema.json` describes."""
-        flops = {
-            "asked": self.asked,
-            "before": self.flops_before,
-            "after": self.flops_after,
-            "next_neuron_costs": self.next_cost,
-        }
         return {
-            "flops": flops,
+            "flops": {"before": self.flops_before, "after": self.flops_after},
+            "budgets": [asdict(budget) for budget in self.budgets],
+            "next_neuron_costs": self.next_cost,
             "parameters": {"before": self.parameters_before, "after": self.parameters_after},
             "policy": self.policy,
             "criterion": self.criterion,
             "scope": self.scope,
+            "importance": None if self.optimality is None else self.optimality.importance,
+            "bound": None if self.optimality is None else self.optimality.bound,
+            "gap": None if self.optimality is None else self.optimality.gap,
             "blocks": plain([asdict(block) for block in self.blocks]),
             "certificate": self.certificate.to_dict(),
             "not_counted_by_fvcore": dict(self.uncounted),

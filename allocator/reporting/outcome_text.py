@@ -9,7 +9,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from allocator.reporting.facts import SHARED, BlockChange, BranchChange, Outcome
+from allocator.graph.channel_graph import METRICS
+from allocator.reporting.facts import SHARED, BlockChange, BranchChange, Limited, Outcome
 from allocator.reporting.terminal import bar, heading, table_without_lines
 from allocator.reporting.words import change, counted, printable, share_of, size
 
@@ -40,14 +41,13 @@ class OutcomeText:
             f"({outcome.flops_after / outcome.flops_before:.1%})",
             style="bold",
         )
-        used = outcome.flops_after / outcome.asked
-        asked = f"asked {outcome.asked:,.0f} FLOPs, achieved {used:.3%}"
-        if outcome.next_cost is not None and used < 1:
-            asked += f" (the cheapest further neuron costs {outcome.next_cost:,})"
-        yield Text(asked)
+        for i, budget in enumerate(outcome.budgets):
+            yield Text(_asked(budget, outcome.next_cost if i == 0 else None))
         yield Text(f"{outcome.parameters_before:,} parameters before, {outcome.parameters_after:,} after")
         how = f"policy {outcome.policy}, criterion {outcome.criterion}, scope {outcome.scope}"
         yield Text(f"{how}; one FLOP is one multiply-add, as fvcore counts")
+        if outcome.optimality is not None:
+            yield Text(str(outcome.optimality))
         style = "green" if outcome.certificate.ok else "bold red"
         yield Text(f"certificate: {outcome.certificate}", style=style)
 
@@ -67,6 +67,15 @@ class OutcomeText:
         if self.outcome.scope == "branches" and block.kind in _RESIDUAL:
             return False
         return any(branch.is_changed for branch in block.branches)
+
+
+def _asked(budget: Limited, next_cost: int | None) -> str:
+    """What a budget asked for and how much of it is used."""
+    unit, used = METRICS[budget.metric], budget.after / budget.asked
+    line = f"asked {budget.asked:,.0f} {unit}, achieved {used:.3%}"
+    if next_cost is not None and used < 1:
+        line += f" (the cheapest further neuron costs {next_cost:,})"
+    return line
 
 
 def _table(blocks: Sequence[BlockChange]) -> Table:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from allocator.disk import PathLike
-from allocator.errors import AllocatorWarning, UnknownNameError
 from allocator.reporting.collect import Allocated, outcome_of, summarise
 from allocator.reporting.curve import pareto
 from allocator.reporting.facts import Outcome, Point, Summary
 from allocator.reporting.outcome_text import OutcomeText
 from allocator.reporting.render import format_of, write
-from allocator.rewriting.kept import kept_by
-from allocator.scoring.registry import score
-from allocator.scoring.scores import Scores
 
 
 class Report:
@@ -50,34 +45,21 @@ class Report:
         result = self.result
         graph, allocation = result.graph, result.allocation
         notes = [note for note in result.notes if note not in graph.notes]
-        scores = self._scores()
-        points: Sequence[Point] = ()
-        if scores is None:
-            notes.append(
-                f"{allocation.criterion!r} is no registered criterion: its scores and their curve are left out"
-            )
-        elif curve:
-            points = pareto(graph, scores)
+        problem = result.plan.problem
+        scores = None if problem is None else problem.scores
+        points: Sequence[Point] = pareto(graph, scores) if curve and scores is not None else ()
         return summarise(
             graph,
             name or type(graph.model).__name__,
             scores=scores,
             allocation=allocation,
-            kept=kept_by(graph, allocation),
+            kept=result.plan.kept,
+            optimality=result.optimality,
             certificate=str(result.certificate),
             curve=points,
             uncounted=result.uncounted,
             notes=notes,
         )
-
-    def _scores(self) -> Scores | None:
-        """Those that the neurons were chosen by, made again; None where they were the caller's own."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AllocatorWarning)  # said when it was allocated
-            try:
-                return score(self.result.graph, self.result.allocation.criterion)
-            except UnknownNameError:
-                return None
 
     def save(self, path: PathLike, *, name: str | None = None) -> None:
         """Write the report in the format of the suffix: .html, .md, .csv, .json or .txt.

@@ -207,6 +207,11 @@ def _budget(budget: Budget) -> Iterator[Text]:
     if budget.importance is not None:
         line += f", with {percent(budget.importance)} of all scores"
     yield Text(line)
+    if budget.importance is not None:
+        bound = "no bound is known for other plans"
+        if budget.bound is not None and budget.gap is not None:
+            bound = f"no plan keeps more than {budget.bound:.3%} of all scores: gap {budget.gap:.2%}"
+        yield Text(bound)
     if budget.certificate:
         yield Text(f"certificate: {budget.certificate}")
 

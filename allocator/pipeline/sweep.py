@@ -16,16 +16,19 @@ from torch import nn
 from allocator.clock import Progress, bar
 from allocator.cost.budget import Budgets
 from allocator.disk import PathLike, write_text
-from allocator.errors import BudgetError, InputError
+from allocator.errors import InputError
 from allocator.fitting.fit import Fitted
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.pipeline import budgets_of, choose, trace_model
+from allocator.pipeline.choice import budgets_of, choose
+from allocator.pipeline.model import trace_model
+from allocator.reporting.charts import lines
+from allocator.reporting.pictures import save
 from allocator.reporting.words import percent, short
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.rewrite import rewrite
 from allocator.scoring.registry import Data, score
 from allocator.scoring.scores import Scores
-from allocator.settings import Settings
+from allocator.settings import Limits, Settings
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 
@@ -94,6 +97,20 @@ class Sweep:
             write_text(path, text.getvalue())
         return text.getvalue()
 
+    def plot(self, path: PathLike, *, title: str = "") -> None:
+        """Draw importance, and what `evaluate` gave, over the share that is kept: .png, .svg or .pdf.
+
+        Raises:
+            UnknownNameError: another suffix.
+            MissingPackageError: the package that draws is not installed.
+            FileError: the path cannot be written.
+        """
+        rows = []
+        for point in self.points:
+            for name, value in {"importance": point.importance, **point.values}.items():
+                rows.append({"name": name, "x": point.share, "y": value})
+        save(lines(rows, title=title, x=f"share of {self.unit} kept", y=""), path)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         names = list(dict.fromkeys(name for point in self.points for name in point.values))
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
@@ -107,9 +124,9 @@ class Sweep:
         yield table
 
 
-def sweep(
+def sweep_model(
     model: nn.Module,
-    asked: Mapping[str, Sequence[float | str]],
+    asked: Mapping[str, Sequence[float | str] | None],
     example_inputs: Any,
     settings: Settings,
     *,
@@ -130,12 +147,12 @@ def sweep(
     """
     given = {name: figures for name, figures in asked.items() if figures is not None}
     if len(given) != 1:
-        raise BudgetError("a sweep is over budgets of one metric: pass flops=['80%', '60%'], or another metric alone")
+        raise InputError("a sweep is over budgets of one metric: pass flops=['80%', '60%'], or another metric alone")
     ((name, figures),) = given.items()
-    if isinstance(figures, (str, int, float)) or not len(figures):
+    if not isinstance(figures, Sequence) or isinstance(figures, str) or not figures:
         raise InputError(f"{name}={figures!r} is no list of budgets: pass several, such as ['80%', '60%', '40%']")
     graph = trace_model(model, example_inputs, settings)
-    budgets = [budgets_of(graph, {name: figure}) for figure in figures]
+    budgets = [budgets_of(graph, Limits(**{name: figure})) for figure in figures]
     budgets.sort(key=lambda each: each.first.limit, reverse=True)
     scores = score(graph, settings.criterion, data)
     points = []

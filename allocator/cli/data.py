@@ -1,0 +1,112 @@
+"""What a model is for, from the shell: pictures in a folder, tensors in a file, or a function of the user's own."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from allocator.cli.arguments import UsageError
+from allocator.errors import DataError, FileError, UnknownNameError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_BATCH = 16
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say what criteria may look at."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        metavar="DATA",
+        help="what the model is for: a folder of pictures (normalised as for ImageNet), a file of a tensor of inputs "
+        "(.pt, .npy), or package.module:function that gives a loader",
+    )
+    group.add_argument("--samples", type=int, default=256, metavar="N", help="look at no more of them (default: 256)")
+    group.add_argument(
+        "--loss",
+        metavar="NAME",
+        help="package.module:function of outputs and targets, such as torch.nn.functional:cross_entropy; left out: "
+        "the model's own answers stand in for labels",
+    )
+
+
+def data_options(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """`data` and `loss` for `allocator.allocate`."""
+    if args.data is None:
+        if args.loss is not None:
+            raise UsageError("--loss goes with --data")
+        return {}
+    if args.samples < 1:
+        raise UsageError(f"--samples {args.samples} is not above zero")
+    return {"data": _opened(args, model), "loss": None if args.loss is None else _named(args.loss)}
+
+
+def _opened(args: argparse.Namespace, model: nn.Module) -> Any:
+    path = Path(args.data)
+    if path.is_dir():
+        return list(_pictures(path, args, model))
+    if path.exists():
+        return _tensor(path)[: args.samples]
+    if ":" in args.data:
+        loader = _named(args.data)()
+        return itertools.islice(loader, max(1, args.samples // _BATCH))
+    raise FileError(f"{args.data} does not exist")
+
+
+def _named(name: str) -> Any:
+    """What `package.module:name` stands for."""
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise UsageError(f"{name!r} is not of the form package.module:function")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UnknownNameError(f"{name!r} cannot be found: {error}") from error
+
+
+def _tensor(path: Path) -> Tensor:
+    import numpy as np
+    import torch
+
+    try:
+        if path.suffix == ".npy":
+            return torch.from_numpy(np.load(path, allow_pickle=False))
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise FileError(f"{path} cannot be read as a tensor: {error!s:.200}") from error
+    if not isinstance(found, torch.Tensor):
+        raise FileError(f"{path} holds a {type(found).__name__}, not a tensor of inputs")
+    return found
+
+
+def _pictures(folder: Path, args: argparse.Namespace, model: nn.Module) -> Iterator[Tensor]:
+    """Batches of the pictures below a folder, cropped to the model's own input size and normalised."""
+    import torch
+    from PIL import Image, UnidentifiedImageError
+    from torchvision.transforms import v2
+
+    from allocator.cli.opening import example_inputs
+    from allocator.tracing.inputs import as_inputs
+
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)[: args.samples]
+    if not files:
+        raise DataError(f"{folder} holds no pictures ({', '.join(_SUFFIXES)})")
+    (side, *_) = as_inputs(example_inputs(args), model).tensors()[0].shape[-2:]
+    steps = [v2.ToImage(), v2.Resize(side), v2.CenterCrop(side), v2.ToDtype(torch.float32, scale=True)]
+    prepare = v2.Compose([*steps, v2.Normalize(_MEAN, _STD)])
+    for start in range(0, len(files), _BATCH):
+        batch = []
+        for file in files[start : start + _BATCH]:
+            try:
+                batch.append(prepare(Image.open(file).convert("RGB")))
+            except (OSError, UnidentifiedImageError) as error:
+                raise DataError(f"{file} cannot be read: {error}") from error
+        yield torch.stack(batch)

@@ -1,0 +1,120 @@
+"""Budgets read, and a plan that meets them and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from allocator.cost.budget import Budgets, parse_budgets
+from allocator.errors import BudgetError, BudgetNotBindingWarning, NothingToAllocateError, warn
+from allocator.fitting.fit import Fitted, fit
+from allocator.fitting.reachable import smallest_reachable
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.planning.plan import Plan, make_plan, unmet
+from allocator.planning.problem import Widths
+from allocator.scoring.registry import score
+from allocator.scoring.scores import Scores
+from allocator.settings import BUDGETS, Limits, Settings
+
+
+def budgets_of(graph: ChannelGraph, limits: Limits) -> Budgets:
+    """Read budgets.
+
+    Raises:
+        BudgetError: one is no positive number.
+        NothingToAllocateError: the model has nothing of what is limited.
+    """
+    given = limits.given()
+    if not given:
+        raise BudgetError(f"no budget is given: pass flops='60%', or one of {', '.join(BUDGETS)}")
+    metrics = {name: graph.metric(name) for name in given}
+    for name, metric in metrics.items():
+        if not metric.whole:
+            model, inputs = type(graph.model).__name__, graph.inputs.describe()
+            what = "operator that fvcore counts FLOPs for" if name == "flops" else metric.unit
+            raise NothingToAllocateError(f"{model} has no {what}, with {inputs}")
+    return parse_budgets(given, metrics)
+
+
+def choose(
+    graph: ChannelGraph,
+    budgets: Budgets,
+    settings: Settings,
+    scores: Scores | None = None,
+    *,
+    gone: np.ndarray | None = None,
+) -> Fitted:
+    """A plan that runs.
+
+    Args:
+        graph: the model's neurons.
+        budgets: what may be kept at most.
+        settings: how neurons are chosen.
+        scores: their importance; None to rank them by the settings' criterion.
+        gone: (slots,) bool, what is not kept in any case.
+
+    Raises:
+        BudgetError, NothingToAllocateError: as for `allocator.allocate`.
+    """
+    if gone is None and budgets.met(graph.everything):
+        return _keep_everything(graph, budgets, settings)
+    scores = score(graph, settings.criterion) if scores is None else scores
+    scores.by_slot(graph)  # that there is one per neuron
+    attempt = _attempt(graph, settings, scores, gone)
+    try:
+        return attempt(budgets)
+    except (BudgetError, NothingToAllocateError) as error:
+        raise _what_can_be_met(graph, budgets, settings.scope, attempt, error) from None
+
+
+def _keep_everything(graph: ChannelGraph, budgets: Budgets, settings: Settings) -> Fitted:
+    first = budgets.first
+    warn(
+        f"the budget of {first.metric.show(first.limit)} is not below the model's own "
+        f"{first.metric.show(first.metric.whole)}: nothing is dropped",
+        BudgetNotBindingWarning,
+    )
+    return fit(graph, lambda _: Plan(graph.everything, budgets, "none", settings.policy, "none", None))
+
+
+def _attempt(
+    graph: ChannelGraph, settings: Settings, scores: Scores, gone: np.ndarray | None
+) -> Callable[[Budgets], Fitted]:
+    """Planning and fitting by these scores, as a function of the budgets."""
+
+    def planner(current: ChannelGraph, budgets: Budgets) -> Plan:
+        current.speed = graph.speed
+        # A repair may have changed what a neuron is: the scores are projected again, and costs are counted again.
+        return make_plan(
+            current,
+            scores.on(graph, current),
+            budgets.on({name: current.metric(name) for name in budgets.names}),
+            policy=settings.policy,
+            scope=settings.scope,
+            fill=settings.fill,
+            widths=Widths(settings.at_least, settings.multiple),
+            gone=gone,
+        )
+
+    return lambda budgets: fit(graph, lambda current: planner(current, budgets))
+
+
+def _what_can_be_met(
+    graph: ChannelGraph,
+    budgets: Budgets,
+    scope: str,
+    attempt: Callable[[Budgets], Fitted],
+    error: BudgetError | NothingToAllocateError,
+) -> BudgetError | NothingToAllocateError:
+    """The error with the smallest figure that was seen to work."""
+    if len(budgets.each) > 1:  # which of them could be met depends on the others
+        return error
+    first = budgets.first
+
+    def landing(limit: float) -> int:
+        plan = attempt(budgets.with_limit(first.metric.name, limit)).plan
+        return plan.budgets.first.metric.value(plan.kept)
+
+    figure = smallest_reachable(error, landing, first.limit, first.metric.whole)
+    return error if figure is None else unmet(first, scope, figure)

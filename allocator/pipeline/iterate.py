@@ -1,0 +1,133 @@
+"""Smaller step by step, with training in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+from allocator.clock import Progress
+from allocator.errors import AllocatorError, InputError, IterationError
+from allocator.model_checks import check_model
+from allocator.pipeline.choice import budgets_of
+from allocator.pipeline.model import trace_model
+from allocator.pipeline.run import run
+from allocator.result import Result
+from allocator.rewriting.allocation import Allocation
+from allocator.scoring.registry import Data
+from allocator.settings import Limits, Settings
+from allocator.verifying.certificate import Certificate
+
+Train = Callable[[nn.Module], Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: the choice among the neurons of the network before it, and proof that nothing else was changed."""
+
+    allocation: Allocation
+    certificate: Certificate
+
+
+@dataclass(frozen=True)
+class Iterated:
+    """A network that became smaller in steps.
+
+    Attributes:
+        model: of the last step, trained.
+        allocation: which of the original's neurons it keeps.
+        steps: first to last.
+    """
+
+    model: nn.Module
+    allocation: Allocation
+    steps: tuple[Step, ...]
+
+
+def even_schedule(steps: int) -> list[float]:
+    """So many steps of the same factor.
+
+    Raises:
+        InputError: no whole number above zero.
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise InputError(f"steps={steps!r} is no whole number above zero, such as 5")
+    return [(step + 1) / steps for step in range(steps)]
+
+
+def iterate_model(
+    model: nn.Module,
+    limits: Limits,
+    example_inputs: Any,
+    settings: Settings,
+    *,
+    schedule: Sequence[float],
+    train: Train,
+    data: Data | None = None,
+    numeric: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Iterated:
+    """See `allocator.iterate`.
+
+    Args:
+        model: the trained network; not changed.
+        limits: the last step's budgets.
+        example_inputs: as the caller gave them.
+        settings: how neurons are chosen.
+        schedule: how far each step goes, from 0 for the model's own cost to 1 for the budgets.
+        train: called with the network of every step.
+        data: what criteria may look at.
+        numeric, seed, progress: as for `run`.
+    """
+    _check_schedule(schedule)
+    graph = trace_model(check_model(model, values=True), example_inputs, settings)
+    ends = {budget.metric.name: (budget.metric.whole, budget.limit) for budget in budgets_of(graph, limits).each}
+    done: Iterated | None = None
+    for number, far in enumerate(schedule, start=1):
+        budgets = {name: whole * min(limit / whole, 1.0) ** far for name, (whole, limit) in ends.items()}
+        source = model if done is None else done.model
+        step = f"step {number} of {len(schedule)}"
+        try:
+            result = run(
+                source,
+                Limits(**budgets),
+                graph.inputs,
+                settings,
+                data=data,
+                numeric=numeric,
+                seed=seed,
+                progress=None if progress is None else partial(_say, progress, step),
+            )
+        except AllocatorError as error:
+            if done is None:
+                raise
+            raise IterationError(f"{step}: {error}", done) from error
+        try:
+            train(result.model)
+        except Exception as error:
+            raise IterationError(f"{step}: training raised {type(error).__name__}: {error}", done) from error
+        done = _after(done, result)
+    assert done is not None
+    return done
+
+
+def _say(progress: Progress, step: str, said: str) -> None:
+    progress(f"{step}: {said}")
+
+
+def _check_schedule(schedule: Sequence[float]) -> None:
+    rising = all(a < b for a, b in pairwise(schedule))
+    if not len(schedule) or not rising or schedule[0] <= 0 or schedule[-1] != 1:
+        raise InputError(f"schedule={list(schedule)!r} does not rise to 1 from above 0, as [0.25, 0.5, 0.75, 1] does")
+
+
+def _after(done: Iterated | None, result: Result) -> Iterated:
+    step = Step(result.allocation, result.certificate)
+    if done is None:
+        return Iterated(result.model, result.allocation, (step,))
+    return Iterated(result.model, done.allocation.compose(result.allocation), (*done.steps, step))

@@ -1,0 +1,73 @@
+"""The channel graph of a model, with errors that say what to pass instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from allocator.errors import InputError, TraceError, UnmatchedPatternWarning, ValueDependentTraceWarning, warn
+from allocator.flow.options import Options
+from allocator.graph.build import build_graph
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.graph.selection import as_items, unmatched
+from allocator.settings import Settings
+from allocator.tracing.inputs import Inputs, as_inputs, infer_inputs
+
+
+def trace_model(model: nn.Module, example_inputs: Any, settings: Settings) -> ChannelGraph:
+    """The channel graph of a model; raises as `allocator.trace` does."""
+    settings = settings.checked()
+    inputs = as_inputs(example_inputs, model)
+    options = options_of(settings)
+    try:
+        graph = build_graph(model, inputs, options)
+    except TraceError as error:
+        raise _input_error(model, inputs, error) or error from error.__cause__
+    _check_dtypes(graph)
+    for name in ("exclude", "include", "same"):
+        for note in unmatched(model, name, getattr(options, name)):
+            warn(note, UnmatchedPatternWarning)
+            graph.notes.append(note)
+    if graph.flow.trace.mode == "real":
+        message = "the forward needs values: the trace holds for inputs that take the same path"
+        warn(message, ValueDependentTraceWarning)
+        graph.notes.append(message)
+    return graph
+
+
+def options_of(settings: Settings) -> Options:
+    """How channels are followed, of all that is set."""
+    return Options(
+        groups=settings.groups,
+        norms=settings.norms,
+        exclude=as_items(settings.exclude),
+        include=as_items(settings.include),
+        same=as_items(settings.same),
+    )
+
+
+def _input_error(model: nn.Module, inputs: Inputs, error: TraceError) -> InputError | None:
+    """If the model runs with inputs inferred from itself, the caller's are to blame."""
+    if inputs.assumed:
+        return None
+    try:
+        usual = infer_inputs(model)
+        build_graph(model, usual)
+    except (InputError, TraceError):
+        return None
+    return InputError(f"example_inputs do not fit: {error}; the model runs with {usual.describe()}")
+
+
+def _check_dtypes(graph: ChannelGraph) -> None:
+    """Tensors without values may be multiplied whatever their dtypes; real ones may not."""
+    values = graph.flow.trace.values
+    for op in graph.flow.trace.ops:
+        if not op.declared.multiplies:
+            continue
+        a, b = (values[op.inputs()[i]].dtype for i in op.declared.multiplies)
+        if a != b:
+            raise InputError(
+                f"example_inputs do not fit: {op} gets {a} from {graph.inputs.describe()}, its weight is {b}; "
+                f"convert one of them, for example example_inputs.to({b})"
+            )
