@@ -48,7 +48,7 @@ def test_sums_and_means_over_processes() -> None:
     assert norm.num_batches_tracked is not None
     assert int(norm.num_batches_tracked) == 0  # no mean of whole numbers
     assert norm.weight.tolist() == [1.0, 1.0]
-    average_weights(norm, engine)  # type: ignore[arg-type]
+    average_weights(norm, engine)
     assert norm.weight.tolist() == [2.0, 2.0]
 
 
