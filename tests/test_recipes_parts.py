@@ -179,6 +179,14 @@ def test_a_setting_makes_the_section_that_is_missing() -> None:
     assert load_config(config.to_dict()) == config
 
 
+@pytest.mark.parametrize("at_least", [None, 8, "25%", {"layer1.*": 4, "*": "10%"}])
+def test_an_option_of_several_forms_comes_as_it_is_written(at_least: Any) -> None:
+    config = load_config(tiny_config("runs/none", allocation={"at_least": at_least}))
+    assert config.allocation is not None
+    assert config.allocation.at_least == at_least
+    assert load_config(config) == config
+
+
 @pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [\n"])
 def test_a_file_that_is_no_configuration(tmp_path: Path, text: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
