@@ -59,7 +59,7 @@ def _required(cls: type) -> dict[str, bool]:
 def _value(hint: Any, value: Any, place: str, problems: list[str]) -> Any:
     """The value of a field from plain data; what does not fit is noted, and None returned."""
     choices = _alternatives(hint)
-    if value is None and type(None) in choices:
+    if value is None and (type(None) in choices or Any in choices):
         return None
     for choice in choices:
         if is_dataclass(choice):
@@ -80,7 +80,7 @@ def _alternatives(hint: Any) -> list[Any]:
             # Several words and text are all text, which messages name once.
             choices += [choice for choice in _alternatives(member) if choice not in choices]
         return choices
-    if get_origin(hint) is Literal or hint is Any:
+    if get_origin(hint) is Literal:
         return [str]
     if get_origin(hint) is Sequence:
         return [tuple[str, ...]]
@@ -89,6 +89,8 @@ def _alternatives(hint: Any) -> list[Any]:
 
 def _plain(hint: Any, value: Any) -> Any:
     """The value as the type asks for it, None where it is of another."""
+    if hint is Any:
+        return value  # what it has to be is known where it is used, and checked there
     container = get_origin(hint)
     if hint is float and not isinstance(value, bool) and isinstance(value, int | float | str):
         # Text too: YAML 1.1 takes 1e-4 for one, as its numbers need a dot.

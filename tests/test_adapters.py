@@ -53,7 +53,7 @@ def _own() -> Iterator[None]:
 @pytest.mark.usefixtures("_own")
 def test_a_registered_block_drops_its_lowest_neurons_wherever_they_are() -> None:
     model = Table()
-    result = allocator.allocate(model, "50%", example_inputs=IMAGE)
+    result = allocator.allocate(model, "50%", example_inputs=IMAGE, criterion="bn_scale")
     table = result.model.table
     assert isinstance(table, dict)
     rows = result.allocation.kept["write.weight"][0]

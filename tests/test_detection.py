@@ -198,7 +198,8 @@ def test_a_whole_detector_is_allocated(criterion: str, share: str) -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_detector_s_norms_rank_its_neurons_frozen_or_not(frozen: bool) -> None:
     detector = small_detector("scalenet-small-seed", frozen_norms=frozen)
-    result = allocator.allocate(detector, flops="90%", example_inputs=([image()],))
+    ranked = {"criterion": "bn_scale", "scope": "narrowest"}
+    result = allocator.allocate(detector, flops="90%", example_inputs=([image()],), **ranked)  # type: ignore[arg-type]
     assert result.certificate.ok
     check_heads(result.model, detector)
     body = "backbone.body.layer3.0"
@@ -367,7 +368,7 @@ def test_an_allocated_scalenet_s_absent_scales_stay_absent() -> None:
         for norm in seed.get_submodule("layer2.0.bn2.3"), seed.get_submodule("layer2.0.bn2.1"):
             assert isinstance(norm, nn.BatchNorm2d)
             norm.weight.fill_(1e-3)
-    network = allocator.allocate(seed, flops="50%").model
+    network = allocator.allocate(seed, flops="50%", criterion="bn_scale", scope="narrowest").model
     assert isinstance(network, ScaleNet)
     assert network.rows()[1][3] == 0
     assert predict(faster_rcnn(network, 3, **SETTINGS), [image()])

@@ -194,7 +194,7 @@ def test_whole_groups_change_the_cardinality_and_nothing_else() -> None:
 def test_groups_that_narrow_do_so_on_both_sides() -> None:
     """What a group gives belongs to the branch as much as what it reads."""
     seed = randomise(recipes.build("resnext-small-seed"))
-    result = allocator.allocate(seed, flops="60%", groups="width", scope="branches")
+    result = allocator.allocate(seed, flops="60%", groups="width", scope="branches", criterion="bn_scale")
     for (groups, read, given), whole in zip(rows_of(result.model), rows_of(seed), strict=True):
         assert groups == 16
         assert read < whole[1]
@@ -210,7 +210,7 @@ def test_scales_of_a_block_compete_and_are_named() -> None:
         for i, norm in enumerate(block.bns):
             assert isinstance(norm, nn.BatchNorm2d)
             norm.weight.fill_((1.5, 0.1, 0.1)[i])
-    small = allocator.allocate(seed, flops="75%", scope="branches").model
+    small = allocator.allocate(seed, flops="75%", scope="branches", criterion="bn_scale").model
     assert isinstance(small, ResidualNet)
     parts = small.parts()["layer1.0"]
     assert list(parts) == ["scale 1", "scale 2", "scale 3", "not convolved"]
