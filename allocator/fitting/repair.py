@@ -78,6 +78,8 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
         notes: what was done; added to.
     """
     op = mismatch.op
+    if op is None:
+        raise RewriteError(f"the rewritten forward does not fit: {mismatch}")
     flow = next(flow for flow in graph.flows if any(op is other for other in flow.trace.ops))
     mends.judge((flow.trace.training, op.index))
     mends.retract(notes)
