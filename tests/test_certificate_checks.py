@@ -422,6 +422,15 @@ def test_a_forward_runs_in_float64_whatever_its_dtype(dtype: torch.dtype) -> Non
     assert torch.get_default_dtype() == torch.float32
 
 
+def test_a_parameter_that_is_returned_is_a_number_like_others() -> None:
+    model = Net(lambda m, x: (m.first(x), m.first.bias), first=nn.Linear(3, 4)).eval()
+    outputs = run_float64(model, as_inputs(torch.zeros(2, 3), model))
+    assert [(t.shape, t.requires_grad, t.dtype) for t in outputs] == [
+        ((2, 4), False, torch.float64),
+        ((4,), False, torch.float64),
+    ]
+
+
 def test_running_statistics_are_not_touched() -> None:
     model = network().train()
     with untouched(model):
