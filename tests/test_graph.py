@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from allocator import adapters
 from allocator.adapters import Adapter
-from allocator.errors import UnknownNameError
+from allocator.errors import InputError, UnknownNameError
 from allocator.flow.facts import Facts, Frozen, Tie, Written
 from allocator.flow.labels import FROZEN, Slots
 from allocator.flow.options import Place
 from allocator.graph.blocks import INPUT
 from allocator.graph.channel_graph import ALL, BRANCHES, INNER, ChannelGraph
 from allocator.graph.neurons import components, number_neurons
+from allocator.graph.selection import as_items, selected, unmatched
 
 # Neurons --------------------------------------------------------------------------------------------
 
@@ -412,6 +413,59 @@ def test_what_is_excluded_stays(excluded: tuple[Any, ...], stay: str) -> None:
     expected |= {before[layer] for layer in expected if layer in before}
     assert set(frozen) == expected
     assert {*frozen, *free} == {"stem", "body.0", "body.2"}
+
+
+@pytest.mark.parametrize(
+    ("included", "free"),
+    [
+        ((), "stem body.0 body.2"),
+        (("body",), "body.0 body.2"),
+        (("body.2", "stem.weight"), "stem body.2"),
+        ((nn.Linear,), ""),
+        (("*",), "stem body.0 body.2"),
+    ],
+)
+def test_what_is_included_alone_may_go(included: tuple[Any, ...], free: str) -> None:
+    graph = graph_of(nested(), include=included)
+    assert [layer for layer in ("stem", "body.0", "body.2") if -1 not in channel_units(graph, layer)] == free.split()
+    if free != "stem body.0 body.2":
+        assert any(reason == "not included by the caller" for reason, _ in graph.reasons())
+
+
+def test_layers_that_are_to_stay_alike_share_their_neurons() -> None:
+    model = net(concatenated, stem=conv(3, 4), left=conv(4, 3), right=conv(4, 3), read=conv(6, 4), last=conv(4, 2))
+    apart = graph_of(model)
+    assert set(channel_units(apart, "left")).isdisjoint(channel_units(apart, "right"))
+    for group in (("left", "right"), [model.left, model.right]):
+        graph = graph_of(model, same=(group,))
+        assert channel_units(graph, "left") == channel_units(graph, "right")
+        assert set(channel_units(graph, "stem")).isdisjoint(channel_units(graph, "read"))
+        assert graph.size == apart.size - 3
+    both = graph_of(model, same=(("left", "right"), ("stem", "read")))
+    assert channel_units(both, "stem") == channel_units(both, "read")
+    with pytest.raises(InputError, match=r"stem.weight writes 4 channels and left.weight 3; only layers of one width"):
+        graph_of(model, same=(("stem", "left"),))
+
+
+def test_what_matches_nothing_is_noted_and_what_is_no_pattern_refused() -> None:
+    model = nested()
+    assert unmatched(model, "exclude", ("stem", "body.*", nn.Conv2d, [nn.ReLU, "body.2"])) == [
+        "exclude=ReLU matches no module of the model"
+    ]
+    assert unmatched(model, "same", (["sten", "last"], nn.Linear)) == [
+        "same='sten' matches no module or parameter; did you mean 'stem'?",
+        "same=Linear matches no module of the model",
+    ]
+    assert selected(model, (model.body,)) == {f"body.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")}
+    assert selected(model, (model,)) == set(dict(model.named_parameters()))
+    assert as_items(None) == ()
+    assert as_items("stem") == ("stem",)
+    assert as_items(model.stem) == (model.stem,)
+    assert as_items(["a", "b"]) == ("a", "b")
+    with pytest.raises(InputError, match=r"this Conv2d is no module of the model: pass one of model\.modules"):
+        graph_of(model, exclude=(nn.Conv2d(1, 1, 1),))
+    with pytest.raises(InputError, match="7 is a int: pass name patterns, module classes or modules"):
+        graph_of(model, exclude=as_items(7))
 
 
 def test_calls_that_a_repair_named_keep_what_they_touch() -> None:

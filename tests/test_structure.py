@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from declarations import with_rule
-from small_graphs import dropping, graph_of, net, random_choice, shrunk
+from small_graphs import Net, dropping, graph_of, net, random_choice, shrunk
 from subjects import untouched
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -130,6 +130,7 @@ def test_a_changed_forward(change: str, graph: ChannelGraph, shrunken: tuple[Map
     found = find_mismatch(graph, maps, with_forward(small, run))
     assert found is not None
     assert found.what.startswith(what)
+    assert found.op is not None
     assert found.op.name.startswith(where)
     assert str(found) == f"{found.op}: {found.what}"
     whole = find_mismatch(graph, {}, with_forward(graph.model, run))
@@ -143,6 +144,7 @@ SAME: dict[str, Run] = {
     "a view of all": changed(activation=lambda x: x.detach().relu().contiguous()),
     "a call that nothing reads": changed(late=lambda x: (x.tanh(), x)[1]),
     "sizes written out": lambda m, x: forward(m, x, activation=lambda x: x.relu().view(*x.shape).view(x.shape)),
+    "strides written out": changed(activation=lambda x: x.relu().as_strided(x.shape, x.stride())),
     "an expression of the same value": changed(scale=1 / 2, literal=2.0**3),
 }
 
@@ -290,6 +292,16 @@ DIFFERENT: dict[str, tuple[TwoInputs, TwoInputs, str]] = {
         lambda m, x, y: m.last(m.one(x))[0:3:2],
         "takes other places of dim 0, from 0 on",
     ),
+    "another dim": (
+        lambda m, x, y: m.last(m.one(x)).narrow(0, 0, 3).t().narrow(0, 0, 2),
+        lambda m, x, y: m.last(m.one(x)).narrow(1, 0, 2).t().narrow(0, 0, 2),
+        "slices dim 1, expected 0",
+    ),
+    "a dim more": (
+        lambda m, x, y: m.last(m.one(x)).flip(0),
+        lambda m, x, y: m.last(m.one(x)).flip(0, 1),
+        "has 2 numbers, expected 1",
+    ),
     "a value that fills": (
         lambda m, x, y: m.last(m.one(x) + torch.full((6,), 2.0)),
         lambda m, x, y: m.last(m.one(x) + torch.full((6,), 3.0)),
@@ -398,7 +410,7 @@ def test_what_runs_in_train_mode_only_is_compared_too() -> None:
     small.scale = 0.25
     found = find_mismatch(graph, maps, small)
     assert found is not None
-    assert (found.op.name, found.what) == ("mul", "has the number 0.25, expected 0.5")
+    assert str(found) == "aten.mul.Tensor in the model: has the number 0.25, expected 0.5"
     assert any(found.op is op for op in graph.flows[1].trace.ops)
     assert not small.training
 
@@ -414,7 +426,7 @@ def test_maps_that_put_what_meets_into_different_orders() -> None:
     torn: Maps = {**alike, "two.weight": [other, None], "two.bias": [other]}
     found = find_mismatch(graph, torn, model)
     assert found is not None
-    assert (found.op.name, found.what) == ("add", "what meets here is put into different orders")
+    assert str(found) == "aten.add.Tensor in the model: what meets here is put into different orders"
 
 
 def test_a_call_whose_sizes_do_not_go_together_counts_as_one_that_raised() -> None:
@@ -428,7 +440,7 @@ def test_a_call_whose_sizes_do_not_go_together_counts_as_one_that_raised() -> No
     with with_rule("relu", rule):
         found = find_mismatch(graph, maps, small)
     assert found is not None
-    assert found.op.name == "relu"
+    assert str(found).startswith("aten.relu.default in the model: ")
 
 
 def test_the_mode_of_the_original_is_the_mode_of_the_comparison() -> None:
@@ -455,3 +467,55 @@ def test_a_model_on_the_meta_device_is_compared() -> None:
     kept = dropping(graph, {"first": [2]})
     maps, small = shrunk(graph, kept)
     assert find_mismatch(graph, maps, copy.deepcopy(small).to("meta")) is None
+
+
+# What is returned -----------------------------------------------------------------------------------
+
+
+class Returns(nn.Module):
+    """Returns tensors that no call has read: an input, a buffer, a parameter; and others in their place."""
+
+    def __init__(self, returned: str) -> None:
+        super().__init__()
+        self.one, self.last, self.returned = nn.Linear(3, 6), nn.Linear(6, 2), returned
+        self.scale, self.other = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+        self.register_buffer("anchors", torch.ones(4))
+
+    def forward(self, x: Tensor, mask: Tensor, mark: Tensor) -> Any:
+        y = self.last(self.one(x).relu())
+        named = {"x": x, "y": y, "mask": mask, "mark": mark, "anchors": self.anchors}
+        return tuple({**named, "scale": self.scale, "other": self.other}[name] for name in self.returned.split())
+
+
+INPUTS = (torch.zeros(2, 3), torch.zeros(4), torch.zeros(4))
+
+
+@pytest.mark.parametrize("returned", ["y mask", "y anchors", "scale y", "y mask mark", "y x", "y y", "mask y mask"])
+def test_what_no_call_reads_may_be_returned(returned: str) -> None:
+    graph = graph_of(Returns(returned).eval(), INPUTS)
+    maps, small = shrunk(graph, dropping(graph, {"one": [2]}))
+    assert find_mismatch(graph, maps, small) is None
+    for other in ("y", "y other", "other y", "y mark mark", "y y y", "mark y mask"):
+        small.returned = other
+        found = find_mismatch(graph, maps, small)
+        assert found is not None, other
+        assert found.what == "the model returns other tensors"
+
+
+def test_a_forward_without_calls() -> None:
+    model = Net(lambda m, x, y: (x, y))
+    graph = graph_of(model, (torch.zeros(2), torch.zeros(2)))
+    assert find_mismatch(graph, {}, model) is None
+    found = find_mismatch(graph, {}, Net(lambda m, x, y: (x, x)))
+    assert str(found) == "a forward without calls: the model returns other tensors"
+    found = find_mismatch(graph, {}, Net(lambda m, x, y: (x, y.relu())))
+    assert str(found) == "a forward without calls: 1 calls follow, expected 0"
+    found = find_mismatch(graph, {}, Net(lambda m, x, y: fail(x)))
+    assert str(found) == "a forward without calls: the rewritten forward raised KeyError: 'no such thing'"
+
+
+def test_a_forward_that_makes_no_call_any_more(graph: ChannelGraph, shrunken: tuple[Maps, Any]) -> None:
+    maps, small = shrunken
+    found = find_mismatch(graph, maps, with_forward(small, lambda m, x: (x, x)))
+    assert found is not None
+    assert found.what.startswith("0 calls follow, expected ")

@@ -34,11 +34,13 @@ class Mends:
         pieces: per attribute the labels whose kept count is its value.
         trial: the last ones, and the place (train mode, index) of the call that they are for.
         wrong: those that did not help there.
+        notes: what was said of them, each with those that it is about.
     """
 
     pieces: dict[AttributeKey, np.ndarray] = field(default_factory=dict)
     trial: tuple[tuple[bool, int], list[AttributeKey]] | None = None
     wrong: set[AttributeKey] = field(default_factory=set)
+    notes: dict[str, list[AttributeKey]] = field(default_factory=dict)
 
     def attributes(self) -> list[Attribute]:
         """All of them."""
@@ -57,6 +59,13 @@ class Mends:
         for key in [key for key in self.pieces if key[0] in paths]:
             del self.pieces[key]
 
+    def retract(self, notes: list[str]) -> None:
+        """Take out of `notes` what no longer holds of any of them."""
+        for note, keys in list(self.notes.items()):
+            if self.pieces.keys().isdisjoint(keys):
+                notes.remove(note)
+                del self.notes[note]
+
 
 def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, notes: list[str]) -> ChannelGraph:
     """Set an attribute, tie parts, or freeze; returns the graph to plan on.
@@ -69,12 +78,18 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
         notes: what was done; added to.
     """
     op = mismatch.op
+    if op is None:
+        raise RewriteError(f"the rewritten forward does not fit: {mismatch}")
     flow = next(flow for flow in graph.flows if any(op is other for other in flow.trace.ops))
     mends.judge((flow.trace.training, op.index))
+    mends.retract(notes)
     alike = _alike_modules(graph.modules, op.module)
     attribute = _mend(_Scene(graph, flow, plan, mends), op, alike)
     if attribute is not None:
-        notes.append(f"{attribute!r} of {type(graph.modules[op.module]).__name__} follows the kept channels")
+        note = f"{attribute!r} of {type(graph.modules[op.module]).__name__} follows the kept channels"
+        if note not in mends.notes:
+            notes.append(note)
+        mends.notes.setdefault(note, []).extend((path, attribute) for path in alike)
         return graph
     if op.declared.splits and op.declared.sized and not alike <= graph.options.equal_parts:
         notes.append(f"the parts of {op} stay equal: {mismatch.what}")
@@ -83,6 +98,7 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
         notes.append(f"the neurons at {op} stay: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
         options = _freeze(graph, flow, op, plan)
     mends.forget(alike)
+    mends.retract(notes)
     return build_graph(graph.model, graph.inputs, options)
 
 

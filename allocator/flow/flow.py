@@ -49,7 +49,12 @@ class Flow:
     def __init__(self, trace: Trace, slots: Slots, facts: Facts, options: Options) -> None:
         self.trace, self.slots, self.facts, self.options = trace, slots, facts, options
         produced = {value for op in trace.ops for value in op.outputs if value not in op.reads}
-        self.active = {i for i, v in enumerate(trace.values) if v.name is None and i not in produced}
+        written_down = {i for i, value in enumerate(trace.values) if value.literal}
+        for op in trace.ops:  # numbers are lifted into the tensor that the forward sees
+            if not (op.writes() or written_down.isdisjoint(op.outputs)):
+                written_down.update(op.reads)
+        unnamed = {i for i, value in enumerate(trace.values) if value.name is None}
+        self.active = unnamed - produced - written_down
         self.uniform: set[int] = set()
         self.joins: list[Join] = []
         self._labels: list[Labels | None] = [None] * len(trace.values)

@@ -226,15 +226,15 @@ def _compare(
 def _difference(reference: list[torch.Tensor], result: list[torch.Tensor]) -> float:
     """Largest difference over all outputs, each relative to its largest finite reference value.
 
-    Infinite where shapes differ, or where one output is finite and the other is not.
+    Infinite where shapes differ, or where one output is NaN or infinite and the other is not so in the same way.
     """
     if [t.shape for t in reference] != [t.shape for t in result]:
         return float("inf")
     worst = 0.0
     for a, b in zip(reference, result, strict=True):
-        finite = a.isfinite()
-        if not torch.equal(finite, b.isfinite()):
+        if any(not torch.equal(kind(a), kind(b)) for kind in (torch.isnan, torch.isposinf, torch.isneginf)):
             return float("inf")
+        finite = a.isfinite()
         if finite.any():
             a, b = a[finite], b[finite]
             scale = max(float(a.abs().max()), torch.finfo(torch.float64).tiny)

@@ -60,7 +60,7 @@ def run_float64(
     with torch.no_grad(), _precise(), _Float64(copied, direct, draw) as mode:
         arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs
         output = copied(*arguments.args, **arguments.kwargs)
-    return [t.to("cpu", torch.float64) for t in tensors_in(output)]
+    return [t.detach().to("cpu", torch.float64) for t in tensors_in(output)]
 
 
 def _of_recurrent_layers(model: nn.Module) -> set[str]:

@@ -32,15 +32,15 @@ class Mismatch:
     """Where the rewritten forward stops being the image of the original.
 
     Attributes:
-        op: the original call.
+        op: the original call; None where the original makes none.
         what: what differs, with got and expected.
     """
 
-    op: Op
+    op: Op | None
     what: str
 
     def __str__(self) -> str:
-        return f"{self.op}: {self.what}"
+        return f"{self.op or 'a forward without calls'}: {self.what}"
 
 
 def find_mismatch(graph: ChannelGraph, maps: Maps, small: nn.Module, *, copied: bool = False) -> Mismatch | None:
@@ -89,7 +89,7 @@ def compare(
     """
     gone = _gone(old, image)
     before, returned = _without_copies(old.trace, gone, raised is None)
-    after, expected = _without_copies(new.trace, set(), raised is None)
+    after, returned_now = _without_copies(new.trace, set(), raised is None)
     values = _Pairs()
     for a, b in zip(before, after, strict=False):
         what = _compare_call(old, new, a, b, values, gone, image, groups)
@@ -98,10 +98,12 @@ def compare(
     if raised is not None:
         return _first_not_made(old, before, len(after), raised)
     if len(before) != len(after):
-        last = before[min(len(before), len(after)) - 1]
-        return Mismatch(old.trace.ops[last.index], f"{len(after)} calls follow, expected {len(before)}")
-    if [values.new.get(i) for i in returned] != expected:
-        return Mismatch(old.trace.ops[before[-1].index], "the model returns other tensors")
+        nearest = _last_of(old, before[: len(after)] or before)
+        return Mismatch(nearest, f"{len(after)} calls follow, expected {len(before)}")
+    # No call need have read what is returned: an input, a buffer.
+    names = [[flow.trace.values[i].name for i in indices] for flow, indices in ((old, returned), (new, returned_now))]
+    if names[0] != names[1] or not all(map(values.agree, returned, returned_now)):
+        return Mismatch(_last_of(old, before), "the model returns other tensors")
     return None
 
 
@@ -120,13 +122,20 @@ class _Pairs:
         return self.new.setdefault(old, new) == new and self.old.setdefault(new, old) == old
 
 
+def _last_of(old: Flow, calls: list[Op]) -> Op | None:
+    """The original of the last of these calls, whose tensors may be read as others; any where there are none."""
+    if calls:
+        return old.trace.ops[calls[-1].index]
+    return old.trace.ops[-1] if old.trace.ops else None
+
+
 def _first_not_made(old: Flow, before: list[Op], done: int, raised: Exception) -> Mismatch:
     """The original call on channels that comes next after `done` calls that were right."""
     what = f"the rewritten forward raised {type(raised).__name__}: {raised}"
     for op in before[done:]:
         if any(label is not None for i in (*op.inputs(), *op.outputs) for label in old.labels(i)):
             return Mismatch(old.trace.ops[op.index], what)
-    return Mismatch(old.trace.ops[-1], what)
+    return Mismatch(_last_of(old, []), what)
 
 
 def _without_copies(trace: Trace, gone: set[int], whole: bool) -> tuple[list[Op], list[int]]:

@@ -1,0 +1,495 @@
+"""From a plan to an allocation that runs: what is repaired and how, one thing at a time, on modules made by hand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_graphs import channel_units, graph_of
+from subjects import untouched
+from torch import Tensor, nn
+
+from allocator import adapters
+from allocator.cost.budget import Budget, Budgets
+from allocator.errors import NothingToAllocateError, RewriteError
+from allocator.fitting import fit as fitting
+from allocator.fitting.fit import MAX_ROUNDS, Fitted, check_structure, fit
+from allocator.fitting.repair import Mends, _alike_modules
+from allocator.flow.options import Place
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.planning.plan import Plan
+from allocator.rewriting.materialise import materialise
+
+X = torch.zeros(2, 3, 4, 4)
+Drop = Mapping[str, Sequence[int]]
+
+
+def planner(drop: Drop) -> Callable[[ChannelGraph], Plan]:
+    """Drops these output channels per layer, as far as they may go."""
+
+    def plan(graph: ChannelGraph) -> Plan:
+        kept = graph.everything
+        for layer, indices in drop.items():
+            for unit in np.array(channel_units(graph, layer))[list(indices)]:
+                if unit >= 0:
+                    kept[unit] = False
+        metric = graph.metric("flops")
+        return Plan(kept, Budgets([Budget(metric, metric.whole)]), "all", "", "", None)
+
+    return plan
+
+
+def fitted(model: nn.Module, drop: Drop, x: Tensor = X, **options: Any) -> Fitted:
+    """A fit whose result runs and keeps what it says; the model is as it was."""
+    model.eval()
+    with untouched(model):
+        found = fit(graph_of(model, x, **options), planner(drop))
+    assert check_structure(found.graph, found.maps, found.allocation) is None
+    small = materialise(model, found.allocation).eval()
+    with torch.no_grad():
+        assert small(x).shape == model(x).shape
+    return found
+
+
+def outputs_kept(found: Fitted, layer: str) -> int:
+    """How many outputs a layer keeps."""
+    dims = found.allocation.kept.get(f"{layer}.weight")
+    size = found.graph.slots.shapes[f"{layer}.weight"][0]
+    return size if dims is None or dims[0] is None else len(dims[0])
+
+
+class Block(nn.Module):
+    """Two layers of 1x1 convolutions, and between them what a subclass does; attributes come in the order given."""
+
+    width: Any
+    wide: Any
+    size: Any
+    sizes: Any
+
+    def __init__(self, hidden: int = 6, **numbers: Any) -> None:
+        super().__init__()
+        for name, value in numbers.items():
+            setattr(self, name, value)
+        self.first, self.second = nn.Conv2d(3, hidden, 1), nn.Conv2d(hidden, 3, 1)
+
+    def between(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.first(x)))
+
+
+# An attribute that follows --------------------------------------------------------------------------
+
+
+class ReadsWidth(Block):
+    """Flattens its pixels and says how many channels there are."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return x.view(len(x), self.width, -1).sigmoid().view(len(x), self.width, *x.shape[2:])
+
+
+def test_an_attribute_that_the_forward_reads_follows() -> None:
+    found = fitted(nn.Sequential(ReadsWidth(width=6)), {"0.first": [1, 4]})
+    assert found.allocation.attributes["0"] == {"width": 4}
+    assert found.notes == ["'width' of ReadsWidth follows the kept channels"]
+    assert outputs_kept(found, "0.first") == 4
+    assert found.graph.options.frozen == frozenset()
+
+
+def test_it_follows_in_every_module_of_the_class() -> None:
+    model = nn.Sequential(ReadsWidth(width=6), ReadsWidth(width=6), ReadsWidth(5, width=5))
+    found = fitted(model, {"0.first": [1], "1.first": [0, 2, 5], "2.first": [3]})
+    assert [found.allocation.attributes[str(i)]["width"] for i in range(3)] == [5, 3, 4]
+    assert found.notes == ["'width' of ReadsWidth follows the kept channels"]
+
+
+def test_it_follows_only_where_channels_go() -> None:
+    model = nn.Sequential(ReadsWidth(width=6), ReadsWidth(width=6))
+    found = fitted(model, {"1.first": [0]})
+    assert found.allocation.attributes["1"] == {"width": 5}
+    assert "0" not in found.allocation.attributes
+
+
+class ReadsTwoWidths(Block):
+    """One attribute for each of two views of another module's channels."""
+
+    def between(self, x: Tensor) -> Tensor:
+        x = x.view(len(x), self.wide, -1)
+        return x.view(len(x), self.wide, 4, 4)
+
+
+def test_attributes_of_several_classes_follow_one_by_one() -> None:
+    model = nn.Sequential(ReadsWidth(width=6), ReadsTwoWidths(wide=6))
+    found = fitted(model, {"0.first": [1], "1.first": [2, 3]})
+    assert found.allocation.attributes["0"] == {"width": 5}
+    assert found.allocation.attributes["1"] == {"wide": 4}
+    assert found.notes == [
+        "'width' of ReadsWidth follows the kept channels",
+        "'wide' of ReadsTwoWidths follows the kept channels",
+    ]
+
+
+# An attribute that only happens to be equal ---------------------------------------------------------
+
+
+def test_an_attribute_that_does_not_help_is_taken_back() -> None:
+    """`number` comes first and equals the size too; it counts something else."""
+    found = fitted(nn.Sequential(ReadsWidth(number=6, width=6)), {"0.first": [1, 4]})
+    assert found.allocation.attributes["0"] == {"width": 4}
+    assert found.notes == ["'width' of ReadsWidth follows the kept channels"]
+    assert outputs_kept(found, "0.first") == 4
+
+
+class Fixed(Block):
+    """A size written down in the forward."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return x.view(len(x), 6, -1).sigmoid().view(len(x), 6, 4, 4)
+
+
+def test_where_no_attribute_helps_the_neurons_stay_and_attributes_with_them() -> None:
+    found = fitted(nn.Sequential(Fixed(number=6, other=6)), {"0.first": [1]})
+    assert "0" not in found.allocation.attributes
+    assert found.allocation.kept == {}
+    assert found.graph.options.frozen == {Place("0", "view", 0)}
+    (stays,) = found.notes
+    assert stays.startswith("the neurons at aten.view.default in 0 stay: the rewritten forward raised RuntimeError")
+    assert "its forward may read number=6, other=6; to let them go, say what follows: " in stays
+    assert stays.endswith(f"register('{__name__}.Fixed'), docs/extending.md")
+
+
+class ReadsWidthOnce(Block):
+    """An attribute at first, then a size written down."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return x.view(len(x), self.width, -1).sigmoid().view(len(x), 6, 4, 4)
+
+
+def test_what_follows_no_longer_is_not_noted() -> None:
+    found = fitted(nn.Sequential(ReadsWidthOnce(width=6)), {"0.first": [1]})
+    assert found.allocation.attributes == {}
+    (note,) = found.notes
+    assert note.startswith("the neurons at aten.view.default in 0 stay: ")
+    assert found.graph.options.frozen == {Place("0", "view", 1)}
+
+
+@pytest.mark.parametrize("name", ["groups", "num_heads", "stride", "kernel_size"])
+def test_attributes_that_count_something_else_never_follow(name: str) -> None:
+    found = fitted(nn.Sequential(Fixed(**{name: 6})), {"0.first": [1]})
+    assert not [note for note in found.notes if "follows the kept" in note]
+    assert found.allocation.kept == {}
+
+
+@pytest.mark.parametrize("value", [True, 6.0, "6", [6], None])
+def test_only_whole_numbers_follow(value: Any) -> None:
+    found = fitted(nn.Sequential(Fixed(width=value)), {"0.first": [1]})
+    assert not [note for note in found.notes if "follows the kept" in note]
+
+
+class Declared(Block):
+    """An adapter says what follows; its forward reads a size that the adapter does not know."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return x.view(len(x), self.size, -1).view(len(x), 6, 4, 4)
+
+
+@pytest.fixture
+def _known() -> Iterator[None]:
+    adapters.register(Declared)(lambda module, kept: {"size": int(kept("first.weight", 0).sum())})
+    yield
+    adapters.unregister(Declared)
+
+
+@pytest.mark.usefixtures("_known")
+def test_what_an_adapter_declares_is_left_to_it() -> None:
+    found = fitted(nn.Sequential(Declared(size=6)), {"0.first": [1]})
+    assert not [note for note in found.notes if "follows the kept" in note]
+    assert found.allocation.attributes == {}
+    assert outputs_kept(found, "0.first") == 6
+
+
+# Parts of a split -----------------------------------------------------------------------------------
+
+
+class Halves(Block):
+    """Splits by what it sees; an attribute happens to hold the sizes."""
+
+    def between(self, x: Tensor) -> Tensor:
+        a, b = x.split(x.shape[1] // 2, 1)
+        return torch.cat([a.sigmoid(), b.relu()], 1)
+
+
+def test_parts_of_a_split_are_made_equal() -> None:
+    model = nn.Sequential(Halves(half=3), Halves(half=3))
+    found = fitted(model, {"0.first": [0, 1, 3]})
+    assert found.graph.options.equal_parts == {"0", "1"}
+    assert found.notes == [
+        "the parts of aten.split.Tensor in 0 stay equal: "
+        + found.notes[0].partition("equal: ")[2]
+    ]  # fmt: skip
+    assert found.allocation.kept["0.first.weight"][0] == [2, 5], "0 and 3, 1 and 4 go together"
+    assert found.graph.options.frozen == frozenset()
+    assert "0" not in found.allocation.attributes
+
+
+class Unequal(Block):
+    """Splits at a place that is written down; the attribute is not read."""
+
+    def between(self, x: Tensor) -> Tensor:
+        a, b = x.split([2, 4], 1)
+        return torch.cat([a.sigmoid(), b.relu()], 1)
+
+
+def test_where_equal_parts_do_not_help_the_neurons_stay() -> None:
+    found = fitted(nn.Sequential(Unequal(sizes=[2, 4])), {"0.first": [0, 3]})
+    assert found.allocation.kept == {}
+    assert "stay equal" in found.notes[0]
+    assert found.graph.size == 0
+
+
+class ReadsSizes(Block):
+    def between(self, x: Tensor) -> Tensor:
+        a, b = x.split(self.sizes, 1)
+        return torch.cat([a.sigmoid(), b.relu()], 1)
+
+
+def test_an_attribute_with_the_sizes_of_a_split_that_is_not_read_is_left_alone() -> None:
+    found = fitted(nn.Sequential(ReadsSizes(sizes=[2, 4], also=(2, 4))), {"0.first": [0, 3, 4]})
+    assert found.allocation.attributes["0"] == {"sizes": [1, 2]}
+    assert found.notes == []
+    assert outputs_kept(found, "0.first") == 3
+
+
+def test_it_is_left_alone_in_all_modules_of_the_class_or_in_none() -> None:
+    """One of two modules reads it."""
+
+    class Sometimes(ReadsSizes):
+        def between(self, x: Tensor) -> Tensor:
+            a, b = x.split(self.sizes if self.reads else [len(p) for p in x[0].split(self.other)], 1)
+            return torch.cat([a.sigmoid(), b.relu()], 1)
+
+    model = nn.Sequential(
+        Sometimes(sizes=[2, 4], other=[2, 4], reads=True), Sometimes(sizes=[2, 4], other=[2, 4], reads=False)
+    )
+    found = fitted(model, {"0.first": [0, 3], "1.first": [1, 5]})
+    assert found.allocation.attributes["0"] == {"sizes": [1, 3], "other": [1, 3]}
+    assert found.allocation.attributes["1"] == {"sizes": [1, 3], "other": [1, 3]}
+
+
+# Freezing -------------------------------------------------------------------------------------------
+
+
+def test_a_call_is_frozen_in_all_modules_of_the_class() -> None:
+    model = nn.Sequential(Fixed(), Fixed(), ReadsWidth(width=6))
+    found = fitted(model, {"0.first": [1], "1.first": [2], "2.first": [3]})
+    assert found.graph.options.frozen == {Place("0", "view", 0), Place("1", "view", 0)}
+    assert [outputs_kept(found, f"{i}.first") for i in range(3)] == [6, 6, 5]
+    assert [note.partition(":")[0] for note in found.notes] == [
+        "the neurons at aten.view.default in 0 stay",
+        "'width' of ReadsWidth follows the kept channels",
+    ]
+
+
+class FixedTwice(nn.Module):
+    """The same call on three layers' channels, with a size written down in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, 6, 1) for _ in range(3))
+        self.last = nn.Conv2d(18, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([layer(x).view(len(x), 6, 4, 4) for layer in self.layers], 1))
+
+
+def test_where_a_second_call_does_not_fit_all_of_its_kind_are_frozen() -> None:
+    model = nn.Sequential(FixedTwice())
+    found = fitted(model, {"0.layers.0": [1]})
+    assert found.graph.options.frozen == {Place("0", "view", 0)}
+    assert [outputs_kept(found, f"0.layers.{i}") for i in range(3)] == [6, 6, 6]
+    assert found.graph.size == 12, "the other two are free"
+    found = fitted(model, {"0.layers.0": [1], "0.layers.1": [2]})
+    assert found.graph.options.frozen == {Place("0", "view", 0), Place("0", "view")}
+    assert found.graph.size == 0
+
+
+class Scaled(Block):
+    """A number that is computed from a size."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True).relu() * x.shape[1] ** -0.5
+
+
+def test_where_a_number_changed_the_neurons_of_the_call_stay() -> None:
+    found = fitted(nn.Sequential(Scaled()), {"0.first": [0]})
+    assert found.allocation.kept == {}
+    assert found.notes[0].startswith("the neurons at aten.mul.Tensor in 0 stay: has the number 0.4472")
+    assert "expected 0.4082" in found.notes[0]
+
+
+class Counts(nn.Module):
+    """A number that is computed from another layer's size, at a call on what stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.read, self.last = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return self.read(y) + self.last(x) * float(y.shape[-1])
+
+
+def test_where_the_call_lost_nothing_the_last_before_it_that_did_is_frozen() -> None:
+    found = fitted(nn.Sequential(Counts()), {"0.inner": [0]}, torch.zeros(2, 4))
+    assert found.allocation.kept == {}
+    (note,) = found.notes
+    assert note.startswith("the neurons at aten.mul.Tensor in 0 stay: has the number 5.0, expected 6.0")
+    (place,) = found.graph.options.frozen
+    assert (place.module, place.operator) == ("0.read", "linear")
+
+
+def test_a_forward_that_is_another_every_time_cannot_be_fitted() -> None:
+    numbers = itertools.count()
+
+    class Restless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x) * (next(numbers) + 0.5))
+
+    with pytest.raises(RewriteError, match=r"does not fit at aten\.mul\.Tensor in the model, though all its neurons"):
+        fit(graph_of(Restless().eval(), torch.zeros(2, 4)), planner({}))
+    with pytest.raises(RewriteError, match="though all its neurons stay"):
+        fit(graph_of(Restless().eval(), torch.zeros(2, 4)), planner({"first": [1]}))
+
+
+# The rounds -----------------------------------------------------------------------------------------
+
+
+def test_what_fits_at_once_needs_no_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "repair", None)
+    graph = graph_of(nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 3, 1)).eval(), X)
+    found = fit(graph, planner({"0": [1]}))
+    assert found.graph is graph
+    assert found.notes == []
+    assert found.allocation.costs["flops"]["after"] == graph.metric("flops").value(found.plan.kept)
+    assert found.allocation.costs["flops"]["before"] == graph.flops
+
+
+def test_the_plan_is_made_anew_on_what_was_frozen() -> None:
+    seen: list[ChannelGraph] = []
+    plan = planner({"0.first": [1]})
+
+    def noting(graph: ChannelGraph) -> Plan:
+        seen.append(graph)
+        return plan(graph)
+
+    model = nn.Sequential(Fixed()).eval()
+    found = fit(graph_of(model, X), noting)
+    assert [graph.size for graph in seen] == [6, 0]
+    assert found.graph is seen[-1]
+    assert found.plan.kept.tolist() == []
+
+
+def test_after_too_many_rounds_the_error_says_where_it_did_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds: list[Any] = []
+
+    def nothing(graph: ChannelGraph, *args: Any) -> ChannelGraph:
+        rounds.append(args)
+        return graph
+
+    monkeypatch.setattr(fitting, "repair", nothing)
+    graph = graph_of(nn.Sequential(Fixed()).eval(), X)
+    said = (
+        rf"did not fit after {MAX_ROUNDS} plans; the last time at aten\.view\.default in 0: the rewritten forward "
+        r"raised RuntimeError.*: exclude this module with exclude=\[\.\.\.\], or register an adapter for its class"
+    )
+    with pytest.raises(RewriteError, match=said):
+        fit(graph, planner({"0.first": [1]}))
+    assert len(rounds) == MAX_ROUNDS
+
+
+def test_what_was_tried_is_told_where_nothing_is_left_to_allocate() -> None:
+    plan = planner({"0.first": [1]})
+
+    def strict(graph: ChannelGraph) -> Plan:
+        if not graph.size:
+            raise NothingToAllocateError("no neuron", reasons=["none is left"])
+        return plan(graph)
+
+    with pytest.raises(NothingToAllocateError) as caught:
+        fit(graph_of(nn.Sequential(Fixed()).eval(), X), strict)
+    first, last = caught.value.reasons
+    assert first.startswith("the neurons at aten.view.default in 0 stay: ")
+    assert last == "none is left"
+
+
+class InTrainMode(nn.Module):
+    """What does not fit runs in train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.stem, self.head, self.aux = 6, nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        if not self.training:
+            return self.head(x)
+        return self.head(x), self.aux(x.view(len(x), 1, self.width)[:, 0])
+
+
+def test_a_repair_in_the_forward_of_train_mode() -> None:
+    found = fitted(nn.Sequential(InTrainMode()), {"0.stem": [1]}, torch.zeros(2, 4))
+    assert found.allocation.attributes["0"] == {"width": 5}
+    assert found.notes == ["'width' of InTrainMode follows the kept channels"]
+
+
+# The parts of a repair ------------------------------------------------------------------------------
+
+
+def test_modules_that_are_alike() -> None:
+    body = [nn.Sequential(Halves(half=3), Fixed()), nn.Sequential(Halves(half=3), Fixed(), nn.Linear(2, 2))]
+    modules = dict(nn.Sequential(*body, nn.Linear(2, 2), Fixed()).named_modules())
+    assert _alike_modules(modules, "0.0") == {"0.0", "1.0"}
+    assert _alike_modules(modules, "0.1") == {"0.1", "1.1", "3"}
+    assert _alike_modules(modules, "0.1.first") == {"0.1.first", "1.1.first", "3.first"}
+    # A layer of torch's own in none but torch's own is alike to those of its own class.
+    assert _alike_modules(modules, "2") == {"2", "1.2"}
+    assert _alike_modules(modules, "1") == {"", "0", "1"}
+    assert _alike_modules(modules, "") == {"", "0", "1"}
+
+
+def test_mends_that_got_no_further_are_taken_back() -> None:
+    label, other = np.arange(3), np.arange(5)
+    mends: Any = Mends({("a", "x"): label, ("b", "x"): other, ("b", "y"): other})
+    mends.trial = (False, 4), [("a", "x"), ("b", "x")]
+    mends.judge((False, 5))
+    assert set(mends.pieces) == {("a", "x"), ("b", "x"), ("b", "y")}, "the forward got further"
+    assert mends.trial is None
+    mends.judge((False, 0))
+    assert len(mends.pieces) == 3, "nothing was on trial"
+    for place, taken in (((True, 0), False), ((False, 4), True)):
+        mends.trial = (False, 4), [("a", "x")]
+        mends.judge(place)
+        assert (("a", "x") in mends.wrong) == taken, "train mode comes after eval mode"
+    assert [(each.module, each.name) for each in mends.attributes()] == [("b", "x"), ("b", "y")]
+    assert mends.attributes()[0].pieces == (other,)
+    mends.notes = {"x follows": [("b", "x"), ("c", "x")], "y follows": [("b", "y")]}
+    notes = ["something else", "x follows", "y follows"]
+    mends.retract(notes)
+    assert len(notes) == 3
+    del mends.pieces["b", "x"]
+    mends.retract(notes)
+    assert notes == ["something else", "y follows"]
+    mends.forget({"b"})
+    mends.retract(notes)
+    assert notes == ["something else"]
+    assert mends.attributes() == []
+    assert mends.wrong == {("a", "x")}
