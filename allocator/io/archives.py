@@ -10,7 +10,15 @@ from pathlib import Path
 from allocator.errors import AllocatorError, FileError, first_line
 
 # What an archive may unpack to: no model's file comes near, and a bomb goes far beyond.
-TIMES_OWN_SIZE, FREE_BYTES = 4, 16 * 2**20
+_TIMES_OWN_SIZE, _FREE_BYTES = 4, 16 * 2**20
+# A byte of a pickle may be a list of sixty. `torch.save` compresses none, so that pickles are within the file's size;
+# what other tools compressed again fits into the free bytes.
+_FREE_PICKLE_BYTES = 4 * 2**20
+
+
+def most_unpacked(path: Path) -> int:
+    """How many bytes the contents of a file of this size may take, all together."""
+    return _TIMES_OWN_SIZE * path.stat().st_size + _FREE_BYTES
 
 
 def is_zip(path: Path) -> bool:
@@ -34,13 +42,15 @@ def check_archive(path: Path) -> None:
 
     ``torch.save`` compresses nothing, and exported programs little; torch itself compares no checksums.
     """
-    limit = TIMES_OWN_SIZE * path.stat().st_size + FREE_BYTES
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             unpacked = sum(entry.file_size for entry in entries)
-            if unpacked > limit:
+            if unpacked > most_unpacked(path):
                 raise FileError(f"{path} unpacks to {unpacked:,} bytes, more than a model's file of its size can hold")
+            pickled = sum(entry.file_size for entry in entries if entry.filename.lower().endswith(".pkl"))
+            if pickled > path.stat().st_size + _FREE_PICKLE_BYTES:
+                raise FileError(f"{path} holds pickles of {pickled:,} bytes, more than a file of its size can hold")
             if len({entry.filename for entry in entries}) < len(entries):
                 raise FileError(f"{path} is damaged: it holds two entries of one name")
             broken = archive.testzip()

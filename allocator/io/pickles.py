@@ -20,6 +20,8 @@ from torch import nn
 
 from allocator.errors import FileError, UnsafeFileError, UnsupportedModelError, first_line
 from allocator.io.archives import check_archive, damaged, inner_names, is_zip
+from allocator.io.pickle_rehearsal import LEGACY_PICKLES, LEGACY_START, refused_calls
+from allocator.modules import modules_of
 
 _TRUSTED_MODULES = (
     "torch.nn.modules.",
@@ -62,8 +64,6 @@ _TRUSTED_HELPERS = frozenset(
     }
 )
 _ALWAYS_ALLOWED = ("collections.OrderedDict", "collections.Counter", "builtins.set", "__builtin__.set")
-_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number
-_LEGACY_PICKLES = 5  # magic number, protocol, system, object, storage keys; then raw bytes
 
 
 def open_pickle(path: Path, *, trust: bool = False) -> Any:
@@ -89,28 +89,59 @@ def open_pickle(path: Path, *, trust: bool = False) -> Any:
     admitted, refused = _admit(globals_in(path))
     if refused:
         raise UnsafeFileError(_unsafe(path, refused))
-    if any(isinstance(found, type) and issubclass(found, nn.Module) for found, _ in admitted):
+    classes = {name: found for found, name in admitted if isinstance(found, type)}
+    if any(issubclass(found, nn.Module) for found in classes.values()):
         _refuse_legacy_modules(path)
+    calls = _refused_calls(path, [name for name, found in classes.items() if issubclass(found, nn.RNNBase)])
+    if calls:
+        raise UnsafeFileError(_unsafe(path, calls))
     with torch.serialization.safe_globals(admitted):
         found = _load(path, weights_only=True)
     _check_content(found, path)
     return found
 
 
+def _refused_calls(path: Path, recurrent: list[str]) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            return refused_calls(file, recurrent)
+    except Exception as error:  # whatever a damaged pickle makes an unpickler trip over
+        raise FileError(f"{damaged(path)} ({first_line(error)})") from error
+
+
 def _check_content(found: Any, path: Path) -> None:
     """Tensors have the memory that their shapes claim, and modules are whole enough to be walked."""
     try:
-        values = list(found.state_dict().values()) if isinstance(found, nn.Module) else _leaves(found)
-        tensors = [value for value in values if isinstance(value, torch.Tensor)]
-        for tensor in tensors:
-            if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-                continue
-            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-                raise FileError(f"{path} is damaged: a tensor of shape {tuple(tensor.shape)} has too little data")
+        if isinstance(found, nn.Module):
+            for name, module in modules_of(found).items():
+                _check_fields(name, module, path)
+        values = found.state_dict().values() if isinstance(found, nn.Module) else _leaves(found)
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                _check_memory(value, path)
     except FileError:
         raise
     except Exception as error:
         raise FileError(f"{damaged(path)} ({first_line(error)})") from error
+
+
+def _check_fields(name: str, module: nn.Module, path: Path) -> None:
+    """A module that was unpickled brings no hooks, and none of its fields takes the place of a method.
+
+    Either is called by whoever looks at the module, and a ``functools.partial`` is as good as a call in the pickle.
+    """
+    for key, value in vars(module).items():
+        hooks = value if key.endswith("_hooks") else None
+        if hooks or callable(getattr(nn.Module, key, None)):
+            raise UnsafeFileError(_unsafe(path, [f"{name or 'its module'}.{key}"]))
+
+
+def _check_memory(tensor: torch.Tensor, path: Path) -> None:
+    """A tensor may show the same numbers over and over; copied, it would take what its shape says."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise FileError(f"{path} is damaged: a tensor of shape {tuple(tensor.shape)} has too little data")
 
 
 def _leaves(found: Any, depth: int = 4) -> list[Any]:
@@ -142,9 +173,9 @@ def _globals_in_legacy(path: Path) -> list[str]:
     """The same for files that are not zip archives: PyTorch's format before 1.6, or a bare pickle."""
     names: set[str] = set()
     with path.open("rb") as file:
-        is_torch = file.read(len(_LEGACY_START)) == _LEGACY_START
+        is_torch = file.read(len(LEGACY_START)) == LEGACY_START
         file.seek(0)
-        for _ in range(_LEGACY_PICKLES if is_torch else 1):
+        for _ in range(LEGACY_PICKLES if is_torch else 1):
             if _read_globals(file, names):
                 continue
             if names and not is_torch:

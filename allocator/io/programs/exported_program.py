@@ -17,6 +17,7 @@ from torch import nn
 
 from allocator.errors import FileError, UnsafeFileError, UnsupportedModelError
 from allocator.io.archives import inner_names, reading
+from allocator.io.pickle_rehearsal import refused_calls
 from allocator.io.programs.program import Bytes, Program, Step, function_of
 from allocator.torch_private import PT2_DTYPES
 
@@ -109,6 +110,9 @@ class _Reader:
         if said is None:
             raise UnsafeFileError(f"{self.path} holds {name}, an object that would have to be unpickled")
         if entry["use_pickle"]:
+            calls = refused_calls(io.BytesIO(data))
+            if calls:
+                raise UnsafeFileError(f"{self.path} holds {name}, whose pickle asks for {', '.join(calls[:8])}")
             tensor = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
             if not isinstance(tensor, torch.Tensor):
                 raise FileError(f"{self.path} is damaged: {name} is a {type(tensor).__name__}, not a tensor")

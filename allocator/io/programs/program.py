@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from allocator.errors import FileError, UnsafeFileError
-from allocator.io.archives import FREE_BYTES, TIMES_OWN_SIZE
+from allocator.io.archives import most_unpacked
 from allocator.torch_private import OpOverload, schema_of, tree_flatten
 from allocator.tracing.operators import FUNCTIONS, operator_of
 
@@ -220,7 +220,7 @@ class Bytes:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.left = path, TIMES_OWN_SIZE * path.stat().st_size + FREE_BYTES
+        self.path, self.left = path, most_unpacked(path)
 
     def tensor(
         self, data: bytes, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], offset: int

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import io
-import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from torch import nn
 
 from allocator.errors import FileError, UnsafeFileError, UnsupportedModelError
 from allocator.io.archives import inner_names, reading
+from allocator.io.plain_unpickler import PlainUnpickler
 from allocator.io.programs.program import Bytes, Program
 from allocator.io.programs.torchscript_interpreter import straighten
 from allocator.io.programs.torchscript_source import Code, Record
@@ -117,7 +117,7 @@ def _tensors(record: Record, prefix: str, seen: set[int]) -> Iterator[tuple[str,
             yield from _tensors(value, f"{prefix}{key}.", seen)
 
 
-class _Objects(pickle._Unpickler):  # the one in C allots what a file asks for
+class _Objects(PlainUnpickler):
     """A pickle of plain records, lists, numbers and tensors; it can name nothing else.
 
     Its tensors lie in the folder of its name, or have none but their shapes.
