@@ -75,8 +75,16 @@ def test_limits_hold_on_metrics_of_another_graph() -> None:
         (12, 12),
         (1.5, 1.5),
         (np.int64(7), 7),
-        (np.float32(0.5), 0.5),
+        (np.float32(2.5), 2.5),
         ("4.2e3", 4200),
+        ("1.5k", 1500),
+        ("2 M", 2e6),
+        ("0.003m", 3000),
+        ("4.2G", 4.2e9),
+        ("1b", 1e9),
+        ("0.5T", 5e11),
+        ("12,345", 12_345),
+        ("1_000", 1000),
         (" 12 ", 12),
         ("60%", 120),
         (" 60 % ", 120),
@@ -89,9 +97,11 @@ def test_a_number_or_a_share_of_the_models_own(asked: Any, limit: float) -> None
     assert parse_limit("params", asked, 200, "parameters") == pytest.approx(limit, rel=1e-12)
 
 
-@pytest.mark.parametrize("asked", ["half", "%", "", "60%%", "%60", "6 0", None, [1], {}, 1j, np.ones(2)])
+@pytest.mark.parametrize(
+    "asked", ["half", "%", "", "G", "4.2X", "60k%", "60%%", "%60", "6 0", None, [1], {}, 1j, np.ones(2)]
+)
 def test_what_is_no_number_says_what_to_pass(asked: Any) -> None:
-    said = r"^params=.* is not a number: pass parameters such as 4.2e9, or a share such as '60%'$"
+    said = r"^params=.* is not a number: pass parameters such as 10e6 or '10M', or a share such as '60%'$"
     with pytest.raises(BudgetError, match=said) as caught:
         parse_limit("params", asked, 200, "parameters")
     assert (caught.value.asked, caught.value.reachable) == (None, None)
@@ -102,6 +112,17 @@ def test_what_is_not_positive_and_finite_names_the_models_own(asked: Any) -> Non
     said = r"^params=.* must be positive and finite; the model's own parameters are 12,345$"
     with pytest.raises(BudgetError, match=said):
         parse_limit("params", asked, 12_345, "parameters")
+
+
+@pytest.mark.parametrize(
+    ("asked", "share"), [(0.6, "60%"), ("0.25", "25%"), (1, "100%"), (1.0, "100%"), (True, "100%"), (0.004, "0.4%")]
+)
+def test_a_share_without_its_sign_is_asked_about(asked: Any, share: str) -> None:
+    said = rf"^params=.* is {float(asked):g} parameters out of 12,345: did you mean '{share}'\?$"
+    with pytest.raises(BudgetError, match=said):
+        parse_limit("params", asked, 12_345, "parameters")
+    assert parse_limit("params", asked, 1, "parameters") == float(asked), "there is but one"
+    assert parse_limit("params", "0.004%", 12_345, "parameters") == pytest.approx(0.4938)
 
 
 def test_a_number_larger_than_any_float() -> None:

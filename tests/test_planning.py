@@ -27,6 +27,7 @@ from allocator.planning.problem import Problem, forced_neurons, free_neurons, le
 from allocator.planning.search import fill, keep_in_order, next_cost
 
 SCOPES = ("branches", "inner", "all")
+POLICY_NAMES = "there are per_block, global, isomorphic, uniform, priced"
 
 # --------------------------------------------------------------------------------- the search, on tiny problems
 
@@ -477,7 +478,7 @@ def test_a_policy_that_does_not_do_what_it_has_to_is_named(choose: Callable[[Pro
 
 def in_scope(graph: ChannelGraph, scores: Scores, budgets: Budgets, scope: str) -> Plan | None:
     try:
-        return make_plan(graph, scores, budgets, scope=scope)
+        return make_plan(graph, scores, budgets, policy="per_block", scope=scope)
     except BudgetError:
         return None
 
@@ -493,7 +494,7 @@ def expected_scope(graph: ChannelGraph, plans: dict[str, Plan | None], limits: d
 
 
 @pytest.mark.parametrize("metrics", [("flops",), ("params",), ("flops", "activations")], ids="+".join)
-def test_auto_takes_the_narrowest_scope_that_comes_close(
+def test_the_narrowest_scope_is_taken_that_comes_close(
     graph: ChannelGraph, scores: Scores, metrics: tuple[str, ...]
 ) -> None:
     taken, coarse = set(), 0
@@ -502,7 +503,7 @@ def test_auto_takes_the_narrowest_scope_that_comes_close(
         plans = {scope: in_scope(graph, scores, budgets, scope) for scope in SCOPES}
         if not any(plans.values()):
             continue
-        plan = make_plan(graph, scores, budgets, scope="auto")
+        plan = make_plan(graph, scores, budgets, policy="per_block", scope="narrowest")
         limits = {name: graph.metric(name).whole * share / 100 for name in metrics}
         assert plan.scope == expected_scope(graph, plans, limits)
         chosen = plans[plan.scope]
@@ -515,7 +516,7 @@ def test_auto_takes_the_narrowest_scope_that_comes_close(
     assert coarse or metrics != ("params",)
 
 
-def test_without_filling_auto_takes_the_narrowest_scope_that_meets_the_budget(
+def test_without_filling_the_narrowest_scope_is_taken_that_meets_the_budget(
     graph: ChannelGraph, scores: Scores
 ) -> None:
     reachable = least(graph, scores, "flops")
@@ -523,11 +524,12 @@ def test_without_filling_auto_takes_the_narrowest_scope_that_meets_the_budget(
         budgets = budgets_of(graph, {"flops": f"{share}%"})
         meeting = [scope for scope in SCOPES if reachable[scope] <= budgets.first.limit]
         if meeting:
-            assert make_plan(graph, scores, budgets, scope="auto", fill=False).scope == meeting[0]
+            assert make_plan(graph, scores, budgets, scope="narrowest", fill=False).scope == meeting[0]
 
 
 def test_a_plan_says_how_it_was_made(graph: ChannelGraph, scores: Scores) -> None:
     budgets = budgets_of(graph, {"params": "70%", "flops": "80%"})
+    assert make_plan(graph, scores, budgets).scope == "all"
     plan = make_plan(graph, scores, budgets, policy="global", scope="inner")
     assert (plan.scope, plan.policy, plan.criterion) == ("inner", "global", "bn_scale")
     assert plan.kept[layer_of(graph, "stem")].all()
@@ -540,7 +542,7 @@ def test_a_plan_says_how_it_was_made(graph: ChannelGraph, scores: Scores) -> Non
 
 
 @pytest.mark.parametrize("metric", ["flops", "params", "activations"])
-@pytest.mark.parametrize("scope", ["auto", *SCOPES])
+@pytest.mark.parametrize("scope", ["auto", "narrowest", *SCOPES])
 def test_a_budget_that_cannot_be_met_names_metric_asked_and_reachable(
     graph: ChannelGraph, scores: Scores, metric: str, scope: str
 ) -> None:
@@ -559,9 +561,8 @@ def test_a_budget_that_cannot_be_met_names_metric_asked_and_reachable(
     assert graph.metric(metric).value(plan.kept) == reachable
     with pytest.raises(BudgetError):
         make_plan(graph, scores, budgets_of(graph, {metric: reachable - 1}), scope=scope)
-    assert reachable == (
-        min(least(graph, scores, metric).values()) if scope == "auto" else least(graph, scores, metric)[scope]
-    )
+    by_scope = least(graph, scores, metric)
+    assert reachable == by_scope.get(scope, min(by_scope.values()))
 
 
 def test_of_several_budgets_the_one_that_cannot_be_met_is_named(graph: ChannelGraph, scores: Scores) -> None:
@@ -601,12 +602,9 @@ def test_nothing_to_remove_says_why(graph: ChannelGraph, scores: Scores) -> None
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (
-            {"policy": "per_blok"},
-            r"^no policy 'per_blok'; did you mean 'per_block'\? \(there are per_block, global, un",
-        ),
-        ({"policy": "best"}, r"^no policy 'best' \(there are per_block, global, uniform\)$"),
-        ({"scope": "branch"}, r"^no scope 'branch' \(there are auto, branches, inner, all\)$"),
+        ({"policy": "per_blok"}, rf"^no policy 'per_blok'; did you mean 'per_block'\? \({POLICY_NAMES}\)$"),
+        ({"policy": "best"}, rf"^no policy 'best' \({POLICY_NAMES}\)$"),
+        ({"scope": "branch"}, r"^no scope 'branch' \(there are auto, branches, inner, all, narrowest\)$"),
     ],
 )
 def test_names_that_there_are_not(graph: ChannelGraph, scores: Scores, options: dict[str, str], said: str) -> None:
