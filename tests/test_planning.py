@@ -590,6 +590,8 @@ def test_nothing_to_remove_says_why(graph: ChannelGraph, scores: Scores) -> None
         "22 neurons can only be removed in a wider scope than 'branches'",
         "14 neurons have no score under criterion 'mine'",
     ]
+    with pytest.raises(NothingToAllocateError, match="removed: 36 neurons have no score"):
+        make_plan(graph, nothing, budgets, scope="narrowest")
     plain: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
     inner = allocator.trace(plain, IMAGE)
     with pytest.raises(NothingToAllocateError, match="8 neurons can only be removed in a wider scope than 'branches'"):
