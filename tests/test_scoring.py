@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from small_graphs import graph_of
 from subjects import IMAGE, Branches, Parts, trained
 from torch import nn
 
@@ -21,20 +22,13 @@ from allocator import (
     Scores,
     UninformativeScoresWarning,
     UnknownNameError,
-    pipeline,
 )
-from allocator.flow.options import Options, Place
-from allocator.graph.build import build_graph
+from allocator.flow.options import Place
+from allocator.rewriting.kept import kept_by
 from allocator.scoring.registry import CRITERIA, criterion, usual_criterion
 from allocator.scoring.scores import SlotScores
-from allocator.settings import Settings
-from allocator.tracing.inputs import as_inputs
 
 Member = tuple[str, int, int]
-
-
-def graph_of(model: nn.Module, **options: Any) -> ChannelGraph:
-    return build_graph(model, as_inputs(IMAGE, model), Options(**options))
 
 
 def by_members(graph: ChannelGraph, score_of: Callable[[Member], list[float]], combine: str) -> np.ndarray:
@@ -50,8 +44,10 @@ def by_members(graph: ChannelGraph, score_of: Callable[[Member], list[float]], c
 
 
 def chosen(graph: ChannelGraph, flops: str, scores: Scores) -> np.ndarray:
-    """(neurons,) bool of a plan in any scope; where a repair changed the neurons, of those that there are then."""
-    return pipeline.choose(graph, pipeline.budgets_of(graph, {"flops": flops}), Settings(scope="all"), scores).plan.kept
+    """(neurons,) bool that a plan keeps, after all repairs."""
+    kept = kept_by(graph, allocator.plan(graph, scores, flops))
+    assert kept is not None
+    return kept
 
 
 @pytest.fixture
@@ -250,8 +246,7 @@ def test_what_has_no_number_stays_with_what_is_merged_into_it() -> None:
     projected = Scores("mine", values).by_slot(before).on(after)
     assert np.flatnonzero(np.isnan(projected)).tolist() == [2, 3]
     kept = chosen(before, "40%", Scores("mine", values))
-    assert len(kept) == after.size
-    assert kept[[2, 3]].all()
+    assert kept[[2, 3, 8, 9]].all()
     assert not kept[:6].all()
 
 
