@@ -21,6 +21,8 @@ from allocator.tracing.inputs import as_inputs
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 Run = Callable[..., Any]
+Member = tuple[str, int, int]
+"""(parameter or buffer, dim, index)."""
 
 
 class Net(nn.Module):
@@ -87,3 +89,15 @@ def shrunk(graph: ChannelGraph, kept: np.ndarray) -> tuple[Maps, Any]:
     """The maps of a choice of neurons, and the smaller network."""
     maps = maps_of(graph, kept)
     return maps, materialise(graph.model, allocation_of(graph, maps, kept))
+
+
+def by_members(graph: ChannelGraph, score_of: Callable[[Member], list[float]], combine: str) -> np.ndarray:
+    """One number per neuron out of what each of its parameter indices has; NaN where none has any."""
+    scores = []
+    for neuron in graph.neurons:
+        entries: list[float] = []
+        for member in neuron.members:
+            entries += score_of(member)
+        total = sum(entries) if entries else float("nan")
+        scores.append(total / len(entries) if entries and combine == "mean" else total)
+    return np.array(scores)

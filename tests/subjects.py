@@ -62,6 +62,25 @@ class Parts(nn.Module):
         return self.head(torch.cat([self.left(left), self.right(right)], 1).mean((2, 3)))
 
 
+class Nested(nn.Module):
+    """A stream that is added to, an inner layer, and two branches of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.inner, self.inner_norm = nn.Conv2d(12, 10, 3, padding=1), nn.BatchNorm2d(10)
+        self.left, self.left_norm = nn.Conv2d(10, 6, 1), nn.BatchNorm2d(6)
+        self.right, self.right_norm = nn.Conv2d(10, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.back, self.back_norm = nn.Conv2d(14, 12, 1), nn.BatchNorm2d(12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem_norm(self.stem(x)).relu()
+        y = self.inner_norm(self.inner(x)).relu()
+        y = torch.cat([self.left_norm(self.left(y)), self.right_norm(self.right(y))], 1).relu()
+        return self.head((x + self.back_norm(self.back(y))).relu().mean((2, 3)))
+
+
 def randomised_norms(model: nn.Module, seed: int = 0) -> Any:
     """Give every batch norm scales, shifts and statistics away from their start; set eval mode."""
     generator = torch.Generator().manual_seed(seed)

@@ -26,7 +26,6 @@ def metric(name: str, factor: int, degree: int, fixed: int = 0) -> Metric:
 
 AREA = metric("area", 3, 2, fixed=1)  # 3, 12, 27, 48, 75, 108
 WIDTH = metric("width", 10, 1)  # 0, 10, 20, 30, 40, 50
-TWO_HUNDRED = metric("parameters", 40, 1)
 
 
 def first(count: int) -> np.ndarray:
@@ -56,7 +55,7 @@ def test_the_first_leads() -> None:
     budgets = Budgets([Budget(WIDTH, 30), Budget(AREA, 50)])
     assert budgets.first.metric is WIDTH
     assert budgets.names == ["width", "area"]
-    other = budgets.with_limit(budgets.first.metric.name, 20)
+    other = budgets.with_limit("width", 20)
     assert [(budget.metric.name, budget.limit) for budget in other.each] == [("width", 20), ("area", 50)]
     assert budgets.first.limit == 30
 
@@ -78,6 +77,14 @@ def test_limits_hold_on_metrics_of_another_graph() -> None:
         (np.int64(7), 7),
         (np.float32(2.5), 2.5),
         ("4.2e3", 4200),
+        ("1.5k", 1500),
+        ("2 M", 2e6),
+        ("0.003m", 3000),
+        ("4.2G", 4.2e9),
+        ("1b", 1e9),
+        ("0.5T", 5e11),
+        ("12,345", 12_345),
+        ("1_000", 1000),
         (" 12 ", 12),
         ("60%", 120),
         (" 60 % ", 120),
@@ -87,14 +94,16 @@ def test_limits_hold_on_metrics_of_another_graph() -> None:
     ],
 )
 def test_a_number_or_a_share_of_the_models_own(asked: Any, limit: float) -> None:
-    assert parse_limit("params", asked, TWO_HUNDRED) == pytest.approx(limit, rel=1e-12)
+    assert parse_limit("params", asked, metric("parameters", 40, 1)) == pytest.approx(limit, rel=1e-12)
 
 
-@pytest.mark.parametrize("asked", ["half", "%", "", "60%%", "%60", "6 0", None, [1], {}, 1j, np.ones(2)])
+@pytest.mark.parametrize(
+    "asked", ["half", "%", "", "G", "4.2X", "60k%", "60%%", "%60", "6 0", None, [1], {}, 1j, np.ones(2)]
+)
 def test_what_is_no_number_says_what_to_pass(asked: Any) -> None:
     said = r"^params=.* is not a number: pass PARAMETERS such as 10e6 or '10M', or a share such as '60%'$"
     with pytest.raises(BudgetError, match=said) as caught:
-        parse_limit("params", asked, TWO_HUNDRED)
+        parse_limit("params", asked, metric("parameters", 40, 1))
     assert (caught.value.asked, caught.value.reachable) == (None, None)
 
 
@@ -105,9 +114,22 @@ def test_what_is_not_positive_and_finite_names_the_models_own(asked: Any) -> Non
         parse_limit("params", asked, metric("parameters", 2469, 1))
 
 
+@pytest.mark.parametrize(
+    ("asked", "share"), [(0.6, "60%"), ("0.25", "25%"), (1, "100%"), (1.0, "100%"), (True, "100%"), (0.004, "0.4%")]
+)
+def test_a_share_without_its_sign_is_asked_about(asked: Any, share: str) -> None:
+    said = rf"^params=.* is {float(asked):g} PARAMETERS out of 12,345: did you mean '{share}'\?$"
+    with pytest.raises(BudgetError, match=said):
+        parse_limit("params", asked, metric("parameters", 2469, 1))
+    assert parse_limit("params", asked, Metric("one", "PARAMETERS", [Term(1, ())], np.zeros(0, int), 0)) == float(
+        asked
+    ), "there is but one"
+    assert parse_limit("params", "0.004%", metric("parameters", 2469, 1)) == pytest.approx(0.4938)
+
+
 def test_a_number_larger_than_any_float() -> None:
     with pytest.raises(BudgetError, match=r"is not a number"):
-        parse_limit("params", 10**400, TWO_HUNDRED)
+        parse_limit("params", 10**400, metric("parameters", 40, 1))
 
 
 def test_budgets_are_read_by_the_names_of_their_metrics() -> None:

@@ -16,12 +16,10 @@ from reference_set import REFERENCE_SET, example, randomised
 from torch import Tensor, nn
 
 import allocator
-from allocator import ChannelGraph, UnknownNameError
+from allocator import Allocation, ChannelGraph, UnknownNameError
 from allocator.cost.metric import Metric
 from allocator.cost.terms import Product, Term, elements, times
-from allocator.fitting.fit import Fitted
-from allocator.pipeline.choice import budgets_of, choose
-from allocator.settings import Limits, Settings
+from allocator.rewriting.kept import kept_by
 
 METRICS = ("flops", "params", "activations")
 
@@ -215,14 +213,16 @@ def whole(graph: ChannelGraph) -> dict[str, int]:
     return {name: graph.metric(name).whole for name in METRICS}
 
 
-def planned(fitted: Fitted) -> dict[str, int]:
-    return {name: fitted.graph.metric(name).value(fitted.plan.kept) for name in METRICS}
+def planned(graph: ChannelGraph, allocation: Allocation) -> dict[str, int]:
+    kept = kept_by(graph, allocation)
+    assert kept is not None
+    return {name: graph.metric(name).value(kept) for name in METRICS}
 
 
-def smaller(graph: ChannelGraph, asked: dict[str, Any], **options: Any) -> tuple[Fitted, nn.Module]:
+def smaller(graph: ChannelGraph, asked: dict[str, Any], criterion: Any, **options: Any) -> tuple[Allocation, nn.Module]:
     """A plan within these budgets, and the network that was really rewritten by it."""
-    fitted = choose(graph, budgets_of(graph, Limits(**asked)), Settings(**options).checked())
-    return fitted, allocator.rewrite(graph.model, fitted.allocation)
+    allocation = allocator.plan(graph, allocator.score(graph, criterion), **asked, **options)
+    return allocation, allocator.rewrite(graph.model, allocation)
 
 
 class Odd(nn.Module):
@@ -265,22 +265,21 @@ def test_parameters_of_every_sort(limited: str) -> None:
     model, image = Odd().eval(), torch.zeros(1, 3, 8, 6)
     graph = allocator.trace(model, image)
     assert whole(graph) == counted(model, image)
-    fitted, small = smaller(graph, {limited: "60%"}, criterion="magnitude", scope="all")
-    assert planned(fitted) == counted(small, image)
-    assert planned(fitted)[limited] <= 0.6 * whole(graph)[limited]
+    allocation, small = smaller(graph, {limited: "60%"}, "magnitude")
+    assert planned(graph, allocation) == counted(small, image)
+    assert planned(graph, allocation)[limited] <= 0.6 * whole(graph)[limited]
 
 
 @pytest.mark.parametrize("name", list(REWRITTEN))
 def test_a_rewritten_network_is_as_large_as_planned(name: str) -> None:
     model, options = REWRITTEN[name]
-    options = {key: value for key, value in options.items() if key != "certify"}
     traced = {key: options[key] for key in ("groups", "norms") if key in options}
     graph = allocator.trace(model, IMAGE, **traced)
     assert whole(graph) == counted(model, IMAGE)
     for limited in ("params", "activations"):
-        fitted, small = smaller(graph, {limited: "75%"}, criterion="magnitude", **{"scope": "all", **options})
-        assert planned(fitted) == counted(small, IMAGE)
-        assert planned(fitted)[limited] <= 0.75 * whole(graph)[limited]
+        allocation, small = smaller(graph, {limited: "75%"}, "magnitude")
+        assert planned(graph, allocation) == counted(small, IMAGE)
+        assert planned(graph, allocation)[limited] <= 0.75 * whole(graph)[limited]
 
 
 def test_a_layer_without_neurons_has_no_parameters() -> None:
@@ -290,10 +289,10 @@ def test_a_layer_without_neurons_has_no_parameters() -> None:
     layer = next(iter(graph.optional))
     scores = np.arange(1.0, graph.size + 1)
     scores[graph.units(graph.slots.labels(f"{layer}.weight")[0])] = 0
-    fitted, small = smaller(graph, {"params": "90%"}, criterion=scores, policy="global", fill=False)
-    assert layer in fitted.allocation.absent
+    allocation, small = smaller(graph, {"params": "90%"}, scores, policy="global", fill=False)
+    assert layer in allocation.absent
     assert f"{layer}.weight" not in small.state_dict()
-    assert planned(fitted) == counted(small, image)
+    assert planned(graph, allocation) == counted(small, image)
 
 
 SMALL = (
@@ -312,11 +311,11 @@ def test_a_network_is_counted_as_others_count_it(name: str) -> None:
     own = counted(model, image)
     assert whole(graph) == own
     for asked in ({"params": "70%"}, {"flops": "85%", "params": "80%", "activations": "90%"}):
-        fitted, small = smaller(graph, asked, policy="global", scope="all")
+        allocation, small = smaller(graph, asked, "bn_scale", policy="global")
         count = counted(small, image)
-        assert planned(fitted) == count
+        assert planned(graph, allocation) == count
         for metric, share in asked.items():
-            figures = fitted.allocation.costs[metric]
+            figures = allocation.costs[metric]
             assert (figures["before"], figures["after"]) == (own[metric], count[metric])
             assert count[metric] <= figures["asked"] == pytest.approx(own[metric] * float(share[:-1]) / 100)
 

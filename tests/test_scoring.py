@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -11,8 +11,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from subjects import IMAGE, Branches, Parts, trained
-from torch import nn
+from small_graphs import Member, by_members, graph_of
+from subjects import IMAGE, Parts, trained
 
 import allocator
 from allocator import (
@@ -22,36 +22,17 @@ from allocator import (
     UninformativeScoresWarning,
     UnknownNameError,
 )
-from allocator.flow.options import Options, Place
-from allocator.graph.build import build_graph
-from allocator.pipeline.choice import budgets_of, choose
+from allocator.flow.options import Place
+from allocator.rewriting.kept import kept_by
 from allocator.scoring.registry import CRITERIA, criterion, usual_criterion
 from allocator.scoring.scores import SlotScores
-from allocator.settings import Limits, Settings
-from allocator.tracing.inputs import as_inputs
-
-Member = tuple[str, int, int]
-
-
-def graph_of(model: nn.Module, **options: Any) -> ChannelGraph:
-    return build_graph(model, as_inputs(IMAGE, model), Options(**options))
-
-
-def by_members(graph: ChannelGraph, score_of: Callable[[Member], list[float]], combine: str) -> np.ndarray:
-    """One number per neuron out of what each of its parameter indices has; NaN where none has any."""
-    scores = []
-    for neuron in graph.neurons:
-        entries: list[float] = []
-        for member in neuron.members:
-            entries += score_of(member)
-        total = sum(entries) if entries else float("nan")
-        scores.append(total / len(entries) if entries and combine == "mean" else total)
-    return np.array(scores)
 
 
 def chosen(graph: ChannelGraph, flops: str, scores: Scores) -> np.ndarray:
-    """(neurons,) bool of a plan in any scope; where a repair changed the neurons, of those that there are then."""
-    return choose(graph, budgets_of(graph, Limits(flops)), Settings(scope="all"), scores).plan.kept
+    """(neurons,) bool that a plan keeps, after all repairs."""
+    kept = kept_by(graph, allocator.plan(graph, scores, flops))
+    assert kept is not None
+    return kept
 
 
 @pytest.fixture
@@ -250,8 +231,7 @@ def test_what_has_no_number_stays_with_what_is_merged_into_it() -> None:
     projected = Scores("mine", values).by_slot(before).on(after)
     assert np.flatnonzero(np.isnan(projected)).tolist() == [2, 3]
     kept = chosen(before, "40%", Scores("mine", values))
-    assert len(kept) == after.size
-    assert kept[[2, 3]].all()
+    assert kept[[2, 3, 8, 9]].all()
     assert not kept[:6].all()
 
 
@@ -360,79 +340,6 @@ def test_equal_scores_are_warned_of() -> None:
         warnings.simplefilter("error")
         allocator.score(graph, values)
         allocator.score(graph, np.where(np.arange(graph.size) == 7, 1.0, np.nan))
-
-
-# ----------------------------------------------------------------------------------------- criteria of this package
-
-
-def _relative_norms(model: Any, layers: tuple[str, ...]) -> Callable[[Member], list[float]]:
-    """Of each layer's outputs the norm of their weights, relative to the mean of the layer."""
-
-    def norms_of(member: Member) -> list[float]:
-        name, dim, index = member
-        layer = name.removesuffix(".weight")
-        if dim != 0 or layer not in layers or layer == name:
-            return []
-        norms = [float(row.double().pow(2).sum()) ** 0.5 for row in model.get_submodule(layer).weight.detach()]
-        return [norms[index] / (sum(norms) / len(norms))]
-
-    return norms_of
-
-
-def test_bn_scale_is_the_size_of_gamma() -> None:
-    model = trained()
-    graph = graph_of(model)
-    scores = allocator.score(graph, "bn_scale")
-    gammas = {
-        f"{name}.weight": module.weight.detach().double()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.BatchNorm2d)
-    }
-    with torch.no_grad():
-        model.norm.weight.neg_()
-
-    def gamma_of(member: Member) -> list[float]:
-        return [float(gammas[member[0]][member[2]])] if member[0] in gammas else []
-
-    np.testing.assert_allclose(scores.values, by_members(graph, gamma_of, "mean"))
-    np.testing.assert_array_equal(allocator.score(graph, "bn_scale").values, scores.values)
-
-
-def test_magnitude_is_relative_to_the_layer() -> None:
-    model = trained()
-    graph = graph_of(model)
-    expected = by_members(graph, _relative_norms(model, ("stem", "narrow", "wide")), "mean")
-    np.testing.assert_allclose(allocator.score(graph, "magnitude").values, expected)
-    with torch.no_grad():
-        model.wide.weight.zero_()
-    wide = graph.units(graph.slots.labels("wide.weight")[0])
-    assert (allocator.score(graph, "magnitude").values[wide] == 0).all()
-
-
-def test_without_a_batch_norm_there_is_no_bn_scale() -> None:
-    torch.manual_seed(0)
-    graph = graph_of(Branches(norm=False))
-    with pytest.raises(CriterionError, match=r"the model has no batch norm with a scale.*pass criterion='magnitude'"):
-        allocator.score(graph, "bn_scale")
-    scores = allocator.score(graph)
-    assert scores.criterion == "group_norm"
-    np.testing.assert_array_equal(scores.values, allocator.score(graph, "group_norm").values)
-    assert allocator.score(graph, scores) is scores
-
-
-def test_random_is_the_same_every_time() -> None:
-    graph = graph_of(trained())
-    once, again = (allocator.score(graph, "random").values for _ in range(2))
-    np.testing.assert_array_equal(once, again)
-    assert len(np.unique(once)) == graph.size
-
-
-def test_a_model_without_values_is_ranked_at_random_alone() -> None:
-    graph = graph_of(Branches().eval().to("meta"))
-    for name in ("bn_scale", "magnitude"):
-        with pytest.raises(CriterionError, match=rf"'{name}' reads \S+, which lies on the meta device.*'random'"):
-            allocator.score(graph, name)
-    assert np.isfinite(allocator.score(graph, "random").values).all()
 
 
 # ----------------------------------------------------------------------------------------- the table of criteria

@@ -9,7 +9,7 @@ import numpy as np
 import allocator.planning.policies  # noqa: F401  (fills the table of policies)
 from allocator.cost.budget import Budget, Budgets
 from allocator.errors import BudgetError, NothingToAllocateError, PolicyError
-from allocator.graph.channel_graph import SCOPES, ChannelGraph
+from allocator.graph.channel_graph import ALL, SCOPES, ChannelGraph
 from allocator.planning.multiples import to_multiples
 from allocator.planning.optimality import Optimality, optimality
 from allocator.planning.policies.registry import find_policy
@@ -164,7 +164,7 @@ def nothing(graph: ChannelGraph, scores: Scores, scope: str) -> NothingToAllocat
     unscored = int(np.isnan(scores.values).sum())
     if unscored:
         reasons.insert(0, f"{unscored} neurons have no score under criterion {scores.criterion!r}")
-    wider = int((graph.scope_of > SCOPES["all" if scope == "auto" else scope]).sum())
+    wider = int((graph.scope_of > SCOPES.get(scope, ALL)).sum())
     if wider:
         reasons.insert(0, f"{wider} neurons can only be removed in a wider scope than {scope!r}")
     listed = "; ".join(reasons[:5]) or "the model has no convolution or linear layer whose outputs stay inside it"

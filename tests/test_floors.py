@@ -1,0 +1,286 @@
+"""What must stay whatever the budget: scopes, floors, and widths that the caller asks for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_graphs import channel_units
+from subjects import IMAGE, Nested, trained
+from torch import nn
+
+import allocator
+from allocator import BudgetError, ChannelGraph, InputError, Scores
+from allocator.cost.budget import parse_budgets
+from allocator.flow.facts import AtLeast
+from allocator.planning.plan import make_plan
+from allocator.planning.problem import Widths, forced_neurons, free_neurons
+
+SCOPES = ("branches", "inner", "all")
+
+
+@pytest.fixture(scope="module")
+def graph() -> ChannelGraph:
+    return allocator.trace(trained(Nested()), IMAGE)
+
+
+@pytest.fixture
+def scores(graph: ChannelGraph) -> Scores:
+    return allocator.score(graph, "bn_scale")
+
+
+def test_a_scope_lets_neurons_go(graph: ChannelGraph, scores: Scores) -> None:
+    branches = {*channel_units(graph, "left"), *channel_units(graph, "right")}
+    inner = branches | set(channel_units(graph, "inner"))
+    whole = inner | set(channel_units(graph, "stem"))
+    assert len(whole) == graph.size == 12 + 10 + 14
+    for scope, expected in zip(SCOPES, (branches, inner, whole), strict=True):
+        assert set(np.flatnonzero(free_neurons(graph, scores, scope)).tolist()) == expected
+    values = scores.values.copy()
+    values[[0, 13, 30]] = np.nan
+    free = free_neurons(graph, Scores("mine", values), "all")
+    assert np.flatnonzero(~free).tolist() == [0, 13, 30]
+
+
+def with_floors(graph: ChannelGraph, floors: list[AtLeast], optional: tuple[str, ...] = ()) -> ChannelGraph:
+    """The same graph, of which other numbers of neurons must stay."""
+    return replace(graph, facts=replace(graph.facts, at_least=floors), optional={layer: (layer,) for layer in optional})
+
+
+def neuron_of_slot(graph: ChannelGraph) -> dict[int, int]:
+    """By the names of the neurons' members, not by the graph's own table."""
+    return {graph.slots.base[name][dim] + index: n.index for n in graph.neurons for name, dim, index in n.members}
+
+
+def staying(label: np.ndarray, units: dict[int, int], kept: np.ndarray) -> int:
+    """How many of these slots stay."""
+    return sum(kept[units[slot]] if slot in units else True for slot in label.tolist())
+
+
+def best_enough(label: np.ndarray, minimum: int, units: dict[int, int], free: np.ndarray, values: np.ndarray) -> Any:
+    """The fewest best neurons beside those that are not free with which enough slots stay."""
+    kept = ~free
+    among = sorted({units[slot] for slot in label.tolist() if slot in units}, key=lambda unit: (-values[unit], unit))
+    for unit in among:
+        if staying(label, units, kept) >= minimum:
+            break
+        kept[unit] = True
+    return kept
+
+
+@pytest.mark.parametrize("minimum", [1, 2, 3, 100])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_best_of_each_floor_stay(graph: ChannelGraph, minimum: int, seed: int) -> None:
+    """Slots of a floor may be no neuron's, may be of one that is not free, and several may be of one neuron."""
+    random = np.random.default_rng(seed)
+    units, values = neuron_of_slot(graph), random.random(graph.size)
+    free = random.random(graph.size) < 0.8
+    few = set(random.choice(graph.size, 4, replace=False).tolist())
+    of_few = [slot for slot, unit in units.items() if unit in few]
+    slots = np.array(of_few) if seed % 2 else np.arange(graph.slots.total)
+    label = random.choice(slots, 8, replace=False)
+    forced = forced_neurons(with_floors(graph, [AtLeast(label, "layer", minimum)]), Scores("mine", values), free)
+    assert forced.tolist() == best_enough(label, minimum, units, free, values).tolist()
+    assert staying(label, units, forced) >= min(minimum, len(label))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_floors_that_overlap_are_all_satisfied(graph: ChannelGraph, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    units, values = neuron_of_slot(graph), random.random(graph.size)
+    slots = np.array(sorted(units))
+    floors = []
+    for _ in range(6):
+        label = random.choice(slots, random.integers(3, 20), replace=False)
+        floors.append(AtLeast(label, "layer", int(random.integers(1, 4))))
+    free = random.random(graph.size) < 0.9
+    forced = forced_neurons(with_floors(graph, floors), Scores("mine", values), free)
+    assert forced[~free].all()
+    for floor in floors:
+        assert staying(floor.label, units, forced) >= floor.minimum
+    assert (forced & free).sum() <= sum(floor.minimum for floor in floors)
+
+
+def test_what_a_small_floor_keeps_counts_for_a_large_one(graph: ChannelGraph) -> None:
+    """Whichever was noted first: the best of the left layer is one of the two that the concatenation keeps."""
+    left, right = (graph.slots.labels(f"{layer}.weight")[0] for layer in ("left", "right"))
+    values = np.arange(float(graph.size))
+    floors = [AtLeast(np.concatenate([left, right]), "", 2), AtLeast(left, "left"), AtLeast(right, "right")]
+    free = np.ones(graph.size, dtype=bool)
+    expected = sorted([max(channel_units(graph, "left")), max(channel_units(graph, "right"))])
+    for order in (floors, floors[::-1]):
+        forced = forced_neurons(with_floors(graph, order), Scores("mine", values), free)
+        assert np.flatnonzero(forced).tolist() == expected
+
+
+def test_a_layer_that_the_forward_can_do_without_has_no_floor(graph: ChannelGraph, scores: Scores) -> None:
+    floors = [AtLeast(graph.slots.labels(f"{layer}.weight")[0], layer) for layer in ("left", "right")]
+    free = np.ones(graph.size, dtype=bool)
+    forced = forced_neurons(with_floors(graph, floors, ("left",)), scores, free)
+    assert not forced[channel_units(graph, "left")].any()
+    best = max(channel_units(graph, "right"), key=lambda unit: scores.values[unit])
+    assert np.flatnonzero(forced).tolist() == [best]
+
+
+@pytest.mark.parametrize("name", ["scalenet-small", "res2net-small", "resnext-small"])
+def test_floors_of_networks_are_satisfied(name: str) -> None:
+    graph = allocator.trace(allocator.build(f"recipe:{name}"), torch.zeros(1, 1, 32, 32))
+    random = Scores("random", np.random.default_rng(0).random(graph.size))
+    units = neuron_of_slot(graph)
+    for scope in SCOPES:
+        free = free_neurons(graph, random, scope)
+        forced = forced_neurons(graph, random, free)
+        floors = [floor for floor in graph.facts.at_least if floor.module not in graph.optional]
+        assert floors
+        assert all(staying(floor.label, units, forced) >= floor.minimum for floor in floors)
+        assert forced[~free].all()
+        assert (forced & free).sum() < free.sum()
+
+
+# ------------------------------------------------------------------------------------- widths that are asked for
+
+
+@pytest.mark.parametrize(
+    ("asked", "width", "minimum"),
+    [
+        (None, 10, 0),
+        (0, 10, 0),
+        (3, 10, 3),
+        ("3", 10, 3),
+        (30, 10, 10),
+        ("25%", 10, 3),
+        ("30%", 10, 3),
+        (" 10 % ", 64, 7),
+        (0.25, 10, 3),
+        (0.3, 10, 3),
+        (1, 10, 1),
+        ("100%", 10, 10),
+        ({"stem": 4}, 10, 4),
+        ({"stem*": 4, "s*": "50%"}, 10, 5),
+        ({"stem.weight": 2}, 10, 2),
+        ({"other": 4}, 10, 0),
+        ({}, 10, 0),
+    ],
+)
+def test_a_least_width_is_a_number_or_a_share(asked: Any, width: int, minimum: int) -> None:
+    assert Widths(asked).minimum("stem.weight", width) == minimum
+
+
+@pytest.mark.parametrize("asked", ["a few", "", "%", -1, "-5%", "150%", math.nan, math.inf, [3], {"stem": "x"}])
+def test_a_least_width_that_is_neither_says_so(asked: Any) -> None:
+    with pytest.raises(InputError, match=r"^at_least=.* is neither a number of channels nor a share such as '25%'$"):
+        Widths(asked).minimum("stem.weight", 10)
+
+
+def test_the_best_of_each_layer_stay_up_to_its_least_width(graph: ChannelGraph, scores: Scores) -> None:
+    asked = {"stem": 5, "inner": "35%", "r*": 2}
+    least = {"stem": 5, "inner": 4, "left": 1, "right": 2}
+    free = np.ones(graph.size, dtype=bool)
+    forced = forced_neurons(graph, scores, free, Widths(asked))
+    for layer, count in least.items():
+        units = channel_units(graph, layer)
+        best = sorted(units, key=lambda unit: -scores.values[unit])[:count]
+        assert [unit for unit in units if forced[unit]] == sorted(best)
+
+
+def widths_of(model: nn.Module) -> dict[str, int]:
+    """Channels that each convolution writes."""
+    return {name: module.out_channels for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+
+
+def test_a_rewritten_network_has_at_least_what_was_asked() -> None:
+    model = trained(Nested())
+    plain = allocator.allocate(model, "30%", example_inputs=IMAGE)
+    asked = {"inner": 7, "left": "100%"}
+    result = allocator.allocate(model, "30%", example_inputs=IMAGE, at_least=asked)
+    before, after = widths_of(plain.model), widths_of(result.model)
+    assert before["inner"] < 7
+    assert before["left"] < 6
+    assert after["inner"] >= 7
+    assert after["left"] == 6
+    assert result.flops_after <= result.flops_asked
+    assert result.certificate.ok
+
+
+WIDTHS = {"stem": 12, "inner": 10, "left": 6, "right": 8}
+
+
+def stops(width: int, multiple: int) -> list[int]:
+    """The widths that a layer may have: multiples, and its own."""
+    return sorted({*range(multiple, width, multiple), width})
+
+
+def kept_of(graph: ChannelGraph, kept: np.ndarray) -> dict[str, int]:
+    return {layer: int(kept[channel_units(graph, layer)].sum()) for layer in WIDTHS}
+
+
+@pytest.mark.parametrize("policy", ["global", "per_block", "priced", "uniform"])
+@pytest.mark.parametrize("multiple", [2, 3, 4])
+def test_widths_are_multiples_or_a_layers_own(graph: ChannelGraph, scores: Scores, multiple: int, policy: str) -> None:
+    """Of each layer the best are kept, and no layer could be one step wider."""
+    for share in (40, 55, 75, 90):
+        budgets = parse_budgets({"flops": f"{share}%"}, {"flops": graph.metric("flops")})
+        plan = make_plan(graph, scores, budgets, policy=policy, widths=Widths(multiple=multiple))
+        assert budgets.met(plan.kept)
+        for layer, count in kept_of(graph, plan.kept).items():
+            units = sorted(channel_units(graph, layer), key=lambda unit: -scores.values[unit])
+            assert count in stops(WIDTHS[layer], multiple)
+            assert plan.kept[units[:count]].all()
+            wider = [stop for stop in stops(WIDTHS[layer], multiple) if stop > count]
+            if wider:
+                more = plan.kept.copy()
+                more[units[: wider[0]]] = True
+                assert not budgets.met(more)
+
+
+@pytest.mark.parametrize("multiple", [2, 3, 4])
+def test_without_filling_widths_are_rounded_down(graph: ChannelGraph, scores: Scores, multiple: int) -> None:
+    """Up only where there is no multiple below."""
+    budgets = parse_budgets({"params": "60%"}, {"params": graph.metric("params")})
+    plain = make_plan(graph, scores, budgets, policy="global", fill=False)
+    plan = make_plan(graph, scores, budgets, policy="global", fill=False, widths=Widths(multiple=multiple))
+    rounded = kept_of(graph, plan.kept)
+    for layer, count in kept_of(graph, plain.kept).items():
+        lower = [stop for stop in stops(WIDTHS[layer], multiple) if stop <= count]
+        assert rounded[layer] == (lower[-1] if lower else multiple)
+
+
+def test_a_multiple_goes_with_a_least_width_and_with_what_is_gone(graph: ChannelGraph, scores: Scores) -> None:
+    budgets = parse_budgets({"flops": "60%"}, {"flops": graph.metric("flops")})
+    gone = np.zeros(graph.slots.total, dtype=bool)
+    stem = channel_units(graph, "stem")
+    worst = np.argsort(scores.values[stem])[:7]
+    gone[graph.slots.labels("stem.weight")[0][worst]] = True
+    plan = make_plan(graph, scores, budgets, widths=Widths({"inner": 5, "left": 6}, 4), gone=gone)
+    widths = kept_of(graph, plan.kept)
+    assert widths["inner"] in (8, 10)
+    assert widths["left"] == 6
+    assert widths["stem"] == 4, "of the five that may be kept"
+    assert not plan.kept[np.array(stem)[worst]].any()
+
+
+def test_multiples_that_no_budget_allows_say_what_they_cost(graph: ChannelGraph, scores: Scores) -> None:
+    metric = graph.metric("params")
+    forced = forced_neurons(graph, scores, free_neurons(graph, scores, "all"))
+    budgets = parse_budgets({"params": metric.value(forced)}, {"params": metric})
+    assert make_plan(graph, scores, budgets).kept.tolist() == forced.tolist()
+    with pytest.raises(BudgetError, match=r"parameters cannot be met with widths that are multiples of 4") as caught:
+        make_plan(graph, scores, budgets, widths=Widths(multiple=4))
+    kept = np.zeros(graph.size, dtype=bool)
+    for layer in WIDTHS:
+        kept[sorted(channel_units(graph, layer), key=lambda unit: -scores.values[unit])[:4]] = True
+    assert caught.value.reachable == metric.value(kept)
+    assert f"these have {metric.value(kept):,} parameters" in str(caught.value)
+
+
+def test_a_rewritten_network_has_multiples() -> None:
+    model = trained(Nested())
+    result = allocator.allocate(model, "60%", example_inputs=IMAGE, multiple=4)
+    for layer, width in widths_of(result.model).items():
+        assert width % 4 == 0 or width == WIDTHS[layer]
+    assert result.flops_after <= result.flops_asked
+    assert result.certificate.ok
