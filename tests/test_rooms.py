@@ -28,7 +28,7 @@ ELSEWHERE = (
     "reporting/",
     "cli/",
     "cost/fvcore.py",
-    "io/programs/torchscript_interpreter.py",
+    "io/programs/torchscript_operators.py",
     "torch_private.py",
 )
 
