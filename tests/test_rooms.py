@@ -30,7 +30,7 @@ ELSEWHERE = (
     "reporting/",
     "cli/",
     "cost/fvcore.py",
-    "io/programs/torchscript_interpreter.py",
+    "io/programs/torchscript_operators.py",
     "torch_private.py",
 )
 # Libraries that extras bring: each is imported by the function that needs it.

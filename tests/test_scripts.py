@@ -258,7 +258,7 @@ class Endless(nn.Module):
         (Takes(), "takes times: int, which is not a tensor"),
     ],
 )
-def test_what_cannot_be_straightened_is_named(tmp_path: Path, model: nn.Module, said: str) -> None:
+def test_what_cannot_be_followed_is_named(tmp_path: Path, model: nn.Module, said: str) -> None:
     torch.jit.script(model).save(tmp_path / "m.pt")
     with pytest.raises(UnsupportedModelError, match=rf"m\.pt: the TorchScript program.*{said}.*give the Python model"):
         load_model(tmp_path / "m.pt")
@@ -335,6 +335,74 @@ def test_code_is_not_run(plain: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises((FileError, UnsupportedModelError)):
         load_model(tmp_path / "m.pt")
     assert not Path("ran").exists()
+
+
+def _forge_body(source: Path, target: Path, *lines: str) -> None:
+    """The forward, with other statements before what it returns."""
+    with zipfile.ZipFile(source) as archive:
+        entry = next(name for name in archive.namelist() if name.endswith(".py"))
+    text = "".join(f"    {line}\n" for line in lines).encode()
+    _forge(source, target, entry, lambda code: code.replace(b"    return torch.relu(x)\n", text))
+
+
+DOUBLED = [f"a{i} = [a{i - 1}, a{i - 1}]" for i in range(1, 60)]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["a0 = [1]", *DOUBLED, "b = torch.neg(a59)", "return x"],
+        ["a0 = [1]", *DOUBLED, "return a59"],
+        ["a0 = [x]", *DOUBLED, "return torch.cat(a59)"],
+        ["a = [x]", "_0 = torch.append(a, a)", "return torch.cat(a)"],
+        ["a = ops.aten.copy(range(1000000000000))", "return x"],
+        ["n = 1", "while n:", f"  n = {' + '.join(['torch.add(n, n)'])}", "return x"],
+        ["for i in range(400000):", f"  a = [{'i, ' * 100}]", "return x"],
+        ["a = [1]", "for i in range(60):", "  a = torch.add(a, a)", "return x"],
+        ["for i in range(400000):", "  x = torch.relu(x)", "return x"],
+    ],
+)
+def test_what_takes_for_ever_is_stopped(plain: Path, tmp_path: Path, lines: list[str]) -> None:
+    _forge_body(plain, tmp_path / "m.pt", *lines)
+    with pytest.raises((FileError, UnsupportedModelError)):
+        load_model(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["for i in range(1000000000000):", "  return torch.relu(x)", "return x"],
+        ["n = 3", "while n:", "  return torch.relu(x)", "return x"],
+        ["a = {'k': x, 'l': inf}", "return torch.relu(a['k'])"],
+        ["a = torch.add([1], [2])", "return torch.relu([x, x][torch.sub(a[torch.neg(1)], 1)])"],
+        ["n = torch.add(torch.size(x, 0), 1)", "return torch.relu(torch.add(x, torch.sub(n, n)))"],
+    ],
+)
+def test_what_ends_is_followed(plain: Path, tmp_path: Path, lines: list[str]) -> None:
+    _forge_body(plain, tmp_path / "m.pt", *lines)
+    given = torch.randn(2, 3)
+    torch.testing.assert_close(load_model(tmp_path / "m.pt")(given), given.relu())
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["raise x"], "has the statement `raise x`"),
+        (["return 3"], "gives 3, which is not a tensor"),
+        (["ops.prim.RaiseException('no', 'E')", "return x"], "raises"),
+        (["return torch.relu(x, x, x)"], "in a way that this torch does not know"),
+        (["return x[0]"], "takes item 0 of"),
+        (["a = torch.add([1], 2)", "return x"], "works out add of"),
+        (["return x.nothing"], "reads the attribute nothing"),
+        (["return torch.relu(x)(x)"], "calls `torch.relu"),
+        (["return self.forward(x, x)"], "with other arguments than it takes"),
+        (["return self.nothing"], "has no nothing"),
+    ],
+)
+def test_what_cannot_be_followed_says_why(plain: Path, tmp_path: Path, lines: list[str], said: str) -> None:
+    _forge_body(plain, tmp_path / "m.pt", *lines)
+    with pytest.raises((FileError, UnsupportedModelError), match=said):
+        load_model(tmp_path / "m.pt")
 
 
 def test_torchs_own_reader_runs_default_arguments(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

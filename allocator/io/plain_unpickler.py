@@ -24,6 +24,15 @@ class PlainUnpickler(pickle._Unpickler):
     It is the one written in Python, because the one in C allots room for as many entries as an index in the file says.
     """
 
+    stack: list[Any]
+
+    def load_build(self) -> None:
+        """Put fields into an object, and never into a class or function, which the whole process shares."""
+        if callable(self.stack[-2]):
+            raise pickle.UnpicklingError(f"fields are put into {self.stack[-2]!r:.100}")
+        pickle._Unpickler.dispatch[pickle.BUILD[0]](self)
+
     dispatch: ClassVar[Mapping[int, Callable[[Any], None]]] = {  # type: ignore[assignment]
-        code[0]: pickle._Unpickler.dispatch[code[0]] for code in _INSTRUCTIONS
+        **{code[0]: pickle._Unpickler.dispatch[code[0]] for code in _INSTRUCTIONS},
+        pickle.BUILD[0]: load_build,
     }

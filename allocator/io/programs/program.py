@@ -9,7 +9,8 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,25 @@ _ARITHMETIC = (
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.eq, operator.ne,
     operator.ge, operator.gt, operator.le, operator.lt, operator.getitem,
 )  # fmt: skip
-_PYTHON: dict[str, Callable[..., Any]] = {f"_operator.{each.__name__}": each for each in _ARITHMETIC}
-_DTYPES = {str(found): found for found in vars(torch).values() if isinstance(found, torch.dtype)}
+_PYTHON: dict[str, Callable[..., Any]] = {f"_operator.{function.__name__}": function for function in _ARITHMETIC}
+_DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 _ATEN = re.compile(r"torch\.ops\.aten\.([a-z0-9_]+)\.([A-Za-z0-9_]+)")
+# Texts that choose between ways to compute. Any other may be the name of a file or of a device.
 _WORDS = frozenset({"approximate", "equation", "mode", "padding", "padding_mode", "reduce", "rounding_mode"})
+
+MOST_STEPS = 50_000
+"""Calls of a program that a file may hold; the longest networks of timm and torchvision have some five thousand."""
+
+
+_MOST_PARTS = 200_000
+"""Of all names together; each part of a dotted name becomes a module of its own."""
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise FileError where the names of a file's tensors would make modules without end."""
+    parts = sum(name.count(".") + 1 for name in names)
+    if parts > _MOST_PARTS:
+        raise FileError(f"the names of the program's tensors have {parts:,} parts, more than those of any network")
 
 
 class Step(nn.Module):
@@ -50,13 +66,19 @@ class Step(nn.Module):
 
     def forward(self, values: dict[str, Any]) -> dict[str, Any]:
         """Call the operator with values by name; what comes out, by name."""
-        function = function_of(self.target)
-        arguments = {name: self._argument(name, values) for name in self.order}
-        keywords = {name: value for name, value in arguments.items() if name in self.keywords}
-        made = function(*(value for name, value in arguments.items() if name not in self.keywords), **keywords)
+        args, kwargs = [], {}
+        for name in self.order:
+            if name in self.keywords:
+                kwargs[name] = self._argument(name, values)
+            else:
+                args.append(self._argument(name, values))
+        # Asked each time, so that a step that was unpickled calls no more than one that was read.
+        output = function_of(self.target)(*args, **kwargs)
         if isinstance(self.results, str):
-            return {self.results: made}
-        return dict(zip(self.results, tree_flatten(made)[0] if len(self.results) > 1 else [_only(made)]))
+            return {self.results: output}
+        if len(self.results) == 1:
+            return {self.results[0]: _only(output)}
+        return dict(zip(self.results, tree_flatten(output)[0]))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -77,10 +99,10 @@ class Step(nn.Module):
     def _argument(self, name: str, values: dict[str, Any]) -> Any:
         if name not in self.names:
             return getattr(self, f"arg_{name}")
-        found = self.names[name]
-        if isinstance(found, list):
-            return [values[each] if isinstance(each, str) else each for each in found]
-        return values[found]
+        source = self.names[name]
+        if isinstance(source, list):
+            return [values[entry] if isinstance(entry, str) else entry for entry in source]
+        return values[source]
 
 
 class Program(nn.Module):
@@ -109,8 +131,8 @@ class Program(nn.Module):
         values.update((value, _tensor(self, name)) for value, name in self.held.items())
         for step in self._steps():
             values.update(step(values))
-        found = tuple(values[name] for name in self.gives)
-        return found[0] if len(found) == 1 else found
+        outputs = tuple(values[name] for name in self.gives)
+        return outputs[0] if len(outputs) == 1 else outputs
 
     def hold(self, value: str, name: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
         """Keep a tensor under its dotted name: a parameter, or a buffer that is saved or not.
@@ -140,10 +162,10 @@ class Program(nn.Module):
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form of all but the tensors' values."""
         saved = self.state_dict().keys()
-        kinds = {
-            name: ["parameter" if isinstance(tensor, nn.Parameter) else "buffer", name in saved, tensor.requires_grad]
-            for name, tensor in self.tensors().items()
-        }
+        kinds = {}
+        for name, tensor in self.tensors().items():
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+            kinds[name] = [kind, name in saved, tensor.requires_grad]
         plain = {key: getattr(self, key) for key in ("held", "takes", "gives", "input_size")}
         return {**plain, "tensors": kinds, "steps": [step.to_dict() for step in self._steps()]}
 
@@ -155,6 +177,11 @@ class Program(nn.Module):
             UnsafeFileError: it calls something else than ATen operators on tensors.
             FileError, KeyError, TypeError, ValueError, AttributeError: not what `to_dict` gave, or a tensor is missing.
         """
+        check_names(data["held"].values())
+        if len(data["steps"]) > MOST_STEPS:
+            raise FileError(
+                f"the program has {len(data['steps']):,} calls, more than the {MOST_STEPS:,} of any network"
+            )
         program = cls()
         parameters: dict[int, nn.Parameter] = {}
         for value, name in data["held"].items():
@@ -165,7 +192,7 @@ class Program(nn.Module):
             program.hold(value, name, tensor, persistent=bool(persistent))
         program.takes, program.gives = list(data["takes"]), list(data["gives"])
         program.input_size = None if data["input_size"] is None else tuple(map(int, data["input_size"]))
-        program.aten.extend(Step.from_dict(each) for each in data["steps"])
+        program.aten.extend(map(Step.from_dict, data["steps"]))
         return program
 
     def _steps(self) -> Iterator[Step]:
@@ -178,8 +205,8 @@ def _as_json(literal: Any) -> Any:
     return {"dtype": str(literal)} if isinstance(literal, torch.dtype) else literal
 
 
-def _only(made: Any) -> Any:
-    return made[0] if isinstance(made, (tuple, list)) and len(made) == 1 else made
+def _only(output: Any) -> Any:
+    return output[0] if isinstance(output, (tuple, list)) and len(output) == 1 else output
 
 
 def _tensor(model: nn.Module, name: str) -> torch.Tensor:
@@ -199,45 +226,81 @@ def function_of(target: str) -> Callable[..., Any]:
     if target in _PYTHON:
         return _PYTHON[target]
     match = _ATEN.fullmatch(target)
-    found = getattr(getattr(torch.ops.aten, match[1], None), match[2], None) if match else None
-    if match is None or not isinstance(found, OpOverload):
+    overload = None
+    if match is not None:
+        overload = getattr(getattr(torch.ops.aten, match[1], None), match[2], None)
+    if match is None or not isinstance(overload, OpOverload):
         raise UnsafeFileError(f"the program calls {target!r:.200}, which is not an ATen operator")
-    arguments = schema_of(found).arguments
-    takes_tensors = any("Tensor" in str(argument.type) for argument in arguments) or operator_of(found).declared.creates
-    strange = [a.name for a in arguments if "str" in str(a.type) and a.name not in _WORDS]
-    if strange or not takes_tensors:
+    if not _computes_with_tensors(overload):
         raise UnsafeFileError(f"the program calls {target}, which does more than compute with tensors")
     # Where a forward calls a Python function, that is what is followed as a whole.
     declared = FUNCTIONS.get(match[1])
-    return found if declared is None or declared.callable is None else declared.callable
+    if declared is None or declared.callable is None:
+        return overload
+    return declared.callable
+
+
+def _computes_with_tensors(overload: OpOverload) -> bool:
+    """By its schema: `aten::from_file` takes a file's name, and others count threads or warn."""
+    takes_tensors = operator_of(overload).declared.creates
+    for argument in schema_of(overload).arguments:
+        kind = str(argument.type)
+        if "str" in kind and argument.name not in _WORDS:
+            return False
+        if "Tensor" in kind:
+            takes_tensors = True
+    return bool(takes_tensors)
 
 
 class Bytes:
-    """Tensors out of one file's raw bytes; together they take no more than a few times its size.
+    """Tensors out of the raw bytes of one archive; together they take no more than a few times its size.
 
     Args:
-        path: the file.
+        archive: opened.
+        path: of its file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.left = path, most_unpacked(path)
+    def __init__(self, archive: zipfile.ZipFile, path: Path) -> None:
+        self.archive, self.path, self.left = archive, path, most_unpacked(path)
+        self._known: set[str] = set()
+        self._last: tuple[str, bytearray] = ("", bytearray())
 
     def tensor(
-        self, data: bytes, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], offset: int
+        self, entry: str, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], offset: int
     ) -> torch.Tensor:
         """A tensor of its own.
 
+        Args:
+            entry: of the archive, where its numbers lie.
+            dtype, sizes, strides, offset: as torch means them.
+
         Raises:
             FileError: its shape does not lie within the data, or the file's tensors take far more than it holds.
+            KeyError: there is no such entry.
         """
+        data = self._read(entry)
         if not math.prod(sizes):
             return torch.zeros(tuple(sizes), dtype=dtype)
         count = len(data) // dtype.itemsize
         last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         if min([*sizes, *strides, offset]) < 0 or last >= count or math.prod(sizes) > count:
             raise FileError(f"{self.path} is damaged: a tensor of shape {tuple(sizes)} has only {count} numbers")
-        self.left -= math.prod(sizes) * dtype.itemsize
+        self._spend(math.prod(sizes) * dtype.itemsize)
+        flat = torch.frombuffer(data, dtype=dtype, count=count)
+        # A copy: aligned as torch's kernels expect it, and without the rest of the data.
+        return flat.as_strided(sizes, strides, offset).clone(memory_format=torch.contiguous_format)
+
+    def _read(self, entry: str) -> bytearray:
+        """The bytes of an entry. Views of one storage follow each other; other tensors that read it again are few."""
+        if self._last[0] != entry:
+            data = bytearray(self.archive.read(entry))
+            if entry in self._known:
+                self._spend(len(data))
+            self._known.add(entry)
+            self._last = entry, data
+        return self._last[1]
+
+    def _spend(self, count: int) -> None:
+        self.left -= count
         if self.left < 0:
             raise FileError(f"{self.path} is damaged: its tensors take far more than its own bytes, over and over")
-        flat = torch.frombuffer(bytearray(data), dtype=dtype, count=count)
-        return flat.as_strided(sizes, strides, offset).contiguous()

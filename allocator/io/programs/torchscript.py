@@ -2,7 +2,7 @@
 
 ``torch.jit.load`` compiles what the file says and runs some of it: ``__setstate__`` methods, and default arguments.
 Either may write files. What is needed is little: the code is Python source, which is parsed and never run (see
-`straighten`), and the objects are a pickle that may build nothing but plain records and tensors.
+`interpret`), and the objects are a pickle that may build nothing but plain records and tensors.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import nn
 from allocator.errors import FileError, UnsafeFileError, UnsupportedModelError
 from allocator.io.archives import inner_names, reading
 from allocator.io.plain_unpickler import PlainUnpickler
-from allocator.io.programs.program import Bytes, Program
-from allocator.io.programs.torchscript_interpreter import straighten
+from allocator.io.programs.program import Bytes, Program, check_names
+from allocator.io.programs.torchscript_interpreter import interpret
 from allocator.io.programs.torchscript_source import Code, Record
 
 _STORAGES = {
@@ -37,7 +37,16 @@ _STORAGES = {
     "LongStorage": torch.int64,
     "ShortStorage": torch.int16,
 }
-_LARGEST = {".py": 2 * 2**20, ".pkl": 4 * 2**20}
+_MOST_BYTES = {".py": 2 * 2**20, ".pkl": 4 * 2**20}
+"""Of source and objects, which take hundreds of times their size in memory; densenet121 has 0.3 MB of both."""
+# What stands for the functions that TorchScript's pickles name, beside those that make tensors.
+_CALLED: dict[str, Any] = {
+    "collections.OrderedDict": OrderedDict,
+    "torch.jit._pickle.build_boollist": list,
+    "torch.jit._pickle.build_doublelist": list,
+    "torch.jit._pickle.build_intlist": list,
+    "torch.jit._pickle.build_tensorlist": list,
+}
 
 
 def is_script(path: Path) -> bool:
@@ -65,8 +74,7 @@ def load_script(path: Path) -> Program:
 
 
 def _check_text(archive: zipfile.ZipFile, path: Path) -> None:
-    """Source and objects take hundreds of times their size in memory; densenet121 has 0.3 MB of both."""
-    for suffix, most in _LARGEST.items():
+    for suffix, most in _MOST_BYTES.items():
         size = sum(item.file_size for item in archive.infolist() if item.filename.endswith(suffix))
         if size > most:
             raise FileError(f"{path} holds {size:,} bytes of {suffix}, more than the {most:,} that any network needs")
@@ -76,32 +84,36 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Program:
     _check_text(archive, path)
     names = set(archive.namelist())
     root = archive.namelist()[0].partition("/")[0]
-
-    def unpickled(name: str, *, values: bool = True) -> Any:
-        return _Objects(archive, f"{root}/{name}", path, code, values).load() if f"{root}/{name}.pkl" in names else None
-
     code = Code(lambda name: ast.parse(archive.read(f"{root}/code/{name}")))
-    code.constants = unpickled("constants") or ()
-    top = unpickled("data")
+
+    def objects(name: str, *, values: bool = True) -> Any:
+        if f"{root}/{name}.pkl" not in names:
+            return None
+        return _Objects(archive, f"{root}/{name}", path, code, values).load()
+
+    code.constants = objects("constants") or ()
+    top = objects("data")
     if not isinstance(top, Record):
         raise FileError(f"{path} is damaged: it holds a {type(top).__name__}, not a module")
     program = Program()
     _hold(program, top, code)
-    straighten(program, top, code)
-    given = (unpickled("traced_inputs", values=False) or {}).get("forward")
-    if given and isinstance(given[0], torch.Tensor):
-        program.input_size = tuple(given[0].shape[1:])
+    interpret(program, top, code)
+    traced = (objects("traced_inputs", values=False) or {}).get("forward")
+    if traced and isinstance(traced[0], torch.Tensor):
+        program.input_size = tuple(traced[0].shape[1:])
     return program.eval()
 
 
 def _hold(program: Program, top: Record, code: Code) -> None:
     """Put the module's tensors into the program under their names; one that is used twice stays one."""
+    tensors = list(_tensors(top, "", set()))
+    check_names(name for name, _, _, _ in tensors)
     parameters: dict[int, nn.Parameter] = {}
-    for name, owner, key, tensor in _tensors(top, "", set()):
-        kept = tensor.detach()
+    for name, owner, key, tensor in tensors:
+        held = tensor.detach()
         if key in code.listed(owner.path, "__parameters__"):
-            kept = parameters.setdefault(id(tensor), nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad))
-        program.hold(f"%{name}", name, kept, persistent=key in code.listed(owner.path, "__buffers__"))
+            held = parameters.setdefault(id(tensor), nn.Parameter(held, requires_grad=tensor.requires_grad))
+        program.hold(f"%{name}", name, held, persistent=key in code.listed(owner.path, "__buffers__"))
         owner.values[key] = f"%{name}"
 
 
@@ -126,45 +138,41 @@ class _Objects(PlainUnpickler):
     def __init__(self, archive: zipfile.ZipFile, folder: str, path: Path, code: Code, values: bool) -> None:
         super().__init__(io.BytesIO(archive.read(f"{folder}.pkl")))
         self.archive, self.folder, self.path, self.has_values = archive, folder, path, values
-        self.bytes, self.code = Bytes(path), code
+        self.bytes, self.code = Bytes(archive, path), code
         self.tensors: dict[Any, torch.Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         """A class of records for what the archive defines itself, and else what is listed here."""
-        whole = f"{module}.{name}"
-        if whole.startswith("__torch__.torch.classes."):
-            raise UnsupportedModelError(f"it holds {whole[10:]:.200}, an object of C++: give the Python model instead")
-        if whole.startswith("__torch__."):
-            return self.code.record_class(whole)
+        path = f"{module}.{name}"
+        if path.startswith("__torch__.torch.classes."):
+            raise UnsupportedModelError(f"it holds {path[10:]:.200}, an object of C++: give the Python model instead")
+        if path.startswith("__torch__."):
+            return self.code.record_class(path)
         if module == "torch" and name in _STORAGES:
             return name
-        if module == "torch.jit._pickle" and name in ("build_intlist", "build_doublelist", "build_boollist"):
-            return list
-        if whole == "torch.jit._pickle.build_tensorlist":
-            return list
-        if whole == "torch.jit._pickle.restore_type_tag":
+        if path in _CALLED:
+            return _CALLED[path]
+        if path == "torch.jit._pickle.restore_type_tag":
             return _untagged
-        if whole == "torch._utils._rebuild_tensor_v2":
+        if path == "torch._utils._rebuild_tensor_v2":
             return self._tensor
-        if whole == "collections.OrderedDict":
-            return OrderedDict
-        raise UnsafeFileError(f"{self.path} asks for {whole:.200}, which no module's tensors and numbers need")
+        raise UnsafeFileError(f"{self.path} asks for {path:.200}, which no module's tensors and numbers need")
 
     def persistent_load(self, pid: Any) -> tuple[torch.dtype, str]:
         """A storage: its type and its name."""
         _, kind, key, _, _ = pid
         return _STORAGES[kind], str(key)
 
-    def _tensor(self, storage: tuple[torch.dtype, str], offset: int, sizes: Any, strides: Any, *rest: Any) -> Any:
+    def _tensor(
+        self, storage: tuple[torch.dtype, str], offset: int, sizes: Any, strides: Any, requires_grad: Any, *_: Any
+    ) -> Any:
         if not self.has_values:
             return torch.empty(tuple(sizes), device="meta")
         identity = storage, offset, tuple(sizes), tuple(strides)
         if identity not in self.tensors:
             dtype, key = storage
-            data = self.archive.read(f"{self.folder}/{key}")
-            self.tensors[identity] = self.bytes.tensor(data, dtype, sizes, strides, offset).requires_grad_(
-                bool(rest[0])
-            )
+            tensor = self.bytes.tensor(f"{self.folder}/{key}", dtype, sizes, strides, offset)
+            self.tensors[identity] = tensor.requires_grad_(bool(requires_grad))
         return self.tensors[identity]
 
 

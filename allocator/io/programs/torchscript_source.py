@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,19 +30,6 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Value:
-    """What a forward computes.
-
-    Attributes:
-        name: in the program; "" for a number that only decides something, and is not followed.
-        kind: its type in the operator's schema, such as "Tensor", "List[Tensor]" or "int".
-    """
-
-    name: str
-    kind: str
-
-
-@dataclass(frozen=True)
 class Function:
     """A function of the archive, or a method of a record."""
 
@@ -53,7 +40,7 @@ class Function:
 
 @dataclass
 class Code:
-    """The archive's source files.
+    """The archive's source files, read when something of them is asked for.
 
     Attributes:
         parse: the syntax tree of a file under ``code/``.
@@ -62,7 +49,9 @@ class Code:
 
     parse: Callable[[str], ast.Module]
     constants: Sequence[Any] = ()
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _members: dict[str, dict[str, ast.AST]] = field(default_factory=dict)
+    _classes: dict[str, type[Record]] = field(default_factory=dict)
 
     def find(self, path: str) -> Any:
         """The class or function of a qualified name.
@@ -71,14 +60,14 @@ class Code:
             FileError: there is none.
         """
         home, _, name = path.rpartition(".")
-        if home not in self.files:
+        if home not in self._files:
             tree = self.parse(home.replace(".", "/") + ".py")
-            self.files[home] = {
-                each.name: each for each in tree.body if isinstance(each, (ast.ClassDef, ast.FunctionDef))
+            self._files[home] = {
+                node.name: node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))
             }
-        if name not in self.files[home]:
+        if name not in self._files[home]:
             raise FileError(f"the archive's code has no {path:.200}")
-        return self.files[home][name]
+        return self._files[home][name]
 
     def record_class(self, path: str) -> type[Record]:
         """A class for the records of one class of the archive.
@@ -86,28 +75,35 @@ class Code:
         Raises:
             UnsupportedModelError: it is made of something else than attributes.
         """
-        bases = [ast.unparse(base) for base in self.find(path).bases]
-        if bases != ["Module"]:
-            raise unsupported(f"holds {path}, which is no module but {', '.join(bases) or 'an object'}")
-        return type(path.rpartition(".")[2], (Record,), {"path": path})
+        if path not in self._classes:
+            bases = [ast.unparse(base) for base in self.find(path).bases]
+            if bases != ["Module"]:
+                raise unsupported(f"holds {path}, which is no module but {', '.join(bases) or 'an object'}")
+            self._classes[path] = type(path.rpartition(".")[2], (Record,), {"path": path})
+        return self._classes[path]
 
-    def members(self, path: str) -> Iterator[tuple[str, ast.AST]]:
-        """(name, value or function) of what a class defines."""
-        for each in self.find(path).body:
-            if isinstance(each, ast.FunctionDef):
-                yield each.name, each
-            elif isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):
-                yield each.target.id, each
-            elif isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Name):
-                yield each.targets[0].id, each.value
+    def members(self, path: str) -> dict[str, ast.AST]:
+        """What a class defines: by name a function, an annotated value, or the value of a plain assignment."""
+        if path not in self._members:
+            members: dict[str, ast.AST] = {}
+            for node in self.find(path).body:
+                if isinstance(node, ast.FunctionDef):
+                    members[node.name] = node
+                elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                    members[node.target.id] = node
+                elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    members[node.targets[0].id] = node.value
+            self._members[path] = members
+        return self._members[path]
 
     def listed(self, path: str, name: str) -> list[str]:
         """A class's list of names, such as ``__parameters__``."""
-        found = dict(self.members(path)).get(name)
-        return list(ast.literal_eval(found)) if isinstance(found, ast.List) else []
+        names = self.members(path).get(name)
+        return list(ast.literal_eval(names)) if isinstance(names, ast.List) else []
 
 
 def unsupported(what: str) -> UnsupportedModelError:
+    """The error for a program that cannot be followed; says what to give instead."""
     return UnsupportedModelError(
         f"the TorchScript program {what}: give the Python model it was made from (a pickled module, or a state_dict "
         "with an architecture name)"
