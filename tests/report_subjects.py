@@ -70,8 +70,8 @@ def mixed() -> nn.Module:
 def summary(flops: str | None = None, curve: bool = False) -> Summary:
     """Of `Mixed`, with what a budget leaves where one is given."""
     graph = allocator.trace(mixed(), IMAGE)
-    scores = allocator.score(graph)
-    allocation = None if flops is None else allocator.plan(graph, scores, flops)
+    scores = allocator.score(graph, "bn_scale")
+    allocation = None if flops is None else allocator.plan(graph, scores, flops, "per_block", scope="narrowest")
     kept = None if allocation is None else kept_by(graph, allocation)
     points = pareto(graph, scores) if curve else ()
     return summarise(graph, "mixed", scores=scores, allocation=allocation, kept=kept, curve=points)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -10,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from torch import nn
 import allocator
 from allocator.cli import main
 from allocator.cli.talk import Talk
+from allocator.errors import AllocatorWarning
 from allocator.reporting import schema
 
 SIZE = ("--input-size", "1x3x16x16")
@@ -196,7 +199,6 @@ def test_pipes_get_no_control_characters_and_any_encoding() -> None:
 
 
 def test_long_stages_say_so_where_there_is_no_spinner(capsys: pytest.CaptureFixture[str]) -> None:
-    import argparse
     import time
 
     args = argparse.Namespace(json=False, verbose=False, quiet=False)
@@ -209,6 +211,34 @@ def test_long_stages_say_so_where_there_is_no_spinner(capsys: pytest.CaptureFixt
     with Talk(args, patience=0.01).stage("silent"):
         time.sleep(0.1)
     assert capsys.readouterr().err == ""
+
+
+class Terminal(io.StringIO):
+    """What takes itself for a terminal."""
+
+    def isatty(self) -> bool:
+        """As it says."""
+        return True
+
+
+def test_a_terminal_sees_what_is_going_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    args = argparse.Namespace(json=False, verbose=True, quiet=False)
+    talk = Talk(args)
+    with talk.stage("drawing [bold]") as update:
+        update("[red]half")
+        warnings.warn("of the package's own", AllocatorWarning, stacklevel=1)
+        warnings.warn("of another's", UserWarning, stacklevel=1)
+    talk.note("of the package's own")
+    talk.times({"part": 0.5})
+    shown = screen.getvalue()
+    assert "drawing [bold]" in shown
+    assert " s  drawing [bold]\n" in shown
+    assert shown.count("note: of the package's own\n") == 1
+    assert "warning: of another's\n" in shown
+    assert "   0.500 s    part\n" in shown
 
 
 @pytest.mark.sweep

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from report_subjects import deep, summary
 
-from allocator.errors import MissingPackageError
+from allocator.errors import InputError, MissingPackageError
 from allocator.reporting import Summary, as_text
-from allocator.reporting.charts import COLOURS, bins, parts_of, share_rows
+from allocator.reporting.charts import COLOURS, bins, part_names, parts_of, share_rows
+from allocator.reporting.pictures import Panel, draw_shares
 
 FLAGS = (
     "--headless",
@@ -214,6 +215,27 @@ def test_bars_hold_every_block_once() -> None:
     for block in parts:
         assert sum(row["share"] for row in rows if row["block"] == block) == pytest.approx(1)
         assert sum(row["neurons"] for row in rows if row["block"] == block) == sum(parts[block].values())
+
+
+def test_more_parts_than_colours_are_put_together() -> None:
+    of = summary("60%")
+    concat = of.blocks[0]
+    branches = tuple(replace(concat.branches[0], scale=float(i), channels=i, kept=i // 2) for i in range(1, 13))
+    of = replace(of, blocks=(replace(concat, branches=branches),))
+    before, after = parts_of(of, kept=False)[concat.name], parts_of(of, kept=True)[concat.name]
+    assert list(before) == [*(f"scale {i}" for i in range(6, 13)), "others"]
+    assert (before["scale 12"], after["scale 12"]) == (12, 6)
+    assert sum(before.values()) == sum(range(13))
+    assert before["others"] == 1 + 2 + 3 + 4 + 5
+    assert part_names([{"block": before}]) == list(before)
+
+
+def test_what_cannot_be_drawn_is_named(tmp_path: Path) -> None:
+    panel = Panel("one", {"block": {"scale 1": 3}}, seed={"another": {"scale 1": 4}})
+    with pytest.raises(InputError, match="the seed of panel 'one' has other blocks"):
+        draw_shares([panel], tmp_path / "p.png")
+    with pytest.raises(InputError, match="nothing to draw"):
+        draw_shares([], tmp_path / "p.png")
 
 
 def luminance(colour: str) -> float:

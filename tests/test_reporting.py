@@ -22,7 +22,7 @@ from allocator.reporting import Summary, as_text, format_of, pareto, schema, sum
 from allocator.reporting.facts import SHARED
 from allocator.reporting.rows import condensed, select
 from allocator.reporting.text import SummaryText, sparkline
-from allocator.reporting.words import printable, short
+from allocator.reporting.words import milliseconds, printable, short
 from allocator.rewriting.kept import kept_by
 
 NETWORKS = ("torchvision:shufflenet_v2_x0_5", "recipe:scalenet-small-seed", "recipe:resnext-small-seed")
@@ -124,6 +124,13 @@ def test_the_curve_of_a_network_without_neurons_is_empty() -> None:
     assert pareto(graph, allocator.score(graph, "random")) == ()
 
 
+def test_the_curve_of_a_scope_without_neurons_is_empty() -> None:
+    graph = allocator.trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)).eval(), IMAGE)
+    scores = allocator.score(graph, "random")
+    assert pareto(graph, scores, scope="branches") == ()
+    assert pareto(graph, scores) != ()
+
+
 def test_reasons_name_what_froze_them() -> None:
     (fixed,) = summary().fixed
     assert (fixed.reason, fixed.channels) == ("an output of the model", 5)
@@ -219,6 +226,7 @@ def test_numbers_are_short_and_true() -> None:
     cases = {0: "0", 999: "999", 1000: "1.00 k", 1513: "1.51 k", 999_950: "1.00 M", 3.84e9: "3.84 G", 1e13: "10.0 T"}
     assert {number: short(number) for number in cases} == cases
     assert sparkline(None) == ""
+    assert [milliseconds(seconds) for seconds in (0.01234, 0.9994, 1.234)] == ["12.3 ms", "999 ms", "1,234 ms"]
     assert printable("a\tb") == "a\\tb"
 
 
