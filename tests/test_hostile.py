@@ -156,6 +156,21 @@ def test_a_storage_longer_than_its_record_is_refused(server: Server, tmp_path: P
     _refused(server, tmp_path / "m.pt")
 
 
+def test_a_pickle_that_writes_into_a_tensor_is_refused(server: Server, tmp_path: Path) -> None:
+    """Before torch 2.10 that went past the tensor's checks (CVE-2026-24747), as did a storage longer than its record."""
+    write = pickle.BININT1 + b"\x00" + pickle.BININT1 + b"\x07" + pickle.SETITEM  # tensor[0] = 7
+    torch.save({"w": torch.zeros(4)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "m.pt", "w") as new:
+        for item in old.infolist():
+            data = old.read(item)
+            if item.filename.endswith("data.pkl"):
+                end = pickle.SETITEM + pickle.STOP
+                assert data.endswith(end)
+                data = data.removesuffix(end) + write + end
+            new.writestr(item.filename, data)
+    _refused(server, tmp_path / "m.pt")
+
+
 def _result(path: Path, network: Any, **changes: str) -> None:
     metadata = {
         "format": "neuron-allocator",
