@@ -84,11 +84,16 @@ def choose_in_time(graph: ChannelGraph, budgets: Budgets, settings: Settings, sc
 
 
 def _noted(fitted: Fitted, limit: float, before: Latency, after: Latency) -> Fitted:
-    """With what was asked, and with the times that were measured beside the one that was predicted."""
+    """With what was asked, and with the times that were measured beside the one that was predicted.
+
+    What counts is the share: a machine may have slowed down since the budget was read.
+    """
     metric = fitted.graph.metric("latency")
     predicted = metric.value(fitted.plan.kept)
     fitted.allocation.costs["latency"] |= {
         "asked": float(limit),
+        "after": round(after.seconds / before.seconds * metric.whole),
+        "predicted": predicted,
         "measured_before": round(1e9 * before.seconds),
         "measured_after": round(1e9 * after.seconds),
     }

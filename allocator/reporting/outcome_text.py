@@ -9,10 +9,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from allocator.graph.channel_graph import METRICS
 from allocator.reporting.facts import SHARED, BlockChange, BranchChange, Limited, Outcome
 from allocator.reporting.terminal import bar, heading, table_without_lines
-from allocator.reporting.words import change, counted, printable, share_of, size
+from allocator.reporting.words import change, cost_of, counted, printable, share_of, size
 
 _RESIDUAL = ("sum", "product")
 _MOST_MODULES = 4
@@ -71,8 +70,8 @@ class OutcomeText:
 
 def _asked(budget: Limited, next_cost: int | None) -> str:
     """What a budget asked for and how much of it is used."""
-    unit, used = METRICS[budget.metric], budget.after / budget.asked
-    line = f"asked {budget.asked:,.0f} {unit}, achieved {used:.3%}"
+    used = budget.after / budget.asked
+    line = f"asked {cost_of(budget.metric, budget.asked)}, achieved {used:.3%}"
     if next_cost is not None and used < 1:
         line += f" (the cheapest further neuron costs {next_cost:,})"
     return line

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from allocator.cost.latency import Latency
+from allocator.graph.channel_graph import METRICS
 
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
@@ -60,6 +61,11 @@ def milliseconds(seconds: float) -> str:
     if thousandths >= 999.5:
         return f"{thousandths:,.0f} ms"
     return f"{thousandths:#.3g}".rstrip(".") + " ms"
+
+
+def cost_of(metric: str, value: float) -> str:
+    """A budget, or what is used of it, with its unit; a latency is in nanoseconds."""
+    return milliseconds(value / 1e9) if metric == "latency" else f"{value:,.0f} {METRICS[metric]}"
 
 
 def timed(now: Latency, kept: Latency | None = None) -> str:

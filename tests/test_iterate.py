@@ -1,0 +1,117 @@
+"""Smaller step by step: budgets along a schedule, training in between, and what is left when something fails."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from subjects import IMAGE, Nested, trained, untouched
+from torch import nn
+
+import allocator
+from allocator import BudgetError, InputError, IterationError
+
+
+def nothing(model: nn.Module) -> None:
+    """No training."""
+
+
+def shift(model: nn.Module) -> None:
+    """Training that can be recognised: every parameter grows by one."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+
+
+@pytest.mark.parametrize("metric", ["flops", "params"])
+def test_every_step_takes_the_same_factor_off(metric: str) -> None:
+    model = trained(Nested())
+    with untouched(model):
+        done = allocator.iterate(model, **{metric: "40%"}, steps=3, train=nothing, example_inputs=IMAGE)
+    whole = allocator.trace(model, IMAGE).metric(metric).whole
+    for number, step in enumerate(done.steps, start=1):
+        cost = step.allocation.costs[metric]
+        assert cost["asked"] == pytest.approx(whole * 0.4 ** (number / 3))
+        assert cost["after"] <= cost["asked"]
+        assert step.certificate.ok
+    assert len(done.steps) == 3
+
+
+def test_the_allocation_leads_from_the_original_to_the_last_network() -> None:
+    model = trained(Nested())
+    done = allocator.iterate(model, "40%", steps=3, train=nothing, example_inputs=IMAGE)
+    again = allocator.apply(model, done.allocation)
+    assert {n: p.tolist() for n, p in again.named_parameters()} == {
+        n: p.tolist() for n, p in done.model.named_parameters()
+    }
+    assert allocator.verify(model, done.model, done.allocation, example_inputs=IMAGE).ok
+
+
+def test_training_between_steps_lasts() -> None:
+    model = trained(Nested())
+    done = allocator.iterate(model, "50%", schedule=[0.5, 1], train=shift, example_inputs=IMAGE)
+    plain = allocator.apply(model, done.allocation)
+    for (name, trained_), (_, untrained) in zip(done.model.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(trained_, untrained + 2, msg=name)
+    assert allocator.verify(model, done.model, done.allocation, example_inputs=IMAGE, numeric=False).ok
+
+
+def test_what_was_reached_comes_back_with_the_error() -> None:
+    model, calls = trained(Nested()), []
+
+    def fails_at_the_third(small: nn.Module) -> None:
+        calls.append(allocator.trace(small, IMAGE).flops)
+        if len(calls) == 3:
+            small.apply(lambda module: [p.data.fill_(math.nan) for p in module.parameters(recurse=False)])
+            raise RuntimeError("out of memory")
+
+    with (
+        untouched(model),
+        pytest.raises(IterationError, match="step 3 of 4: training raised RuntimeError: out of") as e,
+    ):
+        allocator.iterate(model, "40%", steps=4, train=fails_at_the_third, example_inputs=IMAGE)
+    done = e.value.done
+    assert isinstance(e.value.__cause__, RuntimeError)
+    assert len(done.steps) == 2
+    assert allocator.trace(done.model, IMAGE).flops == calls[1]
+    assert all(torch.isfinite(parameter).all() for parameter in done.model.parameters())
+    assert allocator.verify(model, done.model, done.allocation, example_inputs=IMAGE).ok
+
+
+def test_a_step_that_cannot_be_made_comes_with_what_was_reached() -> None:
+    def breaks(model: nn.Module) -> None:
+        model.forward = None  # type: ignore[assignment]
+
+    with pytest.raises(IterationError, match="step 2 of 2") as caught:
+        allocator.iterate(trained(Nested()), "50%", steps=2, train=breaks, example_inputs=IMAGE)
+    assert len(caught.value.done.steps) == 1
+
+
+def test_nothing_was_reached_where_the_first_training_fails() -> None:
+    def fails(model: nn.Module) -> None:
+        raise ValueError("no data")
+
+    with pytest.raises(IterationError, match="step 1 of 5: training raised ValueError: no data") as caught:
+        allocator.iterate(trained(Nested()), "50%", train=fails, example_inputs=IMAGE)
+    assert caught.value.done is None
+
+
+@pytest.mark.parametrize("schedule", [[], [0.5], [0, 1], [0.7, 0.5, 1], [0.5, 0.5, 1], [0.5, 1.5]])
+def test_schedules_that_do_not_rise_to_the_budget(schedule: list[float]) -> None:
+    with pytest.raises(InputError, match="does not rise to 1"):
+        allocator.iterate(trained(Nested()), "50%", schedule=schedule, train=nothing, example_inputs=IMAGE)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, "3"])
+def test_numbers_of_steps_that_are_none(steps: Any) -> None:
+    with pytest.raises(InputError, match="is no whole number above zero"):
+        allocator.iterate(trained(Nested()), "50%", steps=steps, train=nothing, example_inputs=IMAGE)
+
+
+def test_a_budget_that_cannot_be_met_is_said_before_anything_is_trained() -> None:
+    trained_ = []
+    with pytest.raises(BudgetError):
+        allocator.iterate(trained(Nested()), 5, steps=2, train=trained_.append, example_inputs=IMAGE)
+    assert not trained_
