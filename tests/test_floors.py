@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -15,10 +16,13 @@ from torch import nn
 
 import allocator
 from allocator import BudgetError, ChannelGraph, InputError, Scores
-from allocator.cost.budget import parse_budgets
+from allocator.cost.budget import Budget, Budgets, parse_budgets
+from allocator.cost.metric import Metric
+from allocator.cost.terms import Term
 from allocator.flow.facts import AtLeast
+from allocator.planning.multiples import to_multiples
 from allocator.planning.plan import make_plan
-from allocator.planning.problem import Widths, forced_neurons, free_neurons
+from allocator.planning.problem import Problem, Widths, forced_neurons, free_neurons
 
 SCOPES = ("branches", "inner", "all")
 
@@ -154,6 +158,7 @@ def test_floors_of_networks_are_satisfied(name: str) -> None:
         (30, 10, 10),
         ("25%", 10, 3),
         ("30%", 10, 3),
+        ("7%", 100, 7),
         (" 10 % ", 64, 7),
         (0.25, 10, 3),
         (0.3, 10, 3),
@@ -177,7 +182,7 @@ def test_a_least_width_that_is_neither_says_so(asked: Any) -> None:
 
 
 def test_the_best_of_each_layer_stay_up_to_its_least_width(graph: ChannelGraph, scores: Scores) -> None:
-    asked = {"stem": 5, "inner": "35%", "r*": 2}
+    asked = {"stem": 5, "inner": "35%", "r*": 0.25}
     least = {"stem": 5, "inner": 4, "left": 1, "right": 2}
     free = np.ones(graph.size, dtype=bool)
     forced = forced_neurons(graph, scores, free, Widths(asked))
@@ -249,18 +254,91 @@ def test_without_filling_widths_are_rounded_down(graph: ChannelGraph, scores: Sc
         assert rounded[layer] == (lower[-1] if lower else multiple)
 
 
-def test_a_multiple_goes_with_a_least_width_and_with_what_is_gone(graph: ChannelGraph, scores: Scores) -> None:
+def test_a_multiple_goes_with_a_least_width(graph: ChannelGraph) -> None:
+    """Five of the inner layer would do, were they not to be a multiple; six of the left branch are all."""
+    values = np.arange(float(graph.size)) + 100
+    values[channel_units(graph, "inner")] /= 1000
     budgets = parse_budgets({"flops": "60%"}, {"flops": graph.metric("flops")})
+    asked = {"inner": 5, "left": "100%"}
+    plain = make_plan(graph, Scores("mine", values), budgets, fill=False, widths=Widths(asked))
+    plan = make_plan(graph, Scores("mine", values), budgets, fill=False, widths=Widths(asked, 4))
+    assert (kept_of(graph, plain.kept)["inner"], kept_of(graph, plan.kept)["inner"]) == (5, 8)
+    assert kept_of(graph, plan.kept)["left"] == 6
+
+
+def test_a_layer_is_widened_where_it_just_fits(graph: ChannelGraph) -> None:
+    """Both branches are four wide; the right one, which is worth more, gets the whole rest of the budget."""
+    values = np.ones(graph.size)
+    values[channel_units(graph, "right")] = 50
+    four, wanted = np.ones(graph.size, dtype=bool), np.ones(graph.size, dtype=bool)
+    for kept in (four, wanted):
+        kept[channel_units(graph, "left")[4:]] = False
+    four[channel_units(graph, "right")[4:]] = False
+    metric, nothing = graph.metric("flops"), np.zeros(graph.size, dtype=bool)
+    for spare, expected in ((0, wanted), (-1, four)):
+        budgets = parse_budgets({"flops": metric.value(wanted) + spare}, {"flops": metric})
+        problem = Problem(graph, Scores("mine", values), nothing, budgets, widths=Widths(multiple=4))
+        found = kept_of(graph, to_multiples(problem, four))
+        assert found["right"] == kept_of(graph, expected)["right"]
+        assert (found["left"] == 4) == (spare == 0)
+
+
+def test_a_multiple_goes_with_what_is_gone(graph: ChannelGraph, scores: Scores) -> None:
+    budgets = parse_budgets({"flops": "90%"}, {"flops": graph.metric("flops")})
     gone = np.zeros(graph.slots.total, dtype=bool)
     stem = channel_units(graph, "stem")
     worst = np.argsort(scores.values[stem])[:7]
     gone[graph.slots.labels("stem.weight")[0][worst]] = True
-    plan = make_plan(graph, scores, budgets, widths=Widths({"inner": 5, "left": 6}, 4), gone=gone)
-    widths = kept_of(graph, plan.kept)
-    assert widths["inner"] in (8, 10)
-    assert widths["left"] == 6
-    assert widths["stem"] == 4, "of the five that may be kept"
+    plan = make_plan(graph, scores, budgets, widths=Widths(multiple=4), gone=gone)
+    assert kept_of(graph, plan.kept) == {"stem": 4, "inner": 10, "left": 6, "right": 8}, "of stem's five that may stay"
     assert not plan.kept[np.array(stem)[worst]].any()
+
+
+@pytest.mark.parametrize("policy", ["global", "uniform", "priced"])
+@pytest.mark.parametrize("multiple", [2, 3, 4, 5, 8])
+def test_multiples_are_found_wherever_there_are_any(
+    graph: ChannelGraph, scores: Scores, multiple: int, policy: str
+) -> None:
+    """Against every combination of widths. Where a layer had to be rounded up, others are narrower."""
+    metric = graph.metric("flops")
+    costs = []
+    for widths in itertools.product(*(stops(width, multiple) for width in WIDTHS.values())):
+        kept = np.zeros(graph.size, dtype=bool)
+        for layer, count in zip(WIDTHS, widths, strict=True):
+            kept[channel_units(graph, layer)[:count]] = True
+        costs.append(metric.value(kept))
+    met = set()
+    for share in range(12, 80, 8):
+        limit = metric.whole * share / 100
+        budgets = Budgets([Budget(metric, limit)])
+        for fills in (True, False):
+            options: dict[str, Any] = {"policy": policy, "fill": fills, "widths": Widths(multiple=multiple)}
+            if min(costs) <= limit:
+                plan = make_plan(graph, scores, budgets, **options)
+                assert metric.value(plan.kept) in costs
+                assert budgets.met(plan.kept)
+            else:
+                with pytest.raises(BudgetError) as caught:
+                    make_plan(graph, scores, budgets, **options)
+                assert caught.value.reachable is not None
+                assert caught.value.reachable <= min(costs)
+        met.add(min(costs) <= limit)
+    assert met == {True, False} or multiple == 2
+
+
+def test_what_is_worth_least_is_narrowed_first(graph: ChannelGraph) -> None:
+    """All layers cost the same per neuron; the inner one cannot come down to what the policy left of it."""
+    values = np.zeros(graph.size)
+    for layer, value in {"stem": 3.0, "inner": 0.1, "left": 2.0, "right": 5.0}.items():
+        values[channel_units(graph, layer)] = value
+    metric = Metric("params", "parameters", [Term(1, (np.arange(graph.size),))], np.arange(graph.size), graph.size)
+    forced = np.zeros(graph.size, dtype=bool)
+    for layer in WIDTHS:
+        forced[channel_units(graph, layer)[0]] = True
+    problem = Problem(graph, Scores("mine", values), forced, Budgets([Budget(metric, 24)]), False, Widths(multiple=4))
+    kept = np.ones(graph.size, dtype=bool)
+    kept[channel_units(graph, "inner")[1:]] = False  # 12 + 1 + 6 + 8
+    assert kept_of(graph, to_multiples(problem, kept)) == {"stem": 8, "inner": 4, "left": 4, "right": 8}
 
 
 def test_multiples_that_no_budget_allows_say_what_they_cost(graph: ChannelGraph, scores: Scores) -> None:
@@ -275,6 +353,19 @@ def test_multiples_that_no_budget_allows_say_what_they_cost(graph: ChannelGraph,
         kept[sorted(channel_units(graph, layer), key=lambda unit: -scores.values[unit])[:4]] = True
     assert caught.value.reachable == metric.value(kept)
     assert f"these have {metric.value(kept):,} parameters" in str(caught.value)
+
+
+def test_a_layer_that_can_be_done_without_may_go_whole() -> None:
+    """None of its neurons is a multiple of any number."""
+    model = allocator.build("recipe:scalenet-small-seed", planes=[4, 6], blocks=[1, 1], num_classes=5).eval()
+    image = torch.zeros(1, 1, 32, 32)
+    graph = allocator.trace(model, image)
+    assert graph.optional
+    result = allocator.allocate(model, "40%", example_inputs=image, multiple=4)
+    assert result.certificate.ok
+    assert result.allocation.absent
+    for name, width in widths_of(result.model).items():
+        assert width % 4 == 0 or width == widths_of(model)[name]
 
 
 def test_a_rewritten_network_has_multiples() -> None:

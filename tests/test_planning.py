@@ -92,25 +92,34 @@ def alike(graph: ChannelGraph) -> np.ndarray:
     return np.array([kinds.index(kind) for kind in kinds])
 
 
+class Special(nn.Conv2d):
+    """A class of its own."""
+
+
 def test_layers_that_are_alike_compete() -> None:
-    """Two convolutions of one size that are read alike are of one kind, a third of another size is not."""
+    """Two convolutions of one size that are read alike are of one kind; one of another size or class is not."""
 
     def run(net: Any, x: Tensor) -> Any:
         x = net.stem(x)
-        return net.read(net.one(x).relu()) + net.read_too(net.two(x).relu()) + net.last(net.three(x).relu())
+        branches = (
+            (net.one, net.read_one),
+            (net.two, net.read_two),
+            (net.wide, net.read_wide),
+            (net.own, net.read_own),
+        )
+        return sum(read(write(x).relu()) for write, read in branches)
 
-    layers = {name: nn.Conv2d(4, 6, 1) for name in ("one", "two")}
-    reading = {name: nn.Conv2d(6, 2, 1) for name in ("read", "read_too")}
-    model = net(
-        run, stem=nn.Conv2d(3, 4, 1), three=nn.Conv2d(4, 6, 3, padding=1), last=nn.Conv2d(6, 2, 1), **layers, **reading
-    )
-    graph = graph_of(model)
+    layers: dict[str, nn.Module] = {"stem": nn.Conv2d(3, 4, 1), "wide": nn.Conv2d(4, 6, 3, padding=1)}
+    layers |= {"one": nn.Conv2d(4, 6, 1), "two": nn.Conv2d(4, 6, 1), "own": Special(4, 6, 1)}
+    for name in ("one", "two", "wide", "own"):
+        layers[f"read_{name}"] = nn.Conv2d(6, 2, 1)
+    graph = graph_of(net(run, **layers))
     kinds = ordered.kinds_of(graph)
-    groups = [set(kinds[channel_units(graph, layer)].tolist()) for layer in ("stem", "one", "two", "three")]
-    assert groups[1] == groups[2]
-    assert [len(group) for group in groups] == [1, 1, 1, 1]
-    assert len(set().union(*groups)) == 3
-    assert kinds.tolist() == [sorted(set(kinds.tolist()), key=kinds.tolist().index).index(kind) for kind in kinds]
+    kind_of = {}
+    for layer in ("stem", "one", "two", "wide", "own"):
+        (kind_of[layer],) = set(kinds[channel_units(graph, layer)].tolist())
+    assert kind_of["one"] == kind_of["two"]
+    assert len(set(kind_of.values())) == 4
 
 
 @pytest.mark.parametrize("name", ["per_block", "global", "uniform"])
@@ -158,10 +167,12 @@ def test_priced_prefers_what_is_cheap_among_equals(graph: ChannelGraph) -> None:
     """The left branch is of 1x1 convolutions, the right one of 3x3 ones."""
     scores = Scores("mine", np.ones(graph.size))
     free = free_neurons(graph, scores, "branches")
-    problem = Problem(graph, scores, forced_neurons(graph, scores, free), budgets_of(graph, {"flops": "75%"}))
-    kept = find_policy("priced")(problem)
-    assert kept[channel_units(graph, "left")].all()
-    assert 0 < kept[channel_units(graph, "right")].sum() < 8
+    forced = forced_neurons(graph, scores, free)
+    for fills in (True, False):
+        problem = Problem(graph, scores, forced, budgets_of(graph, {"flops": "75%"}), fills)
+        kept = find_policy("priced")(problem)
+        assert kept[channel_units(graph, "left")].all()
+        assert kept[channel_units(graph, "right")].sum() < 8
 
 
 @pytest.mark.parametrize("name", ["per_block", "global", "isomorphic", "uniform", "priced"])

@@ -28,15 +28,7 @@ def to_multiples(problem: Problem, kept: np.ndarray) -> np.ndarray:
     kept = kept.copy()
     for layer in layers:
         layer.take(kept, layer.at_or_below(int(kept[layer.order].sum())))
-    if not problem.budgets.met(kept):
-        exceeded = problem.budgets.unmet(kept)[0]
-        least = exceeded.metric.value(kept)
-        raise BudgetError(
-            f"{exceeded.metric.show(exceeded.limit)} cannot be met with widths that are multiples of "
-            f"{problem.widths.multiple} and keep what has to stay: these have {exceeded.metric.show(least)}",
-            asked=exceeded.limit,
-            reachable=least,
-        )
+    kept = _narrowed(problem, layers, kept)  # a layer with no multiple below was rounded up
     return _widened(problem, layers, kept) if problem.fill else kept
 
 
@@ -63,7 +55,7 @@ class _Layer:
         held = np.bincount(slots[slots >= 0], minlength=graph.size)[self.order]
         widths = int((slots < 0).sum()) + np.append(0, np.cumsum(held))
         least = int(problem.forced[units].sum())
-        allowed = (widths % problem.widths.multiple == 0) & (widths > 0)
+        allowed = widths % problem.widths.multiple == 0
         allowed[-1] = True
         most = int(problem.open[units].sum())
         self.stops = np.flatnonzero(allowed & (np.arange(len(widths)) >= least) & (np.arange(len(widths)) <= most))
@@ -80,11 +72,61 @@ class _Layer:
         kept[self.order] = False
         kept[self.order[:count]] = True
 
+    def preceding(self, kept: np.ndarray) -> np.ndarray:
+        """The neurons that the next smaller width would drop."""
+        count = int(kept[self.order].sum())
+        lower = self.stops[self.stops < count]
+        return self.order[lower[-1] : count] if len(lower) else self.order[:0]
+
     def following(self, kept: np.ndarray) -> np.ndarray:
         """The neurons that the next larger width would add."""
         count = int(kept[self.order].sum())
         higher = self.stops[self.stops > count]
         return self.order[count : higher[0]] if len(higher) else self.order[:0]
+
+
+def _narrowed(problem: Problem, layers: list[_Layer], kept: np.ndarray) -> np.ndarray:
+    """Narrow one layer after another, the one that is worth least per cost first, until the budgets hold.
+
+    Raises:
+        BudgetError: they do not where every layer is as narrow as it may be.
+    """
+    queue = [(_price(problem, layer.preceding(kept), kept), i) for i, layer in enumerate(layers)]
+    heapq.heapify(queue)
+    while not problem.budgets.met(kept):
+        if not queue:
+            raise _unmet(problem, kept)
+        _, i = heapq.heappop(queue)
+        units = layers[i].preceding(kept)
+        if not len(units):
+            continue
+        price = _price(problem, units, kept)
+        # What a layer costs falls while others narrow, so that what is worth more than another still is.
+        if queue and price > queue[0][0]:
+            heapq.heappush(queue, (price, i))
+            continue
+        kept[units] = False
+        heapq.heappush(queue, (_price(problem, layers[i].preceding(kept), kept), i))
+    return kept
+
+
+def _unmet(problem: Problem, kept: np.ndarray) -> BudgetError:
+    exceeded = problem.budgets.unmet(kept)[0]
+    least = exceeded.metric.value(kept)
+    return BudgetError(
+        f"{exceeded.metric.show(exceeded.limit)} cannot be met with widths that are multiples of "
+        f"{problem.widths.multiple} and keep what has to stay: these have {exceeded.metric.show(least)}",
+        asked=exceeded.limit,
+        reachable=least,
+    )
+
+
+def _price(problem: Problem, units: np.ndarray, kept: np.ndarray) -> float:
+    """Scores of neurons that are kept, per share of the budgets that goes without them."""
+    less = kept.copy()
+    less[units] = False
+    share = max(budget.metric.added(less, units) / budget.limit for budget in problem.budgets.each)
+    return float(np.nansum(problem.scores.values[units])) / max(share, 1e-12)
 
 
 def _widened(problem: Problem, layers: list[_Layer], kept: np.ndarray) -> np.ndarray:
