@@ -157,7 +157,7 @@ def test_a_storage_longer_than_its_record_is_refused(server: Server, tmp_path: P
 
 
 def test_a_pickle_that_writes_into_a_tensor_is_refused(server: Server, tmp_path: Path) -> None:
-    """Before torch 2.10 that went past the tensor's checks (CVE-2026-24747), as did a storage longer than its record."""
+    """Before torch 2.10 that went past the tensor's checks (CVE-2026-24747), as did storages too long."""
     write = pickle.BININT1 + b"\x00" + pickle.BININT1 + b"\x07" + pickle.SETITEM  # tensor[0] = 7
     torch.save({"w": torch.zeros(4)}, tmp_path / "a.pt")
     with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "m.pt", "w") as new:

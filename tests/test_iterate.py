@@ -22,14 +22,14 @@ def shift(model: nn.Module) -> None:
     """Training that can be recognised: every parameter grows by one."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 1
+            parameter.add_(1)
 
 
 @pytest.mark.parametrize("metric", ["flops", "params"])
 def test_every_step_takes_the_same_factor_off(metric: str) -> None:
-    model = trained(Nested())
+    model, asked = trained(Nested()), dict[str, Any](((metric, "40%"),))
     with untouched(model):
-        done = allocator.iterate(model, **{metric: "40%"}, steps=3, train=nothing, example_inputs=IMAGE)
+        done = allocator.iterate(model, steps=3, train=nothing, example_inputs=IMAGE, **asked)
     whole = allocator.trace(model, IMAGE).metric(metric).whole
     for number, step in enumerate(done.steps, start=1):
         cost = step.allocation.costs[metric]
@@ -64,7 +64,8 @@ def test_what_was_reached_comes_back_with_the_error() -> None:
     def fails_at_the_third(small: nn.Module) -> None:
         calls.append(allocator.trace(small, IMAGE).flops)
         if len(calls) == 3:
-            small.apply(lambda module: [p.data.fill_(math.nan) for p in module.parameters(recurse=False)])
+            for parameter in small.parameters():
+                parameter.data.fill_(math.nan)
             raise RuntimeError("out of memory")
 
     with (
@@ -111,7 +112,7 @@ def test_numbers_of_steps_that_are_none(steps: Any) -> None:
 
 
 def test_a_budget_that_cannot_be_met_is_said_before_anything_is_trained() -> None:
-    trained_ = []
+    trained_: list[nn.Module] = []
     with pytest.raises(BudgetError):
         allocator.iterate(trained(Nested()), 5, steps=2, train=trained_.append, example_inputs=IMAGE)
     assert not trained_

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_every_point_meets_its_budget_and_lies_within_the_one_before(kind: type[
     with untouched(model):
         found = allocator.sweep(model, BUDGETS, example_inputs=IMAGE, policy=policy, criterion="magnitude")
     masks = kept_masks(model, found)
-    for before, after in zip(masks, masks[1:], strict=False):
+    for before, after in itertools.pairwise(masks):
         assert not (after & ~before).any()
     assert [point.asked for point in found] == sorted((point.asked for point in found), reverse=True)
     for share, point in zip(SHARES, found, strict=True):

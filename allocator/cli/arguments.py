@@ -123,7 +123,8 @@ def add_budget_options(group: Any, *, several: bool = False, without: Sequence[s
 
 def budgets(args: argparse.Namespace) -> dict[str, Any]:
     """The budgets that were given, by the names of their metrics."""
-    return {name: getattr(args, name) for name in BUDGETS if getattr(args, name, None) is not None}
+    # In some subcommands --latency is no budget, but a wish to have it measured.
+    return {name: getattr(args, name) for name in BUDGETS if isinstance(getattr(args, name, None), (str, list))}
 
 
 def plan_options(args: argparse.Namespace, *names: str) -> dict[str, Any]:

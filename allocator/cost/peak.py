@@ -41,9 +41,10 @@ class PeakMetric(Metric):
 
 
 def live_terms(flow: Flow) -> tuple[list[Term], csr_matrix]:
-    """Memory of a forward without gradients, in numbers: a tensor is alive from the call that makes it to the last that
-    reads it or a view of it, the model's inputs and outputs throughout; what is written in place takes none. Variables of
-    the forward that hold a tensor for longer are not seen.
+    """Memory of a forward without gradients, in numbers.
+
+    A tensor is alive from the call that makes it to the last that reads it or a view of it, the model's inputs and
+    outputs throughout; what is written in place takes none. Variables that hold a tensor for longer are not seen.
 
     Returns:
         One term per tensor, and (instants, terms) which of them are alive at each call that makes one.

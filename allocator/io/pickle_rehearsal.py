@@ -13,7 +13,7 @@ import collections
 import io
 import zipfile
 from collections.abc import Collection, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from allocator.errors import FileError
 from allocator.io.plain_unpickler import PlainUnpickler
@@ -114,7 +114,7 @@ class _StandInType(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         cls.rehearsal.check_call(cls.path, args)
-        return cls.__new__(cls)
+        return object.__new__(cast("type[Any]", cls))
 
 
 class _StandIn(metaclass=_StandInType):
@@ -127,7 +127,7 @@ class _StandIn(metaclass=_StandInType):
         """What a pickle makes objects by where it does not call; torch gives the arguments to the class's own."""
         if args and cls.path != _PARAMETER:
             cls.rehearsal.check_call(cls.path, args)
-        return cls.__new__(cls)
+        return object.__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
         self.rehearsal.check_state(self.path, state)

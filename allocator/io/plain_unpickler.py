@@ -30,7 +30,7 @@ class PlainUnpickler(pickle._Unpickler):
         """Put fields into an object, and never into a class or function, which the whole process shares."""
         if callable(self.stack[-2]):
             raise pickle.UnpicklingError(f"fields are put into {self.stack[-2]!r:.100}")
-        pickle._Unpickler.dispatch[pickle.BUILD[0]](self)
+        pickle._Unpickler.dispatch[pickle.BUILD[0]](self)  # type: ignore[arg-type]
 
     dispatch: ClassVar[Mapping[int, Callable[[Any], None]]] = {  # type: ignore[assignment]
         **{code[0]: pickle._Unpickler.dispatch[code[0]] for code in _INSTRUCTIONS},
