@@ -75,7 +75,8 @@ def _page(cases: list[ElementTree.Element]) -> str:
     lines = [
         "# The oldest torch",
         "",
-        f"Made by `{COMMAND}`, on {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}: Python {platform.python_version()}, {versions}.",
+        f"Made by `{COMMAND}`, on {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}: "
+        f"Python {platform.python_version()}, {versions}.",
         "The rest of the tests need newer libraries, or are not about the main job.",
         "",
         table(("passed", "failed", "skipped"), [[outcomes[name] for name in ("passed", "failed", "skipped")]]),
