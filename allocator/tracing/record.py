@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from allocator import adapters
 from allocator.errors import TraceError
+from allocator.isolation import undisturbed
 from allocator.modules import modules_of, set_training, skeleton, tensor_names
 from allocator.torch_private import (
     FakeTensorMode,
@@ -87,6 +88,7 @@ def record(
             set_training(running, training)
         given = recorder.modules if copied else modules_of(model)
         stack.enter_context(torch.no_grad())
+        stack.enter_context(undisturbed(model))
         if mode != "real":
             stack.enter_context(adapters.while_tracing())
         stack.enter_context(recorder.following())
@@ -108,7 +110,7 @@ def _converter(mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.T
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         stack.enter_context(fake)
         return lambda _, t: fake.from_tensor(t.detach())
-    return lambda _, t: t if isinstance(t, nn.Parameter) else t.clone()
+    return lambda _, t: t.detach().clone()
 
 
 # Fake tensors ask each other where they lie; that reads no values.
