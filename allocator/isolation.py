@@ -41,13 +41,17 @@ _DRAWS = frozenset(
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, *, itself: bool = False) -> Iterator[None]:
     """Run copies of this model within: afterwards random states, and what lies outside of modules, are as before.
+
+    Args:
+        model: what was copied.
+        itself: it is one's own, and runs itself.
 
     Raises:
         UnsupportedModelError: the forward reached the model itself instead of the copy, and wrote into it.
     """
-    tensors = tensor_names(model)
+    tensors = {} if itself else tensor_names(model)
     versions = {name: _version(tensor) for name, tensor in tensors.items()}
     memory, restore_states = _Memory(model), _states()
     watch = _Watch()

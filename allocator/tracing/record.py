@@ -88,7 +88,7 @@ def record(
             set_training(running, training)
         given = recorder.modules if copied else modules_of(model)
         stack.enter_context(torch.no_grad())
-        stack.enter_context(undisturbed(model))
+        stack.enter_context(undisturbed(model, itself=copied))
         if mode != "real":
             stack.enter_context(adapters.while_tracing())
         stack.enter_context(recorder.following())

@@ -61,14 +61,18 @@ def run_float64(
         nudge: a seed by which every weight is changed a little, to see what outputs owe to rounding; 0 for none.
 
     Returns:
-        Tensors on the CPU in float64; of complex ones the last dim is (real, imaginary).
+        Tensors on the CPU in float64; of complex ones the last dim is (real, imaginary). Where all are of whole
+        numbers, what the last of them were made from as well (of an argmax, the scores): that they agree shows more.
     """
     copied = set_training(skeleton(model, lambda _, t: t if _reads_only(t, dtype) else t.clone()), False)
     direct = {name: rows for name, rows in (zeroed or {}).items() if not _zero_computed(copied, name, rows)}
     with torch.no_grad(), undisturbed(model), _Wide(copied, direct, draw, dtype, nudge) as mode:
         arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs
         output = copied(*arguments.args, **arguments.kwargs)
-    return [_plain(t) for t in tensors_in(output)]
+    tensors = tensors_in(output)
+    if not any(t.is_floating_point() or t.is_complex() for t in tensors):
+        tensors += mode.rounded
+    return [_plain(t) for t in tensors]
 
 
 def _reads_only(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -127,6 +131,7 @@ class _Wide(TorchFunctionMode):
     """Runs every function in one wide dtype, with rows of some weights read as zero; copies one weight at a time."""
 
     def __init__(self, model: nn.Module, zeroed: Rows, draw: Draw | None, dtype: torch.dtype, nudge: int) -> None:
+        """`rounded` holds what the last call that gave whole numbers read; `written` what was converted and written."""
         super().__init__()
         names = tensor_names(model)
         self.rows = {id(names[name]): rows for name, rows in zeroed.items()}
@@ -134,6 +139,7 @@ class _Wide(TorchFunctionMode):
         self.names = {id(tensor): name for name, tensor in names.items()} if draw is not None or nudge else {}
         self.said = dtype_of(model)
         self.complex = dtype.to_complex()
+        self.rounded: list[torch.Tensor] = []
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -152,6 +158,10 @@ class _Wide(TorchFunctionMode):
         if name.endswith("_") or "out" in kwargs:
             self._note_written(given, (args, kwargs))
         if isinstance(out, torch.Tensor):
+            if not (out.is_floating_point() or out.is_complex()):
+                self.rounded = [
+                    t for t in args if isinstance(t, torch.Tensor) and t.is_floating_point()
+                ] or self.rounded
             return self.widen(out)
         if out is self.dtype:
             return self.said
