@@ -78,7 +78,8 @@ class Scores:
         values = as_array(self.values, f"the scores of {self.criterion!r}")
         if np.isinf(values).any():
             raise CriterionError(
-                f"criterion {self.criterion!r} gave infinite scores: the model's weights are not finite"
+                f"the scores of {self.criterion!r} are infinite in {int(np.isinf(values).sum())} of {values.size} places: "
+                "pass finite numbers, and NaN for what must stay"
             )
         object.__setattr__(self, "values", values)
 
