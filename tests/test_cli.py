@@ -49,7 +49,7 @@ cli_nets:branches: Branches, input 1x3x16x16
 FLOPs        86,016  86.0 k (one is one multiply-add)
 parameters      356  356                             
 activations   5,120  5.12 k                          
-16 neurons, 1 block, 2 branches; ranked by bn_scale
+16 neurons, 1 block, 2 branches; ranked by group_norm
 a budget can go down to 12.5% (branches), 12.5% (inner), 12.5% (all) of its FLOPs, by scope
 
 block / branch  kind    scale  kernel  stride  field  channels   FLOPs   share       |γ|  mean
@@ -114,7 +114,7 @@ def test_the_main_help_names_every_command(capsys: pytest.CaptureFixture[str]) -
     [
         ([], "required: COMMAND"),
         (["alocate"], "invalid choice"),
-        (["allocate", "m.pt", "-o", "s.pt"], "required: --flops"),
+        (["allocate", "m.pt", "-o", "s.pt"], "no budget is given, such as --flops 60%"),
         (["allocate", "m.pt", "--flops", "many", "-o", "s.pt"], "not a budget"),
         (["allocate", "m.pt", "--flops", "60%"], "nothing to write"),
         (["allocate", "m.pt", "--flops", "60%", "-o", "s.txt"], "must end in"),

@@ -22,7 +22,7 @@ from allocator.planning.policies.registry import POLICIES, find_policy, policy
 from allocator.planning.problem import Problem, forced_neurons, free_neurons, least
 
 SCOPES = ("branches", "inner", "all")
-POLICY_NAMES = "there are per_block, global, isomorphic, uniform, priced"
+POLICY_NAMES = "there are auto, per_block, global, isomorphic, uniform, priced"
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,8 @@ class OutcomeText:
         how = f"policy {outcome.policy}, criterion {outcome.criterion}, scope {outcome.scope}"
         yield Text(f"{how}; one FLOP is one multiply-add, as fvcore counts")
         if outcome.optimality is not None:
-            yield Text(str(outcome.optimality))
+            hint = "; policy 'priced' keeps the most" if outcome.policy != "priced" else ""
+            yield Text(f"{outcome.optimality}{hint if outcome.optimality.gap else ''}")
         style = "green" if outcome.certificate.ok else "bold red"
         yield Text(f"certificate: {outcome.certificate}", style=style)
 

@@ -37,6 +37,6 @@ def find_policy(name: str) -> Choose:
         UnknownNameError: no such policy.
     """
     if name not in POLICIES:
-        near = did_you_mean(name, POLICIES, mark="'")
-        raise UnknownNameError(f"no policy {name!r}{near and '; ' + near} (there are {', '.join(POLICIES)})")
+        near = did_you_mean(name, ("auto", *POLICIES), mark="'")
+        raise UnknownNameError(f"no policy {name!r}{near and '; ' + near} (there are auto, {', '.join(POLICIES)})")
     return POLICIES[name]
