@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FunctionType, MappingProxyType, ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from allocator.errors import UnsupportedModelError
 from allocator.modules import modules_of, tensor_names
+from allocator.torch_private import without_dispatch_modes
 
 _FOREIGN = ("torch", "numpy", "builtins", "typing", "abc", "collections", "functools", "allocator")
 _ATOMS = (int, float, bool, str, bytes, type(None), type, ModuleType, torch.Tensor, nn.Module, torch.dtype)
@@ -71,6 +72,32 @@ def undisturbed(model: nn.Module, *, itself: bool = False) -> Iterator[None]:
 
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def as_usual(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function as if no mode of the caller's were on: inference mode, autocast, fake tensors, `torch.device`.
+
+    What is made would else be of that mode; all of them are of this thread alone.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(without_dispatch_modes())
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            if torch.get_default_device().type == "meta":
+                stack.enter_context(torch.device("cpu"))
+            return function(*args, **kwargs)
+
+    return run
 
 
 class _Watch(TorchFunctionMode):

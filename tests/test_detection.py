@@ -20,7 +20,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import allocator
 from allocator import recipes
-from allocator.errors import FileError, InputError, UnsupportedModelError
+from allocator.errors import CertificateError, FileError, InputError, UnsupportedModelError
 from allocator.flow.follow import value_dependent as downstream
 from allocator.recipes.detection import CocoBoxes, collate, faster_rcnn, predict, train_step
 from allocator.recipes.scalenet import ScaleNet
