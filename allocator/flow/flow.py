@@ -44,6 +44,7 @@ class Flow:
         active: values that depend on the model's inputs.
         uniform: values that are the same everywhere, so that they fit any channels.
         joins: where branches meet, in order.
+        grouped: per call of a grouped convolution or norm whose groups come and go whole, one slot per group.
     """
 
     def __init__(self, trace: Trace, slots: Slots, facts: Facts, options: Options) -> None:
@@ -57,6 +58,7 @@ class Flow:
         self.active = unnamed - produced - written_down
         self.uniform: set[int] = set()
         self.joins: list[Join] = []
+        self.grouped: dict[int, np.ndarray] = {}
         self._labels: list[Labels | None] = [None] * len(trace.values)
         self._used = np.zeros(slots.total, dtype=bool)
         self._summed_alone: list[tuple[np.ndarray, Op]] = []
@@ -196,13 +198,19 @@ class Flow:
 
     def group(self, op: Op, weight: Ref | None, representatives: np.ndarray) -> None:
         """A grouped convolution or norm whose groups come and go whole; one slot per group."""
-        name = None if weight is None else self.trace.values[weight.index].name
+        self.grouped[op.index] = representatives
+        name = None if weight is None else self._rows_of(weight.index)
         if name is not None:
             self.facts.groups[name] = representatives
         module = self.trace.modules.get(op.module)
         if module is not None:
             own = name is not None
             self.facts.attributes += attributes_of_groups(op.module, module, representatives, owns_weight=own)
+
+    def _rows_of(self, value: int) -> str | None:
+        """The parameter or buffer that this is, or that it views with all its rows."""
+        root = self.trace.root(value)
+        return self.trace.values[root].name if self.shape(root)[:1] == self.shape(value)[:1] else None
 
     def freeze(self, label: Label, op: Op, reason: str) -> None:
         """These slots must stay."""

@@ -38,8 +38,8 @@ def as_strided(flow: Flow, op: Op) -> None:
     """Other strides for dims of size 1 (how pooling marks a memory format) move nothing; all else is refused."""
     shape, strides = flow.shape(op.inputs()[0]), op.arg("stride")
     dense = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-    moved = [d for d, n in enumerate(shape) if n > 1 and strides[d] != dense[d]]
-    if shape == flow.shape(op.outputs[0]) and not moved:
+    same = shape == flow.shape(op.outputs[0])
+    if same and all(n == 1 or strides[d] == dense[d] for d, n in enumerate(shape)):
         identity(flow, op)
     else:
         flow.refuse(op, "reads memory by strides")

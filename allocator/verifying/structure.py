@@ -69,22 +69,19 @@ def find_mismatch(graph: ChannelGraph, maps: Maps, small: nn.Module, *, copied: 
             new = run_rules(trace, slots, Facts(), graph.options)
         except RuleError as failed:
             new, error = failed.flow, failed
-        mismatch = compare(flow, new, image, graph.facts.groups, error)
+        mismatch = compare(flow, new, image, error)
         if mismatch is not None:
             return mismatch
     return None
 
 
-def compare(
-    old: Flow, new: Flow, image: Image, groups: dict[str, np.ndarray], raised: Exception | None = None
-) -> Mismatch | None:
+def compare(old: Flow, new: Flow, image: Image, raised: Exception | None = None) -> Mismatch | None:
     """The first place where two flows differ beyond the removed neurons, or None where there is none.
 
     Args:
         old: labels of the original.
         new: labels of the rewritten model.
         image: how their slots correspond.
-        groups: per weight of a grouped convolution that loses whole groups, one slot per group.
         raised: what ended the rewritten forward early, so that there is only its beginning.
     """
     gone = _gone(old, image)
@@ -92,7 +89,7 @@ def compare(
     after, returned_now = _without_copies(new.trace, set(), raised is None)
     values = _Pairs()
     for a, b in zip(before, after, strict=False):
-        what = _compare_call(old, new, a, b, values, gone, image, groups)
+        what = _compare_call(old, new, a, b, values, gone, image)
         if what:
             return Mismatch(old.trace.ops[a.index], what)
     if raised is not None:
@@ -175,7 +172,6 @@ def _compare_call(
     values: _Pairs,
     gone: set[int],
     image: Image,
-    groups: dict[str, np.ndarray],
 ) -> str | None:
     family = a.declared.stands_for
     alike = a.target is b.target or (family != "" and family == b.declared.stands_for)
@@ -183,7 +179,7 @@ def _compare_call(
         return f"became {b}"
     if len(a.outputs) != len(b.outputs):
         return f"gives {len(b.outputs)} tensors, expected {len(a.outputs)}"
-    what = _compare_arguments(old, new, a, b, values, gone) or _compare_groups(old, a, b, image, groups)
+    what = _compare_arguments(old, new, a, b, values, gone) or _compare_groups(old, a, b, image)
     if what:
         return what
     for i, j in zip(a.outputs, b.outputs, strict=True):
@@ -270,15 +266,14 @@ def numbers_in(tree: Iterable[Any]) -> list[Any]:
     return found
 
 
-def _compare_groups(old: Flow, a: Op, b: Op, image: Image, groups: dict[str, np.ndarray]) -> str | None:
+def _compare_groups(old: Flow, a: Op, b: Op, image: Image) -> str | None:
     """A convolution's integers other than its groups are the same; its groups are those that stay."""
     if "groups" not in a.operator.arguments or not a.declared.multiplies:
         return None
     for name in ("stride", "padding", "dilation", "output_padding", "transposed"):
         if a.arg(name) != b.arg(name):
             return f"has {name} {b.arg(name)}, expected {a.arg(name)}"
-    weight = old.trace.values[a.inputs()[1]].name
-    expected = image.size(groups[weight]) if weight in groups else a.arg("groups")
+    expected = image.size(old.grouped[a.index]) if a.index in old.grouped else a.arg("groups")
     if b.arg("groups") != expected:
         return f"has {b.arg('groups')} groups, expected {expected}"
     return None
