@@ -16,6 +16,7 @@ from allocator.flow.flow import Flow
 from allocator.flow.options import Options, Place
 from allocator.graph.build import build_graph
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.modules import lies_within
 from allocator.planning.plan import Plan
 from allocator.rewriting.attributes import describes_itself
 from allocator.rewriting.describe import AttributeKey
@@ -84,13 +85,17 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
     mends.judge((flow.trace.training, op.index))
     mends.retract(notes)
     alike = _alike_modules(graph.modules, op.module)
-    attribute = _mend(_Scene(graph, flow, plan, mends), op, alike)
-    if attribute is not None:
-        note = f"{attribute!r} of {type(graph.modules[op.module]).__name__} follows the kept channels"
-        if note not in mends.notes:
-            notes.append(note)
-        mends.notes.setdefault(note, []).extend((path, attribute) for path in alike)
-        return graph
+    scene = _Scene(graph, flow, plan, mends)
+    for owner in dict.fromkeys((op.module, mismatch.module)):  # where it stopped: a block may check what its layers do
+        inside = owner is not None and (not owner or lies_within(op.module, [owner]))
+        attribute = _mend(scene, op, owner) if owner is not None and inside else None
+        if attribute is not None:
+            note = f"{attribute!r} of {type(graph.modules[owner]).__name__} follows the kept channels"
+            if note not in mends.notes:
+                notes.append(note)
+            others = _alike_modules(graph.modules, owner)
+            mends.notes.setdefault(note, []).extend((path, attribute) for path in others)
+            return graph
     if op.declared.splits and op.declared.sized and not alike <= graph.options.equal_parts:
         notes.append(f"the parts of {op} stay equal: {mismatch.what}")
         options = graph.options.equalising(alike)
@@ -115,30 +120,39 @@ class _Scene:
     mends: Mends
 
 
-def _mend(scene: _Scene, op: Op, alike: set[str]) -> str | None:
-    """Let an attribute of the running module, and of all of its class, follow the kept channels; its name."""
-    found = _attribute_of_size(scene, op)
+def _mend(scene: _Scene, op: Op, owner: str) -> str | None:
+    """Let an attribute of a module follow the kept channels, in all of its class; the attribute's name.
+
+    Args:
+        scene: what there is to look at.
+        op: the call that does not fit.
+        owner: path of the module that made it, or of one around that.
+    """
+    found = _attribute_of_size(scene, op, owner)
     if found is None:
         return None
     name, fresh = found[0], []
+    inside = op.module[len(owner) :]
+    owners = {path + inside: path for path in _alike_modules(scene.graph.modules, owner)}
     for other in scene.flow.trace.ops:
-        if other.module not in alike or other.name != op.name:
+        if other.module not in owners or other.name != op.name:
             continue
-        again = _attribute_of_size(scene, other, only=name)
+        path = owners[other.module]
+        again = _attribute_of_size(scene, other, path, only=name)
         if again is not None:
-            scene.mends.pieces[other.module, name] = again[1]
-            fresh.append((other.module, name))
+            scene.mends.pieces[path, name] = again[1]
+            fresh.append((path, name))
     scene.mends.trial = (scene.flow.trace.training, op.index), fresh
     return name
 
 
-def _attribute_of_size(scene: _Scene, op: Op, only: str | None = None) -> tuple[str, np.ndarray] | None:
-    """An int attribute of the running module that equals the old size of a dim that shrinks, and the dim's labels."""
-    module = scene.graph.modules[op.module]
+def _attribute_of_size(scene: _Scene, op: Op, owner: str, only: str | None = None) -> tuple[str, np.ndarray] | None:
+    """An int attribute of a module that equals the old size of a dim of a call's that shrinks, and the dim's labels."""
+    module = scene.graph.modules[owner]
     if describes_itself(module):
         return None
     stays = scene.graph.stays(scene.plan.kept)
-    taken = _taken(scene, op.module, module)
+    taken = _taken(scene, owner, module)
     for label in _labels_of(scene.flow, op):
         if stays[label].all():
             continue
@@ -192,13 +206,36 @@ def _freeze(graph: ChannelGraph, flow: Flow, op: Op, plan: Plan) -> Options:
 
 
 def _alike_modules(modules: dict[str, nn.Module], path: str) -> set[str]:
-    """Modules of the same class; for a layer of torch's own, those in the same place of the same class of block."""
+    """Modules of the same class; for a layer of torch's own, those in the same place of the same class of block.
+
+    A block that another holds under a name of its own (`qkv` of an attention) is like those that are held so: wrappers
+    of a convolution and its norm are all of one class, wherever they stand.
+    """
+    block = _block_of(modules, path)
+    place = path[len(block) :]
+    holder = _holder_of(modules, block)
+    places = {
+        other + place
+        for other, module in modules.items()
+        if type(module) is type(modules[block]) and _holder_of(modules, other) == holder
+    }
+    return places & modules.keys()
+
+
+def _block_of(modules: dict[str, nn.Module], path: str) -> str:
+    """The path of the nearest module that is none of torch's own; the path itself where there is none."""
     block = path
     while block and type(modules[block]).__module__.startswith("torch.nn."):
         block = block.rpartition(".")[0]
-    block = block or path
-    places = {other + path[len(block) :] for other, module in modules.items() if type(module) is type(modules[block])}
-    return places & modules.keys()
+    return block or path
+
+
+def _holder_of(modules: dict[str, nn.Module], path: str) -> tuple[type, str] | None:
+    """The class of the module that holds a block as an attribute, and the attribute; None for one of a sequence."""
+    owner, _, name = path.rpartition(".")
+    if not path or name.isdigit():
+        return None
+    return type(modules[owner]), name
 
 
 def _hint(module: nn.Module, flow: Flow, op: Op) -> str:

@@ -34,10 +34,12 @@ class Mismatch:
     Attributes:
         op: the original call; None where the original makes none.
         what: what differs, with got and expected.
+        module: path of the module whose forward raised; None where none did.
     """
 
     op: Op | None
     what: str
+    module: str | None = None
 
     def __str__(self) -> str:
         return f"{self.op or 'a forward without calls'}: {self.what}"
@@ -59,19 +61,20 @@ def find_mismatch(graph: ChannelGraph, maps: Maps, small: nn.Module, *, copied: 
         return Mismatch(graph.flow.trace.ops[torn.op], "what meets here is put into different orders")
     for flow in graph.flows:
         error: Exception | None = None
+        where: str | None = None
         last = copied and flow is graph.flows[-1]
         try:
             mode, training = flow.trace.mode, flow.trace.training
             trace = record(small, graph.inputs, mode, training=training, copied=last)
         except ForwardError as raised:
-            trace, error = raised.partial, raised.cause
+            trace, error, where = raised.partial, raised.cause, raised.module
         try:
             new = run_rules(trace, slots, Facts(), graph.options)
         except RuleError as failed:
             new, error = failed.flow, failed
         mismatch = compare(flow, new, image, error)
         if mismatch is not None:
-            return mismatch
+            return replace(mismatch, module=where)
     return None
 
 
