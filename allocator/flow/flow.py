@@ -90,6 +90,15 @@ class Flow:
         """The place of every call of the trace."""
         return places_of(self.trace)
 
+    @cached_property
+    def users(self) -> dict[int, list[Op]]:
+        """By value the calls that read it, in order."""
+        users: dict[int, list[Op]] = {}
+        for op in self.trace.ops:
+            for value in dict.fromkeys(op.reads):
+                users.setdefault(value, []).append(op)
+        return users
+
     def heads_at(self, op: Op) -> int | None:
         """The dim of this view's result that counts the heads of an attention, where that is known."""
         return self.options.heads.get(self.places[op.index]) if self.options.heads else None
