@@ -13,6 +13,7 @@ from allocator import adapters
 from allocator.errors import RewriteError
 from allocator.flow.facts import Attribute
 from allocator.flow.flow import Flow
+from allocator.flow.labels import FROZEN
 from allocator.flow.options import Options, Place
 from allocator.graph.build import build_graph
 from allocator.graph.channel_graph import ChannelGraph
@@ -32,20 +33,20 @@ class Mends:
     """Module attributes that follow the kept channels, because the forward reads them as sizes.
 
     Attributes:
-        pieces: per attribute the labels whose kept count is its value.
+        pieces: per attribute the labels whose kept count is its value; several arrays for one that holds several.
         trial: the last ones, and the place (train mode, index) of the call that they are for.
         wrong: those that did not help there.
         notes: what was said of them, each with those that it is about.
     """
 
-    pieces: dict[AttributeKey, np.ndarray] = field(default_factory=dict)
+    pieces: dict[AttributeKey, tuple[np.ndarray, ...]] = field(default_factory=dict)
     trial: tuple[tuple[bool, int], list[AttributeKey]] | None = None
     wrong: set[AttributeKey] = field(default_factory=set)
     notes: dict[str, list[AttributeKey]] = field(default_factory=dict)
 
     def attributes(self) -> list[Attribute]:
         """All of them."""
-        return [Attribute(path, name, (label,)) for (path, name), label in self.pieces.items()]
+        return [Attribute(path, name, pieces) for (path, name), pieces in self.pieces.items()]
 
     def judge(self, place: tuple[bool, int]) -> None:
         """Take the last ones back if the forward got no further with them."""
@@ -146,8 +147,13 @@ def _mend(scene: _Scene, op: Op, owner: str) -> str | None:
     return name
 
 
-def _attribute_of_size(scene: _Scene, op: Op, owner: str, only: str | None = None) -> tuple[str, np.ndarray] | None:
-    """An int attribute of a module that equals the old size of a dim of a call's that shrinks, and the dim's labels."""
+def _attribute_of_size(
+    scene: _Scene, op: Op, owner: str, only: str | None = None
+) -> tuple[str, tuple[np.ndarray, ...]] | None:
+    """An attribute of a module that equals the old size of a dim of a call's that shrinks, and the dim's labels.
+
+    It may also hold the sizes of several dims of the result in order, as of a view.
+    """
     module = scene.graph.modules[owner]
     if describes_itself(module):
         return None
@@ -161,7 +167,22 @@ def _attribute_of_size(scene: _Scene, op: Op, owner: str, only: str | None = Non
                 continue
             counts_heads = name == "num_heads" and scene.flow.counts_heads(label)
             if type(current) is int and current == len(label) and (name not in _STRUCTURAL or counts_heads):
-                return name, label
+                return name, (label,)
+    for name, current in vars(module).items():
+        pieces = None if name in taken or only not in (None, name) else _dims_of_sizes(scene.flow, op, current)
+        if pieces is not None and not all(stays[piece].all() for piece in pieces):
+            return name, pieces
+    return None
+
+
+def _dims_of_sizes(flow: Flow, op: Op, sizes: Any) -> tuple[np.ndarray, ...] | None:
+    """Labels of the dims of a result that have these sizes in this order; of a dim without channels, ones that stay."""
+    whole = isinstance(sizes, (list, tuple)) and len(sizes) > 1 and all(type(n) is int for n in sizes)
+    shape = flow.shape(op.outputs[0]) if whole and op.outputs else ()
+    for first in range(len(shape) - len(sizes) + 1 if shape else 0):
+        if shape[first : first + len(sizes)] == tuple(sizes):
+            labels = flow.labels(op.outputs[0])[first : first + len(sizes)]
+            return tuple(np.full(n, FROZEN) if label is None else label for n, label in zip(sizes, labels, strict=True))
     return None
 
 

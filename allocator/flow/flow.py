@@ -62,7 +62,7 @@ class Flow:
         self._labels: list[Labels | None] = [None] * len(trace.values)
         self._used = np.zeros(slots.total, dtype=bool)
         self._summed_alone: list[tuple[np.ndarray, Op]] = []
-        self._divided: list[tuple[Op, int, np.ndarray]] = []
+        self._divided: list[tuple[Op, Sequence[int], np.ndarray]] = []
         self._multiplied = np.zeros(slots.total, dtype=bool)
         self._counts_heads = np.zeros(slots.total, dtype=bool)
 
@@ -103,9 +103,23 @@ class Flow:
         """The dim of this view's result that counts the heads of an attention, where that is known."""
         return self.options.heads.get(self.places[op.index]) if self.options.heads else None
 
+    def channels_at(self, op: Op) -> int | None:
+        """The dim of this view's result that holds channels, where pixels follow them."""
+        return self.options.channels.get(self.places[op.index]) if self.options.channels else None
+
     def found_heads(self) -> dict[Place, int]:
         """Views that split a dim into (heads, width) whose width is multiplied by another activation's (q·k, a·v)."""
-        return {self.places[op.index]: dim for op, dim, label in self._divided if self._multiplied[label].all()}
+        divided = self._divided
+        return {self.places[op.index]: dims[-2] for op, dims, label in divided if self._multiplied[label].all()}
+
+    def found_channels(self) -> dict[Place, int]:
+        """Views that split a dim into (channels, pixels), as a generator's first layer has it: the last dim must stay."""
+        frozen = np.zeros(self.slots.total, dtype=bool)
+        for label, _, _ in self.facts.frozen:
+            frozen[label] = True
+        heads = self.found_heads()
+        found = {self.places[op.index]: dims[0] for op, dims, label in self._divided if frozen[label].all()}
+        return {place: dim for place, dim in found.items() if place not in heads}
 
     def counts_heads(self, label: np.ndarray) -> bool:
         """Whether each of these labels stands for one head of an attention."""
@@ -170,7 +184,7 @@ class Flow:
 
     def divide(self, op: Op, varying: Sequence[int], label: np.ndarray) -> None:
         """A view split a dim into several that tell channels apart; `label` is of the last of them."""
-        self._divided.append((op, varying[-2], label))
+        self._divided.append((op, varying, label))
 
     def note_heads(self, label: np.ndarray, op: Op) -> None:
         """Each of these labels stands for one head of an attention.

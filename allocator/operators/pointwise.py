@@ -63,12 +63,12 @@ def pointwise(flow: Flow, op: Op) -> None:
 
 
 def _note_join(flow: Flow, op: Op, dim: int, present: list[tuple[int, Label]]) -> None:
-    """A sum or product of two activations whose labels differ is where branches meet; the same channels are no two."""
+    """A sum or product of two activations whose labels differ is where branches meet."""
     kind = _JOINS.get(op.name.rstrip("_"))
     labelled = [(i, label) for i, label in present if label is not None and i in flow.active]
     if kind is None or len(labelled) < 2:
         return
     first, second = labelled[0][1], labelled[1][1]
-    if np.array_equal(first, second):
+    if kind == "product" and np.array_equal(first, second):
         return
     flow.join(kind, op, dim, [i for i, _ in labelled])

@@ -115,20 +115,20 @@ def unflatten(flow: Flow, op: Op, label: np.ndarray, sizes: Sequence[int], outs:
     grid = label.reshape(sizes)
     varying = [d for d, n in enumerate(sizes) if n > 1 and not _constant(grid, d)]
     result: list[Label] = [None] * len(sizes)
-    heads = flow.heads_at(op)
+    heads, channels = flow.heads_at(op), flow.channels_at(op)
     if len(label) == 1:
         varying = [len(sizes) - 1]
     if not varying:
         flow.freeze(label, op, "a view leaves no dim for these neurons")
         return result
-    keep = outs.index(heads) if heads in outs else varying[-1]
+    keep = next((outs.index(dim) for dim in (heads, channels) if dim in outs), varying[-1])
     first = tuple(slice(None) if d == keep else slice(0, 1) for d in range(len(sizes)))
     kept = grid[first].reshape(-1)
     if varying != [keep]:
         flow.tie(grid, grid[first], op)
     if heads in outs:
         flow.note_heads(kept, op)
-    elif len(varying) > 1:
+    elif len(varying) > 1 and channels not in outs:
         flow.divide(op, [outs[d] for d in varying], kept)
     result[keep] = kept
     return result
