@@ -114,7 +114,7 @@ def _converter(mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.T
     if mode == "fake":
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         stack.enter_context(fake)
-        return lambda _, t: fake.from_tensor(t.detach())
+        return lambda _, t: fake.from_tensor(t.data)  # `detach` would share its count of writes
     return lambda _, t: t.detach().clone()
 
 
