@@ -1,4 +1,4 @@
-"""What an allocation leaves behind: nothing in the caller's model, its classes, its files, its process or its threads."""
+"""What an allocation leaves behind: nothing in the caller's model, its classes, its process or its threads."""
 
 from __future__ import annotations
 
@@ -178,13 +178,17 @@ def test_a_forward_that_writes_into_weights(write: Callable[[Any], None], by_val
 
 def test_hooks_and_closures_that_hold_the_model_hold_the_copy() -> None:
     class Counting(nn.Module):
+        one: Any
+        closure: Any
+        bound: Any
+
         def __init__(self) -> None:
             super().__init__()
             for name, part in parts().items():
                 setattr(self, name, part)
             for name in ("closure", "default", "bound", "partial", "weak"):
                 self.register_buffer(name, torch.zeros(()))
-            own = weakref.ref(self)
+            own: Any = weakref.ref(self)
             self.one.register_forward_hook(lambda *_: self.closure.add_(1) and None)
             self.one.register_forward_hook(lambda m, i, o, own=self: own.default.add_(1) and None)
             self.one.register_forward_hook(self.count)
