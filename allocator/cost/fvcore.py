@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from allocator.errors import TraceError
-from allocator.isolation import undisturbed
 from allocator.modules import set_training, skeleton
 from allocator.tracing.inputs import Inputs
+from allocator.tracing.isolation import undisturbed
 from allocator.tracing.record import tensors_in
 
 # Convolutions and linear layers, as fvcore calls them.
