@@ -1,7 +1,8 @@
 """Photographs that packages ship, cut into crops, in two parts that share no picture.
 
 `pip install --no-deps scikit-image foolbox` brings theirs beside scikit-learn's two. Debian's mate-backgrounds and
-lomiri-wallpapers-16.04 and -20.04 hold 31 more; where these are unpacked, `--pictures /usr/share/backgrounds` finds them.
+lomiri-wallpapers-16.04 and -20.04 hold 31 more; where these are installed, `--pictures /usr/share/backgrounds` finds
+them.
 """
 
 from __future__ import annotations
