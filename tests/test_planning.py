@@ -339,9 +339,10 @@ def test_a_plan_says_how_it_was_made(graph: ChannelGraph, scores: Scores) -> Non
     plan = make_plan(graph, scores, budgets, policy="global", scope="inner")
     assert (plan.scope, plan.policy, plan.criterion) == ("inner", "global", "bn_scale")
     assert plan.kept[channel_units(graph, "stem")].all()
-    params = graph.metric("params")
-    more = [params.value(plan.kept | (np.arange(graph.size) == unit)) for unit in np.flatnonzero(~plan.kept)]
-    assert plan.next_cost == min(more) - params.value(plan.kept)
+    for name in ("params", "flops"):
+        metric = graph.metric(name)
+        more = [metric.value(plan.kept | (np.arange(graph.size) == unit)) for unit in np.flatnonzero(~plan.kept)]
+        assert plan.next_costs[name] == min(more) - metric.value(plan.kept)
 
 
 # ---------------------------------------------------------------------------------------------- what errors say

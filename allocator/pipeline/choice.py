@@ -57,10 +57,11 @@ def choose(
     Raises:
         BudgetError, NothingToAllocateError: as for `allocator.allocate`.
     """
+    if scores is not None:
+        scores.by_slot(graph)  # that there is one per neuron
     if gone is None and budgets.met(graph.everything):
         return _keep_everything(graph, budgets, settings)
     scores = score(graph, settings.criterion) if scores is None else scores
-    scores.by_slot(graph)  # that there is one per neuron
     attempt = _attempt(graph, settings, scores, gone)
     try:
         return attempt(budgets)
@@ -75,7 +76,7 @@ def _keep_everything(graph: ChannelGraph, budgets: Budgets, settings: Settings) 
         f"{first.metric.show(first.metric.whole)}: nothing is dropped",
         BudgetNotBindingWarning,
     )
-    return fit(graph, lambda _: Plan(graph.everything, budgets, "none", settings.policy, "none", None))
+    return fit(graph, lambda _: Plan(graph.everything, budgets, "none", settings.policy, "none", {}))
 
 
 def _attempt(

@@ -14,7 +14,7 @@ from allocator.planning.multiples import to_multiples
 from allocator.planning.optimality import Optimality, optimality
 from allocator.planning.policies.registry import find_policy
 from allocator.planning.problem import Problem, Widths, forced_neurons, free_neurons
-from allocator.planning.search import next_cost
+from allocator.planning.search import next_costs
 from allocator.scoring.registry import CRITERIA
 from allocator.scoring.scores import Scores
 from allocator.settings import CHOICES, DEFAULTS, check_choice
@@ -33,7 +33,7 @@ class Plan:
         scope: the scope it was made in.
         policy: who competed with whom.
         criterion: what ranked the neurons.
-        next_cost: what the cheapest further neuron costs of the first budget, or None if all are kept.
+        next_costs: by metric of the budgets, what the cheapest neuron costs that could be added; nothing if none could.
         problem: what it answers; None where the budgets leave nothing to choose.
     """
 
@@ -42,7 +42,7 @@ class Plan:
     scope: str
     policy: str
     criterion: str
-    next_cost: int | None
+    next_costs: dict[str, int]
     problem: Problem | None = None
 
     def optimality(self) -> Optimality | None:
@@ -99,7 +99,7 @@ def make_plan(
             continue
         problem = Problem(graph, scores, forced, budgets, fill, widths, None if gone is None else _units(graph, gone))
         kept = to_multiples(problem, _checked(policy, choose(problem), problem))
-        plan = Plan(kept, budgets, name, policy, scores.criterion, next_cost(problem, kept), problem)
+        plan = Plan(kept, budgets, name, policy, scores.criterion, next_costs(problem, kept), problem)
         if budgets.used(kept) >= CLOSE or not fill:
             return plan
         coarse = coarse or plan

@@ -58,11 +58,11 @@ def fill(problem: Problem, order: np.ndarray, kept: np.ndarray) -> np.ndarray:
             left = [rest - cost for cost, rest in zip(costs, left, strict=True)]
 
 
-def next_cost(problem: Problem, kept: np.ndarray) -> int | None:
-    """What the cheapest further neuron costs of the first budget; None if all are kept."""
-    metric = problem.budgets.first.metric
-    dropped = np.flatnonzero(~kept)
-    if not len(dropped):
-        return None
-    cheapest = int(dropped[np.argmin(metric.added_each(kept)[dropped])])
-    return metric.added(kept, cheapest)
+def next_costs(problem: Problem, kept: np.ndarray) -> dict[str, int]:
+    """By metric of the budgets, what the cheapest further neuron costs; nothing where none may be added."""
+    dropped = np.flatnonzero(~kept & problem.open)
+    costs = {}
+    for budget in problem.budgets.each if len(dropped) else ():
+        cheapest = int(dropped[np.argmin(budget.metric.added_each(kept)[dropped])])
+        costs[budget.metric.name] = budget.metric.added(kept, cheapest)
+    return costs
