@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 import allocator.planning.policies  # noqa: F401  (fills the table of policies)
-from allocator.cost.budget import Budget, Budgets
-from allocator.errors import BudgetError, NothingToAllocateError, PolicyError
+from allocator.cost.budget import Budgets
+from allocator.errors import NothingToAllocateError, PolicyError
 from allocator.graph.channel_graph import ALL, SCOPES, ChannelGraph
 from allocator.planning.multiples import to_multiples
 from allocator.planning.optimality import Optimality, optimality
 from allocator.planning.policies.registry import find_policy
 from allocator.planning.problem import Problem, Widths, forced_neurons, free_neurons
 from allocator.planning.search import next_costs
+from allocator.planning.unmet import unmet
 from allocator.scoring.registry import CRITERIA
 from allocator.scoring.scores import Scores
 from allocator.settings import CHOICES, DEFAULTS, check_choice
@@ -98,7 +99,7 @@ def make_plan(
         if not budgets.met(forced):
             continue
         problem = Problem(graph, scores, forced, budgets, fill, widths, None if gone is None else _units(graph, gone))
-        kept = to_multiples(problem, _checked(policy, choose(problem), problem))
+        kept = to_multiples(problem, _checked(policy, choose(problem), problem), scope)
         plan = Plan(kept, budgets, name, policy, scores.criterion, next_costs(problem, kept), problem)
         if budgets.used(kept) >= CLOSE or not fill:
             return plan
@@ -108,8 +109,8 @@ def make_plan(
     if not least:
         raise nothing(graph, scores, scope)
     nearest = min(least, key=budgets.used)
-    exceeded = budgets.unmet(nearest)[0]
-    raise unmet(exceeded, scope, exceeded.metric.value(nearest))
+    exceeded = budgets.unmet(nearest)
+    raise unmet(exceeded, scope, widths, [budget.metric.value(nearest) for budget in exceeded])
 
 
 def _units(graph: ChannelGraph, slots: np.ndarray) -> np.ndarray:
@@ -145,17 +146,6 @@ def _checked(policy: str, kept: np.ndarray, problem: Problem) -> np.ndarray:
             "neurons while problem.budgets.met(kept)"
         )
     return kept
-
-
-def unmet(budget: Budget, scope: str, reachable: int) -> BudgetError:
-    """The error for a budget that cannot be met, with the smallest figure that can."""
-    metric, whole = budget.metric, budget.metric.whole
-    return BudgetError(
-        f"{metric.show(budget.limit)} cannot be met with scope={scope!r}: the smallest that can be reached is "
-        f"{metric.show(reachable)}, {100 * reachable / whole:.1f}% of the model's {metric.show(whole)}",
-        asked=budget.limit,
-        reachable=reachable,
-    )
 
 
 def nothing(graph: ChannelGraph, scores: Scores, scope: str) -> NothingToAllocateError:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from allocator.clock import Progress, bar
-from allocator.errors import DataError
+from allocator.errors import CriterionError, DataError, first_line
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import set_training, skeleton, tensor_names
 from allocator.scoring import ranks
@@ -113,6 +113,7 @@ def collect(
 
     Raises:
         DataError: the data are empty, do not fit the model, or the loss is not a finite scalar; or so on another rank.
+        CriterionError: the gradient cannot be taken.
     """
     if not graph.size:
         return Statistics()
@@ -132,7 +133,7 @@ def _own_share(
     with bar("looking at the data", progress) as advance:
         for batch in batches(data, graph.model, graph.inputs):
             for chunk in batch.chunks(CHUNK):
-                _look(shadow, chunk, loss, _noise(chunk, seed), gradients, reader)
+                _look(shadow, chunk, loss, seed, gradients, reader)
                 found.samples += chunk.size
                 advance(f"{found.samples} samples")
             if gradients is not None and len(gradients.read) >= most:
@@ -175,7 +176,9 @@ def with_gradients(
         with bar("looking at the data", progress) as advance, torch.enable_grad():
             for batch in batches(data, graph.model, graph.inputs):
                 for chunk in batch.chunks(CHUNK):
-                    _backward(loss_of(_forward(shadow, chunk), chunk, loss, _noise(chunk, seed)))
+                    value = loss_of(_forward(shadow, chunk), chunk, loss, _noise(chunk, seed))
+                    _check_gradient(value)
+                    _backward(value)
                 advance("gradients")
 
     ranks.gathered(look)
@@ -187,12 +190,22 @@ def with_gradients(
     return shadow
 
 
-def _backward(loss: torch.Tensor) -> None:
+def _check_gradient(loss: torch.Tensor) -> None:
     if not loss.requires_grad:
         raise DataError(
-            "the loss has no gradient: the model's output does not depend on its weights, or was detached from them"
+            "the loss has no gradient: the model's output, or the loss, was detached from the weights (.detach(), "
+            ".data, torch.no_grad()), or does not depend on them"
         )
-    loss.backward()
+
+
+def _backward(loss: torch.Tensor) -> None:
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        raise CriterionError(
+            f"the gradient of the loss could not be taken: {first_line(error)}; a criterion of weights alone, such as "
+            "group_norm, needs none"
+        ) from error
 
 
 def _shared(_: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -207,7 +220,7 @@ def _look(
     shadow: nn.Module,
     batch: Batch,
     loss: Loss | None,
-    generator: torch.Generator,
+    seed: int,
     gradients: _Gradients | None,
     reader: _Readers | None,
 ) -> None:
@@ -219,7 +232,22 @@ def _look(
         output = _forward(shadow, batch)
     if gradients is not None:
         with torch.enable_grad():
-            gradients.add(loss_of(output, batch, loss, generator))
+            value = loss_of(output, batch, loss, _noise(batch, seed))
+        if not value.requires_grad:  # of none of the weights that hold neurons, which no call may read
+            _check_that_any_weight_counts(shadow, batch, loss, seed)
+        gradients.add(value)
+
+
+def _check_that_any_weight_counts(shadow: nn.Module, batch: Batch, loss: Loss | None, seed: int) -> None:
+    """Raise DataError where the loss has no gradient by any weight, as of an output that was detached."""
+    frozen = [p for p in shadow.parameters() if not p.requires_grad and p.is_floating_point()]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    with torch.enable_grad():
+        value = loss_of(_forward(shadow, batch), batch, loss, _noise(batch, seed))
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    _check_gradient(value)
 
 
 def _forward(shadow: nn.Module, batch: Batch) -> Any:
@@ -275,9 +303,10 @@ class _Gradients:
             np.add.at(self._rows[1], units[~reads], along[~reads])
 
     def add(self, loss: torch.Tensor) -> None:
-        """One backward."""
+        """One backward; zeros where the loss depends on no weight that holds a neuron."""
         self._rows = self._empty()
-        _backward(loss)
+        if loss.requires_grad:
+            _backward(loss)
         read, written = self._rows
         if not (np.isfinite(read).all() and np.isfinite(written).all()):
             raise DataError("a gradient of the loss is not finite: check the data, and the model's weights")

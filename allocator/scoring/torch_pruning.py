@@ -6,6 +6,7 @@ this is known of our neurons, so that every importance of its, and every subclas
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -74,17 +75,17 @@ def importance_scores(graph: ChannelGraph, importance: Any, model: nn.Module) ->
     for units, places in _groups(graph).items():
         group = torch_pruning.dependency.Group()
         # Importances give one score per index of the first layer: all layers get as many for a neuron.
-        most = max((len(indices) for held in places.values() for indices in held), default=0)
+        times = math.lcm(*(len(own) for held in places.values() for own in held))
         for (path, dim), held in places.items():
             function = _pruning_function(torch_pruning.function, modules[path], dim)
             if function is None:
                 continue
-            indices = [own[turn % len(own)] for own in held for turn in range(most)]
+            indices = [own[turn % len(own)] for own in held for turn in range(times)]
             group.add_dep(_Dependency(modules[path], function), indices)
             group[len(group) - 1].root_idxs = list(range(len(indices)))
-        values = _call(importance, group, most * len(units)) if len(group) else None
+        values = _call(importance, group, times * len(units)) if len(group) else None
         if values is not None:
-            scores[list(units)] = values.reshape(len(units), most).mean(1)
+            scores[list(units)] = values.reshape(len(units), times).mean(1)
     return scores
 
 
