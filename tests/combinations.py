@@ -212,8 +212,9 @@ def check_costs(result: allocator.Result, x: Tensor, limits: dict[str, float], o
     found = counts(result.model, x)
     for name, limit in limits.items():
         said = result.allocation.costs[name]
-        if name == "peak_activations" and own[name] != said["before"]:  # variables hold tensors for longer
-            assert said["after"] <= limit
+        if name == "peak_activations":  # variables may hold tensors for longer than the trace sees
+            assert said["before"] <= own[name]
+            assert said["after"] <= min(found[name], limit)
             continue
         assert (said["before"], said["after"]) == (own[name], found[name]), name
         assert found[name] <= limit, f"{name}: {found[name]} where {limit} is allowed"
