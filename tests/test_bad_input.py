@@ -129,9 +129,9 @@ def test_equal_gammas_are_spread_evenly_over_the_branches(policy: str) -> None:
     model = Branches()
     said = r"all 64 scores of criterion 'bn_scale' are 1, so the ranking carries no information"
     results = []
+    options = {"criterion": "bn_scale", "policy": policy, "scope": "branches"}
     for _ in range(2):
         with untouched(model), pytest.warns(UninformativeScoresWarning, match=said):
-            options = {"criterion": "bn_scale", "policy": policy, "scope": "branches"}
             results.append(allocate(model, "50%", fill=False, **options))
     first, second = results
     assert first.allocation.kept == second.allocation.kept
@@ -159,10 +159,10 @@ def test_a_warning_names_the_callers_line() -> None:
 
 def test_equal_gammas_of_a_deep_model_are_spread_over_every_block() -> None:
     model = allocator.build("torchvision:googlenet", init_weights=False)
+    graph = allocator.trace(model)
     with pytest.warns(UninformativeScoresWarning, match="carries no information"):
-        graph = allocator.trace(model)
         scores = allocator.score(graph, "bn_scale")
-        plan = allocator.plan(graph, scores, flops="60%", policy="per_block", scope="branches", fill=False)
+    plan = allocator.plan(graph, scores, flops="60%", policy="per_block", scope="branches", fill=False)
     shares = [
         row["after"] / row["before"]
         for block in plan.blocks

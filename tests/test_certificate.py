@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import allocator
-from allocator import Allocation, Certificate, CertificateError, Result, UninformativeScoresWarning
+from allocator import Allocation, Certificate, CertificateError, Result
 from allocator.rewriting.materialise import materialise
 from allocator.verifying.certificate import MEASURABLE, TOLERANCE
 

@@ -165,7 +165,7 @@ def test_it_is_right_or_stays_and_is_named(kind: str) -> None:
     torch.manual_seed(0)
     model = trained(Around(make()))
     with untouched(model):
-        options = {"scope": "all", "criterion": "magnitude", "policy": "per_block"}
+        options: dict[str, Any] = {"scope": "all", "criterion": "magnitude", "policy": "per_block"}
     result = allocator.allocate(model, "60%", example_inputs=IMAGE, **options)
     small: Any = result.model
     assert result.certificate.ok
@@ -207,7 +207,7 @@ def _same_as_zeroed(model: Any, result: allocator.Result) -> None:
 def test_two_widths_of_a_bottleneck_in_einsum_are_one() -> None:
     torch.manual_seed(0)
     model = trained(Around(Einsum()))
-    options = {"scope": "all", "criterion": "magnitude", "policy": "per_block"}
+    options: dict[str, Any] = {"scope": "all", "criterion": "magnitude", "policy": "per_block"}
     result = allocator.allocate(model, "60%", example_inputs=IMAGE, **options)
     down, up = (result.model.get_parameter(f"middle.{name}") for name in ("down", "up"))
     assert down.shape[1] == up.shape[1] < 12

@@ -77,8 +77,9 @@ class Scores:
     def __post_init__(self) -> None:
         values = as_array(self.values, f"the scores of {self.criterion!r}")
         if np.isinf(values).any():
+            count = int(np.isinf(values).sum())
             raise CriterionError(
-                f"the scores of {self.criterion!r} are infinite in {int(np.isinf(values).sum())} of {values.size} places: "
+                f"the scores of {self.criterion!r} are infinite in {count} of {values.size} places: "
                 "pass finite numbers, and NaN for what must stay"
             )
         object.__setattr__(self, "values", values)
