@@ -139,7 +139,7 @@ def test_costs_without_flops() -> None:
 
 
 BLOCK: dict[str, Any] = {"name": "a", "kind": "concat"}
-DEEP: Any = functools.reduce(lambda inner, _: [inner], range(40), 0.5)
+DEEP: Any = functools.reduce(lambda inner, _: [inner], range(40), list[Any]([0.5]))
 
 
 @pytest.mark.parametrize(

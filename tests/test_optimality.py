@@ -1,4 +1,4 @@
-"""How near a plan comes to the best: shares of importance, the bound beside them, and what is said where none is known."""
+"""How near a plan comes to the best: shares of importance, the bound beside them, and what is said without one."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_everything_is_kept_where_nothing_has_to_go() -> None:
     graph = allocator.trace(Joined(), IMAGE)
     wide = problem(graph, 1.0, seed=0)
     found = optimality(wide, graph.everything)
-    assert found == Optimality(pytest.approx(1.0), pytest.approx(1.0))
-    assert found.gap == pytest.approx(0.0)
+    assert found is not None
+    assert (found.importance, found.bound, found.gap) == pytest.approx((1.0, 1.0, 0.0))
 
 
 def test_where_no_bound_is_known_that_is_said(asked: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
