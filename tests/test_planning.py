@@ -413,7 +413,10 @@ def test_nothing_to_remove_says_why(graph: ChannelGraph, scores: Scores) -> None
     [
         ({"policy": "per_blok"}, rf"^no policy 'per_blok'; did you mean 'per_block'\? \({POLICY_NAMES}\)$"),
         ({"policy": "best"}, rf"^no policy 'best' \({POLICY_NAMES}\)$"),
-        ({"scope": "branch"}, r"^no scope 'branch' \(there are auto, branches, inner, all, narrowest\)$"),
+        (
+            {"scope": "branch"},
+            r"^no scope 'branch'; did you mean 'branches'\? \(there are auto, branches, inner, all, narrowest\)$",
+        ),
     ],
 )
 def test_names_that_there_are_not(graph: ChannelGraph, scores: Scores, options: dict[str, str], said: str) -> None:

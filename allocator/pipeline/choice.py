@@ -88,16 +88,19 @@ def _attempt(
     def planner(current: ChannelGraph, budgets: Budgets) -> Plan:
         current.speed = graph.speed
         # A repair may have changed what a neuron is: the scores are projected again, and costs are counted again.
-        return make_plan(
-            current,
-            scores.on(graph, current),
-            budgets.on({name: current.metric(name) for name in budgets.names}),
-            policy=settings.policy,
-            scope=settings.scope,
-            fill=settings.fill,
-            widths=Widths(settings.at_least, settings.multiple),
-            gone=gone,
-        )
+        try:
+            return make_plan(
+                current,
+                scores.on(graph, current),
+                budgets.on({name: current.metric(name) for name in budgets.names}),
+                policy=settings.policy,
+                scope=settings.scope,
+                fill=settings.fill,
+                widths=Widths(settings.at_least, settings.multiple),
+                gone=gone,
+            )
+        except BudgetError as error:
+            raise error.because(current.why()) from None
 
     return lambda budgets: fit(graph, lambda current: planner(current, budgets))
 
@@ -119,4 +122,4 @@ def _what_can_be_met(
 
     figure = smallest_reachable(error, landing, first.limit, first.metric.whole)
     widths = Widths(settings.at_least, settings.multiple)
-    return error if figure is None else unmet([first], settings.scope, widths, [figure])
+    return error if figure is None else unmet([first], settings.scope, widths, [figure]).because(error.reasons)

@@ -150,7 +150,7 @@ def _checked(policy: str, kept: np.ndarray, problem: Problem) -> np.ndarray:
 
 def nothing(graph: ChannelGraph, scores: Scores, scope: str) -> NothingToAllocateError:
     """The error for a model of which nothing can go, with the reasons."""
-    reasons = [f"{reason} ({count} channels)" for reason, count in graph.reasons()]
+    reasons = graph.why()
     unscored = int(np.isnan(scores.values).sum())
     if unscored:
         reasons.insert(0, f"{unscored} neurons have no score under criterion {scores.criterion!r}")

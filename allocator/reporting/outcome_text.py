@@ -12,6 +12,7 @@ from rich.text import Text
 from allocator.reporting.facts import SHARED, BlockChange, BranchChange, Limited, Outcome
 from allocator.reporting.terminal import bar, heading, table_without_lines
 from allocator.reporting.words import change, cost_of, counted, printable, share_of, size
+from allocator.scoring.registry import CRITERIA
 
 _RESIDUAL = ("sum", "product")
 _MOST_MODULES = 4
@@ -46,8 +47,7 @@ class OutcomeText:
         how = f"policy {outcome.policy}, criterion {outcome.criterion}, scope {outcome.scope}"
         yield Text(f"{how}; one FLOP is one multiply-add, as fvcore counts")
         if outcome.optimality is not None:
-            hint = "; policy 'priced' keeps the most" if outcome.policy != "priced" else ""
-            yield Text(f"{outcome.optimality}{hint if outcome.optimality.gap else ''}")
+            yield Text(f"{outcome.optimality}{_about_gap(outcome) if outcome.optimality.gap else ''}")
         style = "green" if outcome.certificate.ok else "bold red"
         yield Text(f"certificate: {outcome.certificate}", style=style)
 
@@ -67,6 +67,16 @@ class OutcomeText:
         if self.outcome.scope == "branches" and block.kind in _RESIDUAL:
             return False
         return any(branch.is_changed for branch in block.branches)
+
+
+def _about_gap(outcome: Outcome) -> str:
+    """What a gap means: less than could be, or no more than another order of the same neurons."""
+    if outcome.policy == "priced":
+        return ""
+    declared = CRITERIA.get(outcome.criterion)
+    if declared is not None and not declared.additive:
+        return f"; {outcome.criterion} ranks neurons, and its sum is no loss"
+    return "; policy 'priced' keeps the most"
 
 
 def _asked(budget: Limited) -> str:

@@ -15,6 +15,7 @@ from allocator.errors import (
     UninformativeScoresWarning,
     UnknownNameError,
     did_you_mean,
+    none_of,
     warn,
 )
 from allocator.graph.channel_graph import ChannelGraph
@@ -101,9 +102,7 @@ def find_criterion(name: str) -> Criterion:
         UnknownNameError: no such criterion.
     """
     if name not in CRITERIA:
-        names = (AUTO, *CRITERIA)
-        near = did_you_mean(name, names, mark="'")
-        raise UnknownNameError(f"no criterion {name!r}{near and '; ' + near} (there are {', '.join(sorted(names))})")
+        raise UnknownNameError(none_of("criterion", name, sorted((AUTO, *CRITERIA))))
     return CRITERIA[name]
 
 
