@@ -13,6 +13,7 @@ from torch import nn
 from allocator.clock import Progress
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.io.files import load_allocation
+from allocator.isolation import as_usual
 from allocator.model_checks import check_model
 from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.iterate import Iterated, even_schedule, iterate_model
@@ -46,6 +47,7 @@ from allocator.verifying.certificate import Certificate, certify, names_and_shap
 from allocator.verifying.structure import find_mismatch
 
 
+@as_usual
 def allocate(
     model: nn.Module,
     flops: Limit = None,
@@ -132,6 +134,7 @@ def allocate(
     )
 
 
+@as_usual
 def trace(
     model: nn.Module,
     example_inputs: Any = None,
@@ -156,6 +159,7 @@ def trace(
     return trace_model(check_model(model), example_inputs, settings)
 
 
+@as_usual
 def score(
     graph: ChannelGraph,
     criterion: Any = DEFAULTS.criterion,
@@ -185,6 +189,7 @@ def score(
     return score_graph(graph, criterion, None if data is None else Data(data, loss, seed, progress))
 
 
+@as_usual
 def plan(
     graph: ChannelGraph,
     scores: Scores | None = None,
@@ -223,6 +228,7 @@ def plan(
     return choose(graph, budgets_of(graph, limits), settings, scores).allocation
 
 
+@as_usual
 def sweep(
     model: nn.Module,
     flops: Sequence[float | str] | None = None,
@@ -265,6 +271,7 @@ def sweep(
     )
 
 
+@as_usual
 def iterate(
     model: nn.Module,
     flops: Limit = None,
@@ -317,6 +324,7 @@ def iterate(
     )
 
 
+@as_usual
 def rewrite(model: nn.Module, allocation: Allocation, weights: Weights = "keep") -> nn.Module:
     """Copy `model` with only the neurons that the allocation keeps.
 
@@ -332,6 +340,7 @@ def rewrite(model: nn.Module, allocation: Allocation, weights: Weights = "keep")
     return rewrite_model(model, allocation, weights)
 
 
+@as_usual
 def apply(model: nn.Module, allocation: Allocation | str | Path, weights: Weights = "keep") -> nn.Module:
     """`rewrite` with an allocation that may also be the path of its file: `.json`, or a saved result.
 
@@ -346,6 +355,7 @@ def _allocation(allocation: Allocation | str | Path) -> Allocation:
     return allocation if isinstance(allocation, Allocation) else load_allocation(allocation)
 
 
+@as_usual
 def verify(
     model: nn.Module,
     small: nn.Module,

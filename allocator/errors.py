@@ -39,12 +39,21 @@ class BudgetError(AllocatorError, ValueError):
     Attributes:
         asked: the budget in its own unit, or None where it could not be read.
         reachable: the smallest that can be reached, or None where the budget could not be read.
+        reasons: why no less can be, one line per cause of what has to stay, most frequent first.
     """
 
     def __init__(self, message: str, *, asked: float | None = None, reachable: int | None = None):
         super().__init__(message)
         self.asked = asked
         self.reachable = reachable
+        self.reasons: list[str] = []
+
+    def because(self, reasons: Sequence[str]) -> BudgetError:
+        """The same error, which says why as well."""
+        said = f"{self}; what stays: {'; '.join(reasons[:3])}" if reasons and not self.reasons else str(self)
+        error = type(self)(said, asked=self.asked, reachable=self.reachable)
+        error.reasons = self.reasons or list(reasons)
+        return error
 
 
 class NothingToAllocateError(AllocatorError, ValueError):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import allocator
 from allocator import Allocation, Certificate, CertificateError, Result
 from allocator.rewriting.materialise import materialise
-from allocator.verifying.certificate import MEASURABLE, TOLERANCE
+from allocator.verifying.comparison import MEASURABLE, TOLERANCE
 
 
 class Shuffled(nn.Module):

@@ -41,8 +41,8 @@ class OutcomeText:
             f"({outcome.flops_after / outcome.flops_before:.1%})",
             style="bold",
         )
-        for i, budget in enumerate(outcome.budgets):
-            yield Text(_asked(budget, outcome.next_cost if i == 0 else None))
+        for budget in outcome.budgets:
+            yield Text(_asked(budget))
         yield Text(f"{outcome.parameters_before:,} parameters before, {outcome.parameters_after:,} after")
         how = f"policy {outcome.policy}, criterion {outcome.criterion}, scope {outcome.scope}"
         yield Text(f"{how}; one FLOP is one multiply-add, as fvcore counts")
@@ -79,12 +79,12 @@ def _about_gap(outcome: Outcome) -> str:
     return "; policy 'priced' keeps the most"
 
 
-def _asked(budget: Limited, next_cost: int | None) -> str:
+def _asked(budget: Limited) -> str:
     """What a budget asked for and how much of it is used."""
     used = budget.after / budget.asked
     line = f"asked {cost_of(budget.metric, budget.asked)}, achieved {used:.3%}"
-    if next_cost is not None and used < 1:
-        line += f" (the cheapest further neuron costs {next_cost:,})"
+    if budget.next_cost is not None and used < 1:
+        line += f" (the cheapest further neuron costs {budget.next_cost:,})"
     return line
 
 
