@@ -9,7 +9,7 @@ import copy
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ class Request:
     norms: Any
     fill: bool
 
-    def allocate(self, model: nn.Module, x: Tensor, limits: dict[str, float]) -> allocator.Result:
+    def allocate(self, model: nn.Module, x: Tensor, limits: Mapping[str, Any]) -> allocator.Result:
         """The request, at these budgets."""
 
         def traced() -> allocator.ChannelGraph:
@@ -107,7 +107,9 @@ class Request:
 
         criterion = OWN[self.criterion](model, traced) if self.criterion in OWN else self.criterion
         data = (images(x), _loss) if self.criterion in WITH_DATA else (None, None)
-        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("criterion", "budgets", "share")}
+        chosen = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("criterion", "budgets", "share")
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", allocator.AllocatorWarning)
             return allocator.allocate(
@@ -161,10 +163,11 @@ def check(model: nn.Module, x: Tensor, request: Request) -> str:
     try:
         result = request.allocate(model, x, limits)
     except allocator.NothingToAllocateError as error:
-        assert error.reasons
+        check_reasons(error.reasons)
         outcome = "nothing"
     except allocator.CriterionError as error:
-        assert cannot_rank(str(error)), error
+        if not cannot_rank(str(error)):
+            raise
         outcome = "nothing"
     except allocator.BudgetError as error:
         check_unmet(model, x, request, limits, own, error)
@@ -183,6 +186,12 @@ def check(model: nn.Module, x: Tensor, request: Request) -> str:
         check_error(model, result, request)
     before.require_same()
     return outcome
+
+
+def check_reasons(reasons: list[str]) -> None:
+    """It is said why nothing can go."""
+    assert reasons
+    assert all(reasons)
 
 
 def cannot_rank(said: str) -> bool:

@@ -24,7 +24,9 @@ from reference_set import REFERENCE_SET, randomised
 from torch import nn
 
 ROWS = covering()
-ON_REFERENCE_SET = [(name, i) for turn, name in enumerate(REFERENCE_SET) for i in range(turn, len(ROWS), len(REFERENCE_SET))]
+ON_REFERENCE_SET = [
+    (name, i) for turn, name in enumerate(REFERENCE_SET) for i in range(turn, len(ROWS), len(REFERENCE_SET))
+]
 """Every request on one of the networks, in turn; (name, index of the request)."""
 SIDES = {"torchvision:inception_v3": 96, "timm:inception_v4": 96}
 EXAMPLES = 3
