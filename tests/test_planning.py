@@ -290,7 +290,7 @@ def test_a_policy_that_keeps_what_is_gone_is_named() -> None:
             kept[np.flatnonzero(~problem.open)[0]] = True
         return kept
 
-    with pytest.raises(PolicyError, match=r"^policy 'mine' keeps 1 neurons that are gone: keep none but those in"):
+    with pytest.raises(PolicyError, match=r"^policy 'mine' keeps 1 neurons that are gone: keep only what problem"):
         allocator.sweep(trained(Nested()), ["80%", "60%"], example_inputs=IMAGE, policy="mine")
 
 

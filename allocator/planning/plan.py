@@ -141,7 +141,7 @@ def _checked(policy: str, kept: np.ndarray, problem: Problem) -> np.ndarray:
     closed = int((kept & ~problem.open).sum())
     if closed:
         raise PolicyError(
-            f"policy {policy!r} keeps {closed} neurons that are gone: keep none but those in problem.open"
+            f"policy {policy!r} keeps {closed} neurons that are gone: keep only what problem.open has"
         )
     exceeded = problem.budgets.unmet(kept)
     if exceeded:
