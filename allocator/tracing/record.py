@@ -280,8 +280,9 @@ class _Functions(TorchFunctionMode):
         call = Call(name, args, kwargs)
         self.recorder.calls.append(call)
         self.recorder.call = call
+        in_parts = FUNCTIONS[name].in_parts
         try:
-            out = func(*args, **kwargs)
+            out = (func if in_parts is None else in_parts)(*args, **kwargs)
         finally:
             self.recorder.call = None
         call.outputs = out
@@ -320,7 +321,7 @@ def _note_views(op: Op, values: list[Value]) -> None:
 
 
 def tensors_in(output: Any) -> list[torch.Tensor]:
-    """Tensors in a model's output, through containers, dataclasses and plain objects."""
+    """Tensors in a model's output, through containers, dataclasses and plain objects that are no state of its."""
     found: list[torch.Tensor] = []
     queue = [output]
     while queue:
@@ -331,6 +332,6 @@ def tensors_in(output: Any) -> list[torch.Tensor]:
             queue.extend(item.values())
         elif isinstance(item, (list, tuple, set)):
             queue.extend(item)
-        elif hasattr(item, "__dict__") and not isinstance(item, (nn.Module, type)):
+        elif hasattr(item, "__dict__") and not isinstance(item, (nn.Module, type)) and not adapters.is_state(item):
             queue.extend(vars(item).values())
     return found
