@@ -110,3 +110,6 @@ function("split", whole=False, callable=torch.split)  # takes one size or a list
 # Where numbers are equal but for rounding, what comes first hangs on the last bits.
 for _name in ("topk", "sort", "argsort", "argmax", "argmin", "nms"):
     function(_name, whole=False, orders=True)
+
+for _name in ("round", "floor", "ceil", "trunc", "sign"):
+    function(_name, whole=False, rounds=True)

@@ -114,7 +114,7 @@ def _converter(mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.T
     if mode == "fake":
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         stack.enter_context(fake)
-        return lambda _, t: fake.from_tensor(t.detach())
+        return lambda _, t: fake.from_tensor(t.data)  # `detach` would share its count of writes
     return lambda _, t: t.detach().clone()
 
 
@@ -274,7 +274,8 @@ class _Functions(TorchFunctionMode):
         if name is None or self.recorder.call is not None:
             out = func(*args, **kwargs)
             if func in _WRITTEN_DOWN:
-                numbers = [leaf for leaf in tree_flatten((args, kwargs))[0] if type(leaf) in _LITERALS]
+                leaves = [getattr(leaf, "tolist", lambda leaf=leaf: leaf)() for leaf in _given(args, kwargs)]
+                numbers = [leaf for leaf in tree_flatten(leaves)[0] if type(leaf) in _LITERALS]
                 self.recorder.literals[id(out)] = out, tuple(numbers)  # held, so that no other tensor has its id
             return out
         call = Call(name, args, kwargs)
@@ -287,6 +288,11 @@ class _Functions(TorchFunctionMode):
             self.recorder.call = None
         call.outputs = out
         return out
+
+
+def _given(args: Any, kwargs: Any) -> list[Any]:
+    """Numbers, words and arrays of numpy's that a call was given, no tensors."""
+    return [leaf for leaf in tree_flatten((args, kwargs))[0] if not isinstance(leaf, torch.Tensor)]
 
 
 @functools.lru_cache(maxsize=1024)
