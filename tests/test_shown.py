@@ -109,7 +109,9 @@ def test_outputs_that_are_zero_by_nature_raise_no_false_alarm(output: Callable[[
     "output", [lambda y: y * 0, lambda y: torch.full_like(y, torch.nan), lambda y: y.sign().abs() + 1]
 )
 def test_outputs_that_show_nothing_are_refused_as_such(output: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(CertificateError, match=r"was not shown to be .*: NOT SHOWN: .*; pass example_inputs .*certify="):
+    with pytest.raises(
+        CertificateError, match=r"was not shown to be .*: NOT SHOWN: .*; pass example_inputs .*certify="
+    ):
         allocate(lambda m, x: output(forward(m, x)))
 
 
