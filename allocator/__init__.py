@@ -51,8 +51,12 @@ from allocator.io.results import load_result as load
 from allocator.io.results import save_result as save
 from allocator.pipeline.iterate import Iterated
 from allocator.pipeline.sweep import Sweep
+from allocator.planning.policies.ordered import ordered
+from allocator.planning.policies.registry import policy
+from allocator.planning.problem import Problem
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
+from allocator.scoring.calibration import Statistics
 from allocator.scoring.registry import criterion
 from allocator.scoring.scores import Scores
 from allocator.verifying.certificate import Certificate
@@ -84,9 +88,11 @@ __all__ = [
     "Neuron",
     "NothingToAllocateError",
     "PolicyError",
+    "Problem",
     "Result",
     "RewriteError",
     "Scores",
+    "Statistics",
     "Sweep",
     "TraceError",
     "UninformativeScoresWarning",
@@ -104,7 +110,9 @@ __all__ = [
     "latency",
     "load",
     "load_model",
+    "ordered",
     "plan",
+    "policy",
     "rewrite",
     "save",
     "save_model",

@@ -177,6 +177,13 @@ def did_you_mean(name: str, known: Iterable[str], *, most: int = 1, cutoff: floa
     return f"did you mean {' or '.join(f'{mark}{each}{mark}' for each in near)}?" if near else ""
 
 
+def none_of(kind: str, name: str, known: Iterable[str]) -> str:
+    """The message for a word that is none of a few: the one that is near, and all that there are."""
+    names = list(known)
+    near = did_you_mean(name, names, mark="'") if isinstance(name, str) else ""
+    return f"no {kind} {name!r}{near and '; ' + near} (there are {', '.join(names)})"
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that is not there: near ones, or all where there are few."""
     names = list(known)

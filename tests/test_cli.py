@@ -20,7 +20,7 @@ from allocator.cli import main
 from allocator.cli.arguments import parse_budget, parse_setting, parse_size
 from allocator.io.files import load_allocation, load_model, save_model
 
-COMMANDS = ("report", "allocate", "apply", "verify", "compare", "export", "recipes", "train")
+COMMANDS = ("report", "allocate", "apply", "verify", "compare", "export", "recipes", "sweep", "train")
 NET = """
 import torch
 from torch import nn
@@ -99,6 +99,21 @@ def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert f"example:\n  allocator-cli {command}" in shown
     assert "--json" in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("allocate", "--data --loss --params --activations --latency --multiple --at-least --exclude --same"),
+        ("report", "--data --include --multiple --criterion --policy"),
+        ("sweep", "--data --plot --csv --params --peak-activations --allocations --policy --at-least"),
+    ],
+)
+def test_examples_show_the_flags(command: str, flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    examples = capsys.readouterr().out.partition("example:\n")[2]
+    assert [flag for flag in flags.split() if f"{flag} " not in examples] == []
 
 
 def test_the_main_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,7 @@ def planner(drop: Drop) -> Callable[[ChannelGraph], Plan]:
                 if unit >= 0:
                     kept[unit] = False
         metric = graph.metric("flops")
-        return Plan(kept, Budgets([Budget(metric, metric.whole)]), "all", "", "", None)
+        return Plan(kept, Budgets([Budget(metric, metric.whole)]), "all", "", "", {})
 
     return plan
 

@@ -112,6 +112,21 @@ def parse_limit(name: str, asked: float | str, metric: Metric) -> float:
     return value
 
 
+def check_limit(name: str, asked: float | str) -> None:
+    """That a budget can be read, before there is a model to hold it against.
+
+    Raises:
+        BudgetError: not a number, zero, negative, NaN or infinite.
+    """
+    try:
+        value = _number(asked, 1, name == "latency")
+    except (TypeError, ValueError, OverflowError):
+        example = _EXAMPLES.get(name, "5e6 or '5M'")
+        raise BudgetError(f"{name}={asked!r} is not a number such as {example}, or a share such as '60%'") from None
+    if not math.isfinite(value) or value <= 0:
+        raise BudgetError(f"{name}={asked!r} must be positive and finite")
+
+
 def _number(asked: float | str, whole: int, is_time: bool) -> float:
     if not isinstance(asked, str):
         return float(asked) * (1e9 if is_time else 1.0)

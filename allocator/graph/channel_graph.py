@@ -16,7 +16,7 @@ from allocator.cost.metric import Metric
 from allocator.cost.peak import PeakMetric, live_terms
 from allocator.cost.size import activation_terms, parameter_terms
 from allocator.cost.speed import LatencyMetric, Speed, speed_terms
-from allocator.errors import UnknownNameError
+from allocator.errors import UnknownNameError, none_of
 from allocator.flow.facts import Facts
 from allocator.flow.flow import Flow, Join
 from allocator.flow.follow import value_dependent
@@ -153,8 +153,10 @@ class ChannelGraph:
         elif name == "latency" and self.speed is not None:
             terms = speed_terms(self.flow, self.metric("flops").terms, self.speed)
             return LatencyMetric(name, METRICS[name], terms, self.unit_of_slot, self.size)
+        elif name == "latency":
+            raise UnknownNameError("latency is not known before it is measured, as allocate(model, latency=...) does")
         else:
-            raise UnknownNameError(f"no metric {name!r} (there are {', '.join(METRICS)})")
+            raise UnknownNameError(none_of("metric", name, METRICS))
         return Metric(name, METRICS[name], terms, self.unit_of_slot, self.size)
 
     @cached_property
