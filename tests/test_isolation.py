@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import random
 import threading
 import weakref
@@ -319,3 +320,13 @@ def test_fake_weights_are_refused() -> None:
         model = net(forward, **parts())
     with pytest.raises(UnsupportedModelError, match="is a fake tensor and has no values: build the model outside"):
         allocate(model)
+
+
+def test_what_fvcore_logs_of_other_counts_is_still_logged(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("fvcore.nn.jit_analysis")
+    level = logger.level
+    allocate(net(lambda m, x: forward(m, x).softmax(1), **parts()))
+    assert not [record for record in caplog.records if record.name == logger.name]
+    logger.warning("of somebody else's")
+    assert logger.level == level
+    assert [record.message for record in caplog.records if record.name == logger.name] == ["of somebody else's"]
