@@ -1,0 +1,159 @@
+"""From the first layer to the last, each refitted to give what the original's gives, from what it now reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from allocator.clock import Progress, bar
+from allocator.errors import DataError
+from allocator.modules import tensor_names
+from allocator.recovering.moments import Moments
+from allocator.recovering.readers import Reader
+from allocator.recovering.record import Layer
+from allocator.recovering.ridge import refit
+from allocator.recovering.rows import Layout, positions_of, read, written
+from allocator.recovering.samples import Samples, size_of
+from allocator.recovering.walk import Stop, Walk
+from allocator.tracing.inputs import Inputs
+
+ROWS = 16384
+"""Rows per layer that are looked at, where there are so many; more where a layer has many unknowns."""
+ROWS_PER_UNKNOWN = 4
+
+
+@dataclass
+class Pair:
+    """The same inputs on their way through the original and the smaller network."""
+
+    original: Walk
+    small: Walk
+    inputs: Inputs
+    held: bool
+
+
+def fit(
+    model: nn.Module,
+    small: nn.Module,
+    stays: np.ndarray,
+    readers: dict[str, Reader],
+    samples: Samples,
+    *,
+    weights: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Layer]:
+    """Refit `small` in place.
+
+    Args:
+        model: the original, in eval mode.
+        small: what is left of it, in eval mode.
+        stays: (slots,) bool, which of the original's it has.
+        readers: the layers, by their weights.
+        samples: inputs.
+        weights: refit these, not the offsets alone.
+        seed: of the positions that are looked at.
+        progress: called with how far it is.
+
+    Raises:
+        DataError: the networks do not take the inputs, or take another way for some of them.
+    """
+    layers = []
+    generator = torch.Generator().manual_seed(seed)
+    with ExitStack() as stack, bar("refitting", progress, len(readers)) as advance:
+        pairs = []
+        for held, parts in ((False, samples.seen), (True, samples.held)):
+            for inputs in parts:
+                walks = [Walk(each, inputs, readers, after=each is model) for each in (model, small)]
+                for walk in walks:
+                    stack.callback(walk.close)
+                pairs.append(Pair(walks[0], walks[1], inputs, held))
+        layer = _Fitting(small, stays, weights, generator)
+        while True:
+            stops = [(pair, pair.original.advance(), pair.small.advance()) for pair in pairs]
+            names = {None if stop is None else stop.weight for _, *both in stops for stop in both}
+            if names == {None}:
+                return layers
+            if len(names) > 1:
+                said = ", ".join(sorted(str(name or "the end") for name in names))
+                raise DataError(f"the forward takes another path for some inputs ({said}): nothing can be lined up")
+            reader = readers[names.pop() or ""]
+            layers.append(layer.fit(reader, [(p, a, b) for p, a, b in stops if a is not None and b is not None]))
+            advance(reader.weight)
+
+
+class _Fitting:
+    """The refit of one layer after the other."""
+
+    def __init__(self, small: nn.Module, stays: np.ndarray, weights: bool, generator: torch.Generator) -> None:
+        self.tensors = tensor_names(small)
+        self.stays, self.weights, self.generator = stays, weights, generator
+
+    def fit(self, reader: Reader, stops: Sequence[tuple[Pair, Stop, Stop]]) -> Layer:
+        """Refit a layer that all forwards wait at."""
+        parameter = self.tensors[reader.weight]
+        layout = Layout.of(stops[0][2], parameter)
+        start = self._start(reader, layout)
+        sums = self._moments(reader, stops, layout, start.shape[2] - 1)
+        if sums is None:
+            return Layer(reader.weight, None, None, note="it gives another number of rows than the original's")
+        found = refit(*sums, start, offset=reader.offset is not None, weights=self.weights)
+        if found.solution is not None:
+            self._write(reader, layout, found.solution)
+        rows, unknowns = int(sums[0].rows), start.shape[2] - 1
+        few = f"{rows} rows for {unknowns} unknowns" if self.weights and rows < unknowns else ""
+        strength = found.strength if math.isfinite(found.strength) and found.step else None
+        return Layer(reader.weight, found.before, found.after, rows, strength, found.step, few)
+
+    def _moments(
+        self, reader: Reader, stops: Sequence[tuple[Pair, Stop, Stop]], layout: Layout, unknowns: int
+    ) -> tuple[Moments, Moments] | None:
+        """Of the rows to fit, and of those held back."""
+        sums: dict[bool, Moments] = {}
+        inputs = sum(size_of(pair.inputs) for pair, _, _ in stops)
+        most = max(ROWS, ROWS_PER_UNKNOWN * unknowns)
+        for pair, original, small in stops:
+            assert original.result is not None
+            windowed = small.operator.declared.window is not None
+            share = most * size_of(pair.inputs) // inputs
+            each = max(share // (small.x.shape[0] if windowed else 1), 1)
+            positions = positions_of(original.result, windowed, each, self.generator)
+            if not windowed and small.x.shape[0] != original.x.shape[0]:
+                return None
+            x = read(small, positions, original.result.shape)
+            y = written(original, positions, self._outputs(reader), layout.groups)
+            found = Moments.of(x, y)
+            if pair.held in sums:
+                sums[pair.held].add(found)
+            else:
+                sums[pair.held] = found
+        for each_sum in sums.values():
+            each_sum.reduce()
+        return sums[False], sums[True]
+
+    def _outputs(self, reader: Reader) -> torch.Tensor | None:
+        """Which of the original's outputs the smaller layer gives; None for all."""
+        return None if reader.outputs is None else torch.as_tensor(np.flatnonzero(self.stays[reader.outputs]))
+
+    def _start(self, reader: Reader, layout: Layout) -> torch.Tensor:
+        """(groups, outputs, n + 1): the weights as they are, and the offset."""
+        matrices = layout.matrices(self.tensors[reader.weight])
+        offset = matrices.new_zeros(*matrices.shape[:2], 1)
+        if reader.bias is not None:
+            offset += self.tensors[reader.bias].detach().double().reshape(offset.shape)
+        return torch.cat([matrices, offset], 2)
+
+    def _write(self, reader: Reader, layout: Layout, solution: torch.Tensor) -> None:
+        with torch.no_grad():
+            self.tensors[reader.weight].copy_(layout.parameter(solution[:, :, :-1]))
+            offset = solution[:, :, -1].flatten()
+            if reader.bias is not None:
+                self.tensors[reader.bias].copy_(offset)
+            elif reader.mean is not None:  # what is taken off, so that a constant comes out less
+                self.tensors[reader.mean].sub_(offset)

@@ -1,0 +1,64 @@
+"""Sums over rows, of which a regression and its error are made: no row is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Moments:
+    """Second moments of what a layer reads, with a one as last entry, and of what it should give; float64.
+
+    Attributes:
+        rows: how many rows were added.
+        reads: (groups, n + 1, n + 1) the sum of the outer products of what is read.
+        both: (groups, n + 1, outputs) of what is read with what should come out.
+        gives: (groups, outputs) the sum of squares of what should come out.
+    """
+
+    rows: torch.Tensor
+    reads: torch.Tensor
+    both: torch.Tensor
+    gives: torch.Tensor
+
+    @classmethod
+    def of(cls, x: torch.Tensor, y: torch.Tensor) -> Moments:
+        """Of (groups, rows, n) inputs and (groups, rows, outputs)."""
+        x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
+        turned = x.transpose(1, 2)
+        rows = torch.tensor(float(x.shape[1]), dtype=x.dtype, device=x.device)
+        return cls(rows, turned @ x, turned @ y, y.square().sum(1))
+
+    def add(self, other: Moments) -> None:
+        """Those of more rows."""
+        for name in ("rows", "reads", "both", "gives"):
+            getattr(self, name).add_(getattr(other, name))
+
+    def reduce(self) -> None:
+        """Add those of all ranks, where `torch.distributed` runs."""
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            for tensor in (self.rows, self.reads, self.both, self.gives):
+                distributed.all_reduce(tensor)
+
+    def error(self, solution: torch.Tensor) -> float:
+        """Sum of squared differences that (groups, outputs, n + 1) weights with the offset last leave."""
+        turned = solution.transpose(1, 2)
+        left = self.gives.sum() - 2 * (turned * self.both).sum() + (turned * (self.reads @ turned)).sum()
+        return max(float(left), 0.0)
+
+    def best_step(self, start: torch.Tensor, end: torch.Tensor) -> float:
+        """How far to go from one solution to another, from 0 to 1, for the least error."""
+        way = (end - start).transpose(1, 2)
+        bends = (way * (self.reads @ way)).sum()
+        falls = (way * (self.both - self.reads @ start.transpose(1, 2))).sum()
+        if not bool(bends > 0):
+            return 0.0
+        return float((falls / bends).clamp(0, 1))
+
+    @property
+    def spread(self) -> float:
+        """Sum of squares of what should come out, about its mean."""
+        return max(float((self.gives - self.both[:, -1].square() / self.rows).sum()), 0.0)
