@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,28 +12,16 @@ from torch import nn
 from allocator.clock import Progress, bar
 from allocator.errors import DataError
 from allocator.modules import tensor_names
-from allocator.recovering.moments import Moments
 from allocator.recovering.readers import Reader
 from allocator.recovering.record import Layer
 from allocator.recovering.ridge import refit
-from allocator.recovering.rows import Layout, positions_of, read, written
-from allocator.recovering.samples import Samples, size_of
+from allocator.recovering.rows import Layout, Pair, Rows, Stops
+from allocator.recovering.samples import Samples
 from allocator.recovering.walk import Stop, Walk
-from allocator.tracing.inputs import Inputs
 
 ROWS = 16384
 """Rows per layer that are looked at, where there are so many; more where a layer has many unknowns."""
 ROWS_PER_UNKNOWN = 4
-
-
-@dataclass
-class Pair:
-    """The same inputs on their way through the original and the smaller network."""
-
-    original: Walk
-    small: Walk
-    inputs: Inputs
-    held: bool
 
 
 def fit(
@@ -74,7 +60,7 @@ def fit(
                 for walk in walks:
                     stack.callback(walk.close)
                 pairs.append(Pair(walks[0], walks[1], inputs, held))
-        layer = _Fitting(small, stays, weights, generator)
+        layer = _Fitting(model, small, stays, weights, generator)
         while True:
             stops = [(pair, pair.original.advance(), pair.small.advance()) for pair in pairs]
             names = {None if stop is None else stop.weight for _, *both in stops for stop in both}
@@ -91,51 +77,35 @@ def fit(
 class _Fitting:
     """The refit of one layer after the other."""
 
-    def __init__(self, small: nn.Module, stays: np.ndarray, weights: bool, generator: torch.Generator) -> None:
-        self.tensors = tensor_names(small)
+    def __init__(
+        self, model: nn.Module, small: nn.Module, stays: np.ndarray, weights: bool, generator: torch.Generator
+    ) -> None:
+        self.originals, self.tensors = tensor_names(model), tensor_names(small)
         self.stays, self.weights, self.generator = stays, weights, generator
 
-    def fit(self, reader: Reader, stops: Sequence[tuple[Pair, Stop, Stop]]) -> Layer:
+    def fit(self, reader: Reader, stops: Stops) -> Layer:
         """Refit a layer that all forwards wait at."""
-        parameter = self.tensors[reader.weight]
-        layout = Layout.of(stops[0][2], parameter)
+        layout = Layout.of(stops[0][2], self.tensors[reader.weight])
+        if any(a.x.shape[0] != b.x.shape[0] for _, a, b in stops):
+            return Layer(reader.weight, None, None, note="it reads another number of rows than the original's")
         start = self._start(reader, layout)
-        sums = self._moments(reader, stops, layout, start.shape[2] - 1)
-        if sums is None:
-            return Layer(reader.weight, None, None, note="it gives another number of rows than the original's")
-        found = refit(*sums, start, offset=reader.offset is not None, weights=self.weights)
+        unknowns = start.shape[2] - 1
+        rows = Rows(stops, layout, self._outputs(reader), max(ROWS, ROWS_PER_UNKNOWN * unknowns), self.generator)
+        limits = None if reader.clamp is None else self._limits(reader, layout)
+        found = refit(rows.pairs, start, offset=reader.offset is not None, weights=self.weights, limits=limits)
         if found.solution is not None:
             self._write(reader, layout, found.solution)
-        rows, unknowns = int(sums[0].rows), start.shape[2] - 1
-        few = f"{rows} rows for {unknowns} unknowns" if self.weights and rows < unknowns else ""
+        few = f"{rows.seen} rows for {unknowns} unknowns" if self.weights and rows.seen < unknowns else ""
         strength = found.strength if math.isfinite(found.strength) and found.step else None
-        return Layer(reader.weight, found.before, found.after, rows, strength, found.step, few)
+        return Layer(reader.weight, found.before, found.after, rows.seen, strength, found.step, few)
 
-    def _moments(
-        self, reader: Reader, stops: Sequence[tuple[Pair, Stop, Stop]], layout: Layout, unknowns: int
-    ) -> tuple[Moments, Moments] | None:
-        """Of the rows to fit, and of those held back."""
-        sums: dict[bool, Moments] = {}
-        inputs = sum(size_of(pair.inputs) for pair, _, _ in stops)
-        most = max(ROWS, ROWS_PER_UNKNOWN * unknowns)
-        for pair, original, small in stops:
-            assert original.result is not None
-            windowed = small.operator.declared.window is not None
-            share = most * size_of(pair.inputs) // inputs
-            each = max(share // (small.x.shape[0] if windowed else 1), 1)
-            positions = positions_of(original.result, windowed, each, self.generator)
-            if not windowed and small.x.shape[0] != original.x.shape[0]:
-                return None
-            x = read(small, positions, original.result.shape)
-            y = written(original, positions, self._outputs(reader), layout.groups)
-            found = Moments.of(x, y)
-            if pair.held in sums:
-                sums[pair.held].add(found)
-            else:
-                sums[pair.held] = found
-        for each_sum in sums.values():
-            each_sum.reduce()
-        return sums[False], sums[True]
+    def _limits(self, reader: Reader, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two of (groups, 1, outputs): beyond which what a layer gives makes no difference."""
+        assert reader.clamp is not None
+        kept = self._outputs(reader)
+        limits = (each if kept is None else each[kept.to(each.device)] for each in reader.clamp.limits(self.originals))
+        low, high = (each.reshape(layout.groups, 1, -1) for each in limits)
+        return low, high
 
     def _outputs(self, reader: Reader) -> torch.Tensor | None:
         """Which of the original's outputs the smaller layer gives; None for all."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.recovering.clamp import Clamp, clamp_after, only_reader
 from allocator.tracing.calls import Op, Ref, Trace
 
 
@@ -20,12 +21,14 @@ class Reader:
         bias: name of what is added to every output, or None.
         mean: name of the running mean that is taken off every output right after, or None; it can stand for a bias.
         outputs: slots of the channels that it gives; None where they all stay.
+        clamp: what cuts off part of what it gives, right after it, or None.
     """
 
     weight: str
     bias: str | None
     mean: str | None
     outputs: np.ndarray | None
+    clamp: Clamp | None = None
 
     @property
     def offset(self) -> str | None:
@@ -78,8 +81,9 @@ def _reader(graph: ChannelGraph, trace: Trace, op: Op) -> Reader | None:
     added = [trace.values[i].name for i in op.inputs() if i not in multiplied and len(trace.values[i].shape) == 1]
     bias = next((each for each in added if each is not None), None)
     channels = -1 if op.declared.window is None else 1
-    mean = None if bias is not None else _mean_after(trace, op)
-    return Reader(name, bias, mean, graph.flow.labels(op.outputs[0])[channels])
+    norm = _norm_after(trace, op)
+    mean = None if bias is not None or norm is None else _name(trace, norm, "running_mean")
+    return Reader(name, bias, mean, graph.flow.labels(op.outputs[0])[channels], clamp_after(trace, op, norm))
 
 
 def _weight(trace: Trace, op: Op) -> str | None:
@@ -104,16 +108,13 @@ def _calls_by_weight(trace: Trace) -> Counter[str]:
     return count
 
 
-def _mean_after(trace: Trace, op: Op) -> str | None:
-    """The running mean of the batch norm that alone reads what a call gives."""
-    output = op.outputs[0]
-    reading = [other for other in trace.ops if output in other.inputs() or _is_view_of(trace, other, output)]
-    if len(reading) != 1 or "running_mean" not in reading[0].operator.arguments:
-        return None
-    mean = reading[0].arg("running_mean")
-    return trace.values[mean.index].name if isinstance(mean, Ref) else None
+def _norm_after(trace: Trace, op: Op) -> Op | None:
+    """The batch norm that alone reads what a call gives."""
+    alone = only_reader(trace, op)
+    return alone if alone is not None and "running_mean" in alone.operator.arguments else None
 
 
-def _is_view_of(trace: Trace, op: Op, output: int) -> bool:
-    return any(trace.values[i].base == output for i in op.inputs())
-
+def _name(trace: Trace, op: Op, argument: str) -> str | None:
+    """The name of the parameter or buffer that is an argument of a call."""
+    given = op.arg(argument)
+    return trace.values[given.index].name if isinstance(given, Ref) else None

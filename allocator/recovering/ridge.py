@@ -6,7 +6,7 @@ gave, and an offset that is not penalised where the layer has a place for one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,15 @@ from allocator.recovering.moments import Moments
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of the mean of the diagonal of X's covariance, per row."""
+ROUNDS = 3
+"""Of fits with other targets where an activation cuts off."""
+SAME = 1e-12
+"""Share of the spread below which an error is none."""
 GAIN = 1e-3
 """Share of its error on held-back rows that a layer has to lose for a refit to count."""
+
+
+Part = tuple[bool, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -83,34 +90,117 @@ def _solve(square: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def refit(
-    seen: Moments,
-    held: Moments,
+    pairs: Callable[[], Iterable[Part]],
     start: torch.Tensor,
     *,
     offset: bool,
     weights: bool = True,
+    limits: tuple[torch.Tensor, torch.Tensor] | None = None,
     strengths: Sequence[float] = STRENGTHS,
 ) -> Refit:
     """The best of several refits on held-back rows, with the best step to it; nothing where none gains.
 
+    Where an activation cuts off, an output that is rightly cut off may be any: its target is then what it is, and the
+    fit is made again (majorisation, as for nonlinear responses by Zhang et al., CVPR 2015).
+
     Args:
-        seen: rows to fit.
-        held: rows to judge by.
+        pairs: gives the rows, part by part: whether they are held back, (groups, rows, n) what is read, and (groups,
+            rows, outputs) what should come out.
         start: (groups, outputs, n + 1) the weights as they are.
         offset: whether there is a place for an offset.
         weights: fit these too, not the offset alone.
+        limits: two of (groups, 1, outputs), beyond which outputs make no difference; None for none.
         strengths: of ridges to try.
     """
-    spread = max(held.spread, torch.finfo(torch.float64).tiny)
-    before = held.error(start)
+    sums = moments_of(pairs())
+    spread = max(sums[True].spread, torch.finfo(torch.float64).tiny)
+    before = sums[True].error(start)
     best = Refit(None, before / spread, before / spread)
-    candidates = [(float("inf"), centred(seen, start))] if offset else []
+    if before <= SAME * spread:
+        return best
+    best = _best(sums, best, start, start, offset, weights, strengths, spread)
+    if limits is None:
+        return best if best.after < (1 - GAIN) * best.before else Refit(None, best.before, best.before)
+    solution = start if best.solution is None else best.solution
+    first, spread = cut_off_error(pairs(), start, limits)
+    now, _ = cut_off_error(pairs(), solution, limits)
+    best = Refit(best.solution, first / spread, now / spread, best.strength, best.step)
+    for _ in range(ROUNDS):
+        sums = moments_of(retargeted(pairs(), solution, limits))
+        again = _best(sums, Refit(None, 1.0, float("inf")), solution, start, offset, weights, strengths, 1.0)
+        if again.solution is None:
+            break
+        solution = again.solution
+        now, _ = cut_off_error(pairs(), solution, limits)
+        if now / spread >= best.after:
+            break
+        best = Refit(solution, best.before, now / spread, again.strength, again.step)
+    return best if best.after < (1 - GAIN) * best.before else Refit(None, best.before, best.before)
+
+
+def _best(
+    sums: dict[bool, Moments],
+    best: Refit,
+    now: torch.Tensor,
+    start: torch.Tensor,
+    offset: bool,
+    weights: bool,
+    strengths: Sequence[float],
+    spread: float,
+) -> Refit:
+    seen, held = sums[False], sums[True]
+    candidates = [(float("inf"), centred(seen, now))] if offset else []
     if weights:
         candidates += [(strength, ridge(seen, start, strength, offset=offset)) for strength in strengths]
     for strength, end in candidates:
-        step = held.best_step(start, end)
-        solution = start + step * (end - start)
+        step = held.best_step(now, end)
+        solution = now + step * (end - now)
         after = held.error(solution) / spread
         if after < best.after:
-            best = Refit(solution, before / spread, after, strength, step)
-    return best if best.after < (1 - GAIN) * best.before else Refit(None, best.before, best.before)
+            best = Refit(solution, best.before, after, strength, step)
+    return best
+
+
+def moments_of(parts: Iterable[Part]) -> dict[bool, Moments]:
+    """Of the rows to fit (False), and of those held back (True), over all ranks."""
+    sums: dict[bool, Moments] = {}
+    for held, x, y in parts:
+        found = Moments.of(x, y)
+        if held in sums:
+            sums[held].add(found)
+        else:
+            sums[held] = found
+    for each in sums.values():
+        each.reduce()
+    return sums
+
+
+def retargeted(
+    parts: Iterable[Part], solution: torch.Tensor, limits: tuple[torch.Tensor, torch.Tensor]
+) -> Iterator[Part]:
+    """The rows with what comes out now in place of what should, wherever both are cut off alike."""
+    low, high = limits
+    for held, x, y in parts:
+        given = predicted(x, solution)
+        y = torch.where(y < low, given.minimum(low), torch.where(y > high, given.maximum(high), y))
+        yield held, x, y
+
+
+def cut_off_error(
+    parts: Iterable[Part], solution: torch.Tensor, limits: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[float, float]:
+    """Of the rows held back, the squared error of what is left after the activation, and the spread of that."""
+    low, high = limits
+    error = rows = 0.0
+    total = squares = torch.zeros(())
+    for held, x, y in parts:
+        if held:
+            y = y.clamp(low, high)
+            error += float((predicted(x, solution).clamp(low, high) - y).square().sum())
+            rows, total, squares = rows + y.shape[1], total + y.sum(1), squares + y.square().sum(1)
+    return error, max(float((squares - total.square() / rows).sum()), torch.finfo(torch.float64).tiny)
+
+
+def predicted(x: torch.Tensor, solution: torch.Tensor) -> torch.Tensor:
+    """(groups, rows, outputs)."""
+    return x @ solution[:, :, :-1].transpose(1, 2) + solution[:, None, :, -1]

@@ -6,11 +6,28 @@ Everything is written in groups (of a grouped convolution; one for all else): (g
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from allocator.recovering.walk import Stop
+from allocator.recovering.samples import size_of
+from allocator.recovering.walk import Stop, Walk
+from allocator.tracing.inputs import Inputs
+
+
+@dataclass
+class Pair:
+    """The same inputs on their way through the original and the smaller network; `held` back, or to be fitted."""
+
+    original: Walk
+    small: Walk
+    inputs: Inputs
+    held: bool
+
+
+Stops = Sequence[tuple[Pair, Stop, Stop]]
+"""Per part of the inputs, where the original and the smaller network wait."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,40 @@ class Layout:
         inputs = self.shape[0] // self.groups
         wide = matrices.reshape(self.groups, self.shape[1], inputs, *self.shape[2:])
         return wide.transpose(1, 2).reshape(self.shape)
+
+
+class Rows:
+    """What one layer reads and should give at sampled positions, made anew whenever it is asked for.
+
+    Args:
+        stops: where all forwards wait.
+        layout: of the smaller network's weight.
+        outputs: of the original's outputs those that the smaller layer gives; None for all.
+        most: rows to look at, of all inputs together.
+        generator: draws the positions.
+    """
+
+    def __init__(
+        self, stops: Stops, layout: Layout, outputs: torch.Tensor | None, most: int, generator: torch.Generator
+    ) -> None:
+        self.stops, self.layout, self.outputs = stops, layout, outputs
+        inputs = sum(size_of(pair.inputs) for pair, _, _ in stops)
+        self.positions, self.seen = [], 0
+        for pair, original, small in stops:
+            assert original.result is not None
+            windowed = small.operator.declared.window is not None
+            samples = small.x.shape[0] if windowed else 1
+            share = max(most * size_of(pair.inputs) // (inputs * samples), 1)
+            positions = positions_of(original.result, windowed, share, generator)
+            self.positions.append(positions)
+            self.seen += 0 if pair.held else samples * len(positions)
+
+    def pairs(self) -> Iterator[tuple[bool, torch.Tensor, torch.Tensor]]:
+        """Part by part: whether it is held back; (groups, rows, n) what is read; (groups, rows, outputs)."""
+        for (pair, original, small), positions in zip(self.stops, self.positions, strict=True):
+            assert original.result is not None
+            x = read(small, positions, original.result.shape)
+            yield pair.held, x, written(original, positions, self.outputs, self.layout.groups)
 
 
 def positions_of(result: torch.Tensor, windowed: bool, most: int, generator: torch.Generator) -> torch.Tensor:
