@@ -12,7 +12,7 @@ if not (Path(__file__).parent / "adapters").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 from allocator import recipes as _recipes  # noqa: F401 - makes their names known to `build`
-from allocator.api import allocate, apply, iterate, plan, rewrite, score, sweep, trace, verify
+from allocator.api import allocate, apply, iterate, plan, recover, rewrite, score, sweep, trace, verify
 from allocator.cost.latency import Latency, latency
 from allocator.errors import (
     AdapterError,
@@ -33,6 +33,7 @@ from allocator.errors import (
     MissingPackageError,
     NothingToAllocateError,
     PolicyError,
+    RecoveryError,
     RewriteError,
     TraceError,
     UninformativeScoresWarning,
@@ -51,6 +52,7 @@ from allocator.io.results import load_result as load
 from allocator.io.results import save_result as save
 from allocator.pipeline.iterate import Iterated
 from allocator.pipeline.sweep import Sweep
+from allocator.recovering.record import Recovery
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.scoring.registry import criterion
@@ -84,6 +86,8 @@ __all__ = [
     "Neuron",
     "NothingToAllocateError",
     "PolicyError",
+    "Recovery",
+    "RecoveryError",
     "Result",
     "RewriteError",
     "Scores",
@@ -105,6 +109,7 @@ __all__ = [
     "load",
     "load_model",
     "plan",
+    "recover",
     "rewrite",
     "save",
     "save_model",

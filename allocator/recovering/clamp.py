@@ -41,7 +41,8 @@ class Clamp:
         if self.norm is None:
             return low, high
         scale, shift, mean, var = (None if name is None else tensors[name].detach().double() for name in self.norm)
-        assert mean is not None and var is not None
+        assert mean is not None
+        assert var is not None
         slope = (var + self.eps).rsqrt() * (1.0 if scale is None else scale)
         shift = torch.zeros_like(mean) if shift is None else shift
         low, high = (mean + (end.to(mean) - shift) / slope for end in (low, high))

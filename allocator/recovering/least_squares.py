@@ -17,7 +17,7 @@ from allocator.recovering.record import Layer
 from allocator.recovering.ridge import refit
 from allocator.recovering.rows import Layout, Pair, Rows, Stops
 from allocator.recovering.samples import Samples
-from allocator.recovering.walk import Stop, Walk
+from allocator.recovering.walk import Walk
 
 ROWS = 16384
 """Rows per layer that are looked at, where there are so many; more where a layer has many unknowns."""
@@ -50,7 +50,7 @@ def fit(
     Raises:
         DataError: the networks do not take the inputs, or take another way for some of them.
     """
-    layers = []
+    layers: list[Layer] = []
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack, bar("refitting", progress, len(readers)) as advance:
         pairs = []

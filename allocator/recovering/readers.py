@@ -1,4 +1,4 @@
-"""The layers that can be refitted, in the order in which a forward meets them, and those that can't, with the reason."""
+"""The layers that can be refitted, in the order of the forward, and those that can't, with the reason."""
 
 from __future__ import annotations
 

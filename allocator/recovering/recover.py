@@ -20,7 +20,7 @@ from allocator.recovering.least_squares import fit
 from allocator.recovering.readers import Reader, readers_of
 from allocator.recovering.record import Layer, Recovery, remember_recovery
 from allocator.recovering.samples import Samples, gather
-from allocator.settings import check_choice
+from allocator.settings import METHODS, check_choice
 
 
 @dataclass
@@ -81,7 +81,7 @@ def recover(
         seed: of the positions that are looked at.
         progress: called with how far it is.
     """
-    check_choice("method", method, [*METHODS, "auto"])
+    check_choice("method", method, METHODS)
     stays = graph.stays(kept)
     readers, left = _readers(graph, stays, small)
     if not readers and method in ("least_squares", "fold"):
@@ -97,7 +97,7 @@ def recover(
         progress=progress,
     )
     as_cut = Made("none", subject.small)
-    made = [as_cut, *(_all_that_may_help(subject) if method == "auto" else [METHODS[method](subject)])]
+    made = [as_cut, *(_all_that_may_help(subject) if method == "auto" else [MAKERS[method](subject)])]
     tried = {each.method: distance(subject.model, each.model, subject.samples.held) for each in made}
     best = min(made, key=lambda each: tried[each.method]) if method == "auto" else made[-1]
     return _finish(small, best, subject, tried)
@@ -139,7 +139,7 @@ def _batch_norm(subject: Subject) -> Made:
     return Made("batch_norm", small, take_statistics(small, subject.samples))
 
 
-METHODS: dict[str, Callable[[Subject], Made]] = {
+MAKERS: dict[str, Callable[[Subject], Made]] = {
     "least_squares": _least_squares,
     "batch_norm": _batch_norm,
     "fold": _fold,

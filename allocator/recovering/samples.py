@@ -11,8 +11,8 @@ from torch import nn
 from allocator.clock import Progress, bar
 from allocator.errors import DataError
 from allocator.scoring.batches import batches
-from allocator.tracing.inputs import Inputs
 from allocator.torch_private import tree_flatten, tree_map
+from allocator.tracing.inputs import Inputs
 
 HELD = 4
 """One part in so many is held back."""
@@ -70,8 +70,8 @@ def gather(data: Any, model: nn.Module, example: Inputs, most: int, progress: Pr
     parts = _parts(found, max(min(LEAST, count // HELD), -(-count // PARTS), 1))
     if len(parts) < 2:
         raise DataError(f"the data hold {count} inputs in one batch that cannot be parted: give several batches")
-    held = tuple(part for i, part in enumerate(parts) if i % HELD == min(HELD, len(parts)) - 1)
-    seen = tuple(part for i, part in enumerate(parts) if i % HELD != min(HELD, len(parts)) - 1)
+    held = tuple(part for i, part in enumerate(parts) if i % HELD == 1)
+    seen = tuple(part for i, part in enumerate(parts) if i % HELD != 1)
     held_count = sum(map(size_of, held))
     return Samples(seen, held, count - held_count, held_count)
 
@@ -121,7 +121,9 @@ def _joined(several: list[Inputs]) -> Inputs:
     if len(several) == 1:
         return several[0]
     flat = [tree_flatten((inputs.args, inputs.kwargs))[0] for inputs in several]
-    joined = iter([torch.cat(each) if isinstance(each[0], torch.Tensor) and each[0].dim() else each[0] for each in zip(*flat)])
+    joined = iter(
+        [torch.cat(each) if isinstance(each[0], torch.Tensor) and each[0].dim() else each[0] for each in zip(*flat)]
+    )
     args, kwargs = tree_map(lambda _: next(joined), (several[0].args, several[0].kwargs))
     return Inputs(args, kwargs)
 

@@ -43,6 +43,8 @@ class Certificate:
         drawn: the outputs were compared on weights drawn from the seed too, and `effect` is theirs: with the
             model's own, neurons do not reach the outputs (an untrained network whose signal dies away, or
             residual branches whose last scale is zero), so that their agreement would show little.
+        refitted: of a model that was recovered, how many inputs its weights were refitted on after the cut; then
+            `weights` and `relative_error` are of the cut. None where they were not.
     """
 
     structural: bool
@@ -54,6 +56,7 @@ class Certificate:
     weights: bool | None = None
     effect: float | None = None
     drawn: bool = False
+    refitted: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -78,7 +81,8 @@ class Certificate:
             nature = "" if self.exact else " (inexact by nature: a norm runs over dropped channels)"
             drawn = " on drawn weights too" if self.drawn else ""
             said.append(f"float64 outputs within {self.relative_error:.1e}{drawn}{nature}")
-        return f"{'passed' if self.ok else 'FAILED'}: {', '.join(said)}"
+        after = "" if self.refitted is None else f"; structure proven, weights refitted on {self.refitted} inputs"
+        return f"{'passed' if self.ok else 'FAILED'}: {', '.join(said)}{after}"
 
 
 @dataclass(frozen=True)
