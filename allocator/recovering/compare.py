@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from allocator.errors import DataError
+from allocator.recovering.moments import all_reduce
 from allocator.recovering.samples import size_of
 from allocator.tracing.inputs import Inputs
 from allocator.tracing.record import tensors_in
@@ -43,9 +44,7 @@ def distance(model: nn.Module, small: nn.Module, parts: Sequence[Inputs]) -> flo
     for inputs in parts:
         weight = size_of(inputs)
         sums += torch.tensor([weight * _apart(outputs_of(model, inputs), outputs_of(small, inputs)), weight])
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        distributed.all_reduce(sums)
+    all_reduce(sums)
     return float(sums[0] / sums[1])
 
 

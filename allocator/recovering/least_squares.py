@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -15,7 +16,7 @@ from allocator.modules import tensor_names
 from allocator.recovering.readers import Reader
 from allocator.recovering.record import Layer
 from allocator.recovering.ridge import refit
-from allocator.recovering.rows import Layout, Pair, Rows, Stops
+from allocator.recovering.rows import Layout, Pair, Rows, Stops, Wanted
 from allocator.recovering.samples import Samples
 from allocator.recovering.walk import Walk
 
@@ -54,24 +55,37 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack, bar("refitting", progress, len(readers)) as advance:
         pairs = []
+        watched = {name: reader.after.meets for name, reader in readers.items()}
         for held, parts in ((False, samples.seen), (True, samples.held)):
             for inputs in parts:
-                walks = [Walk(each, inputs, readers, after=each is model) for each in (model, small)]
+                walks = [Walk(each, inputs, watched, after=each is model) for each in (model, small)]
                 for walk in walks:
                     stack.callback(walk.close)
                 pairs.append(Pair(walks[0], walks[1], inputs, held))
-        layer = _Fitting(model, small, stays, weights, generator)
+        fitting = _Fitting(model, small, stays, weights, generator)
         while True:
-            stops = [(pair, pair.original.advance(), pair.small.advance()) for pair in pairs]
-            names = {None if stop is None else stop.weight for _, *both in stops for stop in both}
-            if names == {None}:
+            stops = _advance(pairs)
+            if not stops:
                 return layers
-            if len(names) > 1:
-                said = ", ".join(sorted(str(name or "the end") for name in names))
-                raise DataError(f"the forward takes another path for some inputs ({said}): nothing can be lined up")
-            reader = readers[names.pop() or ""]
-            layers.append(layer.fit(reader, [(p, a, b) for p, a, b in stops if a is not None and b is not None]))
+            reader = readers[stops[0][1].weight]
+            if reader.after.meets and stops[0][1].meeting is None:
+                continue  # its turn comes at the sum
+            layers.append(fitting.fit(reader, stops))
             advance(reader.weight)
+
+
+def _advance(pairs: Sequence[Pair]) -> Stops:
+    """Lead all forwards to the next layer, or sum; none at the end.
+
+    Raises:
+        DataError: they are not all at the same.
+    """
+    stops = [(pair, pair.original.advance(), pair.small.advance()) for pair in pairs]
+    places = {None if stop is None else (stop.weight, stop.meeting is None) for _, *both in stops for stop in both}
+    if len(places) > 1:
+        said = ", ".join(sorted({place[0] if place else "the end" for place in places}))
+        raise DataError(f"the forward takes another path for some inputs ({said}): nothing can be lined up")
+    return [(pair, a, b) for pair, a, b in stops if a is not None and b is not None]
 
 
 class _Fitting:
@@ -83,29 +97,35 @@ class _Fitting:
         self.originals, self.tensors = tensor_names(model), tensor_names(small)
         self.stays, self.weights, self.generator = stays, weights, generator
 
+    @torch.no_grad()
     def fit(self, reader: Reader, stops: Stops) -> Layer:
-        """Refit a layer that all forwards wait at."""
-        layout = Layout.of(stops[0][2], self.tensors[reader.weight])
+        """Refit a layer that all forwards wait at, or at the sum after it."""
         if any(a.x.shape[0] != b.x.shape[0] for _, a, b in stops):
             return Layer(reader.weight, None, None, note="it reads another number of rows than the original's")
+        if any(small.x._version != small.version for _, _, small in stops):
+            return Layer(reader.weight, None, None, note="what it reads is written over")
+        layout = Layout.of(stops[0][2], self.tensors[reader.weight])
         start = self._start(reader, layout)
         unknowns = start.shape[2] - 1
-        rows = Rows(stops, layout, self._outputs(reader), max(ROWS, ROWS_PER_UNKNOWN * unknowns), self.generator)
-        limits = None if reader.clamp is None else self._limits(reader, layout)
-        found = refit(rows.pairs, start, offset=reader.offset is not None, weights=self.weights, limits=limits)
+        outputs = self._outputs(reader)
+        wanted = Wanted(layout, outputs, reader.after, reader.after.affine(self.originals, outputs))
+        rows = Rows(stops, wanted, max(ROWS, ROWS_PER_UNKNOWN * unknowns), self.generator)
+        found = refit(rows.parts, start, offset=reader.offset is not None, weights=self.weights)
         if found.solution is not None:
             self._write(reader, layout, found.solution)
+            self._redo(reader, stops)
         few = f"{rows.seen} rows for {unknowns} unknowns" if self.weights and rows.seen < unknowns else ""
         strength = found.strength if math.isfinite(found.strength) and found.step else None
         return Layer(reader.weight, found.before, found.after, rows.seen, strength, found.step, few)
 
-    def _limits(self, reader: Reader, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two of (groups, 1, outputs): beyond which what a layer gives makes no difference."""
-        assert reader.clamp is not None
-        kept = self._outputs(reader)
-        limits = (each if kept is None else each[kept.to(each.device)] for each in reader.clamp.limits(self.originals))
-        low, high = (each.reshape(layout.groups, 1, -1) for each in limits)
-        return low, high
+    def _redo(self, reader: Reader, stops: Stops) -> None:
+        """Where the forwards wait at the sum, what came of the layer with its old weights is made anew."""
+        affine = reader.after.affine(self.tensors, None)
+        for _, _, small in stops:
+            if small.meeting is not None:
+                channels = 1 if small.operator.declared.window is not None else -1
+                again = affine(small.run().double().movedim(channels, -1)).movedim(-1, channels)
+                small.meeting.own.copy_(again.reshape(small.meeting.own.shape))
 
     def _outputs(self, reader: Reader) -> torch.Tensor | None:
         """Which of the original's outputs the smaller layer gives; None for all."""

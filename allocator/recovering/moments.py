@@ -38,10 +38,8 @@ class Moments:
 
     def reduce(self) -> None:
         """Add those of all ranks, where `torch.distributed` runs."""
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            for tensor in (self.rows, self.reads, self.both, self.gives):
-                distributed.all_reduce(tensor)
+        for tensor in (self.rows, self.reads, self.both, self.gives):
+            all_reduce(tensor)
 
     def error(self, solution: torch.Tensor) -> float:
         """Sum of squared differences that (groups, outputs, n + 1) weights with the offset last leave."""
@@ -62,3 +60,10 @@ class Moments:
     def spread(self) -> float:
         """Sum of squares of what should come out, about its mean."""
         return max(float((self.gives - self.both[:, -1].square() / self.rows).sum()), 0.0)
+
+
+def all_reduce(tensor: torch.Tensor) -> None:
+    """Add up, in place, over all ranks where `torch.distributed` runs."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        distributed.all_reduce(tensor)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.recovering.clamp import Clamp, clamp_after, only_reader
-from allocator.tracing.calls import Op, Ref, Trace
+from allocator.recovering.after import After, what_follows
+from allocator.tracing.calls import Op, Trace
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Reader:
         bias: name of what is added to every output, or None.
         mean: name of the running mean that is taken off every output right after, or None; it can stand for a bias.
         outputs: slots of the channels that it gives; None where they all stay.
-        clamp: what cuts off part of what it gives, right after it, or None.
+        after: what follows right away.
     """
 
     weight: str
     bias: str | None
     mean: str | None
     outputs: np.ndarray | None
-    clamp: Clamp | None = None
+    after: After
 
     @property
     def offset(self) -> str | None:
@@ -81,9 +81,9 @@ def _reader(graph: ChannelGraph, trace: Trace, op: Op) -> Reader | None:
     added = [trace.values[i].name for i in op.inputs() if i not in multiplied and len(trace.values[i].shape) == 1]
     bias = next((each for each in added if each is not None), None)
     channels = -1 if op.declared.window is None else 1
-    norm = _norm_after(trace, op)
-    mean = None if bias is not None or norm is None else _name(trace, norm, "running_mean")
-    return Reader(name, bias, mean, graph.flow.labels(op.outputs[0])[channels], clamp_after(trace, op, norm))
+    after = what_follows(trace, op, trace.values[op.outputs[0]].shape[channels])
+    mean = after.norm[2] if after.norm and bias is None else None
+    return Reader(name, bias, mean, graph.flow.labels(op.outputs[0])[channels], after)
 
 
 def _weight(trace: Trace, op: Op) -> str | None:
@@ -106,15 +106,3 @@ def _calls_by_weight(trace: Trace) -> Counter[str]:
         names = {trace.values[trace.root(i)].name for i in op.inputs()}
         count.update(name for name in names if name is not None)
     return count
-
-
-def _norm_after(trace: Trace, op: Op) -> Op | None:
-    """The batch norm that alone reads what a call gives."""
-    alone = only_reader(trace, op)
-    return alone if alone is not None and "running_mean" in alone.operator.arguments else None
-
-
-def _name(trace: Trace, op: Op, argument: str) -> str | None:
-    """The name of the parameter or buffer that is an argument of a call."""
-    given = op.arg(argument)
-    return trace.values[given.index].name if isinstance(given, Ref) else None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from allocator.recovering.moments import Moments
+from allocator.recovering.moments import Moments, all_reduce
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of the mean of the diagonal of X's covariance, per row."""
@@ -23,7 +23,22 @@ GAIN = 1e-3
 """Share of its error on held-back rows that a layer has to lose for a refit to count."""
 
 
-Part = tuple[bool, torch.Tensor, torch.Tensor]
+@dataclass(frozen=True)
+class Part:
+    """Rows of a regression.
+
+    Attributes:
+        held: back, to judge by.
+        x: (groups, rows, n) what is read.
+        y: (groups, rows, outputs) what should come out.
+        ends: two like `y`, or of a single row: where y lies beyond one of them, all that lies there is as good; None
+            where every number counts.
+    """
+
+    held: bool
+    x: torch.Tensor
+    y: torch.Tensor
+    ends: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,12 +105,11 @@ def _solve(square: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def refit(
-    pairs: Callable[[], Iterable[Part]],
+    parts: Callable[[], Iterable[Part]],
     start: torch.Tensor,
     *,
     offset: bool,
     weights: bool = True,
-    limits: tuple[torch.Tensor, torch.Tensor] | None = None,
     strengths: Sequence[float] = STRENGTHS,
 ) -> Refit:
     """The best of several refits on held-back rows, with the best step to it; nothing where none gains.
@@ -104,34 +118,32 @@ def refit(
     fit is made again (majorisation, as for nonlinear responses by Zhang et al., CVPR 2015).
 
     Args:
-        pairs: gives the rows, part by part: whether they are held back, (groups, rows, n) what is read, and (groups,
-            rows, outputs) what should come out.
+        parts: gives the rows, whenever it is called.
         start: (groups, outputs, n + 1) the weights as they are.
         offset: whether there is a place for an offset.
         weights: fit these too, not the offset alone.
-        limits: two of (groups, 1, outputs), beyond which outputs make no difference; None for none.
         strengths: of ridges to try.
     """
-    sums = moments_of(pairs())
+    sums = moments_of(parts())
     spread = max(sums[True].spread, torch.finfo(torch.float64).tiny)
     before = sums[True].error(start)
     best = Refit(None, before / spread, before / spread)
     if before <= SAME * spread:
         return best
     best = _best(sums, best, start, start, offset, weights, strengths, spread)
-    if limits is None:
+    if next(iter(parts())).ends is None:
         return best if best.after < (1 - GAIN) * best.before else Refit(None, best.before, best.before)
     solution = start if best.solution is None else best.solution
-    first, spread = cut_off_error(pairs(), start, limits)
-    now, _ = cut_off_error(pairs(), solution, limits)
+    first, spread = cut_off_error(parts(), start)
+    now, _ = cut_off_error(parts(), solution)
     best = Refit(best.solution, first / spread, now / spread, best.strength, best.step)
     for _ in range(ROUNDS):
-        sums = moments_of(retargeted(pairs(), solution, limits))
+        sums = moments_of(retargeted(parts(), solution))
         again = _best(sums, Refit(None, 1.0, float("inf")), solution, start, offset, weights, strengths, 1.0)
         if again.solution is None:
             break
         solution = again.solution
-        now, _ = cut_off_error(pairs(), solution, limits)
+        now, _ = cut_off_error(parts(), solution)
         if now / spread >= best.after:
             break
         best = Refit(solution, best.before, now / spread, again.strength, again.step)
@@ -164,41 +176,43 @@ def _best(
 def moments_of(parts: Iterable[Part]) -> dict[bool, Moments]:
     """Of the rows to fit (False), and of those held back (True), over all ranks."""
     sums: dict[bool, Moments] = {}
-    for held, x, y in parts:
-        found = Moments.of(x, y)
-        if held in sums:
-            sums[held].add(found)
+    for part in parts:
+        found = Moments.of(part.x, part.y)
+        if part.held in sums:
+            sums[part.held].add(found)
         else:
-            sums[held] = found
+            sums[part.held] = found
     for each in sums.values():
         each.reduce()
     return sums
 
 
-def retargeted(
-    parts: Iterable[Part], solution: torch.Tensor, limits: tuple[torch.Tensor, torch.Tensor]
-) -> Iterator[Part]:
+def retargeted(parts: Iterable[Part], solution: torch.Tensor) -> Iterator[Part]:
     """The rows with what comes out now in place of what should, wherever both are cut off alike."""
-    low, high = limits
-    for held, x, y in parts:
-        given = predicted(x, solution)
+    for part in parts:
+        assert part.ends is not None
+        (low, high), y = part.ends, part.y
+        given = predicted(part.x, solution)
         y = torch.where(y < low, given.minimum(low), torch.where(y > high, given.maximum(high), y))
-        yield held, x, y
+        yield Part(part.held, part.x, y, part.ends)
 
 
-def cut_off_error(
-    parts: Iterable[Part], solution: torch.Tensor, limits: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[float, float]:
+def cut_off_error(parts: Iterable[Part], solution: torch.Tensor) -> tuple[float, float]:
     """Of the rows held back, the squared error of what is left after the activation, and the spread of that."""
-    low, high = limits
-    error = rows = 0.0
-    total = squares = torch.zeros(())
-    for held, x, y in parts:
-        if held:
-            y = y.clamp(low, high)
-            error += float((predicted(x, solution).clamp(low, high) - y).square().sum())
-            rows, total, squares = rows + y.shape[1], total + y.sum(1), squares + y.square().sum(1)
-    return error, max(float((squares - total.square() / rows).sum()), torch.finfo(torch.float64).tiny)
+    sums = torch.zeros(2, dtype=torch.float64)
+    rows = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros(())
+    for part in parts:
+        if part.held:
+            assert part.ends is not None
+            y = part.y.clamp(*part.ends)
+            error = (predicted(part.x, solution).clamp(*part.ends) - y).square().sum()
+            sums += torch.stack([error, y.square().sum()]).cpu()
+            rows, total = rows + y.shape[1], total + y.sum(1).cpu()
+    for each in (sums, rows, total):
+        all_reduce(each)
+    spread = float(sums[1] - (total.square() / rows).sum())
+    return float(sums[0]), max(spread, torch.finfo(torch.float64).tiny)
 
 
 def predicted(x: torch.Tensor, solution: torch.Tensor) -> torch.Tensor:

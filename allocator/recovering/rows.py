@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from allocator.recovering.after import Affine, After
+from allocator.recovering.ridge import Part
 from allocator.recovering.samples import size_of
 from allocator.recovering.walk import Stop, Walk
 from allocator.tracing.inputs import Inputs
@@ -68,65 +70,89 @@ class Layout:
         return wide.transpose(1, 2).reshape(self.shape)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What the smaller network's layer is to give, of what the original's gave.
+
+    Attributes:
+        layout: of the weight.
+        outputs: those of the original's outputs that it has; None for all.
+        after: what follows the layer.
+        affine: the batch norm among that, for these outputs.
+    """
+
+    layout: Layout
+    outputs: torch.Tensor | None
+    after: After
+    affine: Affine
+
+
 class Rows:
     """What one layer reads and should give at sampled positions, made anew whenever it is asked for.
 
     Args:
         stops: where all forwards wait.
-        layout: of the smaller network's weight.
-        outputs: of the original's outputs those that the smaller layer gives; None for all.
+        wanted: of the layer.
         most: rows to look at, of all inputs together.
         generator: draws the positions.
     """
 
-    def __init__(
-        self, stops: Stops, layout: Layout, outputs: torch.Tensor | None, most: int, generator: torch.Generator
-    ) -> None:
-        self.stops, self.layout, self.outputs = stops, layout, outputs
+    def __init__(self, stops: Stops, wanted: Wanted, most: int, generator: torch.Generator) -> None:
+        self.stops, self.wanted = stops, wanted
+        self.windowed = stops[0][2].operator.declared.window is not None
         inputs = sum(size_of(pair.inputs) for pair, _, _ in stops)
         self.positions, self.seen = [], 0
         for pair, original, small in stops:
-            assert original.result is not None
-            windowed = small.operator.declared.window is not None
-            samples = small.x.shape[0] if windowed else 1
+            samples = small.x.shape[0] if self.windowed else 1
             share = max(most * size_of(pair.inputs) // (inputs * samples), 1)
-            positions = positions_of(original.result, windowed, share, generator)
+            count = math.prod(original.sizes[2:]) if self.windowed else small.x.shape[0]
+            positions = _drawn(count, share, generator)
             self.positions.append(positions)
             self.seen += 0 if pair.held else samples * len(positions)
 
-    def pairs(self) -> Iterator[tuple[bool, torch.Tensor, torch.Tensor]]:
-        """Part by part: whether it is held back; (groups, rows, n) what is read; (groups, rows, outputs)."""
+    def parts(self) -> Iterator[Part]:
+        """Part by part of the inputs, in float64."""
         for (pair, original, small), positions in zip(self.stops, self.positions, strict=True):
+            x = read(small, positions.to(small.x.device), original.sizes)
+            y, ends = self._wanted(original, small, positions.to(small.x.device))
+            yield Part(pair.held, x, y, ends)
+
+    def _wanted(
+        self, original: Stop, small: Stop, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """What should come out, and beyond which ends it may be any; where it is added to something, what is missing."""
+        after, affine = self.wanted.after, self.wanted.affine
+        if original.meeting is None or small.meeting is None:
             assert original.result is not None
-            x = read(small, positions, original.result.shape)
-            yield pair.held, x, written(original, positions, self.outputs, self.layout.groups)
+            y = self._at(original.result, positions, self.wanted.outputs)
+            low, high = (y.new_full(y.shape[1:], end)[None] for end in (after.low, after.high))
+        else:
+            assert original.meeting.result is not None
+            there = self._at(small.meeting.other, positions, None)
+            y = affine.back(self._at(original.meeting.result, positions, self.wanted.outputs) - there)
+            low, high = after.low - there, after.high - there
+        if not after.cuts_off:
+            return self._grouped(y), None
+        low, high = affine.limits(low, high)
+        return self._grouped(y), (self._grouped(low), self._grouped(high))
+
+    def _at(self, tensor: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None) -> torch.Tensor:
+        """(rows, channels) of a tensor that has channels where the layer's output has them."""
+        if self.windowed:
+            found = tensor.flatten(2)[:, :, positions].transpose(1, 2).flatten(0, 1)
+        else:
+            found = tensor.flatten(0, -2)[positions]
+        return (found if outputs is None else found[:, outputs.to(found.device)]).double()
+
+    def _grouped(self, found: torch.Tensor) -> torch.Tensor:
+        return found.reshape(found.shape[0], self.wanted.layout.groups, -1).transpose(0, 1)
 
 
-def positions_of(result: torch.Tensor, windowed: bool, most: int, generator: torch.Generator) -> torch.Tensor:
+def _drawn(count: int, most: int, generator: torch.Generator) -> torch.Tensor:
     """(at most `most`) places of an output to look at: pixels of every sample, or rows."""
-    count = math.prod(result.shape[2:]) if windowed else result.shape[0]
     if count <= most:
         return torch.arange(count)
     return torch.randperm(count, generator=generator)[:most].sort().values
-
-
-def written(stop: Stop, positions: torch.Tensor, kept: torch.Tensor | None, groups: int) -> torch.Tensor:
-    """(groups, rows, outputs per group), float64: what a layer gave at these positions.
-
-    Args:
-        stop: after the layer ran.
-        positions: from `positions_of`.
-        kept: outputs to take; None for all.
-        groups: of the layer whose outputs these will be.
-    """
-    assert stop.result is not None
-    positions = positions.to(stop.result.device)
-    if stop.operator.declared.window is None:
-        found = stop.result[positions]
-    else:
-        found = stop.result.flatten(2)[:, :, positions].transpose(1, 2).flatten(0, 1)
-    found = found if kept is None else found[:, kept.to(found.device)]
-    return found.double().reshape(found.shape[0], groups, -1).transpose(0, 1)
 
 
 def read(stop: Stop, positions: torch.Tensor, sizes: torch.Size) -> torch.Tensor:
@@ -134,10 +160,9 @@ def read(stop: Stop, positions: torch.Tensor, sizes: torch.Size) -> torch.Tensor
 
     Args:
         stop: before or after the layer runs.
-        positions: from `positions_of`.
+        positions: pixels of every sample, or rows.
         sizes: of the layer's output.
     """
-    positions = positions.to(stop.x.device)
     if stop.operator.declared.window is None:
         return stop.x[positions].double()[None]
     index, valid = _sources(stop, positions, sizes[2:])
