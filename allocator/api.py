@@ -174,7 +174,7 @@ def recover(
 
     The forward is led through layer by layer. What each layer that reads is to give is what the original's gave on the
     same inputs; what it has for that is what its forerunners, refitted already, now give. That is a ridge regression
-    toward its weights. A quarter of the inputs is held back: they decide how strong the ridge is, how far a layer goes,
+    toward its weights. An eighth of the inputs is held back: they decide how strong the ridge is, how far a layer goes,
     and whether it changes at all.
 
     Args:

@@ -1,8 +1,8 @@
 """What follows a layer right away and says which of its outputs matter: a batch norm, a sum, an activation.
 
 Behind a batch norm the refit still is of the layer's own outputs. Where these are added to another branch, the layer is
-asked for what is missing to the original's sum, so that errors do not pile up along a residual stream. Beyond the limits
-of an activation that cuts off, what a layer gives makes no difference.
+asked for what is missing to the original's sum, so that errors do not pile up along a residual stream (after He et al.,
+ICCV 2017). Beyond the limits of an activation that cuts off, what a layer gives makes no difference.
 """
 
 from __future__ import annotations

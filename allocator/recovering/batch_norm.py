@@ -6,6 +6,7 @@ from torch import nn
 
 from allocator.modules import modules_of
 from allocator.recovering.compare import outputs_of
+from allocator.recovering.moments import average
 from allocator.recovering.samples import Samples
 from allocator.torch_private import BatchNormBase
 
@@ -34,6 +35,8 @@ def take_statistics(small: nn.Module, samples: Samples) -> list[str]:
     finally:
         for path, norm in norms.items():
             norm.momentum, norm.training = momenta[path], False
+            for name in _STATISTICS[:2]:
+                average(getattr(norm, name))
     return [f"{path}.{name}".lstrip(".") for path in norms for name in _STATISTICS]
 
 

@@ -64,6 +64,17 @@ class Moments:
 
 def all_reduce(tensor: torch.Tensor) -> None:
     """Add up, in place, over all ranks where `torch.distributed` runs."""
+    if ranks() > 1:
+        torch.distributed.all_reduce(tensor)
+
+
+def average(tensor: torch.Tensor) -> None:
+    """Take the mean, in place, over all ranks where `torch.distributed` runs."""
+    all_reduce(tensor)
+    tensor /= ranks()
+
+
+def ranks() -> int:
+    """How many there are."""
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        distributed.all_reduce(tensor)
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

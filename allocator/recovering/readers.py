@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from allocator.flow.labels import FROZEN
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.recovering.after import After, what_follows
 from allocator.tracing.calls import Op, Trace
@@ -63,13 +64,11 @@ def readers_of(graph: ChannelGraph) -> tuple[dict[str, Reader], dict[str, str]]:
 
 def _reading(graph: ChannelGraph) -> list[str]:
     """Names of the parameters along which activations are summed, in the model's order."""
-    reads = {int(label.flat[0]) for label in graph.facts.read if label.size}
-    names = {}
-    for name in graph.slots.shapes:
-        for label in graph.slots.labels(name):
-            if len(label) and not reads.isdisjoint(label.tolist()):
-                names[name] = True
-    return list(names)
+    reads = np.zeros(graph.slots.total, dtype=bool)
+    for label in graph.facts.read:
+        reads[label] = True
+    reads[FROZEN] = False
+    return [name for name in graph.slots.shapes if any(reads[label].any() for label in graph.slots.labels(name))]
 
 
 def _reader(graph: ChannelGraph, trace: Trace, op: Op) -> Reader | None:

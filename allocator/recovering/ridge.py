@@ -13,9 +13,9 @@ import torch
 
 from allocator.recovering.moments import Moments, all_reduce
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+STRENGTHS = (1e-8, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of the mean of the diagonal of X's covariance, per row."""
-ROUNDS = 3
+ROUNDS = 5
 """Of fits with other targets where an activation cuts off."""
 SAME = 1e-12
 """Share of the spread below which an error is none."""

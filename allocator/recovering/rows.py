@@ -120,7 +120,7 @@ class Rows:
     def _wanted(
         self, original: Stop, small: Stop, positions: torch.Tensor
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-        """What should come out, and beyond which ends it may be any; where it is added to something, what is missing."""
+        """What should come out, or is missing where it is added to something; and beyond which ends it may be any."""
         after, affine = self.wanted.after, self.wanted.affine
         if original.meeting is None or small.meeting is None:
             assert original.result is not None
@@ -155,7 +155,7 @@ def _drawn(count: int, most: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randperm(count, generator=generator)[:most].sort().values
 
 
-def read(stop: Stop, positions: torch.Tensor, sizes: torch.Size) -> torch.Tensor:
+def read(stop: Stop, positions: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     """(groups, rows, unknowns per output), float64: what a layer reads to give its output at these positions.
 
     Args:
@@ -173,7 +173,7 @@ def read(stop: Stop, positions: torch.Tensor, sizes: torch.Size) -> torch.Tensor
     return patches.permute(1, 0, 3, 2, 4).reshape(groups, samples * len(positions), -1)
 
 
-def _sources(stop: Stop, positions: torch.Tensor, sizes: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+def _sources(stop: Stop, positions: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """(positions, kernel places): which input pixel each reads, flattened; and whether it is one, or padding."""
     device = positions.device
     index = torch.zeros(len(positions), 1, dtype=torch.long, device=device)

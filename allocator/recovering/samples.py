@@ -10,11 +10,11 @@ from torch import nn
 
 from allocator.clock import Progress, bar
 from allocator.errors import DataError
-from allocator.scoring.batches import batches
+from allocator.scoring.batches import Batch, batches
 from allocator.torch_private import tree_flatten, tree_map
 from allocator.tracing.inputs import Inputs
 
-HELD = 4
+HELD = 8
 """One part in so many is held back."""
 PARTS = 16
 """How many parts the inputs are led through a network in, where there are enough of them."""
@@ -67,7 +67,7 @@ def gather(data: Any, model: nn.Module, example: Inputs, most: int, progress: Pr
             if count >= most:
                 break
     _check_varied(found, count)
-    parts = _parts(found, max(min(LEAST, count // HELD), -(-count // PARTS), 1))
+    parts = _parts(found, max(min(LEAST, count // 4), -(-count // PARTS), 1))
     if len(parts) < 2:
         raise DataError(f"the data hold {count} inputs in one batch that cannot be parted: give several batches")
     held = tuple(part for i, part in enumerate(parts) if i % HELD == 1)
@@ -106,8 +106,9 @@ def _parts(found: list[Inputs], size: int) -> list[Inputs]:
             waiting = []
         waiting.append(inputs)
         if sum(map(size_of, waiting)) >= size:
-            parts += _cut(_joined(waiting), size)
-            waiting = []
+            *whole, last = _cut(_joined(waiting), size)
+            waiting = [last] if size_of(last) < size else []
+            parts += [*whole, *([] if waiting else [last])]
     return [*parts, *([_joined(waiting)] if waiting else [])]
 
 
@@ -120,15 +121,11 @@ def _kind(inputs: Inputs) -> Any:
 def _joined(several: list[Inputs]) -> Inputs:
     if len(several) == 1:
         return several[0]
-    flat = [tree_flatten((inputs.args, inputs.kwargs))[0] for inputs in several]
-    joined = iter(
-        [torch.cat(each) if isinstance(each[0], torch.Tensor) and each[0].dim() else each[0] for each in zip(*flat)]
-    )
+    flat = zip(*(tree_flatten((inputs.args, inputs.kwargs))[0] for inputs in several), strict=True)
+    joined = (torch.cat(each) if isinstance(each[0], torch.Tensor) and each[0].dim() else each[0] for each in flat)
     args, kwargs = tree_map(lambda _: next(joined), (several[0].args, several[0].kwargs))
     return Inputs(args, kwargs)
 
 
 def _cut(inputs: Inputs, size: int) -> list[Inputs]:
-    from allocator.scoring.batches import Batch
-
     return [batch.inputs for batch in Batch(inputs).chunks(size)]

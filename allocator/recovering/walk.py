@@ -50,7 +50,7 @@ class Stop:
     args: tuple[Any, ...]
     run: Callable[[], torch.Tensor]
     result: torch.Tensor | None = None
-    sizes: torch.Size = torch.Size()
+    sizes: tuple[int, ...] = ()
     version: int = 0
     meeting: Meeting | None = None
 
@@ -179,7 +179,7 @@ class _Stopping(TorchDispatchMode):
         if not self.after:
             self.wait(stop)
         result = stop.result = stop.run()
-        stop.sizes = result.shape
+        stop.sizes = tuple(result.shape)
         if self.after:
             self.wait(stop)
         if self.watched[stop.weight]:
