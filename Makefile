@@ -3,6 +3,7 @@
 #   make test    lint, format, types and tests
 #   make sweep   the long runs over many models
 #   make bench   the benchmarks
+#   make oldest  the main job on the oldest torch that is allowed, in an environment of its own
 #   make docs    the documentation as a site, in build/docs
 # Variables: PYTHON (which interpreter makes the environment), VENV, PIP_ARGS (passed to pip install),
 # PYTEST_ARGS (passed to pytest).
@@ -12,16 +13,18 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 WORKERS ?= 2
+OLDEST ?= .venv-oldest
+OLDEST_TORCH := torch==2.6.0 torchvision==0.21.0
 
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
 CODE := allocator adapters recipes tests benchmarks docs/hooks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types rooms unit sweep bench docs clean
+.PHONY: help demo test lint format types rooms unit sweep bench oldest docs clean
 
 help:
-	@sed -n '2,8s/^# \{0,1\}//p' Makefile
+	@sed -n '2,9s/^# \{0,1\}//p' Makefile
 
 $(PY):
 	"$(PYTHON)" -m venv $(VENV)
@@ -66,6 +69,14 @@ sweep: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-bench
 	$(PY) -m benchmarks.run
+
+$(OLDEST)/.installed: pyproject.toml
+	"$(PYTHON)" -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) $(OLDEST_TORCH) -e '.[dev]'
+	@touch $@
+
+oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m benchmarks.oldest_torch -n $(WORKERS) $(PYTEST_ARGS)
 
 docs: $(VENV)/.installed-docs
 	$(PY) -m mkdocs build --strict

@@ -52,9 +52,13 @@ from allocator.io.results import load_result as load
 from allocator.io.results import save_result as save
 from allocator.pipeline.iterate import Iterated
 from allocator.pipeline.sweep import Sweep
+from allocator.planning.policies.ordered import ordered
+from allocator.planning.policies.registry import policy
+from allocator.planning.problem import Problem
 from allocator.recovering.record import Recovery
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
+from allocator.scoring.calibration import Statistics
 from allocator.scoring.registry import criterion
 from allocator.scoring.scores import Scores
 from allocator.verifying.certificate import Certificate
@@ -88,9 +92,11 @@ __all__ = [
     "PolicyError",
     "Recovery",
     "RecoveryError",
+    "Problem",
     "Result",
     "RewriteError",
     "Scores",
+    "Statistics",
     "Sweep",
     "TraceError",
     "UninformativeScoresWarning",
@@ -108,8 +114,10 @@ __all__ = [
     "latency",
     "load",
     "load_model",
+    "ordered",
     "plan",
     "recover",
+    "policy",
     "rewrite",
     "save",
     "save_model",

@@ -14,6 +14,7 @@ from allocator.clock import Progress
 from allocator.errors import DataError, InputError
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.io.files import load_allocation
+from allocator.isolation import as_usual
 from allocator.model_checks import check_model
 from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.iterate import Iterated, even_schedule, iterate_model
@@ -54,6 +55,7 @@ from allocator.verifying.certificate import Certificate, certify, names_and_shap
 from allocator.verifying.structure import find_mismatch
 
 
+@as_usual
 def allocate(
     model: nn.Module,
     flops: Limit = None,
@@ -202,6 +204,7 @@ def recover(
     return recover_result(result, data, method, samples=samples, seed=seed, progress=progress)
 
 
+@as_usual
 def trace(
     model: nn.Module,
     example_inputs: Any = None,
@@ -226,6 +229,7 @@ def trace(
     return trace_model(check_model(model), example_inputs, settings)
 
 
+@as_usual
 def score(
     graph: ChannelGraph,
     criterion: Any = DEFAULTS.criterion,
@@ -255,6 +259,7 @@ def score(
     return score_graph(graph, criterion, None if data is None else Data(data, loss, seed, progress))
 
 
+@as_usual
 def plan(
     graph: ChannelGraph,
     scores: Scores | None = None,
@@ -293,6 +298,7 @@ def plan(
     return choose(graph, budgets_of(graph, limits), settings, scores).allocation
 
 
+@as_usual
 def sweep(
     model: nn.Module,
     flops: Sequence[float | str] | None = None,
@@ -335,6 +341,7 @@ def sweep(
     )
 
 
+@as_usual
 def iterate(
     model: nn.Module,
     flops: Limit = None,
@@ -387,6 +394,7 @@ def iterate(
     )
 
 
+@as_usual
 def rewrite(model: nn.Module, allocation: Allocation, weights: Weights = "keep") -> nn.Module:
     """Copy `model` with only the neurons that the allocation keeps.
 
@@ -402,6 +410,7 @@ def rewrite(model: nn.Module, allocation: Allocation, weights: Weights = "keep")
     return rewrite_model(model, allocation, weights)
 
 
+@as_usual
 def apply(model: nn.Module, allocation: Allocation | str | Path, weights: Weights = "keep") -> nn.Module:
     """`rewrite` with an allocation that may also be the path of its file: `.json`, or a saved result.
 
@@ -416,6 +425,7 @@ def _allocation(allocation: Allocation | str | Path) -> Allocation:
     return allocation if isinstance(allocation, Allocation) else load_allocation(allocation)
 
 
+@as_usual
 def verify(
     model: nn.Module,
     small: nn.Module,

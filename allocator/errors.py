@@ -39,12 +39,21 @@ class BudgetError(AllocatorError, ValueError):
     Attributes:
         asked: the budget in its own unit, or None where it could not be read.
         reachable: the smallest that can be reached, or None where the budget could not be read.
+        reasons: why no less can be, one line per cause of what has to stay, most frequent first.
     """
 
     def __init__(self, message: str, *, asked: float | None = None, reachable: int | None = None):
         super().__init__(message)
         self.asked = asked
         self.reachable = reachable
+        self.reasons: list[str] = []
+
+    def because(self, reasons: Sequence[str]) -> BudgetError:
+        """The same error, which says why as well."""
+        said = f"{self}; what stays: {'; '.join(reasons[:3])}" if reasons and not self.reasons else str(self)
+        error = type(self)(said, asked=self.asked, reachable=self.reachable)
+        error.reasons = self.reasons or list(reasons)
+        return error
 
 
 class NothingToAllocateError(AllocatorError, ValueError):
@@ -170,6 +179,13 @@ def did_you_mean(name: str, known: Iterable[str], *, most: int = 1, cutoff: floa
     """
     near = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
     return f"did you mean {' or '.join(f'{mark}{each}{mark}' for each in near)}?" if near else ""
+
+
+def none_of(kind: str, name: str, known: Iterable[str]) -> str:
+    """The message for a word that is none of a few: the one that is near, and all that there are."""
+    names = list(known)
+    near = did_you_mean(name, names, mark="'") if isinstance(name, str) else ""
+    return f"no {kind} {name!r}{near and '; ' + near} (there are {', '.join(names)})"
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

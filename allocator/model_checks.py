@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from allocator.errors import UnsupportedModelError
 from allocator.modules import modules_of, tensor_names
+from allocator.torch_private import FakeTensor
 
 _QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+_TRAINED_QUANTISED = ("torch.ao.nn.qat", "torch.nn.qat", "torch.ao.nn.intrinsic.qat", "torch.ao.quantization.fake_quant")
+_FLOAT = frozenset({"FloatFunctional", "FXFloatFunctional"})  # stand among quantised modules, and add and join in float
+_UNDO = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
 _WRAPPERS = {
     "DataParallel": "its .module",
     "DistributedDataParallel": "its .module, and wrap the result again",
     "FullyShardedDataParallel": "the module before sharding",
+    "FSDPModule": "the module before fully_shard",
     "OptimizedModule": "the module that was compiled (its ._orig_mod), and compile the result",
 }
 
@@ -44,10 +51,17 @@ def check_model(model: object, *, values: bool = False) -> nn.Module:
             )
         if tensor.is_quantized:
             raise UnsupportedModelError(f"{path} is quantised: allocate the float model, then quantise it")
-        if values and tensor.is_meta:
+        if type(tensor).__name__ == "DTensor":
+            raise UnsupportedModelError(
+                f"{path} is a DTensor, spread over several processes: pass the model before it was sharded, or one "
+                "whose parameters are their .full_tensor()"
+            )
+        if values and (tensor.is_meta or isinstance(tensor, FakeTensor)):
             raise UnsupportedModelError(
                 f"{path} lies on the meta device and has no values: build the model on a real device and load "
                 "its weights first"
+                if tensor.is_meta
+                else f"{path} is a fake tensor and has no values: build the model outside of FakeTensorMode"
             )
     return model
 
@@ -63,6 +77,24 @@ def without_reset(model: nn.Module) -> str:
     return f", but not those of {', '.join(kept)}, which have no reset_parameters()" if kept else ""
 
 
+def undone_by(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """The call that takes away what computes the weights of a module (weight norm, spectral norm); "" where none does.
+
+    Args:
+        path: of the module that was running.
+        modules: the model's, by their paths.
+    """
+    owner, found, inside = path.rpartition("parametrizations")
+    if found:
+        owner, name = owner.rstrip("."), inside.strip(".").partition(".")[0]
+        return f"torch.nn.utils.parametrize.remove_parametrizations(model.get_submodule({owner!r}), {name!r})"
+    for hook in modules[path]._forward_pre_hooks.values() if path in modules else ():
+        undo = _UNDO.get(type(hook).__name__)
+        if undo is not None and type(hook).__module__.startswith("torch."):
+            return f"torch.nn.utils.{undo}(model.get_submodule({path!r}))"
+    return ""
+
+
 def _check_class(cls: type, where: str) -> None:
     kind = cls.__name__
     if issubclass(cls, torch.jit.ScriptModule):
@@ -73,7 +105,12 @@ def _check_class(cls: type, where: str) -> None:
         if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
             verb = "pass" if where == "the model" else "replace it by"
             raise UnsupportedModelError(f"{where} is wrapped in {base.__name__}: {verb} {_WRAPPERS[base.__name__]}")
-    if cls.__module__.startswith(_QUANTISED):
+    if cls.__module__.startswith(_TRAINED_QUANTISED):
+        raise UnsupportedModelError(
+            f"{where} is prepared for quantisation-aware training ({kind}): allocate the model as it was before "
+            "prepare_qat, and prepare the result"
+        )
+    if cls.__module__.startswith(_QUANTISED) and kind not in _FLOAT:
         raise UnsupportedModelError(f"{where} is quantised ({kind}): allocate the float model, then quantise it")
 
 

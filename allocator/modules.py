@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from allocator.closures import CALLABLES, Memo, copy_callable, reaches
 from allocator.errors import UnsupportedModelError
 
 Replace = Callable[[str, torch.Tensor], torch.Tensor]
@@ -88,14 +89,15 @@ def skeleton(model: nn.Module, replace: Replace) -> nn.Module:
     Raises:
         UnsupportedModelError: the module structure cannot be deep-copied.
     """
-    memo: dict[int, object] = {}
     modules = modules_of(model)
+    memo = Memo(map(id, modules.values()))
     for kind, name, tensor in _tensors(modules):
         new = replace(name, tensor)
         memo[id(tensor)] = _as_parameter(new, tensor) if kind == "_parameters" else new
     for name, tensor in _tensor_attributes(modules):
         if id(tensor) not in memo:
             memo[id(tensor)] = replace(name, tensor)
+    memo.own.update(memo)
     try:
         return cast(nn.Module, _copy(model, memo))
     except (TypeError, RuntimeError, AttributeError) as error:
@@ -105,8 +107,11 @@ def skeleton(model: nn.Module, replace: Replace) -> nn.Module:
         ) from error
 
 
-def _copy(value: Any, memo: dict[int, Any]) -> Any:
-    """`copy.deepcopy`, with a short way for modules and plain containers: most of a network is these."""
+def _copy(value: Any, memo: Memo) -> Any:
+    """`copy.deepcopy`, with a short way for modules and plain containers: most of a network is these.
+
+    It also goes where `deepcopy` does not: into functions, such as hooks, that hold a part of the model.
+    """
     kind: Any = type(value)
     if kind in _ATOMS:
         return value
@@ -126,10 +131,16 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
         mapping = memo[id(value)] = kind()
         _copy_items(value, mapping, memo)
         return mapping
+    if kind is list:
+        items = memo[id(value)] = []
+        items += [_copy(item, memo) for item in value]
+        return items
+    if kind in CALLABLES:
+        return copy_callable(value, memo, _copy) if reaches(value, memo.own) else value
     return copy.deepcopy(value, memo)
 
 
-def _copy_fields(module: nn.Module, into: dict[str, Any], memo: dict[int, Any]) -> None:
+def _copy_fields(module: nn.Module, into: dict[str, Any], memo: Memo) -> None:
     """Copies of all fields of a module; most are numbers, and torch's own that hold nothing."""
     # A forward compiled in place (Module.compile) stays behind: it would run the original's weights.
     state = module.__getstate__() if "_compiled_call_impl" in vars(module) else vars(module)
@@ -140,7 +151,7 @@ def _copy_fields(module: nn.Module, into: dict[str, Any], memo: dict[int, Any]) 
             into[key] = kind() if key in _MODULE_FIELDS and not item else _copy(item, memo)
 
 
-def _copy_items(items: Mapping[Any, Any], into: dict[Any, Any], memo: dict[int, Any]) -> None:
+def _copy_items(items: Mapping[Any, Any], into: dict[Any, Any], memo: Memo) -> None:
     for key, item in items.items():
         into[key if type(key) in _ATOMS else _copy(key, memo)] = item if type(item) in _ATOMS else _copy(item, memo)
 

@@ -27,7 +27,7 @@ class Result:
         graph: the original's neurons and blocks.
         plan: the choice among them.
         flops_asked, flops_before, flops_after: FLOPs as fvcore counts them.
-        next_cost: FLOPs of the cheapest further neuron, None if all are kept.
+        next_cost: what the cheapest further neuron costs of the first budget, None if none could be added.
         uncounted: operators that fvcore does not count, with the number of their calls.
         notes: what was assumed, set or frozen on the way.
         timings: seconds per stage.

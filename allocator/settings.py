@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from allocator.errors import InputError, UnknownNameError
+from allocator.errors import InputError, UnknownNameError, none_of
 
 Policy = Literal["auto", "per_block", "global", "uniform", "isomorphic", "priced"]
 Scope = Literal["auto", "branches", "inner", "all", "narrowest"]
@@ -118,7 +118,7 @@ class Settings:
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise UnknownNameError unless an option's value is one of its choices."""
     if value not in choices:
-        raise UnknownNameError(f"no {name} {value!r} (there are {', '.join(choices)})")
+        raise UnknownNameError(none_of(name, value, choices))
 
 
 @dataclass(frozen=True)

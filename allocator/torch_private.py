@@ -31,6 +31,7 @@ try:
     from torch.nn.modules.batchnorm import _NormBase as BatchNormBase
     from torch.nn.modules.conv import _ConvNd as ConvolutionBase
     from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._python_dispatch import _disable_current_modes as without_dispatch_modes
     from torch.utils._pytree import tree_flatten, tree_map
 except ImportError as error:
     raise _unexpected(f"lacks a name ({error})") from error
@@ -49,6 +50,7 @@ __all__ = [
     "state_without_compiled_call",
     "tree_flatten",
     "tree_map",
+    "without_dispatch_modes",
 ]
 
 _COMPILED = "_compiled_call_impl"  # where Module.compile leaves what is called in place of the module
@@ -140,6 +142,8 @@ def _check_dispatch() -> None:
 
     x = torch.empty(2, device="meta")
     with Noting():
+        torch.neg(x)
+    with Noting(), without_dispatch_modes():
         torch.neg(x)
     if seen != ["aten::neg"]:
         raise _unexpected(f"dispatches one call as {seen}")

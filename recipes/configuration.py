@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from allocator.cost.budget import check_limit
 from allocator.disk import existing
-from allocator.errors import ConfigurationError, MissingPackageError, UnknownNameError, did_you_mean
+from allocator.errors import (
+    AllocatorError,
+    BudgetError,
+    ConfigurationError,
+    InputError,
+    MissingPackageError,
+    UnknownNameError,
+    did_you_mean,
+)
+from allocator.planning.problem import Widths
 from allocator.recipes.parsing import parse
+from allocator.scoring.registry import AUTO, find_criterion
+from allocator.settings import BUDGETS, KNOWN_POLICIES, OPTIONS, Limits, Scope, Settings, Weights
 from allocator.settings import CHOICES as ALLOCATION_CHOICES
-from allocator.settings import KNOWN_POLICIES, Settings, Weights
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -142,22 +153,41 @@ class Training:
 
 
 @dataclass(frozen=True)
-class AllocationPlan(Settings):
-    """How the network is made smaller: a budget, and every option of `allocator.settings`.
+class AllocationPlan(Settings, Limits):
+    """How the network is made smaller: every budget and every option of `allocator.settings`, for one image.
 
     A seed is trained so that its batch norms tell its neurons apart, and what is left of it is trained from scratch;
-    so the paper's rule and fresh weights are the defaults here.
+    so the paper's rule and fresh weights are the defaults here: `bn_scale`, `per_block` (which is what `auto` comes to)
+    and the `narrowest` scope. Where no budget is given, it is half of the FLOPs.
 
     Attributes:
-        flops: budget for one image, as fvcore counts, or a share such as `60%`.
+        criterion: one name, or several, whose rankings are averaged; one that looks at data gets training images.
+        samples: how many training images such a criterion looks at, over all processes.
         weights: `reset` to train from scratch, `keep` to fine-tune.
         file: an allocation to apply, instead of one learned here.
     """
 
-    criterion: str = "bn_scale"
-    flops: float | str = "50%"
+    criterion: str | list[str] = "bn_scale"
+    scope: Scope = "narrowest"
+    samples: int = 256
     weights: Weights = "reset"
     file: str | None = None
+
+    def budgets(self) -> dict[str, float | str]:
+        """The budgets, by the names of the keyword arguments of `allocator.allocate`."""
+        return {name: limit for name in BUDGETS if (limit := getattr(self, name)) is not None} or {"flops": "50%"}
+
+    def options(self) -> dict[str, Any]:
+        """Every option, by the names of the keyword arguments of `allocator.allocate`."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+    def criteria(self) -> list[str]:
+        """The names of the criteria; there may be none of such a name."""
+        return [self.criterion] if isinstance(self.criterion, str) else self.criterion
+
+    def looks_at_data(self) -> bool:
+        """Whether a criterion needs images."""
+        return any(name != AUTO and bool(find_criterion(name).needs) for name in self.criteria())
 
 
 @dataclass(frozen=True)
@@ -358,6 +388,8 @@ def _contradictions(config: Config) -> list[str]:
         problems += _training_problems(section, training)
     problems += _stage_problems(config)
     problems += _data_problems(config)
+    if config.allocation is not None:
+        problems += _allocation_problems(config.allocation, config.task)
     if config.task == "detection":
         return problems + _detection_problems(config)
     return problems + _classification_problems(config)
@@ -380,6 +412,44 @@ def _stage_problems(config: Config) -> list[str]:
     if config.final is not None and config.seed is not None and config.allocation is None:
         problems.append("seed and final without an allocation between them: give allocation, or only final")
     return problems
+
+
+def _allocation_problems(plan: AllocationPlan, task: str) -> list[str]:
+    problems = []
+    for name in BUDGETS:
+        limit = getattr(plan, name)
+        if limit is not None:
+            problems += _problem(BudgetError, check_limit, name, limit)
+    floors = plan.at_least.values() if isinstance(plan.at_least, Mapping) else [plan.at_least]
+    for floor in floors:
+        problems += _problem(InputError, Widths(floor).minimum, "", 1)
+    for name in ("exclude", "include", "same"):
+        problems += _pattern_problems(name, getattr(plan, name))
+    if plan.multiple < 1 or plan.samples < 1:
+        problems.append("expected allocation.multiple and allocation.samples above zero")
+    for name in plan.criteria():
+        problems += [] if name == AUTO else _problem(UnknownNameError, find_criterion, name)
+    if not problems and task == "detection" and plan.looks_at_data():
+        problems.append(f"allocation.criterion={plan.criterion!r} looks at data, which is not for detectors yet")
+    return problems
+
+
+def _problem(kind: type[AllocatorError], check: Callable[..., Any], *args: Any) -> list[str]:
+    """What a check has to say of a value of the allocation, if anything."""
+    try:
+        check(*args)
+    except kind as error:
+        return [f"allocation: {error}"]
+    return []
+
+
+def _pattern_problems(name: str, given: Sequence[Any]) -> list[str]:
+    """Modules and classes are for Python; here there are names, and lists of them for layers that stay alike."""
+    for item in given:
+        names = item if name == "same" and isinstance(item, list) else [item]
+        if not all(isinstance(each, str) for each in names):
+            return [f"allocation.{name}: expected a list, each text, got {list(given)!r}"]
+    return []
 
 
 def _data_problems(config: Config) -> list[str]:

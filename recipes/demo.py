@@ -24,6 +24,8 @@ from allocator.recipes.training import evaluate, train_network
 from allocator.reporting.pictures import Panel, draw_shares
 
 FULL_SIZE_BUDGET = 3.84e9
+RULE: dict[str, Any] = {"criterion": "bn_scale", "scope": "narrowest"}
+"""ScaleNet's rule for a seed: what its batch norms have learned, where the branches of its blocks meet."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ def run_digits(out: Path, effort: Effort, console: Console) -> None:
 
     console.rule("2. The same network with half the FLOPs")
     example = test_data.images[:1]
-    learned = allocator.allocate(seed, flops="50%", example_inputs=example)
-    even = allocator.allocate(seed, flops="50%", example_inputs=example, policy="uniform")
+    learned = allocator.allocate(seed, flops="50%", example_inputs=example, policy="per_block", **RULE)
+    even = allocator.allocate(seed, flops="50%", example_inputs=example, policy="uniform", **RULE)
     before_tuning = evaluate(learned.model, test_data)  # now, as the model itself is tuned below
     for name, result in (("learned allocation", learned), ("even allocation", even)):
         train_network(result.model, training_data, effort.tuning_epochs, 0.05, description=name, console=console)
@@ -132,7 +134,7 @@ def run_full_size(console: Console) -> None:
     torch.manual_seed(0)
     seed = randomise_norms(scalenet_seed(50), seed=0)
     start = time.perf_counter()
-    result = allocator.allocate(seed, flops=FULL_SIZE_BUDGET)
+    result = allocator.allocate(seed, flops=FULL_SIZE_BUDGET, policy="per_block", **RULE)
     seconds = time.perf_counter() - start
     console.print(result.report())
     console.print(

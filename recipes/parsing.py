@@ -83,7 +83,7 @@ def _alternatives(hint: Any) -> list[Any]:
     if get_origin(hint) is Literal:
         return [str]
     if get_origin(hint) is Sequence:
-        return [tuple[str, ...]]
+        return [tuple[get_args(hint)[0], ...]]
     return [hint]
 
 
@@ -113,7 +113,8 @@ _NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or 
 def _name(hint: Any) -> str:
     """What messages call a type."""
     if get_origin(hint) in (list, tuple):
-        return f"a list, each {_name(get_args(hint)[0])}"
+        each = get_args(hint)[0]
+        return "a list" if each is Any else f"a list, each {_name(each)}"
     if get_origin(hint) is dict:
         return "a section"
     return _NAMES.get(hint, str(hint))

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from importlib.util import find_spec
@@ -23,9 +23,9 @@ from allocator.errors import AllocatorError, ConfigurationError, DataError, File
 from allocator.modules import shapes_of
 from allocator.recipes.boxes import Detection
 from allocator.recipes.checkpoints import NAME, load_checkpoint, remove_leftovers, save_checkpoint
-from allocator.recipes.configuration import Config, Training, load_config
+from allocator.recipes.configuration import AllocationPlan, Config, Training, load_config
 from allocator.recipes.data import Batches, TestBatches, number, unreadable
-from allocator.recipes.tasks import Classification, Task
+from allocator.recipes.tasks import Classification, Task, classification_loss
 from allocator.recipes.training import Fit, as_text, training_bar
 from allocator.rewriting.allocation import architecture_hash
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 LOG_UPDATES = 50
 """Updates between two entries in TensorBoard's logs."""
+LOOKED_AT = 16
+"""Images per forward where a criterion looks at them."""
 T = TypeVar("T")
 
 
@@ -361,26 +363,46 @@ class _Run:
         """The allocation, made on the main process and handed to the others."""
         plan = self.config.allocation
         assert plan is not None
+        file = plan.file
+        if file is not None:
+            return self._agree(lambda: allocator.Allocation.load(file))
+        if not plan.looks_at_data():
+            return self._agree(lambda: self._chosen(network, plan, {}))
+        # Every process looks at images of its own and gets what all have found, so that all choose alike.
+        return self._chosen(network, plan, {"data": self._looked_at(plan.samples), "loss": classification_loss})
 
-        def make() -> allocator.Allocation:
-            if plan.file is not None:
-                return allocator.Allocation.load(plan.file)
-            options = asdict(plan) | {"exclude": [*plan.exclude, *self.task.protected]}
-            # Not for here: the weights are decided when the allocation is applied, on every process.
-            del options["file"], options["weights"]
-            # Shown where the run's other lines are: on stderr they would tear the bars.
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                result = allocator.allocate(network, options.pop("flops"), example_inputs=self.example, **options)
-            for warning in caught:
-                self._say(f"note: {warning.message}")
-            self._say(
-                f"allocated: {result.flops_before:,} FLOPs before, {result.flops_after:,} after; certificate "
-                f"{'passed' if result.certificate.ok else 'failed'}"
-            )
-            return result.allocation
+    def _chosen(self, network: nn.Module, plan: AllocationPlan, data: dict[str, Any]) -> allocator.Allocation:
+        options = plan.options() | {"exclude": [*plan.exclude, *self.task.protected]}
+        # Shown where the run's other lines are: on stderr they would tear the bars. The weights are decided when the
+        # allocation is applied, on every process.
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = allocator.allocate(network, **plan.budgets(), **data, example_inputs=self.example, **options)
+        for warning in caught:
+            self._say(f"note: {warning.message}")
+        self._say(
+            f"allocated: {result.flops_before:,} FLOPs before, {result.flops_after:,} after; certificate "
+            f"{'passed' if result.certificate.ok else 'failed'}"
+        )
+        return result.allocation
 
-        return self._agree(make)
+    def _looked_at(self, samples: int) -> Iterator[tuple[Any, Any]]:
+        """Training images for criteria, with their labels, in the order of an epoch."""
+        world = self.accelerator.num_processes
+        size = min(LOOKED_AT * world, len(self.data.train) // world * world)
+        batches = Batches(
+            self.data.train,
+            size,
+            seed=self.config.random_seed,
+            workers=self.config.data.workers,
+            rank=self.accelerator.process_index,
+            world=world,
+            limit=max(1, samples // max(size, 1)),
+        )
+        for chunks in batches.epoch(0):
+            for chunk in chunks:
+                self.corrupt |= set(chunk.corrupt)
+                yield chunk.images, chunk.labels
 
     # ---------------------------------------------------------------------------------------------- on disk
 

@@ -100,6 +100,11 @@ def logits_of(output: Any) -> Tensor:
     raise InputError(f"expected the network to give scores of shape (images, classes), got {got}")
 
 
+def classification_loss(output: Any, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of a classifier's scores, for criteria that look at images."""
+    return F.cross_entropy(logits_of(output), labels)
+
+
 @torch.no_grad()
 def accuracy_on(model: nn.Module, batches: Iterable[Batch], engine: Engine, corrupt: set[str] | None = None) -> float:
     """Share of the images classified right, over all processes; the mode is left as it was.

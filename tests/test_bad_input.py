@@ -27,6 +27,7 @@ from allocator import (
     TraceError,
     UninformativeScoresWarning,
     UnknownNameError,
+    UnmatchedPatternWarning,
     UnsupportedModelError,
     ValueDependentTraceWarning,
 )
@@ -47,17 +48,20 @@ def allocate(model: Any, flops: Any = "60%", inputs: Any = IMAGE, **options: Any
 @pytest.mark.parametrize(
     ("flops", "said"),
     [
-        (0, r"flops=0 must be positive and finite; the model's own FLOPs are 1,389,024"),
+        (0, r"flops=0 must be positive and finite; the model's own is 1,389,024 FLOPs"),
         ("0%", r"flops='0%' must be positive"),
         (-5, r"flops=-5 must be positive"),
         ("-5%", r"flops='-5%' must be positive"),
         (math.nan, r"flops=nan must be positive and finite"),
         ("nan", r"flops='nan' must be positive and finite"),
         (math.inf, r"flops=inf must be positive and finite"),
-        ("half", r"flops='half' is not a number: pass FLOPs such as 4.2e9, or a share such as '60%'"),
+        ("half", r"flops='half' is not a number: pass FLOPs such as 4.2e9 or '4.2G', or a share such as '60%'"),
         ("%", r"flops='%' is not a number"),
         ("", r"flops='' is not a number"),
-        (None, r"flops=None is not a number"),
+        (
+            None,
+            r"no budget is given: pass flops='60%', or one of flops, params, activations, peak_activations, latency",
+        ),
         ([4e9], r"is not a number: pass FLOPs"),
     ],
 )
@@ -125,9 +129,10 @@ def test_equal_gammas_are_spread_evenly_over_the_branches(policy: str) -> None:
     model = Branches()
     said = r"all 64 scores of criterion 'bn_scale' are 1, so the ranking carries no information"
     results = []
+    options = {"criterion": "bn_scale", "policy": policy, "scope": "branches"}
     for _ in range(2):
         with untouched(model), pytest.warns(UninformativeScoresWarning, match=said):
-            results.append(allocate(model, "50%", policy=policy, scope="branches", fill=False))
+            results.append(allocate(model, "50%", fill=False, **options))
     first, second = results
     assert first.allocation.kept == second.allocation.kept
     (block,) = (b for b in first.allocation.blocks if b["kind"] == "concat")
@@ -142,9 +147,9 @@ def test_a_warning_names_the_callers_line() -> None:
     model = Branches()
     graph = allocator.trace(model, IMAGE)
     for call in (
-        lambda: allocator.allocate(model, "50%", example_inputs=IMAGE),
-        lambda: allocator.plan(graph, flops="50%"),
-        lambda: allocator.score(graph),
+        lambda: allocator.allocate(model, "50%", example_inputs=IMAGE, criterion="bn_scale"),
+        lambda: allocator.plan(graph, allocator.score(graph, "bn_scale"), flops="50%"),
+        lambda: allocator.score(graph, "bn_scale"),
         lambda: allocator.allocate(model, "100%", example_inputs=IMAGE),
     ):
         with pytest.warns(allocator.AllocatorWarning) as caught:
@@ -154,8 +159,10 @@ def test_a_warning_names_the_callers_line() -> None:
 
 def test_equal_gammas_of_a_deep_model_are_spread_over_every_block() -> None:
     model = allocator.build("torchvision:googlenet", init_weights=False)
+    graph = allocator.trace(model)
     with pytest.warns(UninformativeScoresWarning, match="carries no information"):
-        plan = allocator.plan(allocator.trace(model), flops="60%", fill=False)
+        scores = allocator.score(graph, "bn_scale")
+    plan = allocator.plan(graph, scores, flops="60%", policy="per_block", scope="branches", fill=False)
     shares = [
         row["after"] / row["before"]
         for block in plan.blocks
@@ -170,15 +177,18 @@ def test_equal_gammas_of_a_deep_model_are_spread_over_every_block() -> None:
 def test_gammas_that_are_not_finite() -> None:
     model = trained()
     model.norm.weight.data[3] = math.inf
-    with untouched(model), pytest.raises(CriterionError, match="infinite scores: the model's weights are not finite"):
-        allocate(model)
+    for criterion in ("group_norm", "bn_scale"):
+        with untouched(model), pytest.raises(CriterionError, match=r"norm\.weight holds values that are not finite"):
+            allocate(model, criterion=criterion)
 
 
 def test_weights_that_are_not_numbers_do_not_hide_a_right_result() -> None:
     model = trained()
     model.stem.weight.data[5, 1, 0, 0] = math.nan
+    with untouched(model), pytest.raises(CriterionError, match=r"stem\.weight holds values that are not finite"):
+        allocate(model)
     with untouched(model):
-        found = allocate(model).certificate
+        found = allocate(model, criterion="bn_scale").certificate
     assert found.ok
     assert found.weights
     assert found.drawn, "outputs that are all NaN show nothing"
@@ -195,8 +205,9 @@ def test_everything_excluded() -> None:
 
 
 def test_a_misspelled_exclusion_is_noted() -> None:
-    notes = allocate(trained(), exclude=["stem", "narow.*"]).notes
-    assert notes == ["exclude='narow.*' matches no module or parameter"]
+    said = r"exclude='narow\.\*' matches no module or parameter; did you mean 'narrow'\?"
+    with pytest.warns(UnmatchedPatternWarning, match=said):
+        allocate(trained(), exclude=["stem", "narow.*"])
 
 
 @pytest.mark.parametrize("criterion", ["bn_scale", "magnitude", "random"])
@@ -273,7 +284,7 @@ def test_a_model_without_values() -> None:
     graph = allocator.trace(model, IMAGE)
     assert len(graph.neurons) == 64
     assert [branch.gamma for block in graph.blocks for branch in block.branches] == [None, None]
-    with pytest.raises(CriterionError, match=r"reads norm.weight, which lies on the meta device and has no values"):
+    with pytest.raises(CriterionError, match=r"reads stem.weight, which lies on the meta device and has no values"):
         allocator.score(graph)
     assert len(allocator.score(graph, "random").values) == 64
 
@@ -353,11 +364,12 @@ class Literal(Branches):
 
 
 def test_a_forward_that_makes_tensors_on_the_cpu_is_traced_without_its_values() -> None:
-    model = trained(Literal())
+    model, plain = trained(Literal()), Branches()
+    plain.load_state_dict(model.state_dict())
     with untouched(model):
         result = allocate(model)
     assert result.graph.flow.trace.mode == "fake"
-    assert result.allocation.kept == allocate(trained()).allocation.kept
+    assert result.allocation.kept == allocate(plain).allocation.kept
     assert result.certificate.ok
 
 
@@ -461,9 +473,9 @@ def test_a_model_compiled_in_place_is_allocated_as_it_was_before(run: bool) -> N
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"policy": "best"}, r"no policy 'best' \(there are per_block, global, uniform\)"),
+        ({"policy": "best"}, r"no policy 'best' \(there are auto, per_block, global, isomorphic, uniform, priced\)"),
         ({"criterion": "bn_scal"}, r"no criterion 'bn_scal'; did you mean 'bn_scale'\?"),
-        ({"scope": "some"}, r"no scope 'some' \(there are auto, branches, inner, all\)"),
+        ({"scope": "some"}, r"no scope 'some' \(there are auto, branches, inner, all, narrowest\)"),
         ({"weights": "drop"}, r"no weights 'drop' \(there are keep, reset\)"),
         ({"groups": "half"}, r"no groups 'half' \(there are whole, width\)"),
         ({"norms": "any"}, r"no norms 'any' \(there are exact, loose\)"),

@@ -20,7 +20,7 @@ from allocator.cli import main
 from allocator.cli.arguments import parse_budget, parse_setting, parse_size
 from allocator.io.files import load_allocation, load_model, save_model
 
-COMMANDS = ("report", "allocate", "apply", "verify", "compare", "export", "recipes", "train")
+COMMANDS = ("report", "allocate", "apply", "verify", "compare", "export", "recipes", "sweep", "train")
 NET = """
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ cli_nets:branches: Branches, input 1x3x16x16
 FLOPs        86,016  86.0 k (one is one multiply-add)
 parameters      356  356                             
 activations   5,120  5.12 k                          
-16 neurons, 1 block, 2 branches; ranked by bn_scale
+16 neurons, 1 block, 2 branches; ranked by group_norm
 a budget can go down to 12.5% (branches), 12.5% (inner), 12.5% (all) of its FLOPs, by scope
 
 block / branch  kind    scale  kernel  stride  field  channels   FLOPs   share       |γ|  mean
@@ -101,6 +101,21 @@ def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str])
     assert "--json" in shown
 
 
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("allocate", "--data --loss --params --activations --latency --multiple --at-least --exclude --same"),
+        ("report", "--data --include --multiple --criterion --policy"),
+        ("sweep", "--data --plot --csv --params --peak-activations --allocations --policy --at-least"),
+    ],
+)
+def test_examples_show_the_flags(command: str, flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    examples = capsys.readouterr().out.partition("example:\n")[2]
+    assert [flag for flag in flags.split() if f"{flag} " not in examples] == []
+
+
 def test_the_main_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["--help"])
@@ -114,7 +129,7 @@ def test_the_main_help_names_every_command(capsys: pytest.CaptureFixture[str]) -
     [
         ([], "required: COMMAND"),
         (["alocate"], "invalid choice"),
-        (["allocate", "m.pt", "-o", "s.pt"], "required: --flops"),
+        (["allocate", "m.pt", "-o", "s.pt"], "no budget is given, such as --flops 60%"),
         (["allocate", "m.pt", "--flops", "many", "-o", "s.pt"], "not a budget"),
         (["allocate", "m.pt", "--flops", "60%"], "nothing to write"),
         (["allocate", "m.pt", "--flops", "60%", "-o", "s.txt"], "must end in"),

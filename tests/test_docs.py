@@ -18,6 +18,7 @@ from docs_blocks import PAGES, ROOT, Page
 import allocator
 from allocator import adapters
 from allocator.cli import make_parser
+from allocator.planning.policies.registry import POLICIES
 from allocator.scoring.registry import CRITERIA
 from allocator.tracing.operators import DECLARATIONS, operator_of
 
@@ -37,7 +38,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.fixture
 def _registries() -> Iterator[None]:
     """What a page registers is forgotten after it."""
-    known: tuple[dict[str, Any], ...] = (DECLARATIONS, CRITERIA, adapters._ADAPTERS)
+    known: tuple[dict[str, Any], ...] = (DECLARATIONS, CRITERIA, POLICIES, adapters._ADAPTERS)
     before = [dict(registry) for registry in known]
     yield
     for registry, old in zip(known, before):

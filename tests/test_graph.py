@@ -304,7 +304,9 @@ def test_metrics_of_a_chain_are_those_of_the_arithmetic() -> None:
     assert graph.metric("params").value(kept) == 9 * (3 * 3 + 3 * 3 + 3 * 2) + 3 + 3 + 2
     assert graph.metric("activations").value(kept) == pixels * (3 + 3 + 2)
     assert graph.metric("flops") is flops
-    with pytest.raises(UnknownNameError, match=r"no metric 'time' \(there are flops, params, activations\)"):
+    with pytest.raises(
+        UnknownNameError, match=r"no metric 'time' \(there are flops, params, activations, peak_activations, latency\)"
+    ):
         graph.metric("time")
 
 

@@ -349,3 +349,7 @@ def test_a_metric_that_there_is_not() -> None:
     graph = allocator.trace(Odd().eval(), IMAGE)
     with pytest.raises(UnknownNameError, match=r"no metric 'energy' \(there are flops, params, activations"):
         graph.metric("energy")
+    with pytest.raises(UnknownNameError, match=r"no metric 'flop'; did you mean 'flops'\? \(there are"):
+        graph.metric("flop")
+    with pytest.raises(UnknownNameError, match=r"latency is not known before it is measured"):
+        graph.metric("latency")

@@ -2,54 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
+from alive import alive_at_once
 from subjects import IMAGE, trained
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 import allocator
 from allocator.cost.peak import PeakMetric
-
-
-class _Alive(TorchDispatchMode):
-    """Counts the numbers in storages that calls made and that still exist."""
-
-    def __init__(self, *given: Tensor) -> None:
-        super().__init__()
-        self.known: dict[int, int] = {}
-        self.most = 0
-        for tensor in given:
-            self._watch(tensor)
-
-    def _watch(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage.data_ptr()
-        if key in self.known or not tensor.numel():
-            return
-        self.known[key] = storage.nbytes() // tensor.element_size()
-        weakref.finalize(storage, self.known.pop, key, None)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._watch(tensor)
-        self.most = max(self.most, sum(self.known.values()))
-        return result
-
-
-def alive_at_once(model: nn.Module, *inputs: Tensor) -> int:
-    parameters = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    with torch.no_grad(), _Alive(*inputs) as counted:
-        counted.known.update(dict.fromkeys(parameters, 0))
-        model(*inputs)
-    return counted.most
 
 
 @pytest.mark.parametrize("name", ["resnet18", "googlenet", "vgg11", "squeezenet1_1"])

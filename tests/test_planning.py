@@ -22,7 +22,7 @@ from allocator.planning.policies.registry import POLICIES, find_policy, policy
 from allocator.planning.problem import Problem, forced_neurons, free_neurons, least
 
 SCOPES = ("branches", "inner", "all")
-POLICY_NAMES = "there are per_block, global, isomorphic, uniform, priced"
+POLICY_NAMES = "there are auto, per_block, global, isomorphic, uniform, priced"
 
 
 @pytest.fixture(scope="module")
@@ -339,9 +339,10 @@ def test_a_plan_says_how_it_was_made(graph: ChannelGraph, scores: Scores) -> Non
     plan = make_plan(graph, scores, budgets, policy="global", scope="inner")
     assert (plan.scope, plan.policy, plan.criterion) == ("inner", "global", "bn_scale")
     assert plan.kept[channel_units(graph, "stem")].all()
-    params = graph.metric("params")
-    more = [params.value(plan.kept | (np.arange(graph.size) == unit)) for unit in np.flatnonzero(~plan.kept)]
-    assert plan.next_cost == min(more) - params.value(plan.kept)
+    for name in ("params", "flops"):
+        metric = graph.metric(name)
+        more = [metric.value(plan.kept | (np.arange(graph.size) == unit)) for unit in np.flatnonzero(~plan.kept)]
+        assert plan.next_costs[name] == min(more) - metric.value(plan.kept)
 
 
 # ---------------------------------------------------------------------------------------------- what errors say
@@ -374,7 +375,7 @@ def test_a_budget_that_cannot_be_met_names_metric_asked_and_reachable(
 def test_of_several_budgets_the_one_that_cannot_be_met_is_named(graph: ChannelGraph, scores: Scores) -> None:
     rows: list[tuple[dict[str, Any], str]] = [
         ({"flops": "90%", "params": 7}, "7 parameters cannot be met"),
-        ({"params": "90%", "activations": 9, "flops": 8}, "9 activations cannot be met"),
+        ({"params": "90%", "activations": 9, "flops": 8}, "9 activations and 8 FLOPs cannot be met"),
     ]
     for asked, said in rows:
         with pytest.raises(BudgetError, match=said):
@@ -412,7 +413,10 @@ def test_nothing_to_remove_says_why(graph: ChannelGraph, scores: Scores) -> None
     [
         ({"policy": "per_blok"}, rf"^no policy 'per_blok'; did you mean 'per_block'\? \({POLICY_NAMES}\)$"),
         ({"policy": "best"}, rf"^no policy 'best' \({POLICY_NAMES}\)$"),
-        ({"scope": "branch"}, r"^no scope 'branch' \(there are auto, branches, inner, all, narrowest\)$"),
+        (
+            {"scope": "branch"},
+            r"^no scope 'branch'; did you mean 'branches'\? \(there are auto, branches, inner, all, narrowest\)$",
+        ),
     ],
 )
 def test_names_that_there_are_not(graph: ChannelGraph, scores: Scores, options: dict[str, str], said: str) -> None:

@@ -17,12 +17,13 @@ from training_runs import tiny_config
 from allocator.errors import ConfigurationError, DataError, FileError, InputError, MissingPackageError
 from allocator.recipes import detection, digits, train
 from allocator.recipes.checkpoints import NAME, load_checkpoint, remove_leftovers
-from allocator.recipes.configuration import Training, load_config
+from allocator.recipes.configuration import CONFIGS, Training, config_names, load_config
 from allocator.recipes.data import Batches, Samples, Tensors, TestBatches, open_data
 from allocator.recipes.engine import OneProcess, average_buffers, summed
 from allocator.recipes.run import average_weights, make_accelerator
 from allocator.recipes.training import Fit, train_network
 from allocator.recipes.training import train as train_by_its_short_name
+from allocator.settings import BUDGETS, OPTIONS
 
 
 @dataclass
@@ -122,6 +123,19 @@ def misfits(**changes: Any) -> str:
         ({"data": {"arguments": [1]}}, "data.arguments: expected a section, got [1]"),
         ({"data": {"dataset": "digits", "mean": [1, "x"]}}, "data.mean: expected a list, each a number, got [1, 'x']"),
         ({"allocation": {"exclude": [1]}}, "allocation.exclude: expected a list, each text, got [1]"),
+        ({"allocation": {"exclude": "fc"}}, "allocation.exclude: expected a list, got 'fc'"),
+        ({"allocation": {"same": [["fc", 1]]}}, "allocation.same: expected a list, each text, got [['fc', 1]]"),
+        ({"allocation": {"flops": 0}}, "allocation: flops=0.0 must be positive and finite"),
+        ({"allocation": {"params": "many"}}, "allocation: params='many' is not a number such as 10e6 or '10M'"),
+        ({"allocation": {"latency": "8 hours"}}, "allocation: latency='8 hours' is not a number such as 0.008"),
+        ({"allocation": {"activations": True}}, "allocation.activations: expected a number or text or null, got True"),
+        ({"allocation": {"peak_activations": math.nan}}, "allocation: peak_activations=nan must be positive"),
+        ({"allocation": {"flop": "60%"}}, "unknown key allocation.flop; did you mean flops?"),
+        ({"allocation": {"at_least": "some"}}, "allocation: at_least='some' is neither a number of channels nor"),
+        ({"allocation": {"at_least": {"fc": -1}}}, "allocation: at_least=-1 is neither a number of channels nor"),
+        ({"allocation": {"multiple": 0}}, "expected allocation.multiple and allocation.samples above zero"),
+        ({"allocation": {"criterion": "fishr"}}, "allocation: no criterion 'fishr'; did you mean 'fisher'?"),
+        ({"allocation": {"criterion": 3}}, "allocation.criterion: expected text or a list, each text, got 3"),
         ({"final": {"epochs": True}}, "final.epochs: expected a whole number, got True"),
         ({"final": {"epochs": 1, "lr": math.nan}}, "final.lr: expected a number > 0, got nan"),
         ({"final": {"epochs": 1, "weight_decay": math.inf}}, "final.weight_decay: expected a number >= 0, got inf"),
@@ -185,6 +199,53 @@ def test_an_option_of_several_forms_comes_as_it_is_written(at_least: Any) -> Non
     assert config.allocation is not None
     assert config.allocation.at_least == at_least
     assert load_config(config) == config
+
+
+def test_every_budget_and_option_is_a_key() -> None:
+    given: dict[str, Any] = {
+        "flops": "4.2G",
+        "params": 10e6,
+        "activations": "5M",
+        "peak_activations": "60%",
+        "latency": "8ms",
+        "policy": "priced",
+        "criterion": ["fisher", "magnitude"],
+        "scope": "all",
+        "fill": False,
+        "groups": "width",
+        "norms": "loose",
+        "exclude": ["fc"],
+        "include": ["layer*"],
+        "same": [["layer1.*", "layer2.*"], "layer3.*"],
+        "at_least": {"*": "10%"},
+        "multiple": 8,
+    }
+    assert given.keys() == {*BUDGETS, *OPTIONS}
+    plan = load_config(tiny_config("runs/none", allocation=given)).allocation
+    assert plan is not None
+    lists = {"exclude", "include", "same"}
+    assert plan.budgets() == {name: given[name] for name in BUDGETS}
+    assert plan.options() == {name: tuple(given[name]) if name in lists else given[name] for name in OPTIONS}
+    assert plan.looks_at_data()
+
+
+def test_the_paper_s_rule_and_half_of_the_flops_are_the_defaults() -> None:
+    plan = load_config(tiny_config("runs/none", allocation={})).allocation
+    assert plan is not None
+    assert plan.budgets() == {"flops": "50%"}
+    assert (plan.criterion, plan.scope, plan.weights) == ("bn_scale", "narrowest", "reset")
+    assert not plan.looks_at_data()
+    other = load_config(tiny_config("runs/none", allocation={"params": "60%", "criterion": "auto"})).allocation
+    assert other is not None
+    assert other.budgets() == {"params": "60%"}
+    assert not other.looks_at_data()
+
+
+@pytest.mark.parametrize("name", [name for name in config_names() if load_config(name).allocation is not None])
+def test_installed_configurations_state_the_paper_s_rule(name: str) -> None:
+    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    for line in ("criterion: bn_scale", "policy: per_block", "scope: narrowest"):
+        assert f"\n  {line}" in text
 
 
 @pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [\n"])

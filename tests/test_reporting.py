@@ -108,8 +108,8 @@ def test_histograms_hold_every_neuron_and_the_cut_divides_them() -> None:
 
 def test_the_curve_rises_from_the_least_to_everything() -> None:
     points = summary("60%", True).curve
-    assert {point.policy for point in points} == {"per_block", "global", "uniform"}
-    for policy in ("per_block", "global", "uniform"):
+    assert {point.policy for point in points} == {"priced", "per_block", "global", "uniform"}
+    for policy in ("priced", "per_block", "global", "uniform"):
         flops = [point.flops for point in points if point.policy == policy]
         assert flops == sorted(flops)
         assert flops[-1] == 1

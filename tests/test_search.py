@@ -13,7 +13,7 @@ from allocator.cost.metric import Metric
 from allocator.cost.terms import Term
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.planning.problem import Problem
-from allocator.planning.search import fill, keep_in_order, next_cost
+from allocator.planning.search import fill, keep_in_order, next_costs
 from allocator.scoring.scores import Scores
 
 NEURONS, SLOTS = 8, 24
@@ -163,7 +163,7 @@ def test_a_limit_at_the_largest_keeps_all_and_one_at_the_smallest_none(tinies: l
     for tiny in tinies:
         wide = replace(tiny, limits=[tiny.cost(terms, everything) for terms in tiny.terms])
         assert keep_in_order(wide.problem(fills=fills), tiny.threshold).tolist() == tiny.open.tolist()
-        assert next_cost(wide.problem(fills=fills), everything) is None
+        assert next_costs(wide.problem(fills=fills), everything) == {}
         fixed = replace(tiny, forced=everything)
         assert keep_in_order(fixed.problem(fills=fills), tiny.threshold).all()
         dear = Term(1, (np.arange(NEURONS),))
@@ -184,7 +184,9 @@ def test_thresholds_are_any_numbers(tinies: list[Tiny], fills: bool) -> None:
 def test_the_next_cost_is_of_the_cheapest_further_neuron(degree: int) -> None:
     for tiny in several(2, degree):
         kept = tiny.one_by_one()
-        first = tiny.terms[0]
-        more = [tiny.cost(first, tiny.with_neuron(kept, unit)) for unit in np.flatnonzero(~kept).tolist()]
-        expected = min(more) - tiny.cost(first, kept) if more else None
-        assert next_cost(tiny.problem(fills=True), kept) == expected
+        expected = {}
+        for i, terms in enumerate(tiny.terms):
+            more = [tiny.cost(terms, tiny.with_neuron(kept, unit)) for unit in np.flatnonzero(~kept & tiny.open)]
+            if more:
+                expected[f"cost{i}"] = min(more) - tiny.cost(terms, kept)
+        assert next_costs(tiny.problem(fills=True), kept) == expected

@@ -310,6 +310,16 @@ def test_an_allocation_from_a_file(tmp_path: Path) -> None:
     assert result.allocation.kept == allocation.allocation.kept
 
 
+def test_a_budget_of_parameters_by_a_criterion_that_looks_at_the_training_images(tmp_path: Path) -> None:
+    plan = {"params": "60%", "activations": "90%", "criterion": ["fisher", "taylor"], "scope": "all", "samples": 40}
+    result = train(tiny_config(tmp_path / "run", allocation=plan), progress=False)
+    assert result.allocation is not None
+    assert result.allocation.criterion == "fisher+taylor"
+    assert result.allocation.scope == "all"
+    for name, share in (("params", 0.6), ("activations", 0.9)):
+        assert result.allocation.costs[name]["after"] <= share * result.allocation.costs[name]["before"]
+
+
 def test_bfloat16_on_the_cpu(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", precision="bf16", allocation=None, final=None)
     result = train(config, progress=False)

@@ -359,6 +359,7 @@ def test_images_that_cannot_be_read(coco: Path, tmp_path: Path) -> None:
         ("data.augment=imagenet", "data.augment: expected flip or none for task=detection"),
         ("final.label_smoothing=0.1", "final: label_smoothing and recalibrate are not for detectors"),
         ("network.name=recipe:vgg", "no recipe is called 'vgg'"),
+        ("allocation.criterion=fisher", "allocation.criterion='fisher' looks at data, which is not for detectors yet"),
     ],
 )
 def test_a_configuration_that_does_not_fit(coco: Path, tmp_path: Path, setting: str, message: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import tiny_config
+from training_runs import looking_config, tiny_config
 
 from allocator.recipes.run import train
 
@@ -38,6 +38,15 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
         for key, tensor in alone.items():
             if tensor.is_floating_point():  # batch norm counts the forwards of one process
                 assert torch.allclose(tensor, together[key], rtol=1e-5, atol=1e-6), f"{name}: {key}"
+
+
+def test_two_processes_choose_what_one_does(tmp_path: Path) -> None:
+    done = on_two(tmp_path / "two", "looks")
+    assert done.returncode == 0, done.stderr[-3000:]
+    kept = [json.loads((tmp_path / "two" / f"rank{rank}.json").read_text())["kept"] for rank in (0, 1)]
+    one = train(looking_config(tmp_path / "one"), progress=False)
+    assert one.allocation is not None
+    assert kept == [one.allocation.kept] * 2
 
 
 def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:

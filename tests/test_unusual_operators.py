@@ -165,7 +165,8 @@ def test_it_is_right_or_stays_and_is_named(kind: str) -> None:
     torch.manual_seed(0)
     model = trained(Around(make()))
     with untouched(model):
-        result = allocator.allocate(model, "60%", example_inputs=IMAGE, scope="all", criterion="magnitude")
+        options: dict[str, Any] = {"scope": "all", "criterion": "magnitude", "policy": "per_block"}
+    result = allocator.allocate(model, "60%", example_inputs=IMAGE, **options)
     small: Any = result.model
     assert result.certificate.ok
     assert result.certificate.relative_error is not None
@@ -206,7 +207,8 @@ def _same_as_zeroed(model: Any, result: allocator.Result) -> None:
 def test_two_widths_of_a_bottleneck_in_einsum_are_one() -> None:
     torch.manual_seed(0)
     model = trained(Around(Einsum()))
-    result = allocator.allocate(model, "60%", example_inputs=IMAGE, scope="all", criterion="magnitude")
+    options: dict[str, Any] = {"scope": "all", "criterion": "magnitude", "policy": "per_block"}
+    result = allocator.allocate(model, "60%", example_inputs=IMAGE, **options)
     down, up = (result.model.get_parameter(f"middle.{name}") for name in ("down", "up"))
     assert down.shape[1] == up.shape[1] < 12
     assert result.allocation.kept["middle.down"][1] == result.allocation.kept["middle.up"][1]

@@ -1,4 +1,7 @@
-"""A tiny run under torchrun: `training_ranks.py FOLDER [dies|hangs]`; rank 1 dies or hangs in its fifth update."""
+"""A tiny run under torchrun: `training_ranks.py FOLDER [dies|hangs|looks]`.
+
+Rank 1 dies or hangs in its fifth update; or each looks at its share of the images to choose the neurons.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from training_runs import tiny_config
+from training_runs import looking_config, tiny_config
 
 from allocator.recipes.run import train
 from allocator.recipes.training import Fit
@@ -32,7 +35,7 @@ if __name__ == "__main__":
         plain(fit, chunks)
 
     setattr(Fit, "_update", update)  # noqa: B010
-    config = tiny_config(folder)
+    config = looking_config(folder) if fate == "looks" else tiny_config(folder)
     config["run"]["timeout"] = 20.0
     result = train(config, progress=False)
     assert result.allocation is not None

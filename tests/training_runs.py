@@ -67,6 +67,11 @@ def tiny_config(folder: Path | str, **changes: Any) -> dict[str, Any]:
     return config | changes
 
 
+def looking_config(folder: Path) -> dict[str, Any]:
+    """A network that is not trained before, and allocated by a criterion that looks at the training images."""
+    return tiny_config(folder, seed=None, allocation={"criterion": "fisher", "policy": "priced", "samples": 64})
+
+
 UPDATES = 2 * 3 * (96 // 16)
 """Updates of a whole run: two networks, three epochs of six batches."""
 

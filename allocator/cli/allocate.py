@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 _EXAMPLE = """\
   allocator-cli allocate torchvision:resnet50 --flops 60% -o small.pt
   allocator-cli allocate model.pt --flops 4.2e9 -o small.safetensors --allocation alloc.json
-  allocator-cli allocate model.pt --flops 60% --params 10M --data photographs/ -o small.pt
+  allocator-cli allocate model.pt --flops 60% --data photographs/ -o small.pt
+  allocator-cli allocate model.pt --flops 60% --data photographs/ --loss torch.nn.functional:cross_entropy -o small.pt
+  allocator-cli allocate model.pt --params 10M --activations 70% --multiple 8 --at-least 25% -o small.pt
+  allocator-cli allocate model.pt --latency 8ms --exclude 'head*' --same 'encoder.layer.*' -o small.pt
   allocator-cli allocate model.pt --flops 60% --data photographs/ --recover -o small.pt
-  allocator-cli allocate model.pt --latency 8ms --multiple 8 -o small.pt
   allocator-cli allocate model.pt --flops 60% -o small.pt --report report.html --plot shares.png"""
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocator.cli.arguments import UsageError
-from allocator.errors import DataError, FileError, UnknownNameError
+from allocator.errors import DataError, FileError, MissingPackageError, UnknownNameError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,15 +27,21 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data",
         metavar="DATA",
-        help="what the model is for: a folder of pictures (normalised as for ImageNet), a file of a tensor of inputs "
-        "(.pt, .npy), or package.module:function that gives a loader",
+        help="what the model is for: a folder of pictures (normalised as for ImageNet; in a folder per class, they "
+        "have labels), a file of a tensor of inputs (.pt, .npy), or package.module:function that gives a loader",
     )
-    group.add_argument("--samples", type=int, default=256, metavar="N", help="look at no more of them (default: 256)")
+    group.add_argument(
+        "--samples",
+        type=int,
+        default=256,
+        metavar="N",
+        help="look at no more of them; of pictures, so many are drawn (default: 256)",
+    )
     group.add_argument(
         "--loss",
         metavar="NAME",
         help="package.module:function of outputs and targets, such as torch.nn.functional:cross_entropy; left out: "
-        "the model's own answers stand in for labels",
+        "the model's own answers stand in for labels; without --loss, none are needed",
     )
 
 
@@ -87,21 +94,22 @@ def _tensor(path: Path) -> Tensor:
     return found
 
 
-def _pictures(folder: Path, args: argparse.Namespace, model: nn.Module) -> Iterator[Tensor]:
-    """Batches of the pictures below a folder, cropped to the model's own input size and normalised."""
+def _pictures(folder: Path, args: argparse.Namespace, model: nn.Module) -> Iterator[Any]:
+    """Batches of pictures below a folder, cropped to the model's own input size and normalised.
+
+    With --loss, pairs with labels: the number of the folder that a picture lies in, in the order of their names, as
+    torchvision's ImageFolder numbers them.
+    """
     import torch
     from PIL import Image, UnidentifiedImageError
-    from torchvision.transforms import v2
 
-    from allocator.cli.opening import example_inputs
-    from allocator.tracing.inputs import as_inputs
-
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)[: args.samples]
+    prepare = _preparation(args, model)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
     if not files:
         raise DataError(f"{folder} holds no pictures ({', '.join(_SUFFIXES)})")
-    (side, *_) = as_inputs(example_inputs(args), model).tensors()[0].shape[-2:]
-    steps = [v2.ToImage(), v2.Resize(side), v2.CenterCrop(side), v2.ToDtype(torch.float32, scale=True)]
-    prepare = v2.Compose([*steps, v2.Normalize(_MEAN, _STD)])
+    # Drawn, since the first of them may all be of one class; the same ones every time.
+    files = random.Random(0).sample(files, min(args.samples, len(files)))
+    labels = None if args.loss is None else _labels(folder, files)
     for start in range(0, len(files), _BATCH):
         batch = []
         for file in files[start : start + _BATCH]:
@@ -109,4 +117,34 @@ def _pictures(folder: Path, args: argparse.Namespace, model: nn.Module) -> Itera
                 batch.append(prepare(Image.open(file).convert("RGB")))
             except (OSError, UnidentifiedImageError) as error:
                 raise DataError(f"{file} cannot be read: {error}") from error
-        yield torch.stack(batch)
+        pictures = torch.stack(batch)
+        yield pictures if labels is None else (pictures, torch.tensor(labels[start : start + _BATCH]))
+
+
+def _preparation(args: argparse.Namespace, model: nn.Module) -> Callable[[Any], Tensor]:
+    """What makes a tensor of a picture."""
+    import torch
+
+    from allocator.cli.opening import example_inputs
+    from allocator.tracing.inputs import as_inputs
+
+    try:
+        from torchvision.transforms import v2
+    except ImportError as error:
+        raise MissingPackageError("pictures need torchvision: pip install 'neuron-allocator[zoo]'") from error
+    (side, *_) = as_inputs(example_inputs(args), model).tensors()[0].shape[-2:]
+    steps = [v2.ToImage(), v2.Resize(side), v2.CenterCrop(side), v2.ToDtype(torch.float32, scale=True)]
+    prepare: Callable[[Any], Tensor] = v2.Compose([*steps, v2.Normalize(_MEAN, _STD)])
+    return prepare
+
+
+def _labels(folder: Path, files: Sequence[Path]) -> list[int]:
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    named = [file.relative_to(folder).parts for file in files]
+    alone = next((parts[0] for parts in named if len(parts) == 1), None)
+    if alone is not None:
+        raise DataError(
+            f"--loss needs labels, and {folder / alone} lies in no class: make it {folder}/CLASS/{alone}, or leave "
+            "--loss out"
+        )
+    return [classes.index(parts[0]) for parts in named]

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _EXAMPLE = """\
   allocator-cli report torchvision:googlenet
   allocator-cli report model.pt --flops 60% -o report.html
+  allocator-cli report model.pt --params 10M --data photographs/ --include 'backbone*' --multiple 8
+  allocator-cli report model.pt --flops 60% --criterion fpgm --policy priced
   allocator-cli report small.safetensors --format csv -o small.csv
   allocator-cli report model.pt --input-size 1x3x64x64 --json"""
 

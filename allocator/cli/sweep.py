@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 _EXAMPLE = """\
   allocator-cli sweep torchvision:resnet50 --flops 90% 80% 70% 60% 50%
   allocator-cli sweep model.pt --flops 80% 60% 40% --data photographs/ --plot curve.png --csv curve.csv
-  allocator-cli sweep model.pt --params 20M 10M 5M --allocations allocations/"""
+  allocator-cli sweep model.pt --params 20M 10M 5M --allocations allocations/
+  allocator-cli sweep model.pt --peak-activations 90% 70% --policy isomorphic --at-least 8 --csv curve.csv"""
 
 
 def register(commands: Any) -> None:

@@ -74,13 +74,13 @@ class Budgets:
         return Budgets([Budget(b.metric, limit if b.metric.name == name else b.limit) for b in self.each])
 
 
-_UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+_UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _EXAMPLES = {
     "flops": "4.2e9 or '4.2G'",
     "params": "10e6 or '10M'",
     "latency": "0.008 (in seconds) or '8ms'",
 }
-_TIMES = {"ns": 1.0, "us": 1e3, "µs": 1e3, "ms": 1e6, "s": 1e9}
+_TIMES = {"NS": 1.0, "US": 1e3, "MS": 1e6, "S": 1e9}
 
 
 def parse_limit(name: str, asked: float | str, metric: Metric) -> float:
@@ -106,21 +106,36 @@ def parse_limit(name: str, asked: float | str, metric: Metric) -> float:
         ) from None
     if not math.isfinite(value) or value <= 0:
         raise BudgetError(f"{name}={asked!r} must be positive and finite; the model's own is {metric.show(whole)}")
-    if value <= 1 < whole and not is_time and not str(asked).strip().endswith("%"):
+    if value < 1 < whole and not is_time and not str(asked).strip().endswith("%"):
         share = f"{100 * value:g}%"
         raise BudgetError(f"{name}={asked!r} is {value:g} {metric.unit} out of {whole:,}: did you mean {share!r}?")
     return value
 
 
+def check_limit(name: str, asked: float | str) -> None:
+    """That a budget can be read, before there is a model to hold it against.
+
+    Raises:
+        BudgetError: not a number, zero, negative, NaN or infinite.
+    """
+    try:
+        value = _number(asked, 1, name == "latency")
+    except (TypeError, ValueError, OverflowError):
+        example = _EXAMPLES.get(name, "5e6 or '5M'")
+        raise BudgetError(f"{name}={asked!r} is not a number such as {example}, or a share such as '60%'") from None
+    if not math.isfinite(value) or value <= 0:
+        raise BudgetError(f"{name}={asked!r} must be positive and finite")
+
+
 def _number(asked: float | str, whole: int, is_time: bool) -> float:
     if not isinstance(asked, str):
         return float(asked) * (1e9 if is_time else 1.0)
-    text = asked.strip().replace(",", "").replace("_", "")
+    text = asked.strip().upper().replace(",", "").replace("_", "").replace("\N{GREEK CAPITAL LETTER MU}", "U")
     if text.endswith("%"):
         return whole * float(text[:-1]) / 100
     units = _TIMES if is_time else _UNITS
     for unit in sorted(units, key=len, reverse=True):
-        if text.lower().endswith(unit):
+        if text.endswith(unit):
             return float(text[: -len(unit)]) * units[unit]
     return float(text) * (1e9 if is_time else 1.0)
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from allocator.errors import TraceError
+from allocator.isolation import undisturbed
 from allocator.modules import set_training, skeleton
 from allocator.tracing.inputs import Inputs
 
@@ -25,7 +26,7 @@ def fvcore_flops(model: nn.Module, inputs: Inputs) -> tuple[int, dict[str, int]]
     """FLOPs of one eval-mode forward by `fvcore.nn.FlopCountAnalysis`.
 
     Args:
-        model: any module; a copy of its structure is run that shares the parameters, and has buffers of its own.
+        model: any module; a copy of it is run.
         inputs: positional example inputs.
 
     Returns:
@@ -55,11 +56,12 @@ def _count(model: nn.Module, inputs: Inputs) -> tuple[dict[str, int], dict[str, 
         warnings.simplefilter("ignore")  # its import touches parts of torch that are deprecated
         from fvcore.nn import FlopCountAnalysis
 
-    shared = set_training(skeleton(model, lambda _, t: t if isinstance(t, nn.Parameter) else t.clone()), False)
+    # Parameters are copied too: a forward may write into them.
+    copied = set_training(skeleton(model, lambda _, t: t.detach().clone()), False)
     inputs = inputs.map(torch.clone)  # a forward may write into its inputs
     args = tuple(inputs.args)
-    with torch.no_grad(), _quiet(), _attention_in_parts():
-        analysis = FlopCountAnalysis(shared if not inputs.kwargs else _Bound(shared, inputs.kwargs), args)
+    with torch.no_grad(), undisturbed(model), _quiet():
+        analysis = FlopCountAnalysis(copied if not inputs.kwargs else _Bound(copied, inputs.kwargs), args)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         analysis.set_op_handle("aten::matmul", _matmul_flops, "aten::_convolution_mode", _convolution_flops)
         try:
@@ -94,17 +96,6 @@ class _Bound(nn.Module):
 
     def forward(self, *args: object) -> object:
         return self.model(*args, **self.kwargs)
-
-
-@contextlib.contextmanager
-def _attention_in_parts() -> Iterator[None]:
-    """Without gradients torch fuses multi-head attention into one call that fvcore can't see into."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextlib.contextmanager

@@ -34,10 +34,16 @@ class PeakMetric(Metric):
 
     def times(self, kept: np.ndarray) -> np.ndarray:
         """(terms,) 1 for those that count where the sum is largest."""
-        if not self.instants.shape[0]:
-            return np.zeros(len(self.terms), dtype=np.int64)
-        largest = int(np.argmax(self.instants @ self.per_term(kept)))
-        return np.asarray(self.instants[[largest]].todense(), dtype=np.int64)[0]
+        counted = np.zeros(len(self.terms), dtype=np.int64)
+        if self.instants.shape[0]:
+            largest = int(np.argmax(self.instants @ self.per_term(kept)))
+            start, end = self.instants.indptr[largest : largest + 2]
+            counted[self.instants.indices[start:end]] = 1
+        return counted
+
+    def value(self, kept: np.ndarray) -> int:
+        """The largest sum when the neurons with `kept` true are kept."""
+        return int((self.instants @ self.per_term(kept)).max(initial=0))
 
 
 def live_terms(flow: Flow) -> tuple[list[Term], csr_matrix]:

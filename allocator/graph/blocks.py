@@ -7,6 +7,7 @@ that entry, or the end of another branch that it builds on, and the aggregation.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import mul, truediv
@@ -23,6 +24,7 @@ from allocator.flow.labels import FROZEN
 from allocator.tracing.calls import Op
 
 INPUT = -1
+LOOP = 16  # calls alike from which on they are taken to be rounds of a loop
 Axes = tuple[float, ...]  # a number per spatial axis
 
 
@@ -180,6 +182,8 @@ class _Finder:
             if label is not None:
                 self.written[op.index] = label
 
+        self.rounds = _rounds(flow)
+
     def blocks(self) -> list[Block]:
         names: dict[str, int] = {}
         result = []
@@ -233,13 +237,16 @@ class _Finder:
         )
 
     def _between(self, end: int, stops: set[int]) -> list[Op]:
-        """Calls from `end` backwards until `stops`, in order."""
+        """Calls from `end` backwards until `stops`, in order; of a loop, its last round."""
         seen = {end}
         queue = [end]
+        in_loops = {self.rounds.get(end)}
         while queue:
             for before in self.calls.predecessors(queue.pop()):
-                if before not in seen and before not in stops:
+                same = self.rounds.get(before)
+                if before not in seen and before not in stops and (same is None or same not in in_loops):
                     seen.add(before)
+                    in_loops.add(same)
                     queue.append(before)
         return [self.flow.trace.ops[i] for i in sorted(seen) if i != INPUT]
 
@@ -313,6 +320,22 @@ class _Finder:
 
     def _text(self, index: int) -> str:
         return "the input" if index == INPUT else str(self.flow.trace.ops[index])
+
+
+def _rounds(flow: Flow) -> dict[int, int]:
+    """Of calls in a loop, as recurrent layers make them, a number that is the same for one call in every round.
+
+    Without it, what leads to a round would be all rounds before it.
+    """
+    alike: dict[tuple[str, Any], list[Op]] = defaultdict(list)
+    for op in flow.trace.ops:
+        alike[op.module, op.target].append(op)
+    numbers: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for (module, target), ops in alike.items():
+        for op in ops if len(ops) > LOOP else ():
+            labels = [label if label is None else label.tobytes() for i in op.outputs for label in flow.labels(i)]
+            numbers[(module, target, *labels)].append(op.index)
+    return {index: n for n, same in enumerate(numbers.values()) if len(same) > LOOP for index in same}
 
 
 Input = tuple[int, int]

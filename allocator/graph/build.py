@@ -43,14 +43,15 @@ def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None
     notes = [inputs.assumed] if inputs.assumed else []
     flow, facts, options = _follow(trace, slots, options or Options())
     training_flow = None
-    parameters = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
-    unused = parameters - {value.name for value in trace.values}
+    # A buffer without dims (a counter) has no channels to lose.
+    learned = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter) or tensor.dim()}
+    unused = learned - {value.name for value in trace.values}
     if unused and trace.mode == "meta":
         try:
             training = record(model, inputs, training=True)
             training_flow = run_rules(training, slots, facts, options)
         except ForwardError as error:
-            notes.append(f"parameters used in train mode only stay as they are: {error}")
+            notes.append(f"parameters and buffers used in train mode only stay as they are: {error}")
     by_value = sorted({op.name for op in value_sized(trace)})
     if by_value:
         notes.append(f"results whose size depends on values count at their largest ({', '.join(by_value)})")

@@ -16,13 +16,14 @@ from allocator.cost.metric import Metric
 from allocator.cost.peak import PeakMetric, live_terms
 from allocator.cost.size import activation_terms, parameter_terms
 from allocator.cost.speed import LatencyMetric, Speed, speed_terms
-from allocator.errors import UnknownNameError
+from allocator.errors import UnknownNameError, none_of
 from allocator.flow.facts import Facts
 from allocator.flow.flow import Flow
 from allocator.flow.follow import value_dependent
 from allocator.flow.labels import Slots
 from allocator.flow.options import Options
 from allocator.graph.blocks import Block, call_graph, find_blocks, mean_gamma
+from allocator.model_checks import undone_by
 from allocator.modules import modules_of, tensor_names
 from allocator.tracing.inputs import Inputs
 
@@ -152,8 +153,10 @@ class ChannelGraph:
         elif name == "latency" and self.speed is not None:
             terms = speed_terms(self.flow, self.metric("flops").terms, self.speed)
             return LatencyMetric(name, METRICS[name], terms, self.unit_of_slot, self.size)
+        elif name == "latency":
+            raise UnknownNameError("latency is not known before it is measured, as allocate(model, latency=...) does")
         else:
-            raise UnknownNameError(f"no metric {name!r} (there are {', '.join(METRICS)})")
+            raise UnknownNameError(none_of("metric", name, METRICS))
         return Metric(name, METRICS[name], terms, self.unit_of_slot, self.size)
 
     @cached_property
@@ -263,10 +266,25 @@ class ChannelGraph:
 
     def reasons(self) -> list[tuple[str, int]]:
         """Why channels must stay, with the number of channels per reason, most first."""
-        count: Counter[str] = Counter()
+        found = self._frozen().most_common()
+        return [(f"{reason} in {module}" if module else reason, count) for (reason, module), count in found]
+
+    def why(self) -> list[str]:
+        """The reasons as lines; the first in a module that a call would undo says which call."""
+        lines: list[str] = []
+        said: set[str] = set()
+        for (reason, module), count in self._frozen().most_common():
+            undone = undone_by(module, self.modules)
+            hint = f"; {undone} undoes it" if undone and undone not in said else ""
+            said.add(undone)
+            lines.append(f"{reason}{f' in {module}' if module else ''} ({count} channels{hint})")
+        return lines
+
+    def _frozen(self) -> Counter[tuple[str, str]]:
+        count: Counter[tuple[str, str]] = Counter()
         for label, module, reason in self.facts.frozen:
-            count[f"{reason} in {module}" if module else reason] += len(label)
-        return count.most_common()
+            count[reason, module] += len(label)
+        return count
 
     def share(self) -> float:
         """Share of all written channels that can be removed."""

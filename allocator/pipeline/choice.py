@@ -11,8 +11,9 @@ from allocator.errors import BudgetError, BudgetNotBindingWarning, NothingToAllo
 from allocator.fitting.fit import Fitted, fit
 from allocator.fitting.reachable import smallest_reachable
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.planning.plan import Plan, make_plan, unmet
+from allocator.planning.plan import Plan, make_plan
 from allocator.planning.problem import Widths
+from allocator.planning.unmet import unmet
 from allocator.scoring.registry import score
 from allocator.scoring.scores import Scores
 from allocator.settings import BUDGETS, Limits, Settings
@@ -57,15 +58,16 @@ def choose(
     Raises:
         BudgetError, NothingToAllocateError: as for `allocator.allocate`.
     """
+    if scores is not None:
+        scores.by_slot(graph)  # that there is one per neuron
     if gone is None and budgets.met(graph.everything):
         return _keep_everything(graph, budgets, settings)
     scores = score(graph, settings.criterion) if scores is None else scores
-    scores.by_slot(graph)  # that there is one per neuron
     attempt = _attempt(graph, settings, scores, gone)
     try:
         return attempt(budgets)
     except (BudgetError, NothingToAllocateError) as error:
-        raise _what_can_be_met(graph, budgets, settings.scope, attempt, error) from None
+        raise _what_can_be_met(budgets, settings, attempt, error) from None
 
 
 def _keep_everything(graph: ChannelGraph, budgets: Budgets, settings: Settings) -> Fitted:
@@ -75,7 +77,7 @@ def _keep_everything(graph: ChannelGraph, budgets: Budgets, settings: Settings) 
         f"{first.metric.show(first.metric.whole)}: nothing is dropped",
         BudgetNotBindingWarning,
     )
-    return fit(graph, lambda _: Plan(graph.everything, budgets, "none", settings.policy, "none", None))
+    return fit(graph, lambda _: Plan(graph.everything, budgets, "none", settings.policy, "none", {}))
 
 
 def _attempt(
@@ -86,24 +88,26 @@ def _attempt(
     def planner(current: ChannelGraph, budgets: Budgets) -> Plan:
         current.speed = graph.speed
         # A repair may have changed what a neuron is: the scores are projected again, and costs are counted again.
-        return make_plan(
-            current,
-            scores.on(graph, current),
-            budgets.on({name: current.metric(name) for name in budgets.names}),
-            policy=settings.policy,
-            scope=settings.scope,
-            fill=settings.fill,
-            widths=Widths(settings.at_least, settings.multiple),
-            gone=gone,
-        )
+        try:
+            return make_plan(
+                current,
+                scores.on(graph, current),
+                budgets.on({name: current.metric(name) for name in budgets.names}),
+                policy=settings.policy,
+                scope=settings.scope,
+                fill=settings.fill,
+                widths=Widths(settings.at_least, settings.multiple),
+                gone=gone,
+            )
+        except BudgetError as error:
+            raise error.because(current.why()) from None
 
     return lambda budgets: fit(graph, lambda current: planner(current, budgets))
 
 
 def _what_can_be_met(
-    graph: ChannelGraph,
     budgets: Budgets,
-    scope: str,
+    settings: Settings,
     attempt: Callable[[Budgets], Fitted],
     error: BudgetError | NothingToAllocateError,
 ) -> BudgetError | NothingToAllocateError:
@@ -117,4 +121,5 @@ def _what_can_be_met(
         return plan.budgets.first.metric.value(plan.kept)
 
     figure = smallest_reachable(error, landing, first.limit, first.metric.whole)
-    return error if figure is None else unmet(first, scope, figure)
+    widths = Widths(settings.at_least, settings.multiple)
+    return error if figure is None else unmet([first], settings.scope, widths, [figure]).because(error.reasons)

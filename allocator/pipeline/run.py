@@ -17,7 +17,7 @@ from allocator.pipeline.timing import choose_in_time, measure_speed
 from allocator.result import Result
 from allocator.rewriting.lineage import remember
 from allocator.rewriting.materialise import materialise, reset_parameters
-from allocator.scoring.registry import Data, score
+from allocator.scoring.registry import Data, check_criterion, score
 from allocator.settings import Limits, Settings
 from allocator.verifying.certificate import certify, require
 
@@ -57,6 +57,7 @@ def run(
     with clock("score and plan"):
         notes = list(graph.notes)
         budgets = budgets_of(graph, limits)
+        check_criterion(graph, settings.criterion)  # also where the budgets leave nothing to choose
         scores = None if budgets.met(graph.everything) else score(graph, settings.criterion, data)
         plan = choose if "latency" not in budgets.names else choose_in_time
         fitted = plan(graph, budgets, settings, scores)
@@ -94,7 +95,7 @@ def _finish(
         flops_asked=allocation.flops_asked,
         flops_before=graph.flops,
         flops_after=planned,
-        next_cost=plan.next_cost,
+        next_cost=plan.next_costs.get(plan.budgets.first.metric.name),
         uncounted=uncounted,
         notes=notes,
         timings=clock.seconds,

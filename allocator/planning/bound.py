@@ -1,8 +1,8 @@
 """How much importance any plan could keep under a budget: the bound that a plan's gap is measured against.
 
 Neurons that every axis of a metric counts alike form a class; of a class, the best n are kept, so that a plan is a
-number per class. What it keeps is a sum of concave functions of these numbers, and what it costs a polynomial of degree
-two.
+number per class. What it keeps is a sum of concave functions of these numbers; what it costs is a sum of products of
+counts along axes, each linear in the numbers.
 
 For any price level, the most that importance minus price can come to bounds every plan (Lagrange). Where the classes
 that are multiplied with one another form trees, that is found exactly by dynamic programming. Elsewhere products are
@@ -32,21 +32,37 @@ MOST_CLASSES = 600
 
 @dataclass(frozen=True)
 class _Classes:
-    """A problem by numbers per class.
+    """A problem by numbers per class, n, and by counts per axis, fixed + weights @ n.
 
     Attributes:
         best: per class, (n + 1,) the importance of its best 0..n neurons.
-        constant, linear, quadratic: the cost is constant + linear @ n + the sum of quadratic[c, d] n_c n_d over c <= d.
+        fixed: (axes,) indices along each axis that stay.
+        weights: (axes, classes) indices that a neuron of the class adds.
+        constant, linear, products: the cost is constant + linear @ counts + the sum of products[i, j] count_i count_j.
         limit: of the cost.
         kept: importance of the neurons that stay in any case.
     """
 
     best: list[np.ndarray]
+    fixed: np.ndarray
+    weights: np.ndarray
     constant: float
     linear: np.ndarray
-    quadratic: np.ndarray
+    products: dict[tuple[int, int], float]
     limit: float
     kept: float
+
+    def polynomial(self) -> tuple[float, np.ndarray, np.ndarray]:
+        """The cost by classes: constant + linear @ n + the sum of quadratic[c, d] n_c n_d over c <= d."""
+        size = len(self.best)
+        constant = self.constant + float(self.linear @ self.fixed)
+        linear, quadratic = self.linear @ self.weights, np.zeros((size, size))
+        for (i, j), factor in self.products.items():
+            constant += factor * self.fixed[i] * self.fixed[j]
+            linear = linear + factor * (self.fixed[i] * self.weights[j] + self.fixed[j] * self.weights[i])
+            product = factor * np.outer(self.weights[i], self.weights[j])
+            quadratic += np.triu(product + product.T, 1) + np.diag(np.diag(product))
+        return constant, linear, quadratic
 
 
 def upper_bound(problem: Problem) -> float | None:
@@ -63,13 +79,9 @@ def _of_budget(problem: Problem, budget: Budget) -> float | None:
     classes = _classes(problem, budget)
     if classes is None or not classes.best:
         return None if classes is None else classes.kept
-    products = nx.Graph()
-    products.add_nodes_from(range(len(classes.best)))
-    rows, cols = np.nonzero(np.triu(classes.quadratic, 1))
-    products.add_edges_from(zip(rows.tolist(), cols.tolist(), strict=True))
-    if nx.is_forest(products):
-        return classes.kept + _by_trees(classes, products)
-    bound = _by_planes(classes)
+    constant, linear, quadratic = classes.polynomial()
+    tree = _Tree(classes.best, linear, quadratic, classes.limit - constant)
+    bound = tree.bound() if nx.is_forest(tree.products) else _by_planes(classes)
     return None if bound is None else classes.kept + bound
 
 
@@ -83,28 +95,31 @@ def _classes(problem: Problem, budget: Budget) -> _Classes | None:
     if count > MOST_CLASSES:
         return None
     first = np.array([np.flatnonzero(signature == c)[0] for c in range(count)], dtype=int)
-    weights = np.asarray(columns[:, first].todense()) if count else np.zeros((columns.shape[0], 0))
+    weights = np.asarray(columns[:, first].todense(), dtype=np.float64)
     fixed = metric.counts(problem.forced)[:-1].astype(np.float64)
-    axis_weights = np.vstack([weights, np.zeros((1, count))])
-    axis_fixed = np.append(fixed, 1.0)
-    constant, linear, quadratic = 0.0, np.zeros(count), np.zeros((count, count))
+    alike, axis_of = np.unique(np.column_stack([fixed, weights]), axis=0, return_inverse=True)
+    axis_of = axis_of.reshape(-1)
+    constant, linear = 0.0, np.zeros(len(alike))
+    products: dict[tuple[int, int], float] = {}
     for factor, axes in zip(metric.factors, metric.axes_of_term, strict=True):
-        moving = [a for a in axes if axis_weights[a].any()]
-        plain = factor * float(np.prod([axis_fixed[a] for a in axes if not axis_weights[a].any()]))
+        named = [int(axis_of[a]) for a in axes if a < len(axis_of)]
+        moving = sorted(a for a in named if alike[a, 1:].any())
+        plain = float(factor) * float(np.prod([alike[a, 0] for a in named if not alike[a, 1:].any()]))
         if len(moving) > 2:
             return None
-        constant += plain * float(np.prod([axis_fixed[a] for a in moving]))
-        for i, a in enumerate(moving):
-            others = float(np.prod([axis_fixed[b] for j, b in enumerate(moving) if j != i]))
-            linear += plain * others * axis_weights[a]
-        if len(moving) == 2:
-            product = plain * np.outer(axis_weights[moving[0]], axis_weights[moving[1]])
-            quadratic += np.triu(product + product.T, 1) + np.diag(np.diag(product))
+        if not moving:
+            constant += plain
+        elif len(moving) == 1:
+            linear[moving[0]] += plain
+        else:
+            pair = moving[0], moving[1]
+            products[pair] = products.get(pair, 0.0) + plain
     best = []
     for c in range(count):
         own = np.sort(values[free[signature == c]])[::-1]
         best.append(np.append(0.0, np.cumsum(own)))
-    return _Classes(best, constant, linear, quadratic, float(budget.limit), float(values[problem.forced].sum()))
+    limit, kept = float(budget.limit), float(values[problem.forced].sum())
+    return _Classes(best, alike[:, 0], alike[:, 1:], constant, linear, products, limit, kept)
 
 
 def _hashes(columns: coo_matrix) -> np.ndarray:
@@ -117,48 +132,56 @@ def _hashes(columns: coo_matrix) -> np.ndarray:
 # Trees ----------------------------------------------------------------------------------------------
 
 
-def _by_trees(classes: _Classes, products: nx.Graph) -> float:
-    """The least, over price levels, of the most that importance minus price can come to."""
-    orders = [list(nx.dfs_postorder_nodes(products, min(part))) for part in nx.connected_components(products)]
-    roots = [(order, dict(nx.bfs_predecessors(products, order[-1]))) for order in orders]
-    top = max(float(best[1]) for best in classes.best if len(best) > 1)
-    cheapest = max(float(classes.linear[classes.linear > 0].min(initial=np.inf)), 1e-12)
-    low, high = 0.0, 2 * top / cheapest if np.isfinite(cheapest) else 1.0
-    bound = np.inf
-    for _ in range(LEVELS):
-        level = (low + high) / 2
-        value, cost = _at_level(classes, roots, level)
-        bound = min(bound, value + level * (classes.limit - classes.constant))
-        if cost > classes.limit:
-            low = level
-        else:
-            high = level
-    return float(bound)
+class _Tree:
+    """Classes whose products form trees: linear @ n + the sum of quadratic[c, d] n_c n_d must not exceed the limit."""
 
+    def __init__(self, best: list[np.ndarray], linear: np.ndarray, quadratic: np.ndarray, limit: float) -> None:
+        self.best, self.linear, self.quadratic, self.limit = best, linear, quadratic, limit
+        self.products = nx.Graph()
+        self.products.add_nodes_from(range(len(best)))
+        rows, cols = np.nonzero(np.triu(quadratic, 1))
+        self.products.add_edges_from(zip(rows.tolist(), cols.tolist(), strict=True))
 
-def _at_level(classes: _Classes, roots: list[tuple[list[int], dict[int, int]]], level: float) -> tuple[float, float]:
-    """The most that importance minus `level` times cost can come to, without the constant, and what that costs."""
-    total, numbers = 0.0, np.zeros(len(classes.best))
-    for order, parent in roots:
-        gains: dict[int, np.ndarray] = {}
-        choices: dict[int, np.ndarray] = {}
-        for c in order:
-            n = np.arange(len(classes.best[c]))
-            own = classes.best[c] - level * (classes.linear[c] * n + classes.quadratic[c, c] * n**2)
-            own = own + gains.pop(c, 0.0)
-            if c not in parent:
-                numbers[c] = int(np.argmax(own))
-                total += float(own[int(numbers[c])])
-                continue
-            above = parent[c]
-            m = np.arange(len(classes.best[above]))
-            factor = level * classes.quadratic[min(c, above), max(c, above)]
-            best, choices[c] = _best_response(own, factor, n, m)
-            gains[above] = gains.get(above, np.zeros(len(m))) + best
-        for c in reversed(order[:-1]):
-            numbers[c] = choices[c][int(numbers[parent[c]])]
-    cost = classes.constant + classes.linear @ numbers + numbers @ np.triu(classes.quadratic) @ numbers
-    return total, float(cost)
+    def bound(self) -> float:
+        """The least, over price levels, of the most that importance minus price can come to."""
+        orders = [list(nx.dfs_postorder_nodes(self.products, min(p))) for p in nx.connected_components(self.products)]
+        roots = [(order, dict(nx.bfs_predecessors(self.products, order[-1]))) for order in orders]
+        top = max(float(best[1]) for best in self.best if len(best) > 1)
+        cheapest = max(float(self.linear[self.linear > 0].min(initial=np.inf)), 1e-12)
+        low, high = 0.0, 2 * top / cheapest if np.isfinite(cheapest) else 1.0
+        bound = np.inf
+        for _ in range(LEVELS):
+            level = (low + high) / 2
+            value, cost = self.at_level(roots, level)
+            bound = min(bound, value + level * self.limit)
+            if cost > self.limit:
+                low = level
+            else:
+                high = level
+        return float(bound)
+
+    def at_level(self, roots: list[tuple[list[int], dict[int, int]]], level: float) -> tuple[float, float]:
+        """The most that importance minus `level` times cost can come to, and what that costs."""
+        total, numbers = 0.0, np.zeros(len(self.best))
+        for order, parent in roots:
+            gains: dict[int, np.ndarray] = {}
+            choices: dict[int, np.ndarray] = {}
+            for c in order:
+                n = np.arange(len(self.best[c]))
+                own = self.best[c] - level * (self.linear[c] * n + self.quadratic[c, c] * n**2)
+                own = own + gains.pop(c, 0.0)
+                if c not in parent:
+                    numbers[c] = int(np.argmax(own))
+                    total += float(own[int(numbers[c])])
+                    continue
+                above = parent[c]
+                m = np.arange(len(self.best[above]))
+                factor = level * self.quadratic[min(c, above), max(c, above)]
+                best, choices[c] = _best_response(own, factor, n, m)
+                gains[above] = gains.get(above, np.zeros(len(m))) + best
+            for c in reversed(order[:-1]):
+                numbers[c] = choices[c][int(numbers[parent[c]])]
+        return total, float(self.linear @ numbers + numbers @ np.triu(self.quadratic) @ numbers)
 
 
 def _best_response(own: np.ndarray, factor: float, n: np.ndarray, m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -193,25 +216,36 @@ def _by_planes(classes: _Classes) -> float | None:
     programme = _Programme()
     sizes = np.array([len(best) - 1 for best in classes.best])
     numbers = [programme.variable(0, size) for size in sizes]
-    gains = []
     for c, best in enumerate(classes.best):
         gain = programme.variable(0, float(best[-1]), objective=-1.0)
-        gains.append(gain)
         for at in np.unique(np.linspace(0, sizes[c] - 1, TANGENTS).astype(int)).tolist():
             slope = float(best[at + 1] - best[at])
             programme.at_most({gain: 1.0, numbers[c]: -slope}, float(best[at]) - slope * at)
-    cost = {numbers[c]: float(classes.linear[c]) for c in range(len(sizes))}
-    rows, cols = (index.tolist() for index in np.nonzero(classes.quadratic))
-    hubs = _cover(list(zip(rows, cols, strict=True)))
-    pieces = {h: _Pieces(programme, numbers[h], int(sizes[h])) for h in hubs}
-    for a, b in zip(rows, cols, strict=True):
+    counts = []
+    for fixed, weights in zip(classes.fixed, classes.weights, strict=True):
+        count = _Count(programme.variable(fixed, fixed + weights @ sizes), fixed, float(fixed + weights @ sizes))
+        row = {numbers[c]: float(weights[c]) for c in np.flatnonzero(weights).tolist()}
+        programme.equal({**row, count.variable: -1.0}, -float(fixed))
+        counts.append(count)
+    cost = {count.variable: float(factor) for count, factor in zip(counts, classes.linear, strict=True) if factor}
+    pieces = {hub: _Pieces(programme, counts[hub]) for hub in _cover(list(classes.products))}
+    for (a, b), factor in classes.products.items():
         hub, other = (a, b) if a in pieces else (b, a)
-        product = programme.variable(0, float(sizes[a]) * float(sizes[b]))
-        pieces[hub].below(product, numbers[other], int(sizes[other]), same=hub == other)
-        cost[product] = cost.get(product, 0.0) + float(classes.quadratic[a, b])
+        product = programme.variable(0, counts[a].high * counts[b].high)
+        pieces[hub].below(product, counts[other], same=hub == other)
+        cost[product] = factor
     scale = max(cost.values(), default=1.0)
     programme.at_most({k: v / scale for k, v in cost.items()}, (classes.limit - classes.constant) / scale)
     return programme.bound()
+
+
+@dataclass(frozen=True)
+class _Count:
+    """A variable of a programme, between two numbers."""
+
+    variable: int
+    low: float
+    high: float
 
 
 def _cover(edges: list[tuple[int, int]]) -> list[int]:
@@ -275,37 +309,38 @@ class _Programme:
 
 
 class _Pieces:
-    """One class's number, in pieces of its range, of which one holds it."""
+    """The range of one count, in pieces of which one holds it."""
 
-    def __init__(self, programme: _Programme, number: int, size: int) -> None:
+    def __init__(self, programme: _Programme, count: _Count) -> None:
         self.programme = programme
-        self.stops = np.unique(np.linspace(0, size, min(PIECES, size) + 1).astype(int)).astype(float)
-        spans = list(zip(self.stops[:-1], self.stops[1:], strict=True))
-        self.inside = [programme.variable(0, 1, whole=True) for _ in spans]
-        self.parts = [programme.variable(0, high) for _, high in spans]
+        stops = np.linspace(count.low, count.high, PIECES + 1)
+        self.spans = list(zip(stops[:-1].tolist(), stops[1:].tolist(), strict=True))
+        self.inside = [programme.variable(0, 1, whole=True) for _ in self.spans]
+        self.parts = [programme.variable(0, high) for _, high in self.spans]
         programme.equal(dict.fromkeys(self.inside, 1.0), 1.0)
-        programme.equal({**dict.fromkeys(self.parts, 1.0), number: -1.0}, 0.0)
-        for (low, high), inside, part in zip(spans, self.inside, self.parts, strict=True):
+        programme.equal({**dict.fromkeys(self.parts, 1.0), count.variable: -1.0}, 0.0)
+        for (low, high), inside, part in zip(self.spans, self.inside, self.parts, strict=True):
             programme.at_most({part: 1.0, inside: -high}, 0.0)
             programme.at_most({part: -1.0, inside: low}, 0.0)
 
-    def below(self, product: int, other: int, size: int, *, same: bool) -> None:
-        """`product` is at least this number times another, by the planes below it in every piece."""
+    def below(self, product: int, other: _Count, *, same: bool) -> None:
+        """`product` is at least this count times another, by the planes below it in every piece."""
         programme = self.programme
         shares, products = [], []
-        for low, high, inside, part in zip(self.stops[:-1], self.stops[1:], self.inside, self.parts, strict=True):
-            share = part if same else programme.variable(0, size)
-            within = programme.variable(0, high * size)
+        for (low, high), inside, part in zip(self.spans, self.inside, self.parts, strict=True):
+            share = part if same else programme.variable(0, other.high)
+            within = programme.variable(0, high * other.high)
             if not same:
-                programme.at_most({share: 1.0, inside: -float(size)}, 0.0)
-            # At the lower corner, and at the upper one, both numbers at their least and at their most.
-            least, most = (low, high) if same else (0.0, float(size))
+                programme.at_most({share: 1.0, inside: -other.high}, 0.0)
+                programme.at_most({share: -1.0, inside: other.low}, 0.0)
+            # At the lower corner, and at the upper one, both counts at their least and at their most.
+            least, most = (low, high) if same else (other.low, other.high)
             programme.at_most(_sum((share, low), (part, least), (inside, -low * least), (within, -1.0)), 0.0)
             programme.at_most(_sum((share, high), (part, most), (inside, -high * most), (within, -1.0)), 0.0)
             shares.append(share)
             products.append(within)
         if not same:
-            programme.equal({**dict.fromkeys(shares, 1.0), other: -1.0}, 0.0)
+            programme.equal({**dict.fromkeys(shares, 1.0), other.variable: -1.0}, 0.0)
         programme.equal({**dict.fromkeys(products, 1.0), product: -1.0}, 0.0)
 
 

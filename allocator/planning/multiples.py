@@ -6,11 +6,12 @@ import heapq
 
 import numpy as np
 
-from allocator.errors import BudgetError
 from allocator.planning.problem import Problem
+from allocator.planning.unmet import unmet
+from allocator.settings import DEFAULTS
 
 
-def to_multiples(problem: Problem, kept: np.ndarray) -> np.ndarray:
+def to_multiples(problem: Problem, kept: np.ndarray, scope: str = DEFAULTS.scope) -> np.ndarray:
     """Round every layer's width to a multiple, down to the budgets and up again where they allow.
 
     A layer that keeps all its channels may keep them, whatever their number.
@@ -18,6 +19,7 @@ def to_multiples(problem: Problem, kept: np.ndarray) -> np.ndarray:
     Args:
         problem: what there is to choose from.
         kept: (neurons,) bool, a choice that meets its budgets.
+        scope: as the caller named it, for messages.
 
     Raises:
         BudgetError: the budgets cannot be met by such widths.
@@ -28,7 +30,7 @@ def to_multiples(problem: Problem, kept: np.ndarray) -> np.ndarray:
     kept = kept.copy()
     for layer in layers:
         layer.take(kept, layer.at_or_below(int(kept[layer.order].sum())))
-    kept = _narrowed(problem, layers, kept)  # a layer with no multiple below was rounded up
+    kept = _narrowed(problem, layers, kept, scope)  # a layer with no multiple below was rounded up
     return _widened(problem, layers, kept) if problem.fill else kept
 
 
@@ -85,7 +87,7 @@ class _Layer:
         return self.order[count : higher[0]] if len(higher) else self.order[:0]
 
 
-def _narrowed(problem: Problem, layers: list[_Layer], kept: np.ndarray) -> np.ndarray:
+def _narrowed(problem: Problem, layers: list[_Layer], kept: np.ndarray, scope: str) -> np.ndarray:
     """Narrow one layer after another, the one that is worth least per cost first, until the budgets hold.
 
     Raises:
@@ -95,7 +97,8 @@ def _narrowed(problem: Problem, layers: list[_Layer], kept: np.ndarray) -> np.nd
     heapq.heapify(queue)
     while not problem.budgets.met(kept):
         if not queue:
-            raise _unmet(problem, kept)
+            exceeded = problem.budgets.unmet(kept)
+            raise unmet(exceeded, scope, problem.widths, [budget.metric.value(kept) for budget in exceeded])
         _, i = heapq.heappop(queue)
         units = layers[i].preceding(kept)
         if not len(units):
@@ -108,17 +111,6 @@ def _narrowed(problem: Problem, layers: list[_Layer], kept: np.ndarray) -> np.nd
         kept[units] = False
         heapq.heappush(queue, (_price(problem, layers[i].preceding(kept), kept), i))
     return kept
-
-
-def _unmet(problem: Problem, kept: np.ndarray) -> BudgetError:
-    exceeded = problem.budgets.unmet(kept)[0]
-    least = exceeded.metric.value(kept)
-    return BudgetError(
-        f"{exceeded.metric.show(exceeded.limit)} cannot be met with widths that are multiples of "
-        f"{problem.widths.multiple} and keep what has to stay: these have {exceeded.metric.show(least)}",
-        asked=exceeded.limit,
-        reachable=least,
-    )
 
 
 def _price(problem: Problem, units: np.ndarray, kept: np.ndarray) -> float:

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 import allocator.planning.policies  # noqa: F401  (fills the table of policies)
-from allocator.cost.budget import Budget, Budgets
-from allocator.errors import BudgetError, NothingToAllocateError, PolicyError
+from allocator.cost.budget import Budgets
+from allocator.errors import NothingToAllocateError, PolicyError
 from allocator.graph.channel_graph import ALL, SCOPES, ChannelGraph
 from allocator.planning.multiples import to_multiples
 from allocator.planning.optimality import Optimality, optimality
 from allocator.planning.policies.registry import find_policy
 from allocator.planning.problem import Problem, Widths, forced_neurons, free_neurons
-from allocator.planning.search import next_cost
+from allocator.planning.search import next_costs
+from allocator.planning.unmet import unmet
 from allocator.scoring.registry import CRITERIA
 from allocator.scoring.scores import Scores
 from allocator.settings import CHOICES, DEFAULTS, check_choice
@@ -33,7 +34,7 @@ class Plan:
         scope: the scope it was made in.
         policy: who competed with whom.
         criterion: what ranked the neurons.
-        next_cost: what the cheapest further neuron costs of the first budget, or None if all are kept.
+        next_costs: by metric of the budgets, what the cheapest neuron costs that could be added; nothing if none could.
         problem: what it answers; None where the budgets leave nothing to choose.
     """
 
@@ -42,7 +43,7 @@ class Plan:
     scope: str
     policy: str
     criterion: str
-    next_cost: int | None
+    next_costs: dict[str, int]
     problem: Problem | None = None
 
     def optimality(self) -> Optimality | None:
@@ -98,8 +99,8 @@ def make_plan(
         if not budgets.met(forced):
             continue
         problem = Problem(graph, scores, forced, budgets, fill, widths, None if gone is None else _units(graph, gone))
-        kept = to_multiples(problem, _checked(policy, choose(problem), problem))
-        plan = Plan(kept, budgets, name, policy, scores.criterion, next_cost(problem, kept), problem)
+        kept = to_multiples(problem, _checked(policy, choose(problem), problem), scope)
+        plan = Plan(kept, budgets, name, policy, scores.criterion, next_costs(problem, kept), problem)
         if budgets.used(kept) >= CLOSE or not fill:
             return plan
         coarse = coarse or plan
@@ -108,8 +109,8 @@ def make_plan(
     if not least:
         raise nothing(graph, scores, scope)
     nearest = min(least, key=budgets.used)
-    exceeded = budgets.unmet(nearest)[0]
-    raise unmet(exceeded, scope, exceeded.metric.value(nearest))
+    exceeded = budgets.unmet(nearest)
+    raise unmet(exceeded, scope, widths, [budget.metric.value(nearest) for budget in exceeded])
 
 
 def _units(graph: ChannelGraph, slots: np.ndarray) -> np.ndarray:
@@ -147,20 +148,9 @@ def _checked(policy: str, kept: np.ndarray, problem: Problem) -> np.ndarray:
     return kept
 
 
-def unmet(budget: Budget, scope: str, reachable: int) -> BudgetError:
-    """The error for a budget that cannot be met, with the smallest figure that can."""
-    metric, whole = budget.metric, budget.metric.whole
-    return BudgetError(
-        f"{metric.show(budget.limit)} cannot be met with scope={scope!r}: the smallest that can be reached is "
-        f"{metric.show(reachable)}, {100 * reachable / whole:.1f}% of the model's {metric.show(whole)}",
-        asked=budget.limit,
-        reachable=reachable,
-    )
-
-
 def nothing(graph: ChannelGraph, scores: Scores, scope: str) -> NothingToAllocateError:
     """The error for a model of which nothing can go, with the reasons."""
-    reasons = [f"{reason} ({count} channels)" for reason, count in graph.reasons()]
+    reasons = graph.why()
     unscored = int(np.isnan(scores.values).sum())
     if unscored:
         reasons.insert(0, f"{unscored} neurons have no score under criterion {scores.criterion!r}")

@@ -38,31 +38,41 @@ def _prefix(problem: Problem, order: np.ndarray, count: int) -> np.ndarray:
 def fill(problem: Problem, order: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """Add the next neurons in order that still fit, one at a time.
 
-    A neuron never gets cheaper while others are added, so one pass over the order is enough.
+    A neuron never gets cheaper while others are added, so one pass over the order is enough. For the same reason, of
+    several that fit together each fits in turn: they are added at once, twice as many each time, half as many again
+    where they do not fit.
     """
-    budgets = problem.budgets.each
-    left = [budget.left(kept) for budget in budgets]
     tried = kept | ~problem.open
+    stride = 1
     while True:
         cheap = ~tried
-        for budget, rest in zip(budgets, left, strict=True):
-            cheap &= budget.metric.added_each(kept) <= rest
+        for budget in problem.budgets.each:
+            cheap &= budget.metric.added_each(kept) <= budget.left(kept)
         candidates = order[cheap[order]]
         if not len(candidates):
             return kept
-        unit = int(candidates[0])
-        tried[unit] = True
-        costs = [budget.metric.added(kept, unit) for budget in budgets]
-        if all(cost <= rest for cost, rest in zip(costs, left, strict=True)):
-            kept[unit] = True
-            left = [rest - cost for cost, rest in zip(costs, left, strict=True)]
+        stride = min(stride, len(candidates))
+        more = _with(kept, candidates[:stride])
+        while stride > 1 and not problem.budgets.met(more):
+            stride //= 2
+            more = _with(kept, candidates[:stride])
+        tried[candidates[:stride]] = True
+        if problem.budgets.met(more):
+            kept = more
+            stride *= 2
 
 
-def next_cost(problem: Problem, kept: np.ndarray) -> int | None:
-    """What the cheapest further neuron costs of the first budget; None if all are kept."""
-    metric = problem.budgets.first.metric
-    dropped = np.flatnonzero(~kept)
-    if not len(dropped):
-        return None
-    cheapest = int(dropped[np.argmin(metric.added_each(kept)[dropped])])
-    return metric.added(kept, cheapest)
+def _with(kept: np.ndarray, units: np.ndarray) -> np.ndarray:
+    more = kept.copy()
+    more[units] = True
+    return more
+
+
+def next_costs(problem: Problem, kept: np.ndarray) -> dict[str, int]:
+    """By metric of the budgets, what the cheapest further neuron costs; nothing where none may be added."""
+    dropped = np.flatnonzero(~kept & problem.open)
+    costs = {}
+    for budget in problem.budgets.each if len(dropped) else ():
+        cheapest = int(dropped[np.argmin(budget.metric.added_each(kept)[dropped])])
+        costs[budget.metric.name] = budget.metric.added(kept, cheapest)
+    return costs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -193,7 +193,7 @@ def outcome_of(result: Allocated) -> Outcome:
     allocation = result.allocation
     return Outcome(
         model=type(result.model).__name__,
-        budgets=_limited(allocation),
+        budgets=_limited(allocation, result.plan.next_costs),
         flops_before=result.flops_before,
         flops_after=result.flops_after,
         next_cost=result.next_cost,
@@ -213,11 +213,11 @@ def outcome_of(result: Allocated) -> Outcome:
     )
 
 
-def _limited(allocation: Allocation) -> tuple[Limited, ...]:
+def _limited(allocation: Allocation, next_costs: Mapping[str, int]) -> tuple[Limited, ...]:
     budgets = []
     for name, cost in allocation.costs.items():
         if cost["asked"] is not None:
-            budgets.append(Limited(name, cost["asked"], cost["before"], cost["after"]))
+            budgets.append(Limited(name, cost["asked"], cost["before"], cost["after"], next_costs.get(name)))
     return tuple(budgets)
 
 

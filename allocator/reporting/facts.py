@@ -298,12 +298,14 @@ class Limited:
         metric: its name.
         asked: the budget, in the metric's own unit.
         before, after: the metric of the network and of what is left of it.
+        next_cost: what the cheapest further neuron costs of it; None where none could be added.
     """
 
     metric: str
     asked: float
     before: int
     after: int
+    next_cost: int | None = None
 
 
 @dataclass(frozen=True)
@@ -314,7 +316,7 @@ class Outcome:
         model: name of the network's class.
         budgets: what was asked, and what it limits before and after, the first named first.
         flops_before, flops_after: as fvcore counts.
-        next_cost: of the first budget, what the cheapest further neuron costs; None where all are kept.
+        next_cost: of the first budget, what the cheapest further neuron costs; None where none could be added.
         parameters_before, parameters_after: numbers in the parameters.
         policy, criterion, scope: how the neurons were chosen.
         optimality: the importance that is kept, and what no plan exceeds; None where nothing was chosen by scores.

@@ -12,6 +12,7 @@ from rich.text import Text
 from allocator.reporting.facts import SHARED, BlockChange, BranchChange, Limited, Outcome
 from allocator.reporting.terminal import bar, heading, table_without_lines
 from allocator.reporting.words import change, cost_of, counted, printable, share_of, size
+from allocator.scoring.registry import CRITERIA
 
 _RESIDUAL = ("sum", "product")
 _MOST_MODULES = 4
@@ -40,13 +41,13 @@ class OutcomeText:
             f"({outcome.flops_after / outcome.flops_before:.1%})",
             style="bold",
         )
-        for i, budget in enumerate(outcome.budgets):
-            yield Text(_asked(budget, outcome.next_cost if i == 0 else None))
+        for budget in outcome.budgets:
+            yield Text(_asked(budget))
         yield Text(f"{outcome.parameters_before:,} parameters before, {outcome.parameters_after:,} after")
         how = f"policy {outcome.policy}, criterion {outcome.criterion}, scope {outcome.scope}"
         yield Text(f"{how}; one FLOP is one multiply-add, as fvcore counts")
         if outcome.optimality is not None:
-            yield Text(str(outcome.optimality))
+            yield Text(f"{outcome.optimality}{_about_gap(outcome) if outcome.optimality.gap else ''}")
         style = "green" if outcome.certificate.ok else "bold red"
         yield Text(f"certificate: {outcome.certificate}", style=style)
 
@@ -68,12 +69,22 @@ class OutcomeText:
         return any(branch.is_changed for branch in block.branches)
 
 
-def _asked(budget: Limited, next_cost: int | None) -> str:
+def _about_gap(outcome: Outcome) -> str:
+    """What a gap means: less than could be, or no more than another order of the same neurons."""
+    if outcome.policy == "priced":
+        return ""
+    declared = CRITERIA.get(outcome.criterion)
+    if declared is not None and not declared.additive:
+        return f"; {outcome.criterion} ranks neurons, and its sum is no loss"
+    return "; policy 'priced' keeps the most"
+
+
+def _asked(budget: Limited) -> str:
     """What a budget asked for and how much of it is used."""
     used = budget.after / budget.asked
     line = f"asked {cost_of(budget.metric, budget.asked)}, achieved {used:.3%}"
-    if next_cost is not None and used < 1:
-        line += f" (the cheapest further neuron costs {next_cost:,})"
+    if budget.next_cost is not None and used < 1:
+        line += f" (the cheapest further neuron costs {budget.next_cost:,})"
     return line
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+import zlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from torch import nn
 
 from allocator.clock import Progress, bar
-from allocator.errors import DataError
+from allocator.errors import CriterionError, DataError, first_line
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import set_training, skeleton, tensor_names
+from allocator.scoring import ranks
 from allocator.scoring.answers import Loss, loss_of
 from allocator.scoring.batches import Batch, batches
 from allocator.torch_private import TorchDispatchMode
@@ -24,7 +26,7 @@ GRADIENTS, MOMENTS, COVARIANCES = "gradients", "moments", "covariances"
 CHUNK = 8
 """Samples per gradient: few enough that they don't average out, many enough to be quick."""
 MOST_CHUNKS = 64
-"""Gradients that are kept; more data than these take are not looked at."""
+"""Gradients that are kept, of all ranks; more data than these take are not looked at."""
 
 Dim = tuple[str, int]
 """(name of a parameter, one of its dims)."""
@@ -53,6 +55,14 @@ class Moments:
         self.count += wide.shape[0]
         self.total = self.total + wide.sum(0).cpu().numpy()
         self.squares = self.squares + squares.cpu().numpy()
+
+    @classmethod
+    def together(cls, parts: Sequence[Moments]) -> Moments:
+        """The sums of several."""
+        found = cls(sum(each.count for each in parts), parts[0].total, parts[0].squares)
+        for each in parts[1:]:
+            found.total, found.squares = found.total + each.total, found.squares + each.squares
+        return found
 
     @property
     def variance(self) -> np.ndarray:
@@ -90,7 +100,8 @@ def collect(
 ) -> Statistics:
     """Run the model over the data in eval mode.
 
-    Under `torch.distributed` every rank sees its own share of the data, and all get the statistics of the whole.
+    Under `torch.distributed` every rank looks at its own share of the data, and all get the statistics of the whole:
+    those that one process would get that looks at all of it, in batches of the same samples.
 
     Args:
         graph: the model's neurons; the model itself is not changed.
@@ -101,40 +112,100 @@ def collect(
         progress: called with how far it is.
 
     Raises:
-        DataError: the data are empty, do not fit the model, or the loss is not a finite scalar.
+        DataError: the data are empty, do not fit the model, or the loss is not a finite scalar; or so on another rank.
+        CriterionError: the gradient cannot be taken.
     """
+    if not graph.size:
+        return Statistics()
+    return _together(ranks.gathered(lambda: _own_share(graph, data, needs, loss, seed, progress)))
+
+
+def _own_share(
+    graph: ChannelGraph, data: Any, needs: Collection[str], loss: Loss | None, seed: int, progress: Progress | None
+) -> Statistics:
+    """What this process's data say."""
     shadow = set_training(skeleton(graph.model, _shared), False)
     found = Statistics()
     gradients = _Gradients(graph, shadow) if GRADIENTS in needs else None
     watched = {MOMENTS, COVARIANCES} & set(needs)
     reader = _Readers(graph, shadow, found.moments, products=COVARIANCES in needs) if watched else None
-    generator = torch.Generator().manual_seed(seed)
+    most = -(-MOST_CHUNKS // ranks.count())
     with bar("looking at the data", progress) as advance:
         for batch in batches(data, graph.model, graph.inputs):
             for chunk in batch.chunks(CHUNK):
-                _look(shadow, chunk, loss, generator, gradients, reader)
+                _look(shadow, chunk, loss, seed, gradients, reader)
                 found.samples += chunk.size
                 advance(f"{found.samples} samples")
-            if gradients is not None and len(gradients.read) >= MOST_CHUNKS:
+            if gradients is not None and len(gradients.read) >= most:
                 break
     if gradients is not None:
         found.read, found.written = np.array(gradients.read), np.array(gradients.written)
-    _reduce(found)
+    for (name, _), moments in found.moments.items():
+        if not np.isfinite(moments.squares).all():
+            raise DataError(f"what {name} reads is not finite: check the data, and the model's weights")
     return found
+
+
+def _together(found: Sequence[Statistics]) -> Statistics:
+    """The ranks' statistics as one, gradients in an order that does not depend on who took them."""
+    read, written = (np.concatenate([getattr(each, rows) for each in found]) for rows in ("read", "written"))
+    order = sorted(range(len(read)), key=lambda row: read[row].tobytes())
+    dims = dict.fromkeys(dim for each in found for dim in each.moments)
+    moments = {dim: Moments.together([each.moments[dim] for each in found if dim in each.moments]) for dim in dims}
+    return Statistics(sum(each.samples for each in found), read[order], written[order], moments)
+
+
+def _noise(batch: Batch, seed: int) -> torch.Generator:
+    """Noise that is the same for the same samples, whichever process looks at them and when."""
+    number = seed
+    for tensor in batch.inputs.tensors():
+        number = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), number)
+    return torch.Generator().manual_seed(number)
 
 
 def with_gradients(
     graph: ChannelGraph, data: Any, *, loss: Loss | None = None, seed: int = 0, progress: Progress | None = None
 ) -> nn.Module:
-    """A copy of the model that shares its weights and holds the gradients of the loss, summed over the data."""
+    """A copy of the model that shares its weights and holds the gradients of the loss, summed over the data.
+
+    Under `torch.distributed`, over the data of all ranks.
+    """
     shadow = set_training(skeleton(graph.model, _shared), False)
-    generator = torch.Generator().manual_seed(seed)
-    with bar("looking at the data", progress) as advance, torch.enable_grad():
-        for batch in batches(data, graph.model, graph.inputs):
-            for chunk in batch.chunks(CHUNK):
-                loss_of(_forward(shadow, chunk), chunk, loss, generator).backward()
-            advance("gradients")
+
+    def look() -> None:
+        with bar("looking at the data", progress) as advance, torch.enable_grad():
+            for batch in batches(data, graph.model, graph.inputs):
+                for chunk in batch.chunks(CHUNK):
+                    value = loss_of(_forward(shadow, chunk), chunk, loss, _noise(chunk, seed))
+                    _check_gradient(value)
+                    _backward(value)
+                advance("gradients")
+
+    ranks.gathered(look)
+    if ranks.count() > 1:
+        for parameter in shadow.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                ranks.add_up(parameter.grad)
     return shadow
+
+
+def _check_gradient(loss: torch.Tensor) -> None:
+    if not loss.requires_grad:
+        raise DataError(
+            "the loss has no gradient: the model's output, or the loss, was detached from the weights (.detach(), "
+            ".data, torch.no_grad()), or does not depend on them"
+        )
+
+
+def _backward(loss: torch.Tensor) -> None:
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        raise CriterionError(
+            f"the gradient of the loss could not be taken: {first_line(error)}; a criterion of weights alone, such as "
+            "group_norm, needs none"
+        ) from error
 
 
 def _shared(_: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -149,7 +220,7 @@ def _look(
     shadow: nn.Module,
     batch: Batch,
     loss: Loss | None,
-    generator: torch.Generator,
+    seed: int,
     gradients: _Gradients | None,
     reader: _Readers | None,
 ) -> None:
@@ -161,7 +232,22 @@ def _look(
         output = _forward(shadow, batch)
     if gradients is not None:
         with torch.enable_grad():
-            gradients.add(loss_of(output, batch, loss, generator))
+            value = loss_of(output, batch, loss, _noise(batch, seed))
+        if not value.requires_grad:  # of none of the weights that hold neurons, which no call may read
+            _check_that_any_weight_counts(shadow, batch, loss, seed)
+        gradients.add(value)
+
+
+def _check_that_any_weight_counts(shadow: nn.Module, batch: Batch, loss: Loss | None, seed: int) -> None:
+    """Raise DataError where the loss has no gradient by any weight, as of an output that was detached."""
+    frozen = [p for p in shadow.parameters() if not p.requires_grad and p.is_floating_point()]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    with torch.enable_grad():
+        value = loss_of(_forward(shadow, batch), batch, loss, _noise(batch, seed))
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    _check_gradient(value)
 
 
 def _forward(shadow: nn.Module, batch: Batch) -> Any:
@@ -217,9 +303,10 @@ class _Gradients:
             np.add.at(self._rows[1], units[~reads], along[~reads])
 
     def add(self, loss: torch.Tensor) -> None:
-        """One backward."""
+        """One backward; zeros where the loss depends on no weight that holds a neuron."""
         self._rows = self._empty()
-        loss.backward()
+        if loss.requires_grad:
+            _backward(loss)
         read, written = self._rows
         if not (np.isfinite(read).all() and np.isfinite(written).all()):
             raise DataError("a gradient of the loss is not finite: check the data, and the model's weights")
@@ -272,20 +359,3 @@ def _transposed(func: Any, args: Any) -> bool:
     """Whether a convolution's weight has its inputs first."""
     position, default = operator_of(func).arguments.get("transposed", (len(args), False))
     return bool(args[position] if position < len(args) else default)
-
-
-def _reduce(found: Statistics) -> None:
-    """Put the ranks' statistics together, in the order of the ranks."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return
-    gathered: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(gathered, found)
-    found.samples = sum(each.samples for each in gathered)
-    found.read = np.concatenate([each.read for each in gathered])
-    found.written = np.concatenate([each.written for each in gathered])
-    for dim, moments in found.moments.items():
-        same = [each.moments[dim] for each in gathered]
-        moments.count = sum(each.count for each in same)
-        moments.total = np.sum([each.total for each in same], axis=0)
-        moments.squares = np.sum([each.squares for each in same], axis=0)

@@ -15,6 +15,7 @@ from allocator.errors import (
     UninformativeScoresWarning,
     UnknownNameError,
     did_you_mean,
+    none_of,
     warn,
 )
 from allocator.graph.channel_graph import ChannelGraph
@@ -101,10 +102,19 @@ def find_criterion(name: str) -> Criterion:
         UnknownNameError: no such criterion.
     """
     if name not in CRITERIA:
-        names = (AUTO, *CRITERIA)
-        near = did_you_mean(name, names, mark="'")
-        raise UnknownNameError(f"no criterion {name!r}{near and '; ' + near} (there are {', '.join(sorted(names))})")
+        raise UnknownNameError(none_of("criterion", name, sorted((AUTO, *CRITERIA))))
     return CRITERIA[name]
+
+
+def check_criterion(graph: ChannelGraph, criterion: Any) -> None:
+    """Raise as `score` does, for all that can be seen without looking at data or running a function."""
+    names = (criterion,) if isinstance(criterion, str) else criterion
+    if isinstance(names, Sequence) and all(isinstance(name, str) for name in names):
+        for name in names:
+            if name != AUTO:
+                find_criterion(name)
+    elif not callable(criterion):
+        score(graph, criterion)
 
 
 def usual_criterion(data: Data | None) -> str:
@@ -199,7 +209,7 @@ def _weights_of(graph: ChannelGraph, criterion: str) -> Weights:
 
 
 def _by_parameter(graph: ChannelGraph, arrays: Mapping[str, Any]) -> SlotScores:
-    """An importance per entry of each parameter, added up along all dims but one."""
+    """An importance per entry of each parameter, added up over all entries that go with a neuron."""
     rows = []
     for name, given in arrays.items():
         if name not in graph.slots.shapes:
@@ -211,8 +221,18 @@ def _by_parameter(graph: ChannelGraph, arrays: Mapping[str, Any]) -> SlotScores:
             raise CriterionError(f"the scores of {name} have shape {array.shape}, expected {expected}")
         for dim, label in enumerate(graph.slots.labels(name)):
             others = tuple(d for d in range(array.ndim) if d != dim)
-            rows.append((label, array.sum(axis=others)))
+            rows.append((label, _new_along(graph, name, array, dim).sum(axis=others)))
     return SlotScores.of(rows, "sum")
+
+
+def _new_along(graph: ChannelGraph, name: str, array: np.ndarray, dim: int) -> np.ndarray:
+    """The array without the entries that go with the same neuron along an earlier dim, as within a residual stream."""
+    units = [graph.unit_of_slot[label] for label in graph.slots.labels(name)]
+    places = [each.reshape([-1 if d == at else 1 for d in range(array.ndim)]) for at, each in enumerate(units)]
+    for earlier in range(dim):
+        if np.intersect1d(units[earlier], units[dim]).max(initial=-1) >= 0:
+            array = np.where((places[earlier] == places[dim]) & (places[dim] >= 0), 0.0, array)
+    return array
 
 
 def _checked(graph: ChannelGraph, name: str, given: np.ndarray | SlotScores) -> Scores:

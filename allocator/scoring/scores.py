@@ -77,8 +77,10 @@ class Scores:
     def __post_init__(self) -> None:
         values = as_array(self.values, f"the scores of {self.criterion!r}")
         if np.isinf(values).any():
+            count = int(np.isinf(values).sum())
             raise CriterionError(
-                f"criterion {self.criterion!r} gave infinite scores: the model's weights are not finite"
+                f"the scores of {self.criterion!r} are infinite in {count} of {values.size} places: "
+                "pass finite numbers, and NaN for what must stay"
             )
         object.__setattr__(self, "values", values)
 

@@ -6,6 +6,7 @@ this is known of our neurons, so that every importance of its, and every subclas
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -73,17 +74,18 @@ def importance_scores(graph: ChannelGraph, importance: Any, model: nn.Module) ->
     scores = np.full(graph.size, np.nan)
     for units, places in _groups(graph).items():
         group = torch_pruning.dependency.Group()
-        rank = {unit: i for i, unit in enumerate(units)}
-        for (path, dim), members in places.items():
+        # Importances give one score per index of the first layer: all layers get as many for a neuron.
+        times = math.lcm(*(len(own) for held in places.values() for own in held))
+        for (path, dim), held in places.items():
             function = _pruning_function(torch_pruning.function, modules[path], dim)
             if function is None:
                 continue
-            indices = sorted(members)
+            indices = [own[turn % len(own)] for own in held for turn in range(times)]
             group.add_dep(_Dependency(modules[path], function), indices)
-            group[len(group) - 1].root_idxs = [rank[members[index]] for index in indices]
-        values = _call(importance, group, len(units)) if len(group) else None
+            group[len(group) - 1].root_idxs = list(range(len(indices)))
+        values = _call(importance, group, times * len(units)) if len(group) else None
         if values is not None:
-            scores[list(units)] = values
+            scores[list(units)] = values.reshape(len(units), times).mean(1)
     return scores
 
 
@@ -106,8 +108,8 @@ Place = tuple[str, int]
 """(path of a layer, dim of its weight)."""
 
 
-def _groups(graph: ChannelGraph) -> dict[tuple[int, ...], dict[Place, dict[int, int]]]:
-    """Neurons that lie in the same dims of the same weights, and per dim its indices with the neuron of each.
+def _groups(graph: ChannelGraph) -> dict[tuple[int, ...], dict[Place, list[list[int]]]]:
+    """Neurons that lie in the same dims of the same weights, and per dim the indices of each of them.
 
     Those that write come first, since an importance may look at the first alone.
     """
@@ -120,13 +122,9 @@ def _groups(graph: ChannelGraph) -> dict[tuple[int, ...], dict[Place, dict[int, 
     by_signature: dict[tuple[Place, ...], list[int]] = {}
     for unit, held in enumerate(places):
         by_signature.setdefault(tuple(sorted(held, key=lambda place: place[1])), []).append(unit)
-    groups: dict[tuple[int, ...], dict[Place, dict[int, int]]] = {}
+    groups: dict[tuple[int, ...], dict[Place, list[list[int]]]] = {}
     for signature, units in by_signature.items():
-        members: dict[Place, dict[int, int]] = {place: {} for place in signature}
-        for unit in units:
-            for place, indices in places[unit].items():
-                members[place].update(dict.fromkeys(indices, unit))
-        groups[tuple(units)] = members
+        groups[tuple(units)] = {place: [places[unit][place] for unit in units] for place in signature}
     return groups
 
 

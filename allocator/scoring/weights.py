@@ -22,7 +22,7 @@ def bn_scale(graph: ChannelGraph, weights: Weights) -> SlotScores:
             "the model has no batch norm with a scale to rank neurons by (never had one, or it was folded "
             "into the convolutions): pass criterion='magnitude'"
         )
-    return SlotScores.of((label, np.abs(as_array(weights(name), name))) for name, label in gammas.items())
+    return SlotScores.of((label, np.abs(_finite(weights(name), name))) for name, label in gammas.items())
 
 
 @criterion("magnitude")
@@ -49,7 +49,7 @@ def fpgm(graph: ChannelGraph, weights: Weights) -> SlotScores:
     rows = []
     for name, dim, label in _written(graph):
         filters = weights(name).detach().to(torch.float32).movedim(dim, 0).flatten(1)
-        distances = as_array(torch.cdist(filters[None], filters[None])[0].sum(1), name)
+        distances = _finite(torch.cdist(filters[None], filters[None])[0].sum(1), name)
         rows.append((label, _over_mean(distances)))
     return SlotScores.of(rows)
 
@@ -64,7 +64,17 @@ def _norms(tensor: torch.Tensor, dim: int, name: str) -> np.ndarray:
     """(n,) the L2 norm of every slice along a dim; the name is for messages."""
     wide = tensor.detach().to(torch.float64)
     others = [d for d in range(wide.dim()) if d != dim]
-    return as_array(torch.linalg.vector_norm(wide, dim=others) if others else wide.abs(), name)
+    return _finite(torch.linalg.vector_norm(wide, dim=others) if others else wide.abs(), name)
+
+
+def _finite(numbers: torch.Tensor, name: str) -> np.ndarray:
+    array = as_array(numbers, name)
+    if not np.isfinite(array).all():
+        raise CriterionError(
+            f"{name} holds values that are not finite, so neurons cannot be ranked by it: mend the weights, or pass a "
+            "criterion that does not read them"
+        )
+    return array
 
 
 def _over_mean(values: np.ndarray) -> np.ndarray:

@@ -57,14 +57,22 @@ class Inputs:
         )
         return Inputs(args, kwargs, self.assumed)
 
-    def noise(self, seed: int, device: torch.device, dtype: torch.dtype) -> Inputs:
-        """Standard normal values in place of the floating-point tensors, drawn on the CPU for any device."""
+    def noise(self, seed: int, device: torch.device, dtype: torch.dtype, *, positive: bool = False) -> Inputs:
+        """Standard normal values in place of the floating-point tensors, drawn on the CPU for any device.
+
+        Args:
+            seed, device, dtype: of what is drawn.
+            positive: from 0.1 to 1 evenly instead, as logarithms and roots take.
+        """
         generator = torch.Generator().manual_seed(seed)
 
         def draw(t: torch.Tensor) -> torch.Tensor:
             if not t.is_floating_point():
                 return t.to(device)
-            return torch.randn(t.shape, generator=generator, dtype=torch.float64).to(device, dtype)
+            options: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+            if positive:
+                return torch.rand(t.shape, **options).mul_(0.9).add_(0.1).to(device, dtype)
+            return torch.randn(t.shape, **options).to(device, dtype)
 
         return self.map(draw)
 

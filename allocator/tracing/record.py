@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from allocator import adapters
 from allocator.errors import TraceError
+from allocator.isolation import undisturbed
 from allocator.modules import modules_of, set_training, skeleton, tensor_names
 from allocator.torch_private import (
     FakeTensorMode,
@@ -27,6 +29,7 @@ from allocator.tracing import meta_kernels
 from allocator.tracing.calls import Call, Op, Ref, Trace, Value
 from allocator.tracing.inputs import Inputs
 from allocator.tracing.operators import AS_ONE_CALL, FUNCTIONS, operator_of
+from allocator.tracing.value_sized import without_values
 
 
 class ForwardError(Exception):
@@ -87,17 +90,21 @@ def record(
             set_training(running, training)
         given = recorder.modules if copied else modules_of(model)
         stack.enter_context(torch.no_grad())
+        stack.enter_context(undisturbed(model, itself=copied))
         if mode != "real":
             stack.enter_context(adapters.while_tracing())
         stack.enter_context(recorder.following())
         stack.enter_context(_Functions(recorder))
         stack.enter_context(recorder)
+        output, raised = None, None
         try:
             output = running(*args, **kwargs)
         except Exception as error:
-            recorder.drop_unfinished()
-            partial = recorder.compact(None, given, mode, training)
-            raise ForwardError(error, recorder.path, partial) from error
+            raised = error
+    if raised is not None:
+        recorder.drop_unfinished()
+        partial = recorder.compact(None, given, mode, training)
+        raise ForwardError(raised, recorder.path, partial) from raised
     return recorder.compact(output, given, mode, training)
 
 
@@ -108,7 +115,7 @@ def _converter(mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.T
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         stack.enter_context(fake)
         return lambda _, t: fake.from_tensor(t.detach())
-    return lambda _, t: t if isinstance(t, nn.Parameter) else t.clone()
+    return lambda _, t: t.detach().clone()
 
 
 # Fake tensors ask each other where they lie; that reads no values.
@@ -116,7 +123,9 @@ _DEVICE = torch.ops.prim.device.default
 
 
 # They make a tensor of numbers that the forward wrote down.
-_WRITTEN_DOWN = frozenset({torch.tensor, torch.as_tensor, torch.Tensor.new_tensor})
+_WRITTEN_DOWN = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor})
+_MOST_NUMBERS = 64  # of a tensor, that are compared one by one
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class _Recorder(TorchDispatchMode):
@@ -201,7 +210,7 @@ class _Recorder(TorchDispatchMode):
             if known is None:
                 known = index[id(leaf)] = len(values)
                 shape = (self.before.get(id(leaf)) or [_shape(leaf)])[0]
-                _, literal = self.literals.get(id(leaf), (leaf, ()))
+                literal = self.literals[id(leaf)][1] if id(leaf) in self.literals else _numbers(leaf, mode)
                 values.append(Value(shape, leaf.dtype, names.get(id(leaf)), literal=literal))
             read.append(known)
             return Ref(known)
@@ -228,6 +237,19 @@ class _Recorder(TorchDispatchMode):
         return Trace(ops, values, returned, self.calls, modules, mode, training)
 
 
+def _numbers(tensor: torch.Tensor, mode: str) -> tuple[Any, ...]:
+    """What a forward without values reads of a tensor that has some: numbers that it made, however it did.
+
+    Of many, a checksum.
+    """
+    if mode == "real" or without_values(tensor) or tensor.layout is not torch.strided:
+        return ()
+    numbers = tensor.detach().cpu().reshape(-1)
+    if len(numbers) <= _MOST_NUMBERS:
+        return tuple(numbers.tolist())
+    return (zlib.crc32(numbers.contiguous().view(torch.uint8).numpy().tobytes()),)
+
+
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
     """Sizes of a tensor; none for a nested one, which has no dims that channels could be followed along."""
     return () if tensor.is_nested else tuple(tensor.shape)
@@ -242,6 +264,8 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func == _DATA:  # the same memory, by a way that the dispatcher does not see
+            return args[0].detach()
         known = None if self.recorder.paused else AS_ONE_CALL.get(func)
         whole = None if known is None else known(*args, **kwargs)
         if whole is not None:

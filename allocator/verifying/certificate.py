@@ -10,17 +10,11 @@ import torch
 from torch import nn
 
 from allocator.errors import CertificateError
-from allocator.flow.labels import FROZEN
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.graph.neurons import components
 from allocator.modules import tensor_names
 from allocator.rewriting.index_map import Maps, mapped_shape
-from allocator.tracing.inputs import device_of
-from allocator.verifying.float64 import Draw, Rows, part_of, run_float64
-
-TOLERANCE = 1e-9
-# Below this effect of the dropped neurons, agreement of the outputs to `TOLERANCE` shows little.
-MEASURABLE = 1e-6
+from allocator.verifying.comparison import TOLERANCES, compare_outputs
+from allocator.verifying.float64 import part_of
 
 
 @dataclass(frozen=True)
@@ -29,8 +23,8 @@ class Certificate:
 
     Attributes:
         structural: every call of the rewritten forward is the image of the original's, index by index.
-        relative_error: largest difference of the two float64 outputs over the largest output, where the
-            original has every weight that reads a dropped neuron set to zero; None if not measured.
+        relative_error: largest difference of a number in the two float64 outputs over the largest of its kind, where
+            the original has every weight that reads a dropped neuron set to zero; None if not measured.
         exact: whether the mathematics says that the two are equal; False where a norm over channels runs
             over dropped ones.
         seed: of the standard normal input.
@@ -43,6 +37,10 @@ class Certificate:
         drawn: the outputs were compared on weights drawn from the seed too, and `effect` is theirs: with the
             model's own, neurons do not reach the outputs (an untrained network whose signal dies away, or
             residual branches whose last scale is zero), so that their agreement would show little.
+        shown: the outputs could be compared, and depend on the dropped neurons; without that, their agreement shows
+            nothing. True where nothing was dropped or measured.
+        compared: numbers in the outputs that were compared, over all inputs that were tried.
+        dtype: what was computed in; "float32" where the forward refuses float64.
         refitted: of a model that was recovered, how many inputs its weights were refitted on after the cut; then
             `weights` and `relative_error` are of the cut. None where they were not.
     """
@@ -56,18 +54,31 @@ class Certificate:
     weights: bool | None = None
     effect: float | None = None
     drawn: bool = False
+    shown: bool = True
+    compared: int = 0
+    dtype: str = "float64"
     refitted: int | None = None
+
+    @property
+    def tolerance(self) -> float:
+        """The largest relative error that passes."""
+        return TOLERANCES[self.dtype]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing that was looked at differs."""
+        if not self.structural or self.weights is False:
+            return False
+        return self.relative_error is None or not self.exact or self.relative_error <= self.tolerance
 
     @property
     def ok(self) -> bool:
         """Whether every check that was made passed."""
-        if not self.structural or self.weights is False:
-            return False
-        return self.relative_error is None or not self.exact or self.relative_error <= TOLERANCE
+        return self.agrees and self.shown
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
-        return {**asdict(self), "ok": self.ok, "tolerance": TOLERANCE}
+        return {**asdict(self), "ok": self.ok, "tolerance": self.tolerance}
 
     def __str__(self) -> str:
         if not self.structural:
@@ -80,27 +91,12 @@ class Certificate:
         else:
             nature = "" if self.exact else " (inexact by nature: a norm runs over dropped channels)"
             drawn = " on drawn weights too" if self.drawn else ""
-            said.append(f"float64 outputs within {self.relative_error:.1e}{drawn}{nature}")
+            said.append(f"{self.dtype} outputs within {self.relative_error:.1e}{drawn}{nature}")
+        if not self.shown:
+            said.append("but none of them was seen to depend on the dropped neurons")
+        verdict = "passed" if self.ok else "NOT SHOWN" if self.agrees else "FAILED"
         after = "" if self.refitted is None else f"; structure proven, weights refitted on {self.refitted} inputs"
-        return f"{'passed' if self.ok else 'FAILED'}: {', '.join(said)}{after}"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Outputs of two models side by side, in float64.
-
-    Attributes:
-        error: largest difference over all outputs, relative to the largest original output; infinite where an
-            output is missing, or finite in one model alone.
-        effect: how much cutting the dropped neurons changes the original's outputs, in the same measure.
-        outputs: number of output tensors compared.
-        drawn: whether weights drawn from the seed were compared too; then `effect` is theirs.
-    """
-
-    error: float
-    effect: float
-    outputs: int
-    drawn: bool = False
+        return f"{verdict}: {', '.join(said)}{after}"
 
 
 def certify(
@@ -121,7 +117,9 @@ def certify(
         return Certificate(True, None, graph.exact, seed, shapes, 0)
     same = weights_match(graph, maps, small)
     found = compare_outputs(graph, kept, maps, small, seed)
-    return Certificate(True, found.error, graph.exact, seed, shapes, found.outputs, same, found.effect, found.drawn)
+    shown = found.shows or bool(kept.all())
+    numbers = (found.outputs, same, found.effect, found.drawn, shown, found.compared, found.dtype)
+    return Certificate(True, found.error, graph.exact, seed, shapes, *numbers)
 
 
 def no_certificate(graph: ChannelGraph, seed: int = 0) -> Certificate:
@@ -176,105 +174,13 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(flat_a, flat_b)
 
 
-def compare_outputs(graph: ChannelGraph, kept: np.ndarray, maps: Maps, small: nn.Module, seed: int) -> Comparison:
-    """Compare the two models in float64 on one input drawn from the seed.
-
-    Where neurons do not reach the outputs with the model's own weights, weights drawn from the seed are
-    compared as well. A model that needs values is compared on its example inputs alone, since
-    others may take another path.
-
-    Args:
-        graph: the original's neurons; of its weights, every one that reads a dropped neuron counts as zero.
-        kept: (neurons,) bool.
-        maps: where each index of the rewritten model's tensors comes from.
-        small: the rewritten model.
-        seed: of the input, and of the weights where they are drawn.
-    """
-    own = _compare(graph, kept, maps, small, seed, drawn=False)
-    reached = own.effect >= MEASURABLE and not _silenced(graph)
-    if reached or kept.all() or graph.flow.trace.mode == "real":
-        return own
-    drawn = _compare(graph, kept, maps, small, seed, drawn=True)
-    if not np.isfinite(drawn.effect):
-        return own
-    return Comparison(max(own.error, drawn.error), drawn.effect, own.outputs, drawn=True)
-
-
-def _silenced(graph: ChannelGraph) -> bool:
-    """Whether a norm's scale or a layer's weight is zero throughout: what it multiplies reaches no output."""
-    scales = {gamma.name for gamma in graph.facts.gammas}
-    for name, parameter in graph.model.named_parameters():
-        multiplies = parameter.dim() > 1 or name in scales
-        if multiplies and parameter.numel() and not bool(parameter.any()):
-            return True
-    return False
-
-
-def _compare(
-    graph: ChannelGraph, kept: np.ndarray, maps: Maps, small: nn.Module, seed: int, *, drawn: bool
-) -> Comparison:
-    model = graph.model
-    draw = Draw(graph, seed) if drawn else None
-    inputs = graph.inputs.noise(seed, device_of(model), torch.float64)
-    if graph.flow.trace.mode == "real":
-        inputs = graph.inputs
-    cut = run_float64(model, inputs, zeroed=_zeroed_rows(graph, kept), draw=draw)
-    told = not kept.all() and any(t.numel() for t in cut)  # a detector may find nothing: then nothing is compared
-    effect = _difference(run_float64(model, inputs, draw=draw), cut) if told else 0.0
-    if draw is not None:
-        draw = Draw(graph, seed, maps)
-    result = run_float64(small, inputs, draw=draw)
-    return Comparison(_difference(cut, result), effect, len(cut))
-
-
-def _difference(reference: list[torch.Tensor], result: list[torch.Tensor]) -> float:
-    """Largest difference over all outputs, each relative to its largest finite reference value.
-
-    Infinite where shapes differ, or where one output is NaN or infinite and the other is not so in the same way.
-    """
-    if [t.shape for t in reference] != [t.shape for t in result]:
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(reference, result, strict=True):
-        if any(not torch.equal(kind(a), kind(b)) for kind in (torch.isnan, torch.isposinf, torch.isneginf)):
-            return float("inf")
-        finite = a.isfinite()
-        if finite.any():
-            a, b = a[finite], b[finite]
-            scale = max(float(a.abs().max()), torch.finfo(torch.float64).tiny)
-            worst = max(worst, float((a - b).abs().max()) / scale)
-    return worst
-
-
-def _zeroed_rows(graph: ChannelGraph, kept: np.ndarray) -> Rows:
-    """Per parameter, the (dim, indices) to read as zero: those that multiply a dropped neuron.
-
-    Of a weight that the forward adds up from several (W + B @ A), all of them. Where two activations are
-    multiplied and summed no weight reads the neuron; then its writers are zeroed.
-    """
-    dropped = ~graph.stays(kept)
-    slots = np.zeros(graph.slots.total, dtype=bool)
-    for label in graph.facts.read:
-        slots[label] = True
-    if graph.facts.computed_ties:
-        together = components(graph.slots.total, [(tie.a, tie.b) for tie in graph.facts.computed_ties])
-        slots = np.isin(together, np.unique(together[slots]))
-    for label in graph.facts.multiplied:
-        units = np.unique(graph.units(label))
-        slots |= np.isin(graph.unit_of_slot, units)
-    slots &= dropped
-    slots[FROZEN] = False
-    rows: Rows = {}
-    for name, shape in graph.slots.shapes.items():
-        for dim, (start, size) in enumerate(zip(graph.slots.base[name], shape, strict=True)):
-            indices = np.flatnonzero(slots[start : start + size])
-            if len(indices):
-                rows.setdefault(name, []).append((dim, indices))
-    return rows
-
-
 def require(certificate: Certificate, what: str) -> Certificate:
-    """Return the certificate, or raise CertificateError where a check failed."""
+    """Return the certificate, or raise CertificateError where a check failed, or showed nothing."""
+    if certificate.agrees and not certificate.shown:
+        raise CertificateError(
+            f"{what} was not shown to be the original minus the dropped neurons: {certificate}; pass example_inputs "
+            "that reach the outputs, or certify=False for the structural check alone"
+        )
     if not certificate.ok:
         raise CertificateError(f"{what} is not the original minus the dropped neurons: {certificate}")
     return certificate

@@ -1,12 +1,15 @@
-"""Forwards in float64, with some weights read as zero or drawn anew, one weight converted at a time."""
+"""Forwards in float64, with some weights read as zero or drawn anew, one weight converted at a time.
+
+No default of the process is changed for it: every function is given float64 tensors and gives such. The forward itself
+is told the dtype that it would see otherwise, so that one which asserts float32 runs like any other.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +19,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.isolation import undisturbed
 from allocator.modules import set_training, skeleton, tensor_names
 from allocator.rewriting.index_map import IndexMap, Maps
 from allocator.torch_private import tree_map
-from allocator.tracing.inputs import Inputs
+from allocator.tracing.inputs import Inputs, dtype_of
 from allocator.tracing.operators import FUNCTIONS
 from allocator.tracing.record import tensors_in
 
@@ -38,7 +42,13 @@ def part_of(tensor: torch.Tensor, maps: Sequence[IndexMap | None]) -> torch.Tens
 
 
 def run_float64(
-    model: nn.Module, inputs: Inputs, *, zeroed: Rows | None = None, draw: Draw | None = None
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    zeroed: Rows | None = None,
+    draw: Draw | None = None,
+    dtype: torch.dtype = torch.float64,
+    nudge: int = 0,
 ) -> list[torch.Tensor]:
     """Output tensors of an eval-mode forward in float64; weights are converted one call at a time.
 
@@ -47,26 +57,34 @@ def run_float64(
         inputs: converted to float64 like the weights.
         zeroed: per parameter, (dim, indices) that are read as zero.
         draw: gives values to use in place of the model's parameters and running statistics.
+        dtype: what is computed in, float32 where a forward refuses float64.
+        nudge: a seed by which every weight is changed a little, to see what outputs owe to rounding; 0 for none.
+
+    Returns:
+        Tensors on the CPU in float64; of complex ones the last dim is (real, imaginary). Where all are of whole
+        numbers, what the last of them were made from as well (of an argmax, the scores): that they agree shows more.
     """
-    checked = _of_recurrent_layers(model)
-
-    def own(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name in checked:
-            return tensor.detach().double()
-        return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
-
-    copied = set_training(skeleton(model, own), False)
+    copied = set_training(skeleton(model, lambda _, t: t if _reads_only(t, dtype) else t.clone()), False)
     direct = {name: rows for name, rows in (zeroed or {}).items() if not _zero_computed(copied, name, rows)}
-    with torch.no_grad(), _precise(), _Float64(copied, direct, draw) as mode:
+    with torch.no_grad(), undisturbed(model), _Wide(copied, direct, draw, dtype, nudge) as mode:
         arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs
         output = copied(*arguments.args, **arguments.kwargs)
-    return [t.detach().to("cpu", torch.float64) for t in tensors_in(output)]
+    tensors = tensors_in(output)
+    if not any(t.is_floating_point() or t.is_complex() for t in tensors):
+        tensors += mode.rounded
+    return [_plain(t) for t in tensors]
 
 
-def _of_recurrent_layers(model: nn.Module) -> set[str]:
-    """Weights of LSTMs, GRUs and RNNs, which refuse inputs of another dtype than theirs before they compute."""
-    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.RNNBase)]
-    return {f"{path}.{name}".lstrip(".") for path, layer in layers for name, _ in layer.named_parameters(recurse=False)}
+def _reads_only(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether no write can reach this tensor: what is not in `dtype` yet is converted before any call sees it."""
+    return isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and tensor.dtype != dtype
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.to("cpu", torch.float64)
 
 
 def _zero_computed(copied: nn.Module, name: str, rows: list[tuple[int, np.ndarray]]) -> bool:
@@ -101,7 +119,7 @@ class Draw:
         if not shape or not (isinstance(own, nn.Parameter) or statistic):
             return own
         generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
-        values = torch.rand(shape, generator=generator, dtype=torch.float64)
+        values = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
         if len(shape) == 1:
             values += 0.5
         else:
@@ -109,52 +127,92 @@ class Draw:
         return part_of(values, self.maps.get(name, ())).to(own.device)
 
 
-@contextlib.contextmanager
-def _precise() -> Iterator[None]:
-    """New tensors are float64, and cuDNN does not pick reduced precision for speed."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False, allow_tf32=False):
-            yield
-    finally:
-        torch.set_default_dtype(default)
+class _Wide(TorchFunctionMode):
+    """Runs every function in one wide dtype, with rows of some weights read as zero; copies one weight at a time."""
 
-
-class _Float64(TorchFunctionMode):
-    """Runs every function in float64, with rows of some parameters read as zero; copies one weight at a time."""
-
-    def __init__(self, model: nn.Module, zeroed: Rows, draw: Draw | None) -> None:
+    def __init__(self, model: nn.Module, zeroed: Rows, draw: Draw | None, dtype: torch.dtype, nudge: int) -> None:
+        """`rounded` holds what the last call that gave whole numbers read; `written` what was converted and written."""
         super().__init__()
         names = tensor_names(model)
         self.rows = {id(names[name]): rows for name, rows in zeroed.items()}
-        self.draw = draw
-        self.names = {id(tensor): name for name, tensor in names.items()} if draw is not None else {}
+        self.draw, self.dtype, self.nudge = draw, dtype, nudge
+        self.names = {id(tensor): name for name, tensor in names.items()} if draw is not None or nudge else {}
+        self.said = dtype_of(model)
+        self.complex = dtype.to_complex()
+        self.rounded: list[torch.Tensor] = []
+        self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ not in _VIEWS:
-            return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map(self.convert, (args, kwargs or {}))
-        declared = FUNCTIONS.get(getattr(func, "__name__", ""))
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and func.__self__.__name__ not in _VIEWS:
+            found = func(*args, **(kwargs or {}))
+            return self.said if found is self.dtype else found
+        if func in _NARROWING:
+            return args[0].to(self.dtype)
+        given = args, kwargs or {}
+        args, kwargs = tree_map(self.convert, given)
+        declared = FUNCTIONS.get(name)
         if declared is not None and declared.orders:
             args, kwargs = tree_map(_rounded, (args, kwargs))
-        return _convolve(func, *args, **kwargs) if func in _CONVOLUTIONS else func(*args, **kwargs)
+        out = _convolve(func, *args, **kwargs) if func in _CONVOLUTIONS else func(*args, **kwargs)
+        if name.endswith("_") or "out" in kwargs:
+            self._note_written(given, (args, kwargs))
+        if isinstance(out, torch.Tensor):
+            if not (out.is_floating_point() or out.is_complex()):
+                self.rounded = [
+                    t for t in args if isinstance(t, torch.Tensor) and t.is_floating_point()
+                ] or self.rounded
+            return self.widen(out)
+        if out is self.dtype:
+            return self.said
+        return tree_map(self.widen, out) if isinstance(out, (tuple, list)) else out
+
+    def _note_written(self, given: Any, converted: Any) -> None:
+        """A function that writes wrote into what was converted for it, which is read from now on."""
+        places = [(given[0][0], converted[0][0])] if given[0] else []
+        places.append((given[1].get("out"), converted[1].get("out")))
+        for leaf, wide in places:
+            if isinstance(leaf, torch.Tensor) and wide is not leaf:
+                self.written[id(leaf)] = leaf, wide  # the leaf is held, so that no other tensor has its id
+
+    def widen(self, leaf: Any) -> Any:
+        """A tensor of a narrower dtype, as new ones are, in the wide one."""
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if leaf.is_complex():
+            return leaf.to(self.complex)
+        return leaf.to(self.dtype) if leaf.is_floating_point() else leaf
 
     def convert(self, leaf: Any) -> Any:
-        """A floating-point tensor in float64, a parameter with its rows zeroed; a dtype as float64."""
+        """A floating-point tensor in the wide dtype, a weight with its rows zeroed; a dtype as the wide one."""
         if isinstance(leaf, torch.dtype):
-            return torch.float64 if leaf in (torch.float32, torch.float16, torch.bfloat16) else leaf
-        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+            return self.complex if leaf.is_complex else self.dtype if leaf.is_floating_point else leaf
+        if not isinstance(leaf, torch.Tensor):
             return leaf
-        name = self.names.get(id(leaf))
-        value = leaf if name is None or self.draw is None else self.draw(name, leaf)
-        wide = value.to(torch.float64)
+        known = self.written.get(id(leaf))
+        if known is not None:
+            return known[1]
+        name, value = self.names.get(id(leaf)), leaf
+        if name is not None and leaf.is_floating_point():
+            value = leaf if self.draw is None else self.draw(name, leaf)
+            value = _nudged(value, name, self.nudge, self.dtype) if self.nudge else value
+        wide = self.widen(value)
         rows = self.rows.get(id(leaf))
         if rows is not None:
             wide = wide.clone() if wide is leaf else wide
             for dim, indices in rows:
                 wide.index_fill_(dim, torch.as_tensor(indices, device=wide.device), 0)
         return wide
+
+
+NUDGE = {torch.float64: 2.0**-40, torch.float32: 2.0**-16}
+"""By how much weights are changed to see what outputs owe to rounding: a few thousand times the last bit."""
+
+
+def _nudged(value: torch.Tensor, name: str, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+    signs = torch.rand(value.shape, generator=generator, device="cpu").round_().mul_(2).sub_(1)
+    return value.to(dtype) * (1 + NUDGE[dtype] * signs.to(value.device, dtype))
 
 
 ROUNDING = 2.0**-33
@@ -170,7 +228,8 @@ def _rounded(leaf: Any) -> Any:
     return leaf.div(step).round_().mul_(step)
 
 
-_VIEWS = frozenset({"T", "mT", "H", "mH", "data", "real"})
+_VIEWS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
+_NARROWING = frozenset({torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16})
 _CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d})
 
 

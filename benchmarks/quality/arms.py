@@ -22,7 +22,6 @@ import allocator
 from allocator.cost.fvcore import fvcore_flops
 from allocator.tracing.inputs import Inputs
 
-from .networks import CLASSES
 from .task import Part
 
 Arm = Callable[[nn.Module, Part, float], nn.Module]
@@ -81,7 +80,8 @@ def _pruned(
     import torch_pruning as tp
 
     small = copy.deepcopy(model).eval()
-    heads = [module for module in small.modules() if isinstance(module, nn.Linear) and module.out_features == CLASSES]
+    classes = small(part.images[:1]).shape[1]
+    heads = [module for module in small.modules() if isinstance(module, nn.Linear) and module.out_features == classes]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         pruner = tp.pruner.BasePruner(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
+from allocator.planning.policies.exchange import exchange
+from allocator.planning.policies.ordered import all_together, isomorphic, per_block, uniform
+from allocator.planning.policies.prices import importance, improve, prices, worth_per_cost
 from allocator.planning.policies.registry import policy
 from allocator.planning.problem import Problem
-from allocator.planning.search import fill
+from allocator.planning.search import fill, keep_in_order
 
 ROUNDS = 12
 """Prices change with what is kept; after so many rounds they have settled, or go in a circle."""
@@ -22,40 +27,36 @@ def priced(problem: Problem) -> np.ndarray:
 
     What a neuron costs depends on how many others are kept on the other side of its layers, so prices are taken anew
     until nothing changes. The level is bisected until the budgets hold, and the rest of them goes to the neurons that
-    are worth most per cost. Of several budgets, each counts the more, the nearer it is to its limit.
+    are worth most per cost. What comes out, and what the policies without prices choose, is then made better by
+    exchanges; the best of these is kept. Of several budgets, each counts the more, the nearer it is to its limit.
     """
-    weights = np.ones(len(problem.budgets.each))
     best, most = problem.forced, -np.inf
-    for _ in range(BALANCINGS if len(weights) > 1 else 1):
-        kept = _at_weights(problem, weights)
+    for kept, weights in _starts(problem):
+        kept = exchange(problem, kept, weights)
         worth = importance(problem, kept)
         if worth > most:
             best, most = kept, worth
+    return best
+
+
+def _starts(problem: Problem) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Choices to set out from, with the weights of the budgets."""
+    weights = np.full(len(problem.budgets.each), 1 / len(problem.budgets.each))
+    for _ in range(BALANCINGS if len(weights) > 1 else 1):
+        kept = _at_weights(problem, weights)
         used = np.array([budget.metric.value(kept) / budget.limit for budget in problem.budgets.each])
+        yield improve(problem, kept, weights) if problem.fill else kept, weights
         weights = weights * used**4
         weights = weights / weights.sum()
-    return improve(problem, best) if problem.fill else best
-
-
-def importance(problem: Problem, kept: np.ndarray) -> float:
-    """The sum of the scores of the neurons that are kept, of those that have one."""
-    return float(np.nansum(problem.scores.values[kept]))
-
-
-def prices(problem: Problem, kept: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(neurons,) what each costs beside those that are kept, as a share of the budgets."""
-    total = np.zeros(len(kept))
-    for budget, weight in zip(problem.budgets.each, weights, strict=True):
-        total += weight * budget.metric.added_each(kept) / budget.limit
-    return total
+    for thresholds in (all_together, per_block, isomorphic, uniform):
+        yield keep_in_order(problem, thresholds(problem)), weights
 
 
 def _at_weights(problem: Problem, weights: np.ndarray) -> np.ndarray:
     """The choice at the lowest price level that meets the budgets."""
     values = np.nan_to_num(problem.scores.values)
     everything = np.ones(len(values), dtype=bool)
-    cost = prices(problem, everything, weights)
-    ratio = np.divide(values, cost, out=np.full(len(values), np.inf), where=cost > 0)
+    ratio = worth_per_cost(problem, prices(problem, everything, weights))
     finite = ratio[np.isfinite(ratio) & (ratio > 0)]
     if not len(finite):
         return fill(problem, np.argsort(-ratio, kind="stable"), problem.forced.copy())
@@ -82,12 +83,3 @@ def _settled(problem: Problem, values: np.ndarray, weights: np.ndarray, level: f
             break
         kept = chosen
     return kept
-
-
-def improve(problem: Problem, kept: np.ndarray) -> np.ndarray:
-    """Spend what is left on the neurons worth most per cost, as long as any fits."""
-    weights = np.ones(len(problem.budgets.each))
-    cost = prices(problem, kept, weights)
-    values = np.nan_to_num(problem.scores.values)
-    worth = np.divide(values, cost, out=np.full(len(values), np.inf), where=cost > 0)
-    return fill(problem, np.argsort(-worth, kind="stable"), kept.copy())

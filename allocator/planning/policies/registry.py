@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from allocator.errors import UnknownNameError, did_you_mean
+from allocator.errors import UnknownNameError, none_of
 from allocator.planning.problem import Problem
 
 Choose = Callable[[Problem], np.ndarray]
@@ -37,6 +37,5 @@ def find_policy(name: str) -> Choose:
         UnknownNameError: no such policy.
     """
     if name not in POLICIES:
-        near = did_you_mean(name, POLICIES, mark="'")
-        raise UnknownNameError(f"no policy {name!r}{near and '; ' + near} (there are {', '.join(POLICIES)})")
+        raise UnknownNameError(none_of("policy", name, ("auto", *POLICIES)))
     return POLICIES[name]

@@ -1,0 +1,91 @@
+"""Copies of functions that hold a part of a model, as hooks do: `copy.deepcopy` takes functions as they are."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+CALLABLES = frozenset({FunctionType, MethodType, functools.partial, weakref.ref})
+_ATOMS = frozenset({int, float, bool, str, type(None), ModuleType})
+_DEPTH = 4
+
+
+class Memo(dict[int, Any]):
+    """What `copy.deepcopy` has copied by its id; and `own`, the ids of what is the model's: modules and tensors."""
+
+    def __init__(self, own: Iterable[int]) -> None:
+        super().__init__()
+        self.own = set(own)
+
+
+Copy = Callable[[Any, Memo], Any]
+
+
+def reaches(value: Any, own: set[int], depth: int = _DEPTH) -> bool:
+    """Whether a function or other callable holds a part of the model."""
+    if id(value) in own or not depth:
+        return id(value) in own
+    inside: list[Any] = []
+    if isinstance(value, FunctionType):
+        inside = [*_cells(value).values(), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        inside += [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
+    elif isinstance(value, MethodType):
+        inside = [value.__self__, value.__func__]
+    elif isinstance(value, functools.partial):
+        inside = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, weakref.ref):
+        inside = [value()]
+    elif isinstance(value, (list, tuple, set)):
+        inside = list(value)
+    elif not isinstance(value, (type, nn.Module, torch.Tensor)):
+        inside = list((value if isinstance(value, dict) else getattr(value, "__dict__", {})).values())
+    return any(reaches(item, own, depth - 1) for item in inside if type(item) not in _ATOMS)
+
+
+def _cells(function: FunctionType) -> dict[int, Any]:
+    """Contents of the cells of a closure that have any, by their places."""
+    cells = enumerate(function.__closure__ or ())
+    return {place: cell.cell_contents for place, cell in cells if cell != CellType()}
+
+
+def copy_callable(value: Any, memo: Memo, copy: Copy) -> Any:
+    """A callable that holds what the copy of the model has in place of the model's.
+
+    Args:
+        value: of one of `CALLABLES`.
+        memo: copies so far.
+        copy: makes further ones.
+    """
+    if isinstance(value, MethodType):
+        return MethodType(copy(value.__func__, memo), copy(value.__self__, memo))
+    if isinstance(value, functools.partial):
+        return functools.partial(
+            copy(value.func, memo), *copy(value.args, memo), **{k: copy(v, memo) for k, v in value.keywords.items()}
+        )
+    if isinstance(value, weakref.ref):
+        return weakref.ref(copy(value(), memo))
+    held = _cells(value)
+    cells = [cell if place not in held else CellType() for place, cell in enumerate(value.__closure__ or ())]
+    names = [name for name in value.__code__.co_names if id(value.__globals__.get(name)) in memo.own]
+    space = {**value.__globals__} if names else value.__globals__
+    new = FunctionType(value.__code__, space, value.__name__, None, tuple(cells) if value.__closure__ else None)
+    memo[id(value)] = new  # before what it holds, which may hold it in turn
+    vars(new).update(vars(value))
+    new.__qualname__, new.__module__, new.__doc__ = value.__qualname__, value.__module__, value.__doc__
+    new.__defaults__ = _held(value.__defaults__, memo, copy)
+    new.__kwdefaults__ = _held(value.__kwdefaults__, memo, copy)
+    space.update({name: copy(space[name], memo) for name in names})
+    for place, content in held.items():
+        cells[place].cell_contents = _held(content, memo, copy)
+    return new
+
+
+def _held(value: Any, memo: Memo, copy: Copy) -> Any:
+    """What a copied function holds: its own where that is a part of the model, else what the function held."""
+    return copy(value, memo) if reaches(value, memo.own) else value

@@ -1,0 +1,248 @@
+"""Running the code of a model without leaving anything of it behind in the process.
+
+A forward may keep what it computed outside its modules: in an attribute of its class, a global of the file that it
+comes from, an `lru_cache`, the closure of a decorator. What a copy on tensors without values, or in float64, leaves
+there would meet the caller's next forward. It may also draw from the process's generators.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FunctionType, MappingProxyType, ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from allocator.errors import UnsupportedModelError
+from allocator.modules import modules_of, tensor_names
+from allocator.torch_private import without_dispatch_modes
+
+_FOREIGN = ("torch", "numpy", "builtins", "typing", "abc", "collections", "functools", "allocator")
+_ATOMS = (int, float, bool, str, bytes, type(None), type, ModuleType, torch.Tensor, nn.Module, torch.dtype)
+_DEPTH = 4
+_REGISTRY = 50  # entries of a global from which on it is taken to be a table, and not looked into further
+# Functions that draw from the process's generator, by what is left of their names without underscores.
+_DRAWS = frozenset(
+    {
+        *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"),
+        *("multinomial", "poisson", "uniform", "random", "exponential", "geometric", "cauchy", "log_normal", "rrelu"),
+        *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "gumbel_softmax"),
+        *("feature_alpha_dropout", "fractional_max_pool2d", "fractional_max_pool3d"),
+        *("scaled_dot_product_attention", "multi_head_attention_forward"),
+    }
+)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module, *, itself: bool = False) -> Iterator[None]:
+    """Run copies of this model within: afterwards random states, and what lies outside of modules, are as before.
+
+    Args:
+        model: what was copied.
+        itself: it is one's own, and runs itself.
+
+    Raises:
+        UnsupportedModelError: the forward reached the model itself instead of the copy, and wrote into it.
+    """
+    tensors = {} if itself else tensor_names(model)
+    versions = {name: _version(tensor) for name, tensor in tensors.items()}
+    memory, restore_states = _Memory(model), _states()
+    watch = _Watch()
+    try:
+        with watch:
+            yield
+    finally:
+        restore_states(watch.drew)
+        memory.restore()
+    written = [name for name, tensor in tensors.items() if _version(tensor) != versions[name]]
+    if written:
+        raise UnsupportedModelError(
+            f"the forward of a copy wrote into {', '.join(written[:3])} of the model itself, which it reaches other "
+            "than through its modules: take the hook or global variable away that holds the model"
+        )
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def as_usual(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function as if no mode of the caller's were on: inference mode, autocast, fake tensors, `torch.device`.
+
+    What is made would else be of that mode; all of them are of this thread alone.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(without_dispatch_modes())
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            if torch.get_default_device().type == "meta":
+                stack.enter_context(torch.device("cpu"))
+            return function(*args, **kwargs)
+
+    return run
+
+
+class _Watch(TorchFunctionMode):
+    """Notes whether anything was drawn. That a mode is active also keeps attention in the parts that fvcore counts."""
+
+    drew = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.drew = self.drew or getattr(func, "__name__", "").strip("_") in _DRAWS
+        return func(*args, **(kwargs or {}))
+
+
+def _states() -> Callable[[bool], None]:
+    """The states of the process's generators, as a function that puts them back.
+
+    Other threads draw from these too. Torch's is put back where a function that draws was called, or where there is
+    no other thread; those of Python and numpy where they changed.
+    """
+    on_cpu, python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(drew: bool) -> None:
+        if drew or threading.active_count() == 1:
+            torch.set_rng_state(on_cpu)
+            if on_gpus:
+                torch.cuda.set_rng_state_all(on_gpus)
+        if random.getstate() != python:
+            random.setstate(python)
+        if repr(np.random.get_state()) != repr(of_numpy):
+            np.random.set_state(of_numpy)
+
+    return restore
+
+
+class _Memory:
+    """What a model's code may remember outside of its modules, as it was.
+
+    Of a class of the model's everything is put back; of the files that its code comes from, which other code writes
+    into too, only what holds tensors.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._containers: list[tuple[Any, Any, bool]] = []  # (container, copy of it, whether all of it is put back)
+        self._classes: list[tuple[type, dict[str, Any]]] = []
+        self._caches: list[tuple[Any, int]] = []
+        self._seen: set[int] = set()
+        classes = {base for module in modules_of(model).values() for base in type(module).__mro__ if _is_own(base)}
+        for cls in classes:
+            self._classes.append((cls, dict(vars(cls))))
+            for value in vars(cls).values():
+                self._look(value, True, _DEPTH)
+        for namespace in {id(each): each for cls in classes for each in _namespaces(cls)}.values():
+            self._look(namespace, False, _DEPTH)  # a namespace is looked into, however large
+
+    def _look(self, value: Any, everything: bool, depth: int) -> None:
+        if isinstance(value, _ATOMS) or not depth or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        inside: list[Any] = []
+        if isinstance(value, (dict, list, set)):
+            self._containers.append((value, value.copy(), everything))
+            if len(value) <= _REGISTRY or depth == _DEPTH:
+                inside = list(value.values()) if isinstance(value, dict) else list(value)
+        elif isinstance(value, functools._lru_cache_wrapper):
+            self._caches.append((value, value.cache_info().misses))
+        elif isinstance(value, FunctionType):
+            inside = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
+            inside += [*(value.__defaults__ or ()), vars(value)]
+        elif isinstance(value, (staticmethod, classmethod)):
+            inside = [value.__func__]
+        elif isinstance(value, tuple):
+            inside = list(value)
+        elif _is_own(type(value)) and hasattr(value, "__dict__"):
+            inside = [vars(value)]
+        for each in inside:
+            self._look(each, everything, depth - 1)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for cache, misses in self._caches:
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()
+        for cls, before in self._classes:
+            for key in [key for key in vars(cls) if key not in before]:
+                delattr(cls, key)
+            for key, value in before.items():
+                if vars(cls).get(key) is not value:
+                    setattr(cls, key, value)
+        for container, before, everything in self._containers:
+            if isinstance(container, dict):
+                _restore_mapping(container, before, everything)
+            elif not _same(container, before) and (everything or _holds_tensors(list(container))):
+                container.clear()
+                container.update(before) if isinstance(container, set) else container.extend(before)
+
+
+def _restore_mapping(mapping: dict[Any, Any], before: dict[Any, Any], everything: bool) -> None:
+    for key in [key for key in mapping if key not in before]:
+        if everything or _holds_tensors([key, mapping[key]]):
+            del mapping[key]
+    for key, value in before.items():
+        now = mapping.get(key)
+        if now is not value and (everything or _holds_tensors([now, value])):
+            mapping[key] = value
+
+
+def _same(items: Any, before: Any) -> bool:
+    return len(items) == len(before) and all(a is b for a, b in zip(items, before))
+
+
+def _holds_tensors(values: list[Any], depth: int = _DEPTH) -> bool:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return True
+        if depth and not isinstance(value, _ATOMS):
+            inside = value if isinstance(value, (list, tuple, set)) else getattr(value, "__dict__", {})
+            inside = value if isinstance(value, dict) else inside
+            if isinstance(inside, (dict, MappingProxyType)):
+                inside = [*inside, *inside.values()]
+            if _holds_tensors(list(inside), depth - 1):
+                return True
+    return False
+
+
+def _is_empty(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is cell
+    except ValueError:
+        return True
+
+
+def _is_own(cls: type) -> bool:
+    """Whether a class is none of torch's or of the language's."""
+    return cls.__module__.partition(".")[0] not in _FOREIGN
+
+
+@functools.lru_cache(maxsize=512)
+def _namespaces(cls: type) -> tuple[dict[str, Any], ...]:
+    """Globals of the file that a class is from, and of those whose functions it has imported."""
+    module = sys.modules.get(cls.__module__)
+    if module is None:
+        return ()
+    found = {id(vars(module)): vars(module)}
+    for value in list(vars(module).values()):
+        function = getattr(value, "__wrapped__", value)
+        if isinstance(function, FunctionType) and (function.__module__ or "").partition(".")[0] not in _FOREIGN:
+            found[id(function.__globals__)] = function.__globals__
+    return tuple(found.values())

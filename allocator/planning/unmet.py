@@ -1,0 +1,35 @@
+"""The error for budgets that cannot be met: they, all that stands against them, and what can be met."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from allocator.cost.budget import Budget
+from allocator.errors import BudgetError
+from allocator.planning.problem import Widths
+
+
+def unmet(exceeded: Sequence[Budget], scope: str, widths: Widths, reachable: Sequence[int]) -> BudgetError:
+    """The error for budgets that cannot be met.
+
+    Args:
+        exceeded: the budgets; at least one.
+        scope: of which neurons may go.
+        widths: what else was asked for.
+        reachable: per budget, the smallest figure that can be reached.
+    """
+    asked = " and ".join(budget.metric.show(budget.limit) for budget in exceeded)
+    against = [f"scope={scope!r}"]
+    if widths.at_least is not None:
+        against.append(f"at_least={widths.at_least!r}")
+    if widths.multiple > 1:
+        against.append(f"multiple={widths.multiple}")
+    found = []
+    for budget, figure in zip(exceeded, reachable, strict=True):
+        metric, whole = budget.metric, budget.metric.whole
+        found.append(f"{metric.show(figure)}, {100 * figure / whole:.1f}% of the model's {metric.show(whole)}")
+    return BudgetError(
+        f"{asked} cannot be met with {', '.join(against)}: the smallest that can be reached is {'; '.join(found)}",
+        asked=exceeded[0].limit,
+        reachable=reachable[0],
+    )

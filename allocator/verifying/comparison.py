@@ -1,0 +1,228 @@
+"""Two models' outputs side by side, on inputs that are drawn until the outputs show what was dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from allocator.errors import AllocatorError, CertificateError, first_line
+from allocator.flow.labels import FROZEN
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.graph.neurons import components
+from allocator.rewriting.index_map import Maps
+from allocator.tracing.inputs import Inputs, device_of
+from allocator.verifying.difference import Difference, difference, noise_floors
+from allocator.verifying.float64 import Draw, Rows, run_float64
+
+TOLERANCE = 1e-9
+TOLERANCES = {"float64": TOLERANCE, "float32": 1e-4}
+"""The largest relative error that passes, by what was computed in."""
+# Below this effect of the dropped neurons, agreement of the outputs to `TOLERANCE` shows little.
+MEASURABLE = 1e-6
+# What an effect has to be of the tolerance, for agreement to show anything at all.
+SHOWS = 10
+# The share of an output that has to be compared on some input: of the others NaN is all that is known.
+ENOUGH = 0.01
+NUDGES = 3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Outputs of two models side by side.
+
+    Attributes:
+        error: largest difference over all outputs and inputs, relative to the largest number of its kind in the
+            original's; infinite where an output is missing, or finite in one model alone.
+        effect: how much cutting the dropped neurons changes the original's outputs, in the same measure.
+        outputs: number of output tensors compared.
+        drawn: whether weights drawn from the seed were compared too; then `effect` is theirs.
+        shares: per output, the share of its numbers that were compared on the input that most could be compared on.
+        compared: numbers that were compared, over all inputs.
+        dtype: what was computed in.
+    """
+
+    error: float
+    effect: float
+    outputs: int
+    drawn: bool = False
+    shares: tuple[float, ...] = ()
+    compared: int = 0
+    dtype: str = "float64"
+
+    @property
+    def shows(self) -> bool:
+        """Whether a mistake would have been seen."""
+        return self.effect >= SHOWS * TOLERANCES[self.dtype] and min(self.shares, default=0.0) >= ENOUGH
+
+    def on_another_input(self, other: Comparison, effect: float) -> Comparison:
+        """Both together, with the effect that counts."""
+        shares = other.shares
+        if len(shares) == len(self.shares):
+            shares = tuple(map(max, self.shares, shares))
+        drawn, compared = self.drawn or other.drawn, self.compared + other.compared
+        error = max(self.error, other.error)
+        return replace(self, error=error, effect=effect, shares=shares, drawn=drawn, compared=compared)
+
+
+def compare_outputs(graph: ChannelGraph, kept: np.ndarray, maps: Maps, small: nn.Module, seed: int) -> Comparison:
+    """Compare the two models on inputs drawn from the seed, in float64 or, where the forward refuses that, in float32.
+
+    Where neurons do not reach the outputs with the model's own weights, weights drawn from the seed are
+    compared as well, and then other inputs. A model that needs values is compared on its example inputs first, since
+    others may take another path.
+
+    Args:
+        graph: the original's neurons; of its weights, every one that reads a dropped neuron counts as zero.
+        kept: (neurons,) bool.
+        maps: where each index of the rewritten model's tensors comes from.
+        small: the rewritten model.
+        seed: of the input, and of the weights where they are drawn.
+
+    Raises:
+        CertificateError: the forward runs in neither dtype.
+    """
+    said = []
+    for dtype in (torch.float64, torch.float32):
+        try:
+            return _compare(_Pair(graph, kept, maps, small, seed, dtype))
+        except AllocatorError:
+            raise
+        except Exception as error:  # whatever the model's own code raises
+            said.append(f"{type(error).__name__} in {_name(dtype)}: {first_line(error)}")
+            cause = error
+    raise CertificateError(
+        f"the outputs cannot be compared: the forward raised {' and '.join(said)}; pass certify=False for the "
+        "structural check alone"
+    ) from cause
+
+
+def _compare(pair: _Pair) -> Comparison:
+    inputs, *others = pair.inputs()
+    own = pair.compare(inputs, drawn=False)
+    found, by_value = own, pair.graph.flow.trace.mode == "real"
+    if pair.kept.all():
+        return own
+    if not (own.effect >= MEASURABLE and not _silenced(pair.graph)) and not by_value:
+        drawn = pair.compare(inputs, drawn=True)
+        if np.isfinite(drawn.effect):
+            found = own.on_another_input(drawn, drawn.effect)
+    for other in others:
+        for drawn_too in (False,) if by_value else (False, True):
+            if found.shows:
+                return found
+            again = pair.tried(other, drawn=drawn_too)
+            if again is not None:
+                found = found.on_another_input(again, max(found.effect, again.effect))
+    return found
+
+
+@dataclass
+class _Pair:
+    """The original and the rewritten model, and what they are compared in."""
+
+    graph: ChannelGraph
+    kept: np.ndarray
+    maps: Maps
+    small: nn.Module
+    seed: int
+    dtype: torch.dtype
+
+    def inputs(self) -> Iterator[Inputs]:
+        """Those to compare on, the ones that say most first."""
+        own, device = self.graph.inputs, device_of(self.graph.model)
+        if self.graph.flow.trace.mode == "real":
+            yield own
+        yield own.noise(self.seed, device, torch.float64)
+        yield own.noise(self.seed, device, torch.float64, positive=True)
+        yield own.noise(self.seed + 1, device, torch.float64)
+        yield own
+
+    def compare(self, inputs: Inputs, *, drawn: bool) -> Comparison:
+        """The two models on one input."""
+        draw = Draw(self.graph, self.seed) if drawn else None
+        return self._beside(self._original(inputs, draw), inputs, drawn)
+
+    def tried(self, inputs: Inputs, *, drawn: bool) -> Comparison | None:
+        """As `compare`; None where the original itself does not take this input."""
+        draw = Draw(self.graph, self.seed) if drawn else None
+        try:
+            given = self._original(inputs, draw)
+        except Exception:  # whatever the model's own code raises
+            return None
+        return self._beside(given, inputs, drawn)
+
+    def _original(self, inputs: Inputs, draw: Draw | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Outputs of the original with the dropped neurons cut, and without that."""
+        cut = self._cut(inputs, draw)
+        told = not self.kept.all() and any(t.numel() for t in cut)  # a detector may find nothing
+        return cut, run_float64(self.graph.model, inputs, draw=draw, dtype=self.dtype) if told else cut
+
+    def _cut(self, inputs: Inputs, draw: Draw | None, nudge: int = 0) -> list[torch.Tensor]:
+        zeroed = _zeroed_rows(self.graph, self.kept)
+        return run_float64(self.graph.model, inputs, zeroed=zeroed, draw=draw, dtype=self.dtype, nudge=nudge)
+
+    def _beside(
+        self, original: tuple[list[torch.Tensor], list[torch.Tensor]], inputs: Inputs, drawn: bool
+    ) -> Comparison:
+        cut, whole = original
+        result = run_float64(
+            self.small, inputs, draw=Draw(self.graph, self.seed, self.maps) if drawn else None, dtype=self.dtype
+        )
+        found, floors = difference(cut, result), None
+        tolerance = TOLERANCES[_name(self.dtype)]
+        if tolerance < found.worst < float("inf") and self.graph.exact:
+            draw = Draw(self.graph, self.seed) if drawn else None
+            nudged = [self._cut(inputs, draw, nudge) for nudge in range(1, NUDGES + 1)]
+            floors = noise_floors(cut, nudged, tolerance)
+            found = difference(cut, result, floors)
+        effect = difference(whole, cut, floors, patterns=False).worst if whole is not cut else 0.0
+        return self._comparison(found, effect, len(cut), drawn)
+
+    def _comparison(self, found: Difference, effect: float, outputs: int, drawn: bool) -> Comparison:
+        numbers = found.shares, found.compared, _name(self.dtype)
+        return Comparison(found.worst, effect, outputs, drawn, *numbers)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _silenced(graph: ChannelGraph) -> bool:
+    """Whether a norm's scale or a layer's weight is zero throughout: what it multiplies reaches no output."""
+    scales = {gamma.name for gamma in graph.facts.gammas}
+    for name, parameter in graph.model.named_parameters():
+        multiplies = parameter.dim() > 1 or name in scales
+        if multiplies and parameter.numel() and not bool(parameter.any()):
+            return True
+    return False
+
+
+def _zeroed_rows(graph: ChannelGraph, kept: np.ndarray) -> Rows:
+    """Per parameter, the (dim, indices) to read as zero: those that multiply a dropped neuron.
+
+    Of a weight that the forward adds up from several (W + B @ A), all of them. Where two activations are
+    multiplied and summed no weight reads the neuron; then its writers are zeroed.
+    """
+    dropped = ~graph.stays(kept)
+    slots = np.zeros(graph.slots.total, dtype=bool)
+    for label in graph.facts.read:
+        slots[label] = True
+    if graph.facts.computed_ties:
+        together = components(graph.slots.total, [(tie.a, tie.b) for tie in graph.facts.computed_ties])
+        slots = np.isin(together, np.unique(together[slots]))
+    for label in graph.facts.multiplied:
+        units = np.unique(graph.units(label))
+        slots |= np.isin(graph.unit_of_slot, units)
+    slots &= dropped
+    slots[FROZEN] = False
+    rows: Rows = {}
+    for name, shape in graph.slots.shapes.items():
+        for dim, (start, size) in enumerate(zip(graph.slots.base[name], shape, strict=True)):
+            indices = np.flatnonzero(slots[start : start + size])
+            if len(indices):
+                rows.setdefault(name, []).append((dim, indices))
+    return rows

@@ -1,0 +1,148 @@
+"""`--data`, `--samples` and `--loss`: pictures in folders, files of tensors, and functions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import allocator
+from allocator.cli import main
+
+NET = """
+import torch
+from torch import nn
+
+
+def classifier():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
+    ).eval()
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randn(16, 3, 16, 16, generator=generator), torch.randint(3, (16,), generator=generator)
+"""
+MODEL = ("data_nets:classifier", "--input-size", "1x3x16x16")
+ALLOCATE = ("allocate", *MODEL, "--flops", "60%", "-o", "small.pt", "--force", "--json", "-q")
+LOSS = ("--loss", "torch.nn.functional:cross_entropy")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data_nets.py").write_text(NET)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three classes of seven pictures of several sizes, as torchvision's ImageFolder has them."""
+    generator = np.random.default_rng(0)
+    for label, name in enumerate(("bird", "cat", "dog")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(7):
+            pixels = generator.integers(0, 256, (20 + number, 24, 3), dtype=np.uint8)
+            pixels[..., label] //= 4
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{number}.png")
+    return tmp_path / "pictures"
+
+
+def chosen(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+    assert main([*ALLOCATE, *arguments]) == 0
+    facts: dict[str, object] = json.loads(capsys.readouterr().out)
+    return facts
+
+
+def test_a_folder_of_pictures(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = chosen(capsys, "--data", str(pictures))
+    assert (facts["criterion"], facts["policy"], facts["scope"]) == ("fisher", "priced", "all")
+    assert chosen(capsys, "--data", str(pictures / "cat"), "--samples", "3")["criterion"] == "fisher"
+
+
+def test_pictures_with_their_classes_and_a_loss(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = chosen(capsys, "--data", str(pictures), *LOSS, "--criterion", "taylor")
+    assert facts["criterion"] == "taylor"
+    named = allocator.build("data_nets:classifier")
+    small = allocator.load_model("small.pt", trust=True)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in named.parameters())
+
+
+def test_labels_are_the_folders_in_the_order_of_their_names(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[int] = []
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        seen.extend(target.tolist())
+        return torch.nn.functional.cross_entropy(output, target)
+
+    monkeypatch.setattr(torch.nn.functional, "of_the_test", loss, raising=False)
+    chosen(capsys, "--data", str(pictures), "--loss", "torch.nn.functional:of_the_test")
+    assert sorted(seen) == [0] * 7 + [1] * 7 + [2] * 7
+    assert seen != sorted(seen)  # else those that are looked at first may all be of one class
+
+
+@pytest.mark.parametrize("name", ["inputs.pt", "inputs.npy"])
+def test_a_file_of_a_tensor(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = torch.randn(24, 3, 16, 16)
+    torch.save(inputs, "inputs.pt")
+    np.save("inputs.npy", inputs.numpy())
+    assert chosen(capsys, "--data", name)["criterion"] == "fisher"
+
+
+def test_a_function_that_gives_a_loader(capsys: pytest.CaptureFixture[str]) -> None:
+    assert chosen(capsys, "--data", "data_nets:batches", *LOSS, "--samples", "32")["criterion"] == "fisher"
+
+
+def test_a_sweep_by_pictures_with_its_table_and_picture(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ("--csv", "curve.csv", "--plot", "curve.svg")
+    assert main(["sweep", *MODEL, "--flops", "80%", "60%", "--data", str(pictures), *files, "--json", "-q"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    rows = Path("curve.csv").read_text().splitlines()
+    assert rows[0] == "asked,cost,share,importance"
+    assert [int(row.split(",")[1]) for row in rows[1:]] == [point["cost"] for point in facts["points"]]
+    assert Path("curve.svg").read_text().startswith("<svg")
+    assert main(["sweep", *MODEL, "--flops", "80%", *files]) == 1
+    assert "curve.csv exists; use --force" in capsys.readouterr().err
+
+
+def test_a_report_by_pictures(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", *MODEL, "--flops", "60%", "--data", str(pictures), "--json", "-q"]) == 0
+    assert json.loads(capsys.readouterr().out)["budget"]["criterion"] == "fisher"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--loss", "torch.nn.functional:cross_entropy"], 2, "--loss goes with --data"),
+        (["--data", "pictures", "--samples", "0"], 2, "--samples 0 is not above zero"),
+        (["--data", "pictures", "--loss", "cross_entropy"], 2, "is not of the form package.module:function"),
+        (["--data", "pictures", "--loss", "torch.nn:no_such"], 1, "'torch.nn:no_such' cannot be found"),
+        (["--data", "pictures/cat", *LOSS], 1, "--loss needs labels, and pictures/cat/"),
+        (["--data", "absent"], 1, "absent does not exist"),
+        (["--data", "empty"], 1, "empty holds no pictures (.jpg"),
+        (["--data", "broken"], 1, "a.png cannot be read"),
+        (["--data", "data_nets.py"], 1, "data_nets.py cannot be read as a tensor"),
+        (["--criterion", "taylor", "--data", "pictures"], 1, "needs labels: pass loss=function beside the data"),
+        (["--criterion", "fisher"], 1, "criterion 'fisher' looks at data: pass data=loader"),
+        (["--criterion", "fishr"], 1, "no criterion 'fishr'; did you mean 'fisher'?"),
+    ],
+)
+@pytest.mark.usefixtures("pictures")
+def test_what_cannot_be_looked_at(
+    arguments: list[str], status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty").mkdir()
+    Path("broken").mkdir()
+    Path("broken/a.png").write_bytes(b"no picture")
+    assert main([*ALLOCATE, *arguments]) == status
+    assert said in capsys.readouterr().err.replace("\n", " ")
