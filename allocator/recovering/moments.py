@@ -36,6 +36,16 @@ class Moments:
         for name in ("rows", "reads", "both", "gives"):
             getattr(self, name).add_(getattr(other, name))
 
+    def towards(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add (groups, rows, outputs) of what should come out for rows whose reading is in already."""
+        self.both[:, :-1] += x.transpose(1, 2) @ y
+        self.both[:, -1] += y.sum(1)
+        self.gives += y.square().sum(1)
+
+    def forget(self) -> Moments:
+        """The same reading, with nothing yet that should come out."""
+        return Moments(self.rows, self.reads, torch.zeros_like(self.both), torch.zeros_like(self.gives))
+
     def reduce(self) -> None:
         """Add those of all ranks, where `torch.distributed` runs."""
         for tensor in (self.rows, self.reads, self.both, self.gives):

@@ -138,7 +138,7 @@ def refit(
     now, _ = cut_off_error(parts(), solution)
     best = Refit(best.solution, first / spread, now / spread, best.strength, best.step)
     for _ in range(ROUNDS):
-        sums = moments_of(retargeted(parts(), solution))
+        sums = moments_again(sums, retargeted(parts(), solution))
         again = _best(sums, Refit(None, 1.0, float("inf")), solution, start, offset, weights, strengths, 1.0)
         if again.solution is None:
             break
@@ -185,6 +185,17 @@ def moments_of(parts: Iterable[Part]) -> dict[bool, Moments]:
     for each in sums.values():
         each.reduce()
     return sums
+
+
+def moments_again(sums: dict[bool, Moments], parts: Iterable[Part]) -> dict[bool, Moments]:
+    """Of the same rows with other targets: what is read need not be multiplied again."""
+    again = {held: each.forget() for held, each in sums.items()}
+    for part in parts:
+        again[part.held].towards(part.x, part.y)
+    for each in again.values():
+        all_reduce(each.both)
+        all_reduce(each.gives)
+    return again
 
 
 def retargeted(parts: Iterable[Part], solution: torch.Tensor) -> Iterator[Part]:
