@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 import allocator
 from allocator.recovering.moments import Moments
-from allocator.recovering.ridge import Part, predicted, refit, ridge
+from allocator.recovering.ridge import Ridge, refit
 from allocator.recovering.rows import Layout, read
+from allocator.recovering.targets import Part, predicted
 from allocator.recovering.walk import Stop, Walk
 from allocator.tracing.inputs import Inputs
 
@@ -43,7 +44,8 @@ def test_the_solution_is_that_of_numpy_with_rows_for_the_ridge(offset: bool) -> 
     y = torch.randn(1, 50, 3, generator=generator, dtype=torch.float64)
     start = torch.randn(1, 3, 8, generator=generator, dtype=torch.float64)
     strength = 0.1
-    found = ridge(Moments.of(x, y), start, strength, offset=offset)[0].numpy()
+    seen = Moments.of(x, y)
+    found = Ridge(seen, start, offset=offset).solve(seen, strength)[0].numpy()
 
     centred = x[0] - x[0].mean(0) if offset else x[0]
     scale = (strength * centred.square().mean() * len(x[0])).sqrt().item()

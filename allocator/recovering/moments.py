@@ -46,9 +46,9 @@ class Moments:
         """The same reading, with nothing yet that should come out."""
         return Moments(self.rows, self.reads, torch.zeros_like(self.both), torch.zeros_like(self.gives))
 
-    def reduce(self) -> None:
-        """Add those of all ranks, where `torch.distributed` runs."""
-        for tensor in (self.rows, self.reads, self.both, self.gives):
+    def reduce(self, *, reading: bool = True) -> None:
+        """Add those of all ranks, where `torch.distributed` runs; of what is read only where that is not done yet."""
+        for tensor in ((self.rows, self.reads) if reading else ()) + (self.both, self.gives):
             all_reduce(tensor)
 
     def error(self, solution: torch.Tensor) -> float:
@@ -57,19 +57,14 @@ class Moments:
         left = self.gives.sum() - 2 * (turned * self.both).sum() + (turned * (self.reads @ turned)).sum()
         return max(float(left), 0.0)
 
-    def best_step(self, start: torch.Tensor, end: torch.Tensor) -> float:
-        """How far to go from one solution to another, from 0 to 1, for the least error."""
+    def step(self, start: torch.Tensor, end: torch.Tensor) -> tuple[float, float]:
+        """What the error loses, and how far to go from one solution to another for it, from 0 to 1."""
         way = (end - start).transpose(1, 2)
-        bends = (way * (self.reads @ way)).sum()
-        falls = (way * (self.both - self.reads @ start.transpose(1, 2))).sum()
-        if not bool(bends > 0):
-            return 0.0
-        return float((falls / bends).clamp(0, 1))
-
-    @property
-    def spread(self) -> float:
-        """Sum of squares of what should come out, about its mean."""
-        return max(float((self.gives - self.both[:, -1].square() / self.rows).sum()), 0.0)
+        pushed = self.reads @ way
+        bends = float((way * pushed).sum())
+        falls = float((way * self.both).sum() - (start.transpose(1, 2) * pushed).sum())
+        step = min(max(falls / bends, 0.0), 1.0) if bends > 0 else 0.0
+        return 2 * step * falls - step**2 * bends, step
 
 
 def all_reduce(tensor: torch.Tensor) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from allocator.recovering.after import Affine, After
-from allocator.recovering.ridge import Part
 from allocator.recovering.samples import size_of
+from allocator.recovering.targets import Part
 from allocator.recovering.walk import Stop, Walk
 from allocator.tracing.inputs import Inputs
 

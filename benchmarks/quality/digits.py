@@ -98,7 +98,10 @@ def main() -> None:
     """Measure all seeds and print the table."""
     warnings.simplefilter("ignore")
     rows = [measure(seed) for seed in range(SEEDS)]
-    lines = [[name, *(f"{np.mean([row[name] for row in rows]):.1f}",), f"{min(row[name] for row in rows):.1f}"] for name in rows[0]]
+    lines = [
+        [name, *(f"{np.mean([row[name] for row in rows]):.1f}",), f"{min(row[name] for row in rows):.1f}"]
+        for name in rows[0]
+    ]
     print(table(["network", "right (%)", "least of the seeds"], lines))
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 import allocator
-
 from benchmarks.common import RESULTS  # sets one thread before torch is imported
 
 from .arms import ARMS, flops_of
