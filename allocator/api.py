@@ -186,6 +186,7 @@ def recover(
         method: "least_squares" as above; "batch_norm" takes the running statistics anew; "fold" puts the means of what
             was dropped into offsets; "auto" tries batch_norm, least_squares, and both, and gives what is nearest to
             the original on the inputs held back, which may be the network as it was cut.
+            "distil" trains what least squares gives on the original's outputs, without labels, and takes minutes more.
         samples: inputs to look at, at most. All of them are held in memory, each with what a forward holds.
         seed: of the positions that are looked at.
         progress: called with how far it is.

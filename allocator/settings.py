@@ -17,7 +17,7 @@ Scope = Literal["auto", "branches", "inner", "all", "narrowest"]
 Groups = Literal["whole", "width"]
 Norms = Literal["exact", "loose"]
 Weights = Literal["keep", "reset"]
-Method = Literal["auto", "least_squares", "batch_norm", "fold"]
+Method = Literal["auto", "least_squares", "batch_norm", "fold", "distil"]
 Limit = float | str | None
 
 
@@ -156,7 +156,8 @@ class Recovering:
         bool | Method,
         Option(
             "refit what is left on the data, without labels: least_squares (layer by layer), batch_norm (statistics), "
-            "fold (means of what was dropped), or auto for the best of them on inputs held back",
+            "fold (means of what was dropped), distil (layer by layer, then training on the original's outputs), or "
+            "auto for the best of the first two on inputs held back",
             metavar="METHOD",
         ),
     ] = False

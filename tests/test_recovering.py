@@ -341,3 +341,22 @@ def test_constants_fold_exactly() -> None:
     recovered = allocator.recover(drop(model, data[:1], "0.weight", 5), data, "fold")
     fresh = torch.randn(9, 6, dtype=torch.float64)
     torch.testing.assert_close(recovered.model(fresh), model(fresh), rtol=1e-9, atol=1e-9)
+
+
+def test_distilling_goes_on_where_least_squares_ends(deep: nn.Module, images: Tensor) -> None:
+    deep.requires_grad_(False)
+    deep.get_parameter("head.weight").mul_(300)  # so that answers differ
+    result = allocator.allocate(deep, "40%", example_inputs=images[:1])
+    with untouched(deep), untouched(result.model):
+        fitted, trained = (allocator.recover(result, images, method) for method in ("least_squares", "distil"))
+    assert fitted.recovery is not None
+    assert trained.recovery is not None
+    assert trained.recovery.after <= fitted.recovery.after
+    with torch.no_grad():
+        wanted = deep(images).log_softmax(1)
+        near, nearer = (
+            F.kl_div(each.model(images).log_softmax(1), wanted, log_target=True, reduction="batchmean")
+            for each in (fitted, trained)
+        )
+    assert nearer < near
+    assert all(each.grad is None for each in trained.model.parameters())

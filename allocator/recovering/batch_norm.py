@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from allocator.modules import modules_of
@@ -30,8 +31,9 @@ def take_statistics(small: nn.Module, samples: Samples) -> list[str]:
         norm.reset_running_stats()
         norm.momentum, norm.training = None, True
     try:
-        for inputs in samples.seen:
-            outputs_of(small, inputs)
+        with torch.no_grad():
+            for inputs in samples.seen:
+                outputs_of(small, inputs)
     finally:
         for path, norm in norms.items():
             norm.momentum, norm.training = momenta[path], False

@@ -16,7 +16,6 @@ from allocator.tracing.inputs import Inputs
 from allocator.tracing.record import tensors_in
 
 
-@torch.no_grad()
 def outputs_of(model: nn.Module, inputs: Inputs) -> Any:
     """What the model gives.
 
@@ -30,6 +29,7 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> Any:
         raise DataError(said) from error
 
 
+@torch.no_grad()
 def distance(model: nn.Module, small: nn.Module, parts: Sequence[Inputs]) -> float:
     """Mean over the inputs, and over all ranks, of how far the outputs are apart.
 
@@ -43,31 +43,28 @@ def distance(model: nn.Module, small: nn.Module, parts: Sequence[Inputs]) -> flo
     sums = torch.zeros(2, dtype=torch.float64)
     for inputs in parts:
         weight = size_of(inputs)
-        sums += torch.tensor([weight * _apart(outputs_of(model, inputs), outputs_of(small, inputs)), weight])
+        found = apart(outputs_of(model, inputs), outputs_of(small, inputs))
+        sums += torch.tensor([weight * (float(found) if bool(found.isfinite()) else torch.inf), weight])
     all_reduce(sums)
     return float(sums[0] / sums[1])
 
 
-def _apart(original: Any, small: Any) -> float:
+def apart(original: Any, small: Any) -> torch.Tensor:
+    """A scalar: how far two outputs are from each other, as `distance` has it."""
     known, given = logits_of(original), logits_of(small)
     if known is not None and given is not None and known.shape == given.shape:
-        found = functional.kl_div(
+        return functional.kl_div(
             functional.log_softmax(given.double().flatten(0, -2), 1),
             functional.log_softmax(known.double().flatten(0, -2), 1),
             reduction="batchmean",
             log_target=True,
         )
-        return _finite(found)
     total, count = torch.zeros((), dtype=torch.float64), 0
     for a, b in zip(tensors_in(original), tensors_in(small), strict=False):
         if a.is_floating_point() and a.shape == b.shape:
             scale = a.double().square().sum().clamp_min(1e-30)
             total, count = total + ((a.double() - b.double()).square().sum() / scale).cpu(), count + 1
-    return _finite(total / max(count, 1))
-
-
-def _finite(value: torch.Tensor) -> float:
-    return float(value) if bool(value.isfinite()) else float("inf")
+    return total / max(count, 1)
 
 
 def logits_of(output: Any) -> torch.Tensor | None:

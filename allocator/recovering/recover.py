@@ -16,6 +16,7 @@ from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import modules_of, set_training, skeleton, tensor_names
 from allocator.recovering.batch_norm import take_statistics
 from allocator.recovering.compare import distance
+from allocator.recovering.distil import distil
 from allocator.recovering.least_squares import fit
 from allocator.recovering.readers import Reader, readers_of
 from allocator.recovering.record import Layer, Recovery, remember_recovery
@@ -139,10 +140,18 @@ def _batch_norm(subject: Subject) -> Made:
     return Made("batch_norm", small, take_statistics(small, subject.samples))
 
 
+def _distil(subject: Subject) -> Made:
+    """After what the closed form gives."""
+    fitted = _least_squares(subject) if subject.readers else Made("distil", skeleton(subject.small, _copied))
+    changed = distil(subject.model, fitted.model, subject.samples, subject.progress)
+    return Made("distil", fitted.model, list(dict.fromkeys([*fitted.tensors, *changed])), fitted.layers)
+
+
 MAKERS: dict[str, Callable[[Subject], Made]] = {
     "least_squares": _least_squares,
     "batch_norm": _batch_norm,
     "fold": _fold,
+    "distil": _distil,
 }
 """What there is beside "auto", which tries several and keeps the best."""
 
