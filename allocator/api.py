@@ -163,6 +163,7 @@ def _method(recover: bool | Method, data: Any, weights: Weights) -> str | None:
     return method
 
 
+@as_usual
 def recover(
     result: Result,
     data: Any,
@@ -355,6 +356,7 @@ def iterate(
     train: Callable[[nn.Module], Any],
     data: Any = None,
     loss: Loss | None = None,
+    recover: bool | Method = RECOVERING.recover,
     example_inputs: Any = None,
     certify: bool = True,
     seed: int = 0,
@@ -370,6 +372,7 @@ def iterate(
         schedule: instead, how far each step goes, from 0 for the model's own cost to 1 for the budget, rising.
         train: called with the network of every step, and trains it in place.
         data, loss, example_inputs, certify, seed, progress: as for `allocate`, at every step.
+        recover: refit the network of every step on `data` before it is trained, as for `allocate`.
         settings: how neurons are chosen, as for `sweep`.
 
     Returns:
@@ -381,6 +384,7 @@ def iterate(
         BudgetError, NothingToAllocateError, CriterionError, DataError, UnsupportedModelError, InputError, TraceError:
             as for `allocate`, before anything was trained.
     """
+    method = _method(recover, data, "keep")
     return iterate_model(
         model,
         Limits(flops, params, activations, peak_activations),
@@ -388,7 +392,8 @@ def iterate(
         Settings(**settings),
         schedule=even_schedule(steps) if schedule is None else schedule,
         train=train,
-        data=None if data is None else Data(data, loss, seed, progress),
+        data=None if data is None else Data(again_and_again(data), loss, seed, progress),
+        recover=method,
         numeric=certify,
         seed=seed,
         progress=progress,

@@ -254,3 +254,26 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
         mine = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         for name, tensor in alone.items():
             torch.testing.assert_close(mine[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_every_step_of_an_iteration_is_recovered(model: nn.Module, images: Tensor) -> None:
+    seen: list[Any] = []
+
+    def train(small: nn.Module) -> None:
+        seen.append(recovery_of(small))
+
+    done = allocator.iterate(model, "40%", steps=2, train=train, data=images, recover="least_squares")
+    assert [record.method for record in seen] == ["least_squares"] * 2
+    assert recovery_of(done.model) == seen[1]
+    with pytest.raises(allocator.DataError, match="recover needs data"):
+        allocator.iterate(model, "40%", steps=2, train=train, recover=True)
+
+
+def test_what_is_allocated_again_was_not_refitted_itself(model: nn.Module, images: Tensor) -> None:
+    once = allocator.allocate(model, "60%", data=images, recover=True, example_inputs=IMAGE)
+    twice = allocator.allocate(once.model, "60%", example_inputs=IMAGE)
+    assert recovery_of(once.model) is not None
+    assert recovery_of(twice.model) is None
+    again = allocator.verify(once.model, twice.model, twice.allocation, example_inputs=IMAGE)
+    assert again.ok
+    assert again.refitted is None

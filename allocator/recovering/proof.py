@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from allocator.modules import skeleton
-from allocator.recovering.record import RECOVERY_ATTRIBUTE, Recovery
+from allocator.recovering.record import Recovery
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.index_map import take
+from allocator.rewriting.lineage import RECOVERY_ATTRIBUTE
 
 
 def as_it_was_cut(model: nn.Module, small: nn.Module, allocation: Allocation, recovery: Recovery) -> nn.Module:

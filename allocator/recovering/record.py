@@ -9,9 +9,7 @@ from typing import Any
 from torch import nn
 
 from allocator.errors import FileError
-
-RECOVERY_ATTRIBUTE = "_allocator_recovery"
-"""Attribute of a refitted model: its `Recovery` as JSON. Text is copied for free, and pickles as plain data."""
+from allocator.rewriting.lineage import RECOVERY_ATTRIBUTE
 
 
 @dataclass(frozen=True)

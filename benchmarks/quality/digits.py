@@ -98,10 +98,8 @@ def main() -> None:
     """Measure all seeds and print the table."""
     warnings.simplefilter("ignore")
     rows = [measure(seed) for seed in range(SEEDS)]
-    lines = [
-        [name, *(f"{np.mean([row[name] for row in rows]):.1f}",), f"{min(row[name] for row in rows):.1f}"]
-        for name in rows[0]
-    ]
+    of = {name: [row[name] for row in rows] for name in rows[0]}
+    lines = [[name, f"{np.mean(each):.1f}", f"{min(each):.1f}"] for name, each in of.items()]
     print(table(["network", "right (%)", "least of the seeds"], lines))
 
 
