@@ -59,6 +59,7 @@ class Adapter:
 
 
 _ADAPTERS: dict[str, Adapter] = {}
+_STATES: set[str] = set()
 # The package of a class, and the file here that knows it.
 _LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "transformers": "hf"}
 
@@ -94,6 +95,19 @@ def _add(names: Iterable[str], adapter: Adapter) -> None:
         if name in _ADAPTERS:
             raise ValueError(f"{name} has an adapter already")
     _ADAPTERS.update(dict.fromkeys(names, adapter))
+
+
+def register_state(classes: str | type | Iterable[str | type]) -> None:
+    """Say that objects of these classes, among what a model returns, are no answers but kept for its next call.
+
+    Their tensors may so lose channels, as the keys and values that a language model keeps do.
+    """
+    _STATES.update(map(_name, [classes] if isinstance(classes, (str, type)) else classes))
+
+
+def is_state(item: object) -> bool:
+    """Whether this is an object that a model keeps for its next call."""
+    return any(_name(cls) in _STATES for cls in type(item).__mro__)
 
 
 def unregister(classes: str | type) -> None:

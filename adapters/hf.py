@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from allocator.adapters import Adapter, register
+from allocator.adapters import Adapter, register, register_state
 from allocator.adapters.library import library
 from allocator.errors import FileError, UnknownNameError, UnsupportedModelError, unknown
 
@@ -71,3 +71,5 @@ def _image(model: nn.Module) -> tuple[tuple[Any, ...], str] | None:
 
 
 register("transformers.*", Adapter(inputs=_image))
+# Keys and values of the tokens so far.
+register_state(("transformers.cache_utils.Cache", "transformers.cache_utils.EncoderDecoderCache"))

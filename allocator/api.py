@@ -97,7 +97,8 @@ def allocate(
             model's parameters lie, with as many threads as torch uses: modules at several widths to plan by, then
             the smaller network beside the original, until one lands. What was measured stands in `Result.notes`.
         data: what the network is for, for criteria that look at it: a loader of tensors, of (inputs, target) pairs
-            or of dicts, or a tensor of inputs. A few hundred samples are enough.
+            or of dicts, or a tensor of inputs. A few hundred samples are enough. Under `torch.distributed` every
+            process calls this with its share of them, and all choose the same.
         loss: called with the model's output and the batch's target, gives a scalar; without one, the model's own
             answers stand in for labels.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None to infer one image.

@@ -13,7 +13,12 @@ from allocator.modules import modules_of, tensor_names
 from allocator.torch_private import FakeTensor
 
 _QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")
-_TRAINED_QUANTISED = ("torch.ao.nn.qat", "torch.nn.qat", "torch.ao.nn.intrinsic.qat", "torch.ao.quantization.fake_quant")
+_TRAINED_QUANTISED = (
+    "torch.ao.nn.qat",
+    "torch.nn.qat",
+    "torch.ao.nn.intrinsic.qat",
+    "torch.ao.quantization.fake_quant",
+)
 _FLOAT = frozenset({"FloatFunctional", "FXFloatFunctional"})  # stand among quantised modules, and add and join in float
 _UNDO = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
 _WRAPPERS = {

@@ -74,7 +74,7 @@ def make(arm: str, trained: ScaleNet, image: torch.Tensor, budget: float) -> nn.
     """
     if arm == "peer":
         return peer.prune_to_budget(trained, image, budget, classes=10).model
-    options: dict[str, Any] = {"flops": budget, "example_inputs": image}
+    options: dict[str, Any] = {"flops": budget, "example_inputs": image, "criterion": "bn_scale"}
     if arm == "single":
         plain = single_scale_network()
         narrow = {"policy": "uniform", "scope": "inner", "exclude": ["*.conv1", "conv1"]}

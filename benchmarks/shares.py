@@ -36,7 +36,8 @@ def measure() -> dict[str, Any]:
     seed = scalenet_small_seed(image_side=TASK.side, blocks=BLOCKS, planes=PLANES)
     seed.to(memory_format=torch.channels_last)
     history = train_network(seed, training, EPOCHS, RATE)
-    result = allocator.allocate(seed, BUDGET, example_inputs=test.images[:1])
+    rule: dict[str, Any] = {"criterion": "bn_scale", "policy": "per_block", "scope": "narrowest"}
+    result = allocator.allocate(seed, BUDGET, example_inputs=test.images[:1], **rule)
     return {
         "settings": {
             "task": asdict(TASK), "blocks": BLOCKS, "planes": PLANES, "epochs": EPOCHS, "rate": RATE, "flops": BUDGET,

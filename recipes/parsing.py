@@ -83,7 +83,7 @@ def _alternatives(hint: Any) -> list[Any]:
     if get_origin(hint) is Literal:
         return [str]
     if get_origin(hint) is Sequence:
-        return [tuple[get_args(hint)[0], ...]]
+        return [types.GenericAlias(tuple, (*get_args(hint), ...))]
     return [hint]
 
 

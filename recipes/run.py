@@ -372,12 +372,13 @@ class _Run:
         return self._chosen(network, plan, {"data": self._looked_at(plan.samples), "loss": classification_loss})
 
     def _chosen(self, network: nn.Module, plan: AllocationPlan, data: dict[str, Any]) -> allocator.Allocation:
-        options = plan.options() | {"exclude": [*plan.exclude, *self.task.protected]}
+        options: dict[str, Any] = {**plan.budgets(), **plan.options(), **data}
+        options["exclude"] = [*plan.exclude, *self.task.protected]
         # Shown where the run's other lines are: on stderr they would tear the bars. The weights are decided when the
         # allocation is applied, on every process.
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            result = allocator.allocate(network, **plan.budgets(), **data, example_inputs=self.example, **options)
+            result = allocator.allocate(network, example_inputs=self.example, **options)
         for warning in caught:
             self._say(f"note: {warning.message}")
         self._say(

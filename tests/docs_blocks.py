@@ -37,7 +37,7 @@ PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if
 _OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 _INFO = re.compile(r'(?P<language>\w+)(?: title="(?P<title>[^"]+)")?[^\n]*\n')
 _ROUNDING = re.compile(r"\d\.\de[-+]\d\d")  # float64 errors: other on another processor
-_FIGURE = re.compile(r"\d[\d,.]*(?:e[-+]\d+)?|[━─]+")
+_FIGURE = re.compile(r"\d[\d,.]*(?:e[-+]\d+)?(?: → \d[\d,.]*)?|[━─]+")  # "8", "8 → 6"
 
 
 class Page:

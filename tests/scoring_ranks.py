@@ -61,14 +61,16 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any], Any]] = {
 
 
 def chosen(name: str, data: Any) -> Any:
-    """What is kept, as JSON has it."""
+    """What is kept and the ranking of all neurons, as JSON has them."""
     network, criterion, loss = CASES[name]
     torch.manual_seed(0)
     model = trained(network())
     result = allocator.allocate(
         model, "50%", example_inputs=torch.zeros(1, *SIZE), criterion=criterion(), data=data, loss=loss
     )
-    return json.loads(json.dumps(result.allocation.kept))
+    assert result.plan.problem is not None
+    ranking = result.plan.problem.scores.values.argsort(kind="stable").tolist()
+    return json.loads(json.dumps({"kept": result.allocation.kept, "ranking": ranking}))
 
 
 def refused(data: Any) -> str:

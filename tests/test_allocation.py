@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,8 @@ def test_a_file_says_what_is_wrong_with_it(tmp_path: Path) -> None:
         Allocation.load(path)
     with pytest.raises(FileError, match=r"none\.json cannot be read: No such file"):
         Allocation.load(tmp_path / "none.json")
+    with pytest.raises(FileError, match=r"'a\\x00\.json' cannot be read: embedded null"):
+        Allocation.load("a\0.json")
     for other in ("[]", "7", '{"digest": "0"}', "{}"):
         with pytest.raises(FileError, match=r"not an allocation: it has no field 'kept'|changed or damaged"):
             Allocation.from_json(other)
@@ -117,6 +121,8 @@ def test_one_budget_of_flops_becomes_one_of_several(version: int) -> None:
     assert (allocation.policy, allocation.kept) == ("global", {"a.weight": [[0], None]})
     assert (allocation.groups, allocation.norms, allocation.parts) == ("whole", "exact", [])
     assert Allocation.from_json(allocation.to_json()) == allocation
+    with pytest.raises(FileError, match="the allocation's flops_asked is a str, not a number"):
+        Allocation.from_dict({**data, "flops_asked": "60%"})
     bare = Allocation.from_dict({"format": version, "kept": {}})
     assert (bare.flops_asked, bare.flops_before, bare.flops_after) == (0, 0, 0)
 
@@ -130,6 +136,10 @@ def test_other_formats_are_refused(version: Any) -> None:
 def test_costs_without_flops() -> None:
     allocation = Allocation(costs={"params": {"asked": 5.0, "before": 9, "after": 4}})
     assert (allocation.flops_asked, allocation.flops_before, allocation.flops_after) == (0, 0, 0)
+
+
+BLOCK: dict[str, Any] = {"name": "a", "kind": "concat"}
+DEEP: Any = functools.reduce(lambda inner, _: [inner], range(40), list[Any]([0.5]))
 
 
 @pytest.mark.parametrize(
@@ -146,6 +156,18 @@ def test_costs_without_flops() -> None:
         ({"costs": {"flops": {"asked": "60%"}}}, "costs in flops are not numbers"),
         ({"input_shapes": [[1, 2.5]]}, "input shapes are not lists of numbers"),
         ({"input_shapes": [8]}, "input shapes are not lists of numbers"),
+        ({"input_shapes": [[-1]]}, "input shapes are not lists of numbers"),
+        ({"attributes": {"a": [2]}}, "attributes of a are not a mapping"),
+        ({"absent": [""]}, "absent layers are not a list of names"),
+        ({"absent": [3]}, "absent layers are not a list of names"),
+        ({"blocks": [{"name": "a", "kind": "concat"}]}, "blocks are not a list of names, kinds and branches"),
+        ({"blocks": ["a"]}, "blocks are not a list of names, kinds and branches"),
+        ({"blocks": [{**BLOCK, "branches": [{"name": "b", "before": 2}]}]}, "block a has a branch without channels"),
+        ({"blocks": [{**BLOCK, "branches": [{"name": "b", "before": 2, "after": 1.5}]}]}, "channels that are not num"),
+        ({"attributes": {"a": {"x": math.nan}}}, "holds nan, a number that nothing can be computed with"),
+        ({"costs": {"flops": {"asked": 10**400}}}, "holds 1000.*, a number that nothing can be computed with"),
+        ({"attributes": {"a": {"x": DEEP}}}, "lists or mappings more than 32 levels deep"),
+        ({"kept": {"a": [[2**63]]}}, "entry for a is not a list of index lists"),
     ],
 )
 def test_wrong_types_are_named(changes: dict[str, Any], said: str) -> None:

@@ -24,11 +24,11 @@ from reference_set import REFERENCE_SET, randomised
 from torch import nn
 
 ROWS = covering()
-ON_REFERENCE_SET = [(name, i) for turn, name in enumerate(REFERENCE_SET) for i in range(turn, len(ROWS), len(REFERENCE_SET))]
+ON_REFERENCE_SET = [
+    (name, i) for turn, name in enumerate(REFERENCE_SET) for i in range(turn, len(ROWS), len(REFERENCE_SET))
+]
 """Every request on one of the networks, in turn; (name, index of the request)."""
 SIDES = {"torchvision:inception_v3": 96, "timm:inception_v4": 96}
-EXAMPLES = 3
-"""Random networks per request; the first is the simplest that there is."""
 
 
 @dataclass
@@ -55,13 +55,13 @@ def test_every_pair_of_values_is_in_a_request() -> None:
     assert sorted(i for _, i in ON_REFERENCE_SET) == list(range(len(ROWS)))
 
 
-def on_random_networks(request: Request, number: int) -> Counter[str]:
-    """Check a request on some random networks; the outcomes."""
+def on_random_networks(request: Request, number: int, examples: int) -> Counter[str]:
+    """Check a request on so many random networks, of which the first is the simplest that there is; the outcomes."""
     outcomes: Counter[str] = Counter()
 
     @seed(number)
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=examples,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
@@ -81,15 +81,15 @@ def test_requests_on_random_networks(part: int) -> None:
     """One network each, beside the simplest."""
     outcomes: Counter[str] = Counter()
     for number in range(part, len(ROWS), 4):
-        outcomes += on_random_networks(ROWS[number], number)
-    assert outcomes["result"] >= outcomes.total() / 4, outcomes
+        outcomes += on_random_networks(ROWS[number], number, 2)
+    assert outcomes["result"] >= outcomes.total() / 8, outcomes
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("number", range(len(ROWS)), ids=[f"{row}" for row in ROWS])
 def test_every_request_on_more_random_networks(number: int, tally: Tally) -> None:
     for more in range(3):
-        for outcome, count in on_random_networks(ROWS[number], 1000 * (more + 1) + number).items():
+        for outcome, count in on_random_networks(ROWS[number], 1000 * (more + 1) + number, 3).items():
             tally.outcomes["random networks", outcome] += count
 
 
@@ -105,7 +105,12 @@ def test_every_request_on_the_reference_set(name: str, i: int, tally: Tally) -> 
     tally.outcomes[name, check(*network(name), ROWS[i])] += 1
 
 
-_OUTCOMES = {"result": "budgets met", "budget": "cannot be met, and says what can", "nothing": "nothing can go"}
+_OUTCOMES = {
+    "result": "budgets met",
+    "unseen": "met, by what no output depends on",
+    "budget": "cannot be met, and says what can",
+    "nothing": "nothing can go",
+}
 
 
 def _report(tally: Tally, seconds: float) -> str:

@@ -164,7 +164,7 @@ def test_answers_without_a_gradient_are_refused() -> None:
 
 def test_a_gradient_that_cannot_be_taken_names_what_needs_none() -> None:
     model = WritesOver().eval()
-    with untouched(model), pytest.raises(CriterionError, match="modified by an inplace operation.*group_norm"):
+    with untouched(model), pytest.raises(CriterionError, match=r"modified by an inplace operation.*group_norm"):
         allocate(model, data=IMAGES)
     assert allocate(model).certificate.ok
 

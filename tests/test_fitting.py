@@ -38,7 +38,7 @@ def planner(drop: Drop) -> Callable[[ChannelGraph], Plan]:
                 if unit >= 0:
                     kept[unit] = False
         metric = graph.metric("flops")
-        return Plan(kept, Budgets([Budget(metric, metric.whole)]), "all", "", "", None)
+        return Plan(kept, Budgets([Budget(metric, metric.whole)]), "all", "", "", {})
 
     return plan
 
@@ -468,7 +468,7 @@ def test_modules_that_are_alike() -> None:
 
 def test_mends_that_got_no_further_are_taken_back() -> None:
     label, other = np.arange(3), np.arange(5)
-    mends: Any = Mends({("a", "x"): label, ("b", "x"): other, ("b", "y"): other})
+    mends: Any = Mends({("a", "x"): (label,), ("b", "x"): (other,), ("b", "y"): (other,)})
     mends.trial = (False, 4), [("a", "x"), ("b", "x")]
     mends.judge((False, 5))
     assert set(mends.pieces) == {("a", "x"), ("b", "x"), ("b", "y")}, "the forward got further"

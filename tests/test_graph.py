@@ -375,7 +375,7 @@ def test_heads_that_run_in_train_mode_only_have_a_flow_of_their_own() -> None:
 def test_a_forward_that_fails_in_train_mode_is_noted() -> None:
     graph = graph_of(Auxiliary("no such luck").eval())
     assert graph.training_flow is None
-    assert graph.notes == ["parameters used in train mode only stay as they are: no such luck"]
+    assert graph.notes == ["parameters and buffers used in train mode only stay as they are: no such luck"]
     assert channel_units(graph, "hidden") == [-1] * 6
 
 

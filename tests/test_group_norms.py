@@ -124,6 +124,7 @@ def test_a_norm_that_is_called_as_a_function(held: bool) -> None:
     assert any("native_group_norm" in note and "norm1 stay" in note for note in result.notes) is not held
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="reads programs of torch 2.8 and later")
 def test_a_norm_in_an_exported_program(tmp_path: Path) -> None:
     model = trained(Block())
     torch.export.save(torch.export.export(model, (IMAGE,)), tmp_path / "m.pt2")

@@ -119,7 +119,10 @@ def test_a_device_that_nothing_makes_faster(device: Any) -> None:
 def test_a_time_that_cannot_be_met_says_what_can(device: Any, asked: Any) -> None:
     device(by_flops)
     model = trained(Nested())
-    with untouched(model), pytest.raises(BudgetError, match=r"ms cannot be met .* smallest that can be reached is .* ms"):
+    with (
+        untouched(model),
+        pytest.raises(BudgetError, match=r"ms cannot be met .* smallest that can be reached is .* ms"),
+    ):
         allocator.allocate(model, latency=asked, example_inputs=IMAGE, criterion="magnitude")
 
 

@@ -279,6 +279,21 @@ def test_a_policy_that_does_not_do_what_it_has_to_is_named(choose: Callable[[Pro
         allocator.allocate(trained(Nested()), "60%", example_inputs=IMAGE, policy="mine")
 
 
+@pytest.mark.usefixtures("scratch_policies")
+def test_a_policy_that_keeps_what_is_gone_is_named() -> None:
+    """In a sweep, what a larger budget has dropped is not kept by a smaller one."""
+
+    @policy("mine")
+    def fewest_or_last(problem: Problem) -> np.ndarray:
+        kept = problem.forced.copy()
+        if problem.gone is not None and problem.gone.any():
+            kept[np.flatnonzero(~problem.open)[0]] = True
+        return kept
+
+    with pytest.raises(PolicyError, match=r"^policy 'mine' keeps 1 neurons that are gone: keep only what problem"):
+        allocator.sweep(trained(Nested()), ["80%", "60%"], example_inputs=IMAGE, policy="mine")
+
+
 # ---------------------------------------------------------------------------------------------------- the scope
 
 

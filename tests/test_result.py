@@ -221,7 +221,7 @@ def test_it_compiles(result: Result, small: Any, image: Tensor) -> None:
 
 
 def test_it_exports(result: Result, small: Any, image: Tensor) -> None:
-    exported = torch.export.export(small, (image,)).module()
+    exported = torch.export.export(small, (image,), strict=False).module()
     assert_same(run(exported, image), run(result.model, image), 1e-5)
 
 

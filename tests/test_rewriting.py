@@ -117,7 +117,7 @@ def test_a_tensor_keeps_its_memory_format(shape: tuple[int, ...], layout: torch.
 
 def plan_of(graph: ChannelGraph, kept: np.ndarray, **limits: float) -> Plan:
     budgets = Budgets([Budget(graph.metric(name), limit) for name, limit in limits.items()])
-    return Plan(kept, budgets, "all", "global", "magnitude", None)
+    return Plan(kept, budgets, "all", "global", "magnitude", {})
 
 
 def test_a_choice_as_data() -> None:

@@ -25,12 +25,14 @@ WORDS = {
     "uniform": "a policy",
 }
 # Files that speak of other things than the calls of a forward: words and charts of reports, the shell, fvcore's names,
-# and the language of TorchScript's files, whose arithmetic on numbers is called like operators on tensors.
+# functions that draw from a generator, and the language of TorchScript's files, whose arithmetic on numbers is called
+# like operators on tensors.
 ELSEWHERE = (
     "operators/",
     "reporting/",
     "cli/",
     "cost/fvcore.py",
+    "isolation.py",
     "io/programs/torchscript_operators.py",
     "torch_private.py",
 )

@@ -186,7 +186,8 @@ def test_the_next_cost_is_of_the_cheapest_further_neuron(degree: int) -> None:
         kept = tiny.one_by_one()
         expected = {}
         for i, terms in enumerate(tiny.terms):
-            more = [tiny.cost(terms, tiny.with_neuron(kept, unit)) for unit in np.flatnonzero(~kept & tiny.open)]
+            units = np.flatnonzero(~kept & tiny.open).tolist()
+            more = [tiny.cost(terms, tiny.with_neuron(kept, unit)) for unit in units]
             if more:
                 expected[f"cost{i}"] = min(more) - tiny.cost(terms, kept)
         assert next_costs(tiny.problem(fills=True), kept) == expected

@@ -356,4 +356,5 @@ def test_imagenet_configurations_start_as_given(tmp_path: Path, name: str) -> No
     result = dry_run(name, tmp_path)
     asked = load_config(name).allocation
     assert asked is not None
-    assert 0.995 * float(asked.flops) <= result.stages[1].flops <= float(asked.flops)
+    flops = float(asked.budgets()["flops"])
+    assert 0.995 * flops <= result.stages[1].flops <= flops

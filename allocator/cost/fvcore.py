@@ -17,6 +17,7 @@ from allocator.errors import TraceError
 from allocator.isolation import undisturbed
 from allocator.modules import set_training, skeleton
 from allocator.tracing.inputs import Inputs
+from allocator.tracing.record import tensors_in
 
 # Convolutions and linear layers, as fvcore calls them.
 _LAYERS = ("conv", "linear", "addmm", "mm")
@@ -54,24 +55,34 @@ def fvcore_layer_flops(model: nn.Module, inputs: Inputs) -> int:
 def _count(model: nn.Module, inputs: Inputs) -> tuple[dict[str, int], dict[str, int]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its import touches parts of torch that are deprecated
-        from fvcore.nn import FlopCountAnalysis
+        import fvcore.nn  # noqa: F401
 
-    # Parameters are copied too: a forward may write into them.
-    copied = set_training(skeleton(model, lambda _, t: t.detach().clone()), False)
-    inputs = inputs.map(torch.clone)  # a forward may write into its inputs
-    args = tuple(inputs.args)
-    with torch.no_grad(), undisturbed(model), _quiet():
-        analysis = FlopCountAnalysis(copied if not inputs.kwargs else _Bound(copied, inputs.kwargs), args)
-        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-        analysis.set_op_handle("aten::matmul", _matmul_flops, "aten::_convolution_mode", _convolution_flops)
+    try:
+        return _analyse(model, inputs, plain=True)
+    except Exception:  # of what a model returns, torch's tracer takes tensors in plain containers only
         try:
-            counts = {name: int(flops) for name, flops in analysis.by_operator().items()}
-            return counts, dict(analysis.unsupported_ops())
+            return _analyse(model, inputs, plain=False)
         except Exception as error:
             raise TraceError(
                 f"fvcore cannot count {type(model).__name__}: {type(error).__name__}: {error}; check that "
                 "torch.jit.trace follows model(*example_inputs)"
             ) from error
+
+
+def _analyse(model: nn.Module, inputs: Inputs, *, plain: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """`plain`: the model itself is called; else one that gives the tensors alone of what it returns."""
+    from fvcore.nn import FlopCountAnalysis
+
+    # Parameters are copied too: a forward may write into them.
+    copied = set_training(skeleton(model, lambda _, t: t.detach().clone()), False)
+    inputs = inputs.map(torch.clone)  # a forward may write into its inputs
+    called = copied if plain and not inputs.kwargs else _Bound(copied, inputs.kwargs, plain)
+    with torch.no_grad(), undisturbed(model), _quiet():
+        analysis = FlopCountAnalysis(called, tuple(inputs.args))
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        analysis.set_op_handle("aten::matmul", _matmul_flops, "aten::_convolution_mode", _convolution_flops)
+        counts = {name: int(flops) for name, flops in analysis.by_operator().items()}
+        return counts, dict(analysis.unsupported_ops())
 
 
 def _convolution_flops(inputs: list[Any], outputs: list[Any]) -> Any:
@@ -88,14 +99,15 @@ def _matmul_flops(inputs: list[Any], outputs: list[Any]) -> Any:
 
 
 class _Bound(nn.Module):
-    """A module with its keyword arguments set, since fvcore passes positional ones only."""
+    """A module with its keyword arguments set, since fvcore passes positional ones only; may give tensors alone."""
 
-    def __init__(self, model: nn.Module, kwargs: dict[str, object]) -> None:
+    def __init__(self, model: nn.Module, kwargs: dict[str, object], plain: bool) -> None:
         super().__init__()
-        self.model, self.kwargs = model, kwargs
+        self.model, self.kwargs, self.plain = model, kwargs, plain
 
     def forward(self, *args: object) -> object:
-        return self.model(*args, **self.kwargs)
+        output = self.model(*args, **self.kwargs)
+        return output if self.plain else tuple(tensors_in(output))
 
 
 @contextlib.contextmanager

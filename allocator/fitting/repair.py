@@ -13,9 +13,11 @@ from allocator import adapters
 from allocator.errors import RewriteError
 from allocator.flow.facts import Attribute
 from allocator.flow.flow import Flow
+from allocator.flow.labels import FROZEN
 from allocator.flow.options import Options, Place
 from allocator.graph.build import build_graph
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.modules import lies_within
 from allocator.planning.plan import Plan
 from allocator.rewriting.attributes import describes_itself
 from allocator.rewriting.describe import AttributeKey
@@ -31,20 +33,20 @@ class Mends:
     """Module attributes that follow the kept channels, because the forward reads them as sizes.
 
     Attributes:
-        pieces: per attribute the labels whose kept count is its value.
+        pieces: per attribute the labels whose kept count is its value; several arrays for one that holds several.
         trial: the last ones, and the place (train mode, index) of the call that they are for.
         wrong: those that did not help there.
         notes: what was said of them, each with those that it is about.
     """
 
-    pieces: dict[AttributeKey, np.ndarray] = field(default_factory=dict)
+    pieces: dict[AttributeKey, tuple[np.ndarray, ...]] = field(default_factory=dict)
     trial: tuple[tuple[bool, int], list[AttributeKey]] | None = None
     wrong: set[AttributeKey] = field(default_factory=set)
     notes: dict[str, list[AttributeKey]] = field(default_factory=dict)
 
     def attributes(self) -> list[Attribute]:
         """All of them."""
-        return [Attribute(path, name, (label,)) for (path, name), label in self.pieces.items()]
+        return [Attribute(path, name, pieces) for (path, name), pieces in self.pieces.items()]
 
     def judge(self, place: tuple[bool, int]) -> None:
         """Take the last ones back if the forward got no further with them."""
@@ -84,13 +86,17 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
     mends.judge((flow.trace.training, op.index))
     mends.retract(notes)
     alike = _alike_modules(graph.modules, op.module)
-    attribute = _mend(_Scene(graph, flow, plan, mends), op, alike)
-    if attribute is not None:
-        note = f"{attribute!r} of {type(graph.modules[op.module]).__name__} follows the kept channels"
-        if note not in mends.notes:
-            notes.append(note)
-        mends.notes.setdefault(note, []).extend((path, attribute) for path in alike)
-        return graph
+    scene = _Scene(graph, flow, plan, mends)
+    for owner in dict.fromkeys((op.module, mismatch.module)):  # where it stopped: a block may check what its layers do
+        inside = owner is not None and (not owner or lies_within(op.module, [owner]))
+        attribute = _mend(scene, op, owner) if owner is not None and inside else None
+        if attribute is not None:
+            note = f"{attribute!r} of {type(graph.modules[owner]).__name__} follows the kept channels"
+            if note not in mends.notes:
+                notes.append(note)
+            others = _alike_modules(graph.modules, owner)
+            mends.notes.setdefault(note, []).extend((path, attribute) for path in others)
+            return graph
     if op.declared.splits and op.declared.sized and not alike <= graph.options.equal_parts:
         notes.append(f"the parts of {op} stay equal: {mismatch.what}")
         options = graph.options.equalising(alike)
@@ -115,30 +121,44 @@ class _Scene:
     mends: Mends
 
 
-def _mend(scene: _Scene, op: Op, alike: set[str]) -> str | None:
-    """Let an attribute of the running module, and of all of its class, follow the kept channels; its name."""
-    found = _attribute_of_size(scene, op)
+def _mend(scene: _Scene, op: Op, owner: str) -> str | None:
+    """Let an attribute of a module follow the kept channels, in all of its class; the attribute's name.
+
+    Args:
+        scene: what there is to look at.
+        op: the call that does not fit.
+        owner: path of the module that made it, or of one around that.
+    """
+    found = _attribute_of_size(scene, op, owner)
     if found is None:
         return None
     name, fresh = found[0], []
+    inside = op.module[len(owner) :]
+    owners = {path + inside: path for path in _alike_modules(scene.graph.modules, owner)}
     for other in scene.flow.trace.ops:
-        if other.module not in alike or other.name != op.name:
+        if other.module not in owners or other.name != op.name:
             continue
-        again = _attribute_of_size(scene, other, only=name)
+        path = owners[other.module]
+        again = _attribute_of_size(scene, other, path, only=name)
         if again is not None:
-            scene.mends.pieces[other.module, name] = again[1]
-            fresh.append((other.module, name))
+            scene.mends.pieces[path, name] = again[1]
+            fresh.append((path, name))
     scene.mends.trial = (scene.flow.trace.training, op.index), fresh
     return name
 
 
-def _attribute_of_size(scene: _Scene, op: Op, only: str | None = None) -> tuple[str, np.ndarray] | None:
-    """An int attribute of the running module that equals the old size of a dim that shrinks, and the dim's labels."""
-    module = scene.graph.modules[op.module]
+def _attribute_of_size(
+    scene: _Scene, op: Op, owner: str, only: str | None = None
+) -> tuple[str, tuple[np.ndarray, ...]] | None:
+    """An attribute of a module that equals the old size of a dim of a call's that shrinks, and the dim's labels.
+
+    It may also hold the sizes of several dims of the result in order, as of a view.
+    """
+    module = scene.graph.modules[owner]
     if describes_itself(module):
         return None
     stays = scene.graph.stays(scene.plan.kept)
-    taken = _taken(scene, op.module, module)
+    taken = _taken(scene, owner, module)
     for label in _labels_of(scene.flow, op):
         if stays[label].all():
             continue
@@ -147,7 +167,22 @@ def _attribute_of_size(scene: _Scene, op: Op, only: str | None = None) -> tuple[
                 continue
             counts_heads = name == "num_heads" and scene.flow.counts_heads(label)
             if type(current) is int and current == len(label) and (name not in _STRUCTURAL or counts_heads):
-                return name, label
+                return name, (label,)
+    for name, current in vars(module).items():
+        pieces = None if name in taken or only not in (None, name) else _dims_of_sizes(scene.flow, op, current)
+        if pieces is not None and not all(stays[piece].all() for piece in pieces):
+            return name, pieces
+    return None
+
+
+def _dims_of_sizes(flow: Flow, op: Op, sizes: Any) -> tuple[np.ndarray, ...] | None:
+    """Labels of the dims of a result that have these sizes in this order; of a dim without channels, ones that stay."""
+    whole = isinstance(sizes, (list, tuple)) and len(sizes) > 1 and all(type(n) is int for n in sizes)
+    shape = flow.shape(op.outputs[0]) if whole and op.outputs else ()
+    for first in range(len(shape) - len(sizes) + 1 if shape else 0):
+        if shape[first : first + len(sizes)] == tuple(sizes):
+            labels = flow.labels(op.outputs[0])[first : first + len(sizes)]
+            return tuple(np.full(n, FROZEN) if label is None else label for n, label in zip(sizes, labels, strict=True))
     return None
 
 
@@ -192,13 +227,36 @@ def _freeze(graph: ChannelGraph, flow: Flow, op: Op, plan: Plan) -> Options:
 
 
 def _alike_modules(modules: dict[str, nn.Module], path: str) -> set[str]:
-    """Modules of the same class; for a layer of torch's own, those in the same place of the same class of block."""
+    """Modules of the same class; for a layer of torch's own, those in the same place of the same class of block.
+
+    A block that another holds under a name of its own (`qkv` of an attention) is like those that are held so: wrappers
+    of a convolution and its norm are all of one class, wherever they stand.
+    """
+    block = _block_of(modules, path)
+    place = path[len(block) :]
+    holder = _holder_of(modules, block)
+    places = {
+        other + place
+        for other, module in modules.items()
+        if type(module) is type(modules[block]) and _holder_of(modules, other) == holder
+    }
+    return places & modules.keys()
+
+
+def _block_of(modules: dict[str, nn.Module], path: str) -> str:
+    """The path of the nearest module that is none of torch's own; the path itself where there is none."""
     block = path
     while block and type(modules[block]).__module__.startswith("torch.nn."):
         block = block.rpartition(".")[0]
-    block = block or path
-    places = {other + path[len(block) :] for other, module in modules.items() if type(module) is type(modules[block])}
-    return places & modules.keys()
+    return block or path
+
+
+def _holder_of(modules: dict[str, nn.Module], path: str) -> tuple[type, str] | None:
+    """The class of the module that holds a block as an attribute, and the attribute; None for one of a sequence."""
+    owner, _, name = path.rpartition(".")
+    if not path or name.isdigit():
+        return None
+    return type(modules[owner]), name
 
 
 def _hint(module: nn.Module, flow: Flow, op: Op) -> str:

@@ -44,6 +44,7 @@ class Flow:
         active: values that depend on the model's inputs.
         uniform: values that are the same everywhere, so that they fit any channels.
         joins: where branches meet, in order.
+        grouped: per call of a grouped convolution or norm whose groups come and go whole, one slot per group.
     """
 
     def __init__(self, trace: Trace, slots: Slots, facts: Facts, options: Options) -> None:
@@ -57,10 +58,11 @@ class Flow:
         self.active = unnamed - produced - written_down
         self.uniform: set[int] = set()
         self.joins: list[Join] = []
+        self.grouped: dict[int, np.ndarray] = {}
         self._labels: list[Labels | None] = [None] * len(trace.values)
         self._used = np.zeros(slots.total, dtype=bool)
         self._summed_alone: list[tuple[np.ndarray, Op]] = []
-        self._divided: list[tuple[Op, int, np.ndarray]] = []
+        self._divided: list[tuple[Op, Sequence[int], np.ndarray]] = []
         self._multiplied = np.zeros(slots.total, dtype=bool)
         self._counts_heads = np.zeros(slots.total, dtype=bool)
 
@@ -88,13 +90,36 @@ class Flow:
         """The place of every call of the trace."""
         return places_of(self.trace)
 
+    @cached_property
+    def users(self) -> dict[int, list[Op]]:
+        """By value the calls that read it, in order."""
+        users: dict[int, list[Op]] = {}
+        for op in self.trace.ops:
+            for value in dict.fromkeys(op.reads):
+                users.setdefault(value, []).append(op)
+        return users
+
     def heads_at(self, op: Op) -> int | None:
         """The dim of this view's result that counts the heads of an attention, where that is known."""
         return self.options.heads.get(self.places[op.index]) if self.options.heads else None
 
+    def channels_at(self, op: Op) -> int | None:
+        """The dim of this view's result that holds channels, where pixels follow them."""
+        return self.options.channels.get(self.places[op.index]) if self.options.channels else None
+
     def found_heads(self) -> dict[Place, int]:
         """Views that split a dim into (heads, width) whose width is multiplied by another activation's (q·k, a·v)."""
-        return {self.places[op.index]: dim for op, dim, label in self._divided if self._multiplied[label].all()}
+        divided = self._divided
+        return {self.places[op.index]: dims[-2] for op, dims, label in divided if self._multiplied[label].all()}
+
+    def found_channels(self) -> dict[Place, int]:
+        """Views that split a dim into (channels, pixels), as a generator's first layer has it: the last dim must stay."""
+        frozen = np.zeros(self.slots.total, dtype=bool)
+        for label, _, _ in self.facts.frozen:
+            frozen[label] = True
+        heads = self.found_heads()
+        found = {self.places[op.index]: dims[0] for op, dims, label in self._divided if frozen[label].all()}
+        return {place: dim for place, dim in found.items() if place not in heads}
 
     def counts_heads(self, label: np.ndarray) -> bool:
         """Whether each of these labels stands for one head of an attention."""
@@ -159,7 +184,7 @@ class Flow:
 
     def divide(self, op: Op, varying: Sequence[int], label: np.ndarray) -> None:
         """A view split a dim into several that tell channels apart; `label` is of the last of them."""
-        self._divided.append((op, varying[-2], label))
+        self._divided.append((op, varying, label))
 
     def note_heads(self, label: np.ndarray, op: Op) -> None:
         """Each of these labels stands for one head of an attention.
@@ -196,13 +221,19 @@ class Flow:
 
     def group(self, op: Op, weight: Ref | None, representatives: np.ndarray) -> None:
         """A grouped convolution or norm whose groups come and go whole; one slot per group."""
-        name = None if weight is None else self.trace.values[weight.index].name
+        self.grouped[op.index] = representatives
+        name = None if weight is None else self._rows_of(weight.index)
         if name is not None:
             self.facts.groups[name] = representatives
         module = self.trace.modules.get(op.module)
         if module is not None:
             own = name is not None
             self.facts.attributes += attributes_of_groups(op.module, module, representatives, owns_weight=own)
+
+    def _rows_of(self, value: int) -> str | None:
+        """The parameter or buffer that this is, or that it views with all its rows."""
+        root = self.trace.root(value)
+        return self.trace.values[root].name if self.shape(root)[:1] == self.shape(value)[:1] else None
 
     def freeze(self, label: Label, op: Op, reason: str) -> None:
         """These slots must stay."""

@@ -46,6 +46,7 @@ class Options:
         frozen: calls whose neurons stay (found by repairs).
         heads: per view that splits a dim into heads of an attention, which go whole, the dim of its result that
             counts them; None where this has not been looked for yet.
+        channels: per view that splits a dim into channels and pixels, the dim of its result that holds the channels.
     """
 
     groups: str = "whole"
@@ -56,6 +57,7 @@ class Options:
     equal_parts: frozenset[str] = frozenset()
     frozen: frozenset[Place] = frozenset()
     heads: dict[Place, int] | None = field(default=None, hash=False)
+    channels: dict[Place, int] = field(default_factory=dict, hash=False)
 
     def freezes(self, place: Place) -> bool:
         """Whether the neurons at this call stay."""

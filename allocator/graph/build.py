@@ -81,12 +81,12 @@ def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None
 
 
 def _follow(trace: Trace, slots: Slots, options: Options) -> tuple[Flow, Facts, Options]:
-    """The flow of a trace; once more where it shows that heads of an attention can go whole."""
+    """The flow of a trace; once more where it shows which of the dims that a view makes holds heads or channels."""
     facts = Facts()
     flow = run_rules(trace, slots, facts, options)
     if options.heads is None:
-        options = replace(options, heads=flow.found_heads())
-        if options.heads:
+        options = replace(options, heads=flow.found_heads(), channels=flow.found_channels())
+        if options.heads or options.channels:
             facts = Facts()
             flow = run_rules(trace, slots, facts, options)
     return flow, facts, options

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 
@@ -55,6 +57,25 @@ def area_flops(flow: Flow, op: Op) -> list[Product]:
     return [elements(flow, op.inputs()[0])] if counts else []
 
 
+def _attention_in_parts(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` as products and a softmax, as it always is on meta tensors."""
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+    if query.is_meta:
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    parts = torch.ops.aten._scaled_dot_product_attention_math.default
+    result: torch.Tensor = parts(query, key, value, attn_mask, dropout_p, is_causal, None, **options)[0]
+    return result
+
+
 function("adaptive_avg_pool1d", flops=_nothing, callable=functional.adaptive_avg_pool1d)
 function("adaptive_avg_pool2d", flops=_adaptive_pool_flops, callable=functional.adaptive_avg_pool2d)
 function("adaptive_avg_pool3d", flops=_nothing, callable=functional.adaptive_avg_pool3d)
@@ -73,7 +94,12 @@ function("matrix_power", flops=_nothing)
 function("mm", flops=_mm_flops)
 function("multi_head_attention_forward")
 function("rmatmul", flops=_matmul_flops, multiplies=True)
-function("scaled_dot_product_attention", flops=_nothing, callable=functional.scaled_dot_product_attention)
+function(
+    "scaled_dot_product_attention",
+    flops=_nothing,
+    callable=functional.scaled_dot_product_attention,
+    in_parts=_attention_in_parts,
+)
 function("tensor_split", takes_apart=True)
 function("tensordot", flops=_nothing)
 
@@ -84,3 +110,6 @@ function("split", whole=False, callable=torch.split)  # takes one size or a list
 # Where numbers are equal but for rounding, what comes first hangs on the last bits.
 for _name in ("topk", "sort", "argsort", "argmax", "argmin", "nms"):
     function(_name, whole=False, orders=True)
+
+for _name in ("round", "floor", "ceil", "trunc", "sign"):
+    function(_name, whole=False, rounds=True)

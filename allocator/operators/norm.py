@@ -129,17 +129,3 @@ def _whole_groups(flow: Flow, op: Op, grouped: np.ndarray) -> None:
         flow.group(op, op.arg("weight"), grouped[:, 0])
     for index in op.outputs[1:]:
         flow.set(index, [flow.labels(op.inputs()[0])[0], grouped[:, 0]])
-
-
-@operator("_weight_norm_interface")
-def weight_norm(flow: Flow, op: Op) -> None:
-    """Direction times length: what is computed of all of a row's channels keeps these, and rows come and go."""
-    direction, length = op.inputs()
-    labels, dim = flow.labels(direction), int(op.arg("dim"))
-    for d, label in enumerate(labels):
-        if d == dim:
-            flow.unify(label, flow.labels(length)[d], op)
-        else:
-            flow.freeze(label, op, "a weight is normalised over these channels")
-    for index in op.outputs:
-        flow.set(index, labels if flow.shape(index) == flow.shape(direction) else flow.labels(length))

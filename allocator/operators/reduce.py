@@ -35,13 +35,44 @@ def reduce(flow: Flow, op: Op) -> None:
     dims = op.arg("dim")
     dims = [dims] if isinstance(dims, int) else dims
     reduced = {d % len(labels) for d in dims} if dims else set(range(len(labels)))
-    for d in reduced:
-        flow.freeze(labels[d], op, "a reduction runs over these channels")
+    if not (flow.options.norms == "loose" and _normalises(flow, op)):
+        for d in reduced:
+            flow.freeze(labels[d], op, "a reduction runs over these channels")
     kept: list[Label] = [label for d, label in enumerate(labels) if d not in reduced]
     if len(flow.shape(op.outputs[0])) == len(labels):
         kept = [None if d in reduced else label for d, label in enumerate(labels)]
     for index in op.outputs:
         flow.set(index, kept)
+
+
+# What a norm is written with: a statistic, the way to its scale, and back to the channels.
+_STATISTICS = frozenset({"mean", "sum", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm"})
+_TO_SCALE = frozenset({"add", "div", "mul", "pow", "sqrt", "rsqrt", "reciprocal", "clamp", "clamp_min", "getitem"})
+_BACK = frozenset({"mul", "div", "sub"})
+
+
+def _normalises(flow: Flow, op: Op) -> bool:
+    """Whether a statistic over channels is used for nothing but to shift and scale these channels, as a norm does."""
+    if op.name not in _STATISTICS or not op.arg("keepdim"):
+        return False
+    channels, narrow = flow.shape(op.inputs()[0]), flow.shape(op.outputs[0])
+    waiting, seen, back = [*op.outputs], set[int](), False
+    while waiting:
+        value = waiting.pop()
+        if value in flow.trace.outputs:
+            return False
+        if value in seen:  # a call that works in place gives what it read
+            continue
+        seen.add(value)
+        for later in flow.users.get(value, ()):
+            shape, name = flow.shape(later.outputs[0]), later.name.rstrip("_")
+            if name in _TO_SCALE and shape == narrow:
+                waiting += later.outputs
+            elif name not in _BACK or shape != channels:
+                return False
+            else:
+                back = True
+    return back
 
 
 @operator(

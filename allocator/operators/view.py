@@ -38,8 +38,8 @@ def as_strided(flow: Flow, op: Op) -> None:
     """Other strides for dims of size 1 (how pooling marks a memory format) move nothing; all else is refused."""
     shape, strides = flow.shape(op.inputs()[0]), op.arg("stride")
     dense = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-    moved = [d for d, n in enumerate(shape) if n > 1 and strides[d] != dense[d]]
-    if shape == flow.shape(op.outputs[0]) and not moved:
+    same = shape == flow.shape(op.outputs[0])
+    if same and all(n == 1 or strides[d] == dense[d] for d, n in enumerate(shape)):
         identity(flow, op)
     else:
         flow.refuse(op, "reads memory by strides")
@@ -115,20 +115,20 @@ def unflatten(flow: Flow, op: Op, label: np.ndarray, sizes: Sequence[int], outs:
     grid = label.reshape(sizes)
     varying = [d for d, n in enumerate(sizes) if n > 1 and not _constant(grid, d)]
     result: list[Label] = [None] * len(sizes)
-    heads = flow.heads_at(op)
+    heads, channels = flow.heads_at(op), flow.channels_at(op)
     if len(label) == 1:
         varying = [len(sizes) - 1]
     if not varying:
         flow.freeze(label, op, "a view leaves no dim for these neurons")
         return result
-    keep = outs.index(heads) if heads in outs else varying[-1]
+    keep = next((outs.index(dim) for dim in (heads, channels) if dim in outs), varying[-1])
     first = tuple(slice(None) if d == keep else slice(0, 1) for d in range(len(sizes)))
     kept = grid[first].reshape(-1)
     if varying != [keep]:
         flow.tie(grid, grid[first], op)
     if heads in outs:
         flow.note_heads(kept, op)
-    elif len(varying) > 1:
+    elif len(varying) > 1 and channels not in outs:
         flow.divide(op, [outs[d] for d in varying], kept)
     result[keep] = kept
     return result

@@ -138,6 +138,9 @@ def _checked(policy: str, kept: np.ndarray, problem: Problem) -> np.ndarray:
     dropped = int((expected & ~kept).sum())
     if dropped:
         raise PolicyError(f"policy {policy!r} drops {dropped} neurons that must stay: keep those in problem.forced")
+    closed = int((kept & ~problem.open).sum())
+    if closed:
+        raise PolicyError(f"policy {policy!r} keeps {closed} neurons that are gone: keep only what problem.open has")
     exceeded = problem.budgets.unmet(kept)
     if exceeded:
         metric, limit = exceeded[0].metric, exceeded[0].limit

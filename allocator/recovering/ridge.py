@@ -152,13 +152,14 @@ def search(ridge: Ridge, sums: dict[bool, Moments], *, weights: bool) -> Refit:
         weights: fit these too, not the offset alone.
     """
     seen, held = sums[False], sums[True]
-    best = Refit(None, 0.0, held.error(ridge.start))
+    first = held.error(ridge.start)
+    best = Refit(None, 0.0, first)
 
     def better(strength: float) -> bool:
         nonlocal best
         end = ridge.solve(seen, strength)
         gained, step = held.step(ridge.start, end)
-        after = held.error(ridge.start) - gained
+        after = first - gained
         if after >= best.after:
             return False
         best = Refit(ridge.start + step * (end - ridge.start), 0.0, after, strength, step)

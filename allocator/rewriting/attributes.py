@@ -120,7 +120,7 @@ def _describe(module: nn.Module, sizes: Mapping[str, Sequence[int]], groups: int
     for kind, fields in _SIZES.items():
         if isinstance(module, kind):
             return {field: weight[dim] for field, dim in fields.items()}
-    return {"normalized_shape": tuple(weight)} if isinstance(module, nn.LayerNorm) else {}
+    return {"normalized_shape": tuple(weight)} if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else {}
 
 
 _SIZES: dict[type[nn.Module], dict[str, int]] = {

@@ -159,7 +159,8 @@ def _noise(batch: Batch, seed: int) -> torch.Generator:
     """Noise that is the same for the same samples, whichever process looks at them and when."""
     number = seed
     for tensor in batch.inputs.tensors():
-        number = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), number)
+        flat = tensor.detach().cpu().contiguous().flatten()
+        number = zlib.crc32(flat.view(torch.uint8).numpy().data, number)
     return torch.Generator().manual_seed(number)
 
 

@@ -75,7 +75,9 @@ class Function:
         multiplies: it is a matrix product, whose last part gives its result.
         takes_apart: it gives views of its first tensor in a list, which torch's own tracer never loses.
         orders: it puts numbers in order, so that the last bits of equals decide.
+        rounds: it gives whole numbers in place of any, so that its results say little of what they were.
         callable: the function, where a program that names its ATen operator is to call it instead.
+        in_parts: does the same in operators that are followed, where torch may fuse it into one of a device's own.
     """
 
     name: str
@@ -84,7 +86,9 @@ class Function:
     multiplies: bool = False
     takes_apart: bool = False
     orders: bool = False
+    rounds: bool = False
     callable: Callable[..., Any] | None = None
+    in_parts: Callable[..., Any] | None = None
 
 
 DECLARATIONS: dict[str, Declaration] = {}

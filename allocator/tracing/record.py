@@ -114,7 +114,7 @@ def _converter(mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.T
     if mode == "fake":
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         stack.enter_context(fake)
-        return lambda _, t: fake.from_tensor(t.detach())
+        return lambda _, t: fake.from_tensor(t.data)  # `detach` would share its count of writes
     return lambda _, t: t.detach().clone()
 
 
@@ -274,18 +274,25 @@ class _Functions(TorchFunctionMode):
         if name is None or self.recorder.call is not None:
             out = func(*args, **kwargs)
             if func in _WRITTEN_DOWN:
-                numbers = [leaf for leaf in tree_flatten((args, kwargs))[0] if type(leaf) in _LITERALS]
+                leaves = [getattr(leaf, "tolist", lambda leaf=leaf: leaf)() for leaf in _given(args, kwargs)]
+                numbers = [leaf for leaf in tree_flatten(leaves)[0] if type(leaf) in _LITERALS]
                 self.recorder.literals[id(out)] = out, tuple(numbers)  # held, so that no other tensor has its id
             return out
         call = Call(name, args, kwargs)
         self.recorder.calls.append(call)
         self.recorder.call = call
+        in_parts = FUNCTIONS[name].in_parts
         try:
-            out = func(*args, **kwargs)
+            out = (func if in_parts is None else in_parts)(*args, **kwargs)
         finally:
             self.recorder.call = None
         call.outputs = out
         return out
+
+
+def _given(args: Any, kwargs: Any) -> list[Any]:
+    """Numbers, words and arrays of numpy's that a call was given, no tensors."""
+    return [leaf for leaf in tree_flatten((args, kwargs))[0] if not isinstance(leaf, torch.Tensor)]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -320,7 +327,7 @@ def _note_views(op: Op, values: list[Value]) -> None:
 
 
 def tensors_in(output: Any) -> list[torch.Tensor]:
-    """Tensors in a model's output, through containers, dataclasses and plain objects."""
+    """Tensors in a model's output, through containers, dataclasses and plain objects that are no state of its."""
     found: list[torch.Tensor] = []
     queue = [output]
     while queue:
@@ -331,6 +338,6 @@ def tensors_in(output: Any) -> list[torch.Tensor]:
             queue.extend(item.values())
         elif isinstance(item, (list, tuple, set)):
             queue.extend(item)
-        elif hasattr(item, "__dict__") and not isinstance(item, (nn.Module, type)):
+        elif hasattr(item, "__dict__") and not isinstance(item, (nn.Module, type)) and not adapters.is_state(item):
             queue.extend(vars(item).values())
     return found

@@ -24,7 +24,7 @@ from allocator.modules import set_training, skeleton, tensor_names
 from allocator.rewriting.index_map import IndexMap, Maps
 from allocator.torch_private import tree_map
 from allocator.tracing.inputs import Inputs, dtype_of
-from allocator.tracing.operators import FUNCTIONS
+from allocator.tracing.operators import FUNCTIONS, Function
 from allocator.tracing.record import tensors_in
 
 Rows = dict[str, list[tuple[int, np.ndarray]]]
@@ -140,6 +140,7 @@ class _Wide(TorchFunctionMode):
         self.said = dtype_of(model)
         self.complex = dtype.to_complex()
         self.rounded: list[torch.Tensor] = []
+        self.unrounded: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -158,14 +159,19 @@ class _Wide(TorchFunctionMode):
         if name.endswith("_") or "out" in kwargs:
             self._note_written(given, (args, kwargs))
         if isinstance(out, torch.Tensor):
-            if not (out.is_floating_point() or out.is_complex()):
-                self.rounded = [
-                    t for t in args if isinstance(t, torch.Tensor) and t.is_floating_point()
-                ] or self.rounded
+            self._note_rounded(args, out, declared)
             return self.widen(out)
         if out is self.dtype:
             return self.said
         return tree_map(self.widen, out) if isinstance(out, (tuple, list)) else out
+
+    def _note_rounded(self, args: Any, out: torch.Tensor, declared: Function | None) -> None:
+        """Remember what a call made whole numbers of; where it had been rounded before, what that was."""
+        read = [leaf for leaf in args if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+        if declared is not None and declared.rounds:
+            self.unrounded[id(out)] = out, read  # held, so that no other tensor has its id
+        elif read and not (out.is_floating_point() or out.is_complex()):
+            self.rounded = [t for each in read for t in self.unrounded.get(id(each), (each, [each]))[1]]
 
     def _note_written(self, given: Any, converted: Any) -> None:
         """A function that writes wrote into what was converted for it, which is read from now on."""

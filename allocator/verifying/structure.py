@@ -34,10 +34,12 @@ class Mismatch:
     Attributes:
         op: the original call; None where the original makes none.
         what: what differs, with got and expected.
+        module: path of the module whose forward raised; None where none did.
     """
 
     op: Op | None
     what: str
+    module: str | None = None
 
     def __str__(self) -> str:
         return f"{self.op or 'a forward without calls'}: {self.what}"
@@ -59,32 +61,30 @@ def find_mismatch(graph: ChannelGraph, maps: Maps, small: nn.Module, *, copied: 
         return Mismatch(graph.flow.trace.ops[torn.op], "what meets here is put into different orders")
     for flow in graph.flows:
         error: Exception | None = None
+        where: str | None = None
         last = copied and flow is graph.flows[-1]
         try:
             mode, training = flow.trace.mode, flow.trace.training
             trace = record(small, graph.inputs, mode, training=training, copied=last)
         except ForwardError as raised:
-            trace, error = raised.partial, raised.cause
+            trace, error, where = raised.partial, raised.cause, raised.module
         try:
             new = run_rules(trace, slots, Facts(), graph.options)
         except RuleError as failed:
             new, error = failed.flow, failed
-        mismatch = compare(flow, new, image, graph.facts.groups, error)
+        mismatch = compare(flow, new, image, error)
         if mismatch is not None:
-            return mismatch
+            return replace(mismatch, module=where)
     return None
 
 
-def compare(
-    old: Flow, new: Flow, image: Image, groups: dict[str, np.ndarray], raised: Exception | None = None
-) -> Mismatch | None:
+def compare(old: Flow, new: Flow, image: Image, raised: Exception | None = None) -> Mismatch | None:
     """The first place where two flows differ beyond the removed neurons, or None where there is none.
 
     Args:
         old: labels of the original.
         new: labels of the rewritten model.
         image: how their slots correspond.
-        groups: per weight of a grouped convolution that loses whole groups, one slot per group.
         raised: what ended the rewritten forward early, so that there is only its beginning.
     """
     gone = _gone(old, image)
@@ -92,7 +92,7 @@ def compare(
     after, returned_now = _without_copies(new.trace, set(), raised is None)
     values = _Pairs()
     for a, b in zip(before, after, strict=False):
-        what = _compare_call(old, new, a, b, values, gone, image, groups)
+        what = _compare_call(old, new, a, b, values, gone, image)
         if what:
             return Mismatch(old.trace.ops[a.index], what)
     if raised is not None:
@@ -175,7 +175,6 @@ def _compare_call(
     values: _Pairs,
     gone: set[int],
     image: Image,
-    groups: dict[str, np.ndarray],
 ) -> str | None:
     family = a.declared.stands_for
     alike = a.target is b.target or (family != "" and family == b.declared.stands_for)
@@ -183,7 +182,7 @@ def _compare_call(
         return f"became {b}"
     if len(a.outputs) != len(b.outputs):
         return f"gives {len(b.outputs)} tensors, expected {len(a.outputs)}"
-    what = _compare_arguments(old, new, a, b, values, gone) or _compare_groups(old, a, b, image, groups)
+    what = _compare_arguments(old, new, a, b, values, gone) or _compare_groups(old, a, b, image)
     if what:
         return what
     for i, j in zip(a.outputs, b.outputs, strict=True):
@@ -270,15 +269,14 @@ def numbers_in(tree: Iterable[Any]) -> list[Any]:
     return found
 
 
-def _compare_groups(old: Flow, a: Op, b: Op, image: Image, groups: dict[str, np.ndarray]) -> str | None:
+def _compare_groups(old: Flow, a: Op, b: Op, image: Image) -> str | None:
     """A convolution's integers other than its groups are the same; its groups are those that stay."""
     if "groups" not in a.operator.arguments or not a.declared.multiplies:
         return None
     for name in ("stride", "padding", "dilation", "output_padding", "transposed"):
         if a.arg(name) != b.arg(name):
             return f"has {name} {b.arg(name)}, expected {a.arg(name)}"
-    weight = old.trace.values[a.inputs()[1]].name
-    expected = image.size(groups[weight]) if weight in groups else a.arg("groups")
+    expected = image.size(old.grouped[a.index]) if a.index in old.grouped else a.arg("groups")
     if b.arg("groups") != expected:
         return f"has {b.arg('groups')} groups, expected {expected}"
     return None

@@ -1,0 +1,317 @@
+"""What an allocation leaves behind: nothing in the caller's model, its classes, its files, its process or its threads."""
+
+from __future__ import annotations
+
+import functools
+import random
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_graphs import Net, net
+from subjects import untouched
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import allocator
+from allocator.errors import AllocatorError, UnsupportedModelError
+
+IMAGE = torch.zeros(1, 3, 8, 8)
+KEPT: dict[Any, Any] = {}
+ROWS: list[Tensor] = []
+LATEST: Any = None
+
+
+def parts() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {"one": nn.Conv2d(3, 16, 3, padding=1), "two": nn.Conv2d(16, 16, 3, padding=1), "head": nn.Linear(16, 5)}
+
+
+def forward(m: Any, x: Tensor, between: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    result: Tensor = m.head(m.two(between(m.one(x).relu())).relu().mean((2, 3)))
+    return result
+
+
+def model_with(between: Callable[[Tensor], Tensor]) -> Any:
+    return net(lambda m, x: forward(m, x, between), **parts())
+
+
+def allocate(model: nn.Module, **options: Any) -> allocator.Result:
+    return allocator.allocate(model, "60%", example_inputs=IMAGE, criterion="magnitude", **options)
+
+
+# Caches ---------------------------------------------------------------------------------------------
+
+
+class Remembering(Net):
+    """Keeps what it computed in its class."""
+
+    table: dict[Any, Any] = {}  # noqa: RUF012
+    calls = 0
+    last: Tensor | None = None
+
+
+def by_class(m: Any, x: Tensor) -> Tensor:
+    if x.shape not in Remembering.table:
+        Remembering.table[x.shape] = torch.linspace(0, 1, x.shape[-1], device=x.device)
+    Remembering.calls += 1
+    Remembering.last = x
+    return forward(m, x + Remembering.table[x.shape])
+
+
+def in_the_file(x: Tensor) -> Tensor:
+    global LATEST
+    if x.shape not in KEPT:
+        KEPT[x.shape] = {"ramp": torch.linspace(0, 1, x.shape[-1], device=x.device)}
+        ROWS.append(KEPT[x.shape]["ramp"])
+        LATEST = KEPT[x.shape]["ramp"]
+    return x + KEPT[x.shape]["ramp"]
+
+
+@functools.lru_cache(maxsize=8)
+def ramp(side: int, device: torch.device) -> Tensor:
+    return torch.linspace(0, 1, side, device=device)
+
+
+def remembered(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    found: dict[Any, Tensor] = {}
+
+    @functools.wraps(function)
+    def run(side: int, device: torch.device) -> Tensor:
+        if side not in found:
+            found[side] = function(side, device)
+        return found[side]
+
+    return run
+
+
+@remembered
+def decorated(side: int, device: torch.device) -> Tensor:
+    return torch.linspace(0, 1, side, device=device)
+
+
+def by_default(side: int, device: torch.device, found: dict[Any, Tensor] = {}) -> Tensor:  # noqa: B006
+    return found.setdefault(side, torch.linspace(0, 1, side, device=device))
+
+
+CACHES: dict[str, Callable[[Tensor], Tensor]] = {
+    "globals": in_the_file,
+    "lru_cache": lambda x: x + ramp(x.shape[-1], x.device),
+    "a decorator": lambda x: x + decorated(x.shape[-1], x.device),
+    "a default": lambda x: x + by_default(x.shape[-1], x.device),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_what_a_forward_keeps_outside_of_its_modules_is_as_it_was(cache: str) -> None:
+    model = Kept(CACHES[cache])
+    assert allocate(model).certificate.ok
+    assert model(IMAGE).dtype == torch.float32
+    assert KEPT == {} or all(item["ramp"].dtype == torch.float32 for item in KEPT.values())
+    assert all(not row.is_meta and row.dtype == torch.float32 for row in ROWS)
+    assert LATEST is None or LATEST.dtype == torch.float32
+
+
+class Kept(nn.Module):
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.between = between
+        for name, part in parts().items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return forward(self, x, self.between)
+
+
+def test_what_a_forward_keeps_in_its_class_is_as_it_was() -> None:
+    model = Remembering(by_class, **parts()).eval()
+    model(IMAGE)
+    (kept,), latest = Remembering.table.values(), Remembering.last
+    assert allocate(model).certificate.ok
+    assert list(Remembering.table.values()) == [kept]
+    assert (Remembering.calls, Remembering.last) == (1, latest)
+    model(IMAGE)
+
+
+# Weights --------------------------------------------------------------------------------------------
+
+
+def _scaled(m: Any) -> None:
+    m.two.weight.mul_(0.9)
+
+
+def _by_data(m: Any) -> None:
+    m.two.weight.data.clamp_(-0.05, 0.05)
+
+
+def _by_index(m: Any) -> None:
+    m.two.weight[0] = 0.5
+
+
+def _written(m: Any) -> None:
+    torch.mul(m.two.weight.detach(), 0.5, out=m.two.weight.data)
+
+
+@pytest.mark.parametrize("write", [_scaled, _by_data, _by_index, _written])
+@pytest.mark.parametrize("by_value", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_forward_that_writes_into_weights(write: Callable[[Any], None], by_value: bool, dtype: torch.dtype) -> None:
+    def run(m: Any, x: Tensor) -> Any:
+        with torch.no_grad():
+            write(m)
+        return forward(m, x) if not by_value or float(x.max()) < 1e9 else None
+
+    model = net(run, **parts()).to(dtype)
+    before = model.two.weight.detach().clone()
+    with untouched(model):
+        try:
+            result: Any = allocator.allocate(model, "60%", example_inputs=IMAGE.to(dtype), criterion="magnitude")
+        except AllocatorError:
+            return
+    rows, columns = (range(16) if kept is None else kept for kept in result.allocation.kept["two.weight"][:2])
+    assert torch.equal(result.model.two.weight, before[list(rows)][:, list(columns)])
+
+
+def test_hooks_and_closures_that_hold_the_model_hold_the_copy() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, part in parts().items():
+                setattr(self, name, part)
+            for name in ("closure", "default", "bound", "partial", "weak"):
+                self.register_buffer(name, torch.zeros(()))
+            own = weakref.ref(self)
+            self.one.register_forward_hook(lambda *_: self.closure.add_(1) and None)
+            self.one.register_forward_hook(lambda m, i, o, own=self: own.default.add_(1) and None)
+            self.one.register_forward_hook(self.count)
+            self.one.register_forward_hook(functools.partial(self.add, self))
+            self.one.register_forward_hook(lambda *_: own().weak.add_(1) and None)
+
+        def count(self, *_: Any) -> None:
+            self.bound.add_(1)
+
+        @staticmethod
+        def add(model: Any, *_: Any) -> None:
+            model.partial.add_(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(self, x)
+
+    model = Counting()
+    with untouched(model):
+        result: Any = allocate(model)
+    result.model(IMAGE)
+    counts = [[float(buffer) for buffer in each.buffers()] for each in (model, result.model)]
+    assert counts == [[0.0] * 5, [1.0] * 5]
+
+
+def test_a_hook_that_reaches_the_model_otherwise_is_refused() -> None:
+    model = net(forward, **parts())
+    model.register_buffer("calls", torch.zeros(()))
+
+    class Holder:
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
+        def __call__(self, *_: Any) -> None:
+            model.calls.add_(1)
+
+    model.one.register_forward_hook(Holder())
+    with pytest.raises(UnsupportedModelError, match=r"wrote into calls of the model itself.*take the hook"):
+        allocate(model)
+
+
+# The process ----------------------------------------------------------------------------------------
+
+
+def _noise(x: Tensor) -> Tensor:
+    torch.rand(3)
+    return x + torch.empty(1, device=x.device).uniform_(0, 1) * 0
+
+
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "torch": _noise,
+    "dropout": lambda x: nn.functional.dropout(x, 0.0, training=True),
+    "python": lambda x: x * (1 + 0 * random.random()),
+    "numpy": lambda x: x * (1 + 0 * float(np.random.rand())),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_random_states_are_left_alone(draw: str) -> None:
+    model = model_with(DRAWS[draw])
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    allocate(model)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+    assert repr(before[2]) == repr(np.random.get_state())
+
+
+def test_no_other_thread_sees_a_switch_of_the_process() -> None:
+    def states() -> tuple[Any, ...]:
+        attention = torch.backends.mha.get_fastpath_enabled()
+        return torch.get_default_dtype(), attention, torch.backends.cudnn.deterministic, torch.is_grad_enabled()
+
+    model = nn.Sequential(nn.Linear(16, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()
+    expected, seen = states(), set()
+    work = [
+        threading.Thread(
+            target=allocator.allocate, args=(model, "80%"), kwargs={"example_inputs": torch.zeros(1, 4, 16)}
+        )
+        for _ in range(2)
+    ]
+    for thread in work:
+        thread.start()
+    while any(thread.is_alive() for thread in work):
+        seen.add(states())
+    assert seen | {states()} == {expected}
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        torch.inference_mode,
+        torch.no_grad,
+        lambda: torch.device("meta"),
+        FakeTensorMode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ],
+)
+def test_a_result_is_the_same_under_any_mode_of_the_callers(mode: Callable[[], Any]) -> None:
+    model = net(forward, **parts())
+    expected = allocate(model)
+    with mode():
+        result = allocate(model)
+    assert result.allocation == expected.allocation
+    assert result.certificate == expected.certificate
+    result.model.train()(torch.rand(2, 3, 8, 8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in result.model.parameters())
+
+
+def test_a_model_that_was_built_under_inference_mode_gives_one_that_trains() -> None:
+    with torch.inference_mode():
+        model = net(forward, **parts())
+    allocate(model).model.train()(torch.rand(2, 3, 8, 8)).sum().backward()
+
+
+def test_a_default_of_float64_changes_nothing() -> None:
+    expected = allocate(net(forward, **parts()))
+    model = net(forward, **parts())
+    torch.set_default_dtype(torch.float64)
+    try:
+        result = allocate(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert result.allocation == expected.allocation
+    assert result.certificate.ok
+
+
+def test_fake_weights_are_refused() -> None:
+    with FakeTensorMode():
+        model = net(forward, **parts())
+    with pytest.raises(UnsupportedModelError, match="is a fake tensor and has no values: build the model outside"):
+        allocate(model)
