@@ -187,7 +187,7 @@ def _sources(stop: Stop, positions: torch.Tensor, sizes: Sequence[int]) -> tuple
         at = places[:, axis, None]
         if transposed:  # the output pixel that input i reaches by kernel place k is i * stride - padding + k * dilation
             there = at + padding - offset
-            inside, there = there % stride == 0, there.div(stride, rounding_mode="floor")
+            inside, there = there % stride == 0, there // stride
         else:
             there = at * stride - padding + offset
             inside = torch.ones_like(there, dtype=torch.bool)

@@ -63,10 +63,9 @@ def _each(rows: Sequence[Row], share: float, full: dict[tuple[str, int], float],
 
 def _arms(rows: Sequence[Row], share: float) -> list[str]:
     """All that were measured as often as any."""
-    count = {arm: len(errors(rows, arm, share, "cut", "test")) for arm in dict.fromkeys(row["arm"] for row in rows)}
-    return [
-        arm for arm, seen in count.items() if arm != "full" and seen == max(n for a, n in count.items() if a != "full")
-    ]
+    arms = dict.fromkeys(row["arm"] for row in rows if row["arm"] != "full")
+    count = {arm: len(errors(rows, arm, share, "cut", "test")) for arm in arms}
+    return [arm for arm, seen in count.items() if seen == max(count.values())]
 
 
 def main() -> None:
