@@ -201,9 +201,16 @@ def recover(
     Raises:
         DataError: the data are empty, a single input, not finite, all the same, or do not fit the model; or they take
             other paths through it.
-        RecoveryError: no layer can be refitted; says why.
+        RecoveryError: no layer can be refitted, or the network cannot be trained where it is to be; says why.
         UnknownNameError: no such method.
+        InputError: this is no result, or `samples` no number of them.
     """
+    if not isinstance(result, Result):
+        raise InputError(f"this is a {type(result).__name__}: pass what allocate gave, not its model")
+    if not isinstance(samples, int) or samples < 2:
+        raise InputError(
+            f"samples={samples!r} is no whole number from 2 on: one to fit and one to judge by are the least"
+        )
     return recover_result(result, data, method, samples=samples, seed=seed, progress=progress)
 
 
@@ -374,13 +381,14 @@ def iterate(
         train: called with the network of every step, and trains it in place.
         data, loss, example_inputs, certify, seed, progress: as for `allocate`, at every step.
         recover: refit the network of every step on `data` before it is trained, as for `allocate`.
-        settings: how neurons are chosen, as for `sweep`.
+        settings: how neurons are chosen, as for `sweep`; shares in `at_least` are of the widths of `model`.
 
     Returns:
         The last network, trained, the allocation that leads to it from `model`, and the steps.
 
     Raises:
-        IterationError: `train` raised, or a step could not be made; `done` is what the steps before it came to.
+        IterationError: `train` raised or changed shapes, or a step could not be made; `done` is what the steps before
+            it came to.
         InputError: a schedule that does not rise to 1.
         BudgetError, NothingToAllocateError, CriterionError, DataError, UnsupportedModelError, InputError, TraceError:
             as for `allocate`, before anything was trained.

@@ -441,7 +441,7 @@ def test_joins_are_noted_in_order() -> None:
         model = Net(run, one=nn.Linear(3, 4), two=nn.Linear(3, 4), last=nn.Linear(8, 2), plain=plain).eval()
         flow = followed(model, X)
         assert [join.kind for join in flow.joins] == ["concat", "concat", "product", last]
-        assert [join.dim for join in flow.joins] == [1, 1, 1, 1]
+        assert [join.dim for join in flow.joins] == [1, 1, -1, -1 if plain else 1]
         assert flow.joins[1].inputs == flow.joins[0].inputs[::-1]
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from small_graphs import IMAGE, Net, channel_units, dropping, graph_of, net, random_choice
 from torch import Tensor, nn
 
+import allocator
 from allocator import adapters
 from allocator.adapters import Adapter
 from allocator.errors import InputError, UnknownNameError
@@ -208,6 +209,28 @@ def test_scopes_and_pools(name: str) -> None:
             by_pool.setdefault(pool, set()).add(layer)
     shared = [layers for layers in by_pool.values() if len(layers) > 1]
     assert sorted(map(sorted, shared)) == sorted(map(sorted, pools))
+
+
+class Centred(nn.Module):
+    """A sum of two activations of which one has no samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        return self.head((self.second(y) - y.mean(0)).relu())
+
+
+def test_a_sum_over_samples_meets_by_its_last_dims() -> None:
+    x = torch.zeros(4, 6)
+    graph = allocator.trace(Centred().eval(), x)
+    assert graph.size == 16
+    assert set(graph.scope_of.tolist()) == {ALL}
+    (block,) = graph.blocks
+    assert [branch.channels for branch in block.branches] == [16, 16]
+    assert allocator.allocate(graph.model, "60%", example_inputs=x).certificate.ok
 
 
 @pytest.mark.parametrize("name", NETWORKS)

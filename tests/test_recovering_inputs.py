@@ -100,6 +100,16 @@ def test_calls_that_recover_in_one_go_say_what_is_missing(model: nn.Module, imag
         allocator.recover(allocator.allocate(model, "50%", example_inputs=IMAGE), images, wrong)
 
 
+def test_what_is_no_result_and_no_number_is_refused(result: allocator.Result, images: Tensor) -> None:
+    nothing: Any
+    for nothing in (result.model, result.allocation, None):
+        with pytest.raises(allocator.InputError, match="pass what allocate gave"):
+            allocator.recover(nothing, images)
+    for nothing in (0, 1, 1.5, None):
+        with pytest.raises(allocator.InputError, match="is no whole number from 2 on"):
+            allocator.recover(result, images, samples=nothing)
+
+
 def test_an_iterator_serves_choice_and_recovery(model: nn.Module, images: Tensor) -> None:
     made = allocator.allocate(model, "50%", data=iter(images.split(20)), recover=True, example_inputs=IMAGE)
     assert made.recovery is not None
@@ -175,6 +185,27 @@ def test_a_network_of_such_weights_alone_is_refused() -> None:
     recovery = allocator.recover(result, tokens).recovery
     assert recovery is not None
     assert recovery.after <= recovery.before
+
+
+class Overwrites(nn.Module):
+    """Its result is written over what a gradient would need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 20), nn.Linear(20, 20), nn.Linear(20, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        z = self.second(y)
+        y += z
+        return self.head(y.relu_())
+
+
+def test_a_network_that_cannot_be_trained_is_not_distilled() -> None:
+    data = torch.randn(40, 6)
+    result = allocator.allocate(Overwrites().eval(), "60%", example_inputs=data[:1])
+    with pytest.raises(allocator.RecoveryError, match=r"cannot be trained .*method='least_squares' takes no gradient"):
+        allocator.recover(result, data, "distil")
 
 
 def test_nothing_dropped_is_nothing_to_do(model: nn.Module, images: Tensor) -> None:

@@ -23,7 +23,7 @@ class Join:
     Attributes:
         kind: "concat", "sum", "product", "stack" or "groups".
         op: index into the trace's ops.
-        dim: dim of the joined labels in the inputs.
+        dim: dim of the joined labels in the inputs; from the last where these may have fewer dims than the output.
         inputs: values that meet.
     """
 

@@ -54,7 +54,7 @@ def pointwise(flow: Flow, op: Op) -> None:
             if own >= 0 and flow.shape(i)[own] == size:
                 present.append((i, flow.labels(i)[own]))
         result.append(flow.unify_all([label for _, label in present], op))
-        _note_join(flow, op, dim, present)
+        _note_join(flow, op, dim - len(out), present)
     uniform = bool(inputs) and flow.uniform.issuperset(inputs)
     for index in op.outputs:
         flow.set(index, result)
@@ -63,7 +63,7 @@ def pointwise(flow: Flow, op: Op) -> None:
 
 
 def _note_join(flow: Flow, op: Op, dim: int, present: list[tuple[int, Label]]) -> None:
-    """A sum or product of two activations whose labels differ is where branches meet."""
+    """A sum or product of two activations whose labels differ is where branches meet; `dim` counts from the last."""
     kind = _JOINS.get(op.name.rstrip("_"))
     labelled = [(i, label) for i, label in present if label is not None and i in flow.active]
     if kind is None or len(labelled) < 2:

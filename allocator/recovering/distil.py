@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from allocator.clock import Progress, bar
+from allocator.errors import RecoveryError, first_line
 from allocator.recovering.compare import apart, distance
 from allocator.recovering.moments import average
 from allocator.recovering.samples import Samples
@@ -63,7 +64,11 @@ def _step(model: nn.Module, small: nn.Module, inputs: Inputs, optimiser: torch.o
         optimiser.zero_grad()
         if not loss.requires_grad or not bool(loss.isfinite()):
             return
-        loss.backward()
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            said = f"the network cannot be trained ({first_line(error)}): method='least_squares' takes no gradient"
+            raise RecoveryError(said) from error
     for group in optimiser.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
