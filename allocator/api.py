@@ -14,7 +14,6 @@ from allocator.clock import Progress
 from allocator.errors import DataError, InputError
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.io.files import load_allocation
-from allocator.isolation import as_usual
 from allocator.model_checks import check_model
 from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.iterate import Iterated, even_schedule, iterate_model
@@ -51,6 +50,7 @@ from allocator.settings import (
     check_choice,
 )
 from allocator.tracing.inputs import inputs_like
+from allocator.tracing.isolation import as_usual
 from allocator.verifying.certificate import Certificate, certify, names_and_shapes_match, no_certificate
 from allocator.verifying.structure import find_mismatch
 

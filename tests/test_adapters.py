@@ -80,16 +80,16 @@ def test_without_it_the_report_names_module_operator_attribute_and_remedy() -> N
 
 
 class Forgetful(nn.Module):
-    """A size in a list, which nothing but the forward's failing tells of."""
+    """Sizes in a list, in an order of its own, which nothing but the forward's failing tells of."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes = [4, 3]
+        self.sizes = [3, 4]
         self.write, self.norm, self.read = nn.Linear(5, 12), nn.BatchNorm1d(12), nn.Linear(12, 2)
         self.norm.weight = nn.Parameter(torch.linspace(0.5, 1.5, 12))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.read(self.norm(self.write(x)).view(-1, *self.sizes).flatten(1))
+        return self.read(self.norm(self.write(x)).view(-1, *reversed(self.sizes)).flatten(1))
 
 
 def test_neurons_frozen_by_tracing_are_named_with_the_attribute() -> None:
@@ -99,7 +99,7 @@ def test_neurons_frozen_by_tracing_are_named_with_the_attribute() -> None:
     assert result.certificate.ok
     note = next(note for note in result.notes if "stay" in note)
     assert "view.default in 0 stay" in note
-    assert "its forward may read sizes=[4, 3]" in note
+    assert "its forward may read sizes=[3, 4]" in note
     assert f"allocator.adapters.register('{__name__}.Forgetful')" in note
 
 

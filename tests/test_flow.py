@@ -576,3 +576,15 @@ def test_calls_that_depend_on_values_are_those_after_one_whose_size_does() -> No
     linear = [op.index for op in trace.ops if op.name == "linear"]
     assert [i in value_dependent(trace) for i in linear] == [False, True, False]
     assert value_dependent(traced(small(), X)[0]) == set()
+
+
+def test_a_rule_that_does_not_fit_a_call_freezes_what_it_touches() -> None:
+    def broken(flow: Flow, op: Op) -> None:
+        flow.labels(op.inputs()[0])[7]
+
+    with with_rule("flip", broken):
+        flow = followed(Net(lambda m, x: m.last(m.one(x).flip(1)), one=nn.Linear(3, 4), last=nn.Linear(4, 2)).eval(), X)
+    assert flow.facts.refused == {"flip": [""]}
+    assert any(
+        "the rule of this operator raised IndexError: tuple index" in frozen.reason for frozen in flow.facts.frozen
+    )

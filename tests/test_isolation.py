@@ -1,8 +1,9 @@
-"""What an allocation leaves behind: nothing in the caller's model, its classes, its files, its process or its threads."""
+"""What an allocation leaves behind: nothing in the caller's model, its classes, its process or its threads."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import random
 import threading
 import weakref
@@ -178,13 +179,17 @@ def test_a_forward_that_writes_into_weights(write: Callable[[Any], None], by_val
 
 def test_hooks_and_closures_that_hold_the_model_hold_the_copy() -> None:
     class Counting(nn.Module):
+        one: Any
+        closure: Any
+        bound: Any
+
         def __init__(self) -> None:
             super().__init__()
             for name, part in parts().items():
                 setattr(self, name, part)
             for name in ("closure", "default", "bound", "partial", "weak"):
                 self.register_buffer(name, torch.zeros(()))
-            own = weakref.ref(self)
+            own: Any = weakref.ref(self)
             self.one.register_forward_hook(lambda *_: self.closure.add_(1) and None)
             self.one.register_forward_hook(lambda m, i, o, own=self: own.default.add_(1) and None)
             self.one.register_forward_hook(self.count)
@@ -315,3 +320,13 @@ def test_fake_weights_are_refused() -> None:
         model = net(forward, **parts())
     with pytest.raises(UnsupportedModelError, match="is a fake tensor and has no values: build the model outside"):
         allocate(model)
+
+
+def test_what_fvcore_logs_of_other_counts_is_still_logged(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("fvcore.nn.jit_analysis")
+    level = logger.level
+    allocate(net(lambda m, x: forward(m, x).softmax(1), **parts()))
+    assert not [record for record in caplog.records if record.name == logger.name]
+    logger.warning("of somebody else's")
+    assert logger.level == level
+    assert [record.message for record in caplog.records if record.name == logger.name] == ["of somebody else's"]

@@ -59,7 +59,7 @@ def _quantisation(prepare: Callable[[nn.Module, Any], nn.Module]) -> nn.Module:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).train()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.qconfig = quantization.get_default_qat_qconfig()  # type: ignore[assignment]
+        model.qconfig = quantization.get_default_qat_qconfig()
         return prepare(model, quantization)
 
 
@@ -73,7 +73,8 @@ def test_functional_modules_that_stand_among_quantised_ones_are_float() -> None:
     added = torch.ao.nn.quantized.FloatFunctional()
     layers = {"one": nn.Conv2d(3, 8, 1), "two": nn.Conv2d(3, 8, 1), "head": nn.Conv2d(8, 4, 1)}
     model = net(lambda m, x: m.head(m.added.add(m.one(x), m.two(x)).relu()), added=added, **layers)
-    assert allocate(model, scope="all").model.get_submodule("head").in_channels < 8
+    small: Any = allocate(model, scope="all").model
+    assert small.head.in_channels < 8
     quantised = torch.ao.nn.quantized.QFunctional()
     with pytest.raises(UnsupportedModelError, match="added is quantised"):
         allocate(net(lambda m, x: x, added=quantised, **layers))
@@ -108,7 +109,7 @@ def conv(m: Any, x: Tensor) -> Tensor:
 
 def _pooled(m: Any, x: Tensor) -> Tensor:
     y, where = F.max_pool2d(m.one(x), 2, return_indices=True)
-    result: Tensor = m.two(F.max_unpool2d(y, where, 2))
+    result: Tensor = m.two(F.max_unpool2d(y, where, [2, 2]))
     return result
 
 

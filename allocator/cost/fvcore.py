@@ -8,15 +8,16 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
 
 from allocator.errors import TraceError
-from allocator.isolation import undisturbed
 from allocator.modules import set_training, skeleton
 from allocator.tracing.inputs import Inputs
+from allocator.tracing.isolation import undisturbed
 from allocator.tracing.record import tensors_in
 
 # Convolutions and linear layers, as fvcore calls them.
@@ -110,13 +111,20 @@ class _Bound(nn.Module):
         return output if self.plain else tuple(tensors_in(output))
 
 
+_counting: ContextVar[bool] = ContextVar("counting", default=False)
+
+
+def _is_said(record: logging.LogRecord) -> bool:
+    """Whether a message is an error's, or of a count that somebody else makes."""
+    return record.levelno >= logging.ERROR or not _counting.get()
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """fvcore logs what it skips; the report lists it instead."""
-    logger = logging.getLogger("fvcore.nn.jit_analysis")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """fvcore logs what it skips; the report lists it instead. Other threads' counts log as ever."""
+    logging.getLogger("fvcore.nn.jit_analysis").addFilter(_is_said)  # once, however often it is added
+    token = _counting.set(True)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        _counting.reset(token)

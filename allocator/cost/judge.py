@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from allocator.cost.metric import Metric
 from allocator.cost.terms import Term
 from allocator.flow.flow import Flow
-from allocator.isolation import undisturbed
 from allocator.modules import set_training, skeleton
 from allocator.tracing.inputs import Inputs
+from allocator.tracing.isolation import undisturbed
 
 
 def products_by_torch(model: nn.Module, inputs: Inputs, *, on_meta: bool) -> int:

@@ -88,8 +88,9 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
     alike = _alike_modules(graph.modules, op.module)
     scene = _Scene(graph, flow, plan, mends)
     for owner in dict.fromkeys((op.module, mismatch.module)):  # where it stopped: a block may check what its layers do
-        inside = owner is not None and (not owner or lies_within(op.module, [owner]))
-        attribute = _mend(scene, op, owner) if owner is not None and inside else None
+        if owner is None or (owner and not lies_within(op.module, [owner])):
+            continue
+        attribute = _mend(scene, op, owner)
         if attribute is not None:
             note = f"{attribute!r} of {type(graph.modules[owner]).__name__} follows the kept channels"
             if note not in mends.notes:

@@ -113,7 +113,7 @@ class Flow:
         return {self.places[op.index]: dims[-2] for op, dims, label in divided if self._multiplied[label].all()}
 
     def found_channels(self) -> dict[Place, int]:
-        """Views that split a dim into (channels, pixels), as a generator's first layer has it: the last dim must stay."""
+        """Views that split a dim into (channels, pixels), as a generator's first layer does: the last dim must stay."""
         frozen = np.zeros(self.slots.total, dtype=bool)
         for label, _, _ in self.facts.frozen:
             frozen[label] = True

@@ -47,6 +47,8 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
             rule(flow, op)
         except ValueError as error:
             raise RuleError(op, flow, error) from error
+        except (IndexError, KeyError, TypeError) as error:
+            flow.refuse(op, f"the rule of this operator raised {type(error).__name__}: {error}")
     flow.freeze_computed_weights()
     for index in trace.outputs:
         flow.freeze_output(index)

@@ -229,7 +229,7 @@ class ChannelGraph:
         return scope
 
     def _is_one_stream(self, join: Join) -> bool:
-        """Whether all that is summed is the same channels, as where a rotary embedding turns them: no residual stream."""
+        """Whether all that is summed is the same channels (a rotary embedding turns them): no residual stream."""
         first, *others = (self.flow.labels(value)[join.dim] for value in join.inputs)
         return all(first is not None and label is not None and np.array_equal(first, label) for label in others)
 

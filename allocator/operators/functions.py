@@ -92,13 +92,14 @@ function("matmul", flops=_matmul_flops, multiplies=True, callable=torch.matmul)
 function("matrix_power", flops=_nothing)
 # Called by itself fvcore counts its FLOPs and not what it writes; as the part of a linear layer it counts both.
 function("mm", flops=_mm_flops)
-function("multi_head_attention_forward")
+function("multi_head_attention_forward", draws=True)
 function("rmatmul", flops=_matmul_flops, multiplies=True)
 function(
     "scaled_dot_product_attention",
     flops=_nothing,
     callable=functional.scaled_dot_product_attention,
     in_parts=_attention_in_parts,
+    draws=True,
 )
 function("tensor_split", takes_apart=True)
 function("tensordot", flops=_nothing)
@@ -113,3 +114,11 @@ for _name in ("topk", "sort", "argsort", "argmax", "argmin", "nms"):
 
 for _name in ("round", "floor", "ceil", "trunc", "sign"):
     function(_name, whole=False, rounds=True)
+
+for _name in (
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"),
+    *("multinomial", "poisson", "uniform", "exponential", "geometric", "cauchy", "log_normal", "rrelu"),
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "gumbel_softmax"),
+    *("feature_alpha_dropout", "fractional_max_pool2d", "fractional_max_pool3d"),
+):
+    function(_name, whole=False, draws=True)

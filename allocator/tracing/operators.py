@@ -76,6 +76,7 @@ class Function:
         takes_apart: it gives views of its first tensor in a list, which torch's own tracer never loses.
         orders: it puts numbers in order, so that the last bits of equals decide.
         rounds: it gives whole numbers in place of any, so that its results say little of what they were.
+        draws: it draws from the process's generator of random numbers, or may.
         callable: the function, where a program that names its ATen operator is to call it instead.
         in_parts: does the same in operators that are followed, where torch may fuse it into one of a device's own.
     """
@@ -87,6 +88,7 @@ class Function:
     takes_apart: bool = False
     orders: bool = False
     rounds: bool = False
+    draws: bool = False
     callable: Callable[..., Any] | None = None
     in_parts: Callable[..., Any] | None = None
 

@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 
 from allocator import adapters
 from allocator.errors import TraceError
-from allocator.isolation import undisturbed
 from allocator.modules import modules_of, set_training, skeleton, tensor_names
 from allocator.torch_private import (
     FakeTensorMode,
@@ -28,6 +27,7 @@ from allocator.torch_private import (
 from allocator.tracing import meta_kernels
 from allocator.tracing.calls import Call, Op, Ref, Trace, Value
 from allocator.tracing.inputs import Inputs
+from allocator.tracing.isolation import undisturbed
 from allocator.tracing.operators import AS_ONE_CALL, FUNCTIONS, operator_of
 from allocator.tracing.value_sized import without_values
 

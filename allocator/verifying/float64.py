@@ -19,11 +19,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.isolation import undisturbed
 from allocator.modules import set_training, skeleton, tensor_names
 from allocator.rewriting.index_map import IndexMap, Maps
 from allocator.torch_private import tree_map
 from allocator.tracing.inputs import Inputs, dtype_of
+from allocator.tracing.isolation import undisturbed
 from allocator.tracing.operators import FUNCTIONS, Function
 from allocator.tracing.record import tensors_in
 

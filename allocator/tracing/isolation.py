@@ -24,21 +24,12 @@ from torch.overrides import TorchFunctionMode
 from allocator.errors import UnsupportedModelError
 from allocator.modules import modules_of, tensor_names
 from allocator.torch_private import without_dispatch_modes
+from allocator.tracing.operators import FUNCTIONS
 
 _FOREIGN = ("torch", "numpy", "builtins", "typing", "abc", "collections", "functools", "allocator")
 _ATOMS = (int, float, bool, str, bytes, type(None), type, ModuleType, torch.Tensor, nn.Module, torch.dtype)
 _DEPTH = 4
 _REGISTRY = 50  # entries of a global from which on it is taken to be a table, and not looked into further
-# Functions that draw from the process's generator, by what is left of their names without underscores.
-_DRAWS = frozenset(
-    {
-        *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"),
-        *("multinomial", "poisson", "uniform", "random", "exponential", "geometric", "cauchy", "log_normal", "rrelu"),
-        *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "gumbel_softmax"),
-        *("feature_alpha_dropout", "fractional_max_pool2d", "fractional_max_pool3d"),
-        *("scaled_dot_product_attention", "multi_head_attention_forward"),
-    }
-)
 
 
 @contextlib.contextmanager
@@ -106,7 +97,8 @@ class _Watch(TorchFunctionMode):
     drew = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.drew = self.drew or getattr(func, "__name__", "").strip("_") in _DRAWS
+        declared = FUNCTIONS.get(getattr(func, "__name__", "").strip("_"))
+        self.drew = self.drew or (declared is not None and declared.draws)
         return func(*args, **(kwargs or {}))
 
 
