@@ -138,6 +138,21 @@ def test_what_a_forward_keeps_in_its_class_is_as_it_was() -> None:
     model(IMAGE)
 
 
+def test_threads_that_share_a_class_do_not_disturb_each_other() -> None:
+    models = [Remembering(by_class, **parts()).eval() for _ in range(3)]
+    Remembering.table.clear()
+    done: list[bool] = []
+    work = [
+        threading.Thread(target=lambda model=model: done.append(allocate(model).certificate.ok)) for model in models
+    ]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert done == [True] * 3
+    assert Remembering.table == {}
+
+
 # Weights --------------------------------------------------------------------------------------------
 
 
