@@ -12,7 +12,7 @@ if not (Path(__file__).parent / "adapters").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 from allocator import recipes as _recipes  # noqa: F401 - makes their names known to `build`
-from allocator.api import allocate, apply, iterate, plan, rewrite, score, sweep, trace, verify
+from allocator.api import allocate, apply, iterate, plan, recover, rewrite, score, sweep, trace, verify
 from allocator.cost.latency import Latency, latency
 from allocator.errors import (
     AdapterError,
@@ -33,6 +33,7 @@ from allocator.errors import (
     MissingPackageError,
     NothingToAllocateError,
     PolicyError,
+    RecoveryError,
     RewriteError,
     TraceError,
     UninformativeScoresWarning,
@@ -54,6 +55,7 @@ from allocator.pipeline.sweep import Sweep
 from allocator.planning.policies.ordered import ordered
 from allocator.planning.policies.registry import policy
 from allocator.planning.problem import Problem
+from allocator.recovering.record import Recovery
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.scoring.calibration import Statistics
@@ -88,6 +90,8 @@ __all__ = [
     "Neuron",
     "NothingToAllocateError",
     "PolicyError",
+    "Recovery",
+    "RecoveryError",
     "Problem",
     "Result",
     "RewriteError",
@@ -112,6 +116,7 @@ __all__ = [
     "load_model",
     "ordered",
     "plan",
+    "recover",
     "policy",
     "rewrite",
     "save",

@@ -11,14 +11,18 @@ from typing import Any, get_args
 from torch import nn
 
 from allocator.clock import Progress
+from allocator.errors import DataError, InputError
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.io.files import load_allocation
 from allocator.model_checks import check_model
 from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.iterate import Iterated, even_schedule, iterate_model
 from allocator.pipeline.model import trace_model
+from allocator.pipeline.recover import recover_result
 from allocator.pipeline.run import run
 from allocator.pipeline.sweep import Evaluate, Sweep, sweep_model
+from allocator.recovering.proof import as_it_was_cut
+from allocator.recovering.record import recovery_of
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.index_map import maps_of
@@ -26,14 +30,18 @@ from allocator.rewriting.kept import kept_by
 from allocator.rewriting.materialise import check_fits
 from allocator.rewriting.rewrite import rewrite as rewrite_model
 from allocator.scoring.answers import Loss
+from allocator.scoring.batches import again_and_again
 from allocator.scoring.registry import Data
 from allocator.scoring.registry import score as score_graph
 from allocator.scoring.scores import Scores
 from allocator.settings import (
     DEFAULTS,
+    METHODS,
+    RECOVERING,
     Groups,
     Limit,
     Limits,
+    Method,
     Norms,
     Policy,
     Scope,
@@ -71,6 +79,7 @@ def allocate(
     at_least: Any = DEFAULTS.at_least,
     multiple: int = DEFAULTS.multiple,
     weights: Weights = "keep",
+    recover: bool | Method = RECOVERING.recover,
     certify: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
@@ -108,6 +117,7 @@ def allocate(
         at_least: channels that every layer keeps: a number, a share ("25%"), or one of these per name pattern.
         multiple: widths that change are multiples of this.
         weights: "keep", or "reset" to train the result from scratch.
+        recover: refit what is left on `data`, by a method of the function `recover`; True for its "auto".
         certify: compare weights and float64 outputs too; the structural check always runs.
         seed: of the certificate's input, and of the noise that stands in for answers that are no classes.
         progress: called with the name of each stage, and with how far it is.
@@ -122,7 +132,10 @@ def allocate(
     """
     check_choice("weights", weights, get_args(Weights))
     settings = Settings(policy, criterion, scope, fill, groups, norms, exclude, include, same, at_least, multiple)
-    return run(
+    method = _method(recover, data, weights)
+    if method is not None:
+        data = again_and_again(data)
+    result = run(
         model,
         Limits(flops, params, activations, peak_activations, latency),
         example_inputs,
@@ -133,6 +146,65 @@ def allocate(
         seed=seed,
         progress=progress,
     )
+    if method is None:
+        return result
+    return recover_result(result, data, method, samples=RECOVERING.samples, seed=seed, progress=progress)
+
+
+def _method(recover: bool | Method, data: Any, weights: Weights) -> str | None:
+    """The method that was asked for, None for none; raises where it cannot do anything."""
+    if recover is False:
+        return None
+    method = "auto" if recover is True else recover
+    check_choice("recover", method, METHODS)
+    if data is None:
+        raise DataError("recover needs data: a few hundred inputs without labels are enough")
+    if weights == "reset":
+        raise InputError('recover refits the weights that are kept: leave out weights="reset", or recover')
+    return method
+
+
+@as_usual
+def recover(
+    result: Result,
+    data: Any,
+    method: Method = "auto",
+    *,
+    samples: int = RECOVERING.samples,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Make a smaller network accurate again, in minutes and without labels or training.
+
+    The forward is led through layer by layer. What each layer that reads is to give is what the original's gave on the
+    same inputs; what it has for that is what its forerunners, refitted already, now give. That is a ridge regression
+    toward its weights. An eighth of the inputs is held back: they decide how strong the ridge is, how far a layer goes,
+    and whether it changes at all.
+
+    Args:
+        result: from `allocate`; it and its model stay as they are, and so does the original, `result.graph.model`.
+        data: a few hundred inputs like those that the network is for: a tensor, or a loader of tensors, of (inputs,
+            target) pairs or of dicts. Labels are not looked at.
+        method: "least_squares" as above; "batch_norm" takes the running statistics anew; "fold" puts the means of what
+            was dropped into offsets; "auto" tries batch_norm, least_squares, and both, and gives what is nearest to
+            the original on the inputs held back, which may be the network as it was cut.
+            "distil" trains what least squares gives on the original's outputs, without labels, and takes minutes more.
+        samples: inputs to look at, at most. All of them are held in memory, each with what a forward holds.
+        seed: of the positions that are looked at.
+        progress: called with how far it is.
+
+    Returns:
+        A new result; its `recovery` says what was done, per layer what it changed, and how far the outputs are from the
+        original's, before and after: of logits by Kullback-Leibler divergence in nats, of other outputs by squared
+        difference as a share of the original's square. Its certificate is that of the cut.
+
+    Raises:
+        DataError: the data are empty, a single input, not finite, all the same, or do not fit the model; or they take
+            other paths through it.
+        RecoveryError: no layer can be refitted; says why.
+        UnknownNameError: no such method.
+    """
+    return recover_result(result, data, method, samples=samples, seed=seed, progress=progress)
 
 
 @as_usual
@@ -285,6 +357,7 @@ def iterate(
     train: Callable[[nn.Module], Any],
     data: Any = None,
     loss: Loss | None = None,
+    recover: bool | Method = RECOVERING.recover,
     example_inputs: Any = None,
     certify: bool = True,
     seed: int = 0,
@@ -300,6 +373,7 @@ def iterate(
         schedule: instead, how far each step goes, from 0 for the model's own cost to 1 for the budget, rising.
         train: called with the network of every step, and trains it in place.
         data, loss, example_inputs, certify, seed, progress: as for `allocate`, at every step.
+        recover: refit the network of every step on `data` before it is trained, as for `allocate`.
         settings: how neurons are chosen, as for `sweep`.
 
     Returns:
@@ -311,6 +385,7 @@ def iterate(
         BudgetError, NothingToAllocateError, CriterionError, DataError, UnsupportedModelError, InputError, TraceError:
             as for `allocate`, before anything was trained.
     """
+    method = _method(recover, data, "keep")
     return iterate_model(
         model,
         Limits(flops, params, activations, peak_activations),
@@ -318,7 +393,8 @@ def iterate(
         Settings(**settings),
         schedule=even_schedule(steps) if schedule is None else schedule,
         train=train,
-        data=None if data is None else Data(data, loss, seed, progress),
+        data=None if data is None else Data(again_and_again(data), loss, seed, progress),
+        recover=method,
         numeric=certify,
         seed=seed,
         progress=progress,
@@ -370,7 +446,8 @@ def verify(
 
     Args:
         model: the original network.
-        small: the rewritten one.
+        small: the rewritten one. Of one that was recovered, the tensors that its record names are put back as they
+            were cut, and this is proven; `refitted` in the certificate says so.
         allocation: what it should have kept, or the path of its file: `.json`, or a saved result.
         example_inputs: as for `allocate`; None for one tensor of the size that the allocation was made for.
         numeric: compare weights and float64 outputs too. A model that was trained since fails both; with
@@ -388,6 +465,11 @@ def verify(
     values = numeric and not allocation.parts
     check_fits(check_model(model, values=values), allocation)
     check_model(small, values=values)
+    recovery = recovery_of(small)
+    if recovery is not None and recovery.tensors and not allocation.parts:
+        cut = as_it_was_cut(model, small, allocation, recovery)
+        proven = verify(model, cut, allocation, example_inputs=example_inputs, numeric=numeric, seed=seed)
+        return replace(proven, refitted=recovery.inputs)
     if allocation.parts:
         return _verify_parts(model, small, allocation, example_inputs, numeric, seed)
     if example_inputs is None:

@@ -84,6 +84,10 @@ class RewriteError(AllocatorError, RuntimeError):
     """The rewritten model does not run, and no smaller plan was found that does."""
 
 
+class RecoveryError(AllocatorError, ValueError):
+    """A network has no layer that can be refitted, or its recovery cannot be told from its files."""
+
+
 class CertificateError(AllocatorError, AssertionError):
     """The rewritten model is not the original minus the removed neurons."""
 

@@ -10,6 +10,7 @@ from torch import nn
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.planning.optimality import Optimality
 from allocator.planning.plan import Plan
+from allocator.recovering.record import Recovery
 from allocator.reporting.result_report import Report
 from allocator.rewriting.allocation import Allocation
 from allocator.verifying.certificate import Certificate
@@ -30,6 +31,7 @@ class Result:
         uncounted: operators that fvcore does not count, with the number of their calls.
         notes: what was assumed, set or frozen on the way.
         timings: seconds per stage.
+        recovery: what `recover` did to the model's weights; None where they are the original's.
     """
 
     model: nn.Module
@@ -44,6 +46,7 @@ class Result:
     uncounted: dict[str, int]
     notes: list[str]
     timings: dict[str, float] = field(default_factory=dict)
+    recovery: Recovery | None = None
 
     @cached_property
     def optimality(self) -> Optimality | None:

@@ -17,6 +17,7 @@ Scope = Literal["auto", "branches", "inner", "all", "narrowest"]
 Groups = Literal["whole", "width"]
 Norms = Literal["exact", "loose"]
 Weights = Literal["keep", "reset"]
+Method = Literal["auto", "least_squares", "batch_norm", "fold", "distil"]
 Limit = float | str | None
 
 
@@ -147,8 +148,28 @@ def _declared(kind: type) -> dict[str, tuple[Any, Option]]:
     return {each.name: get_args(hints[each.name])[:2] for each in fields(kind)}
 
 
+@dataclass(frozen=True)
+class Recovering:
+    """Whether and how the smaller network is made accurate again."""
+
+    recover: Annotated[
+        bool | Method,
+        Option(
+            "refit what is left on the data, without labels: least_squares (layer by layer), batch_norm (statistics), "
+            "fold (means of what was dropped), distil (layer by layer, then training on the original's outputs), or "
+            "auto for the best of the first two on inputs held back",
+            metavar="METHOD",
+        ),
+    ] = False
+    samples: Annotated[int, Option("look at no more inputs than these", metavar="N")] = 1024
+
+
 DEFAULTS = Settings()
+RECOVERING = Recovering()
+METHODS: tuple[str, ...] = get_args(Method)
+"""Ways to recover."""
 OPTIONS: dict[str, Option] = {name: option for name, (_, option) in _declared(Settings).items()}
+RECOVERING_OPTIONS: dict[str, Option] = {name: option for name, (_, option) in _declared(Recovering).items()}
 BUDGETS: dict[str, Option] = {name: option for name, (_, option) in _declared(Limits).items()}
 CHOICES: dict[str, tuple[str, ...]] = {
     name: get_args(kind) for name, (kind, _) in _declared(Settings).items() if get_origin(kind) is Literal

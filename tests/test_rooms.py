@@ -15,6 +15,7 @@ OPERATORS = {name.rpartition("::")[2] for name in DECLARATIONS} | set(FUNCTIONS)
 # Words of the field that some operator happens to be called like, with what they say here.
 WORDS = {
     "all": "a scope",
+    "batch_norm": "a way to recover",
     "concat": "a kind of aggregation point",
     "inner": "a scope",
     "mean": "how entries make a score",

@@ -20,6 +20,7 @@ from allocator.cli.data import add_data_options, data_options
 from allocator.cli.opening import example_inputs, open_model
 from allocator.cli.outputs import MODEL_SUFFIXES, check_outputs, check_report, check_suffix, write_model
 from allocator.cli.talk import Talk
+from allocator.settings import METHODS, RECOVERING_OPTIONS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +34,7 @@ _EXAMPLE = """\
   allocator-cli allocate model.pt --flops 60% --data photographs/ --loss torch.nn.functional:cross_entropy -o small.pt
   allocator-cli allocate model.pt --params 10M --activations 70% --multiple 8 --at-least 25% -o small.pt
   allocator-cli allocate model.pt --latency 8ms --exclude 'head*' --same 'encoder.layer.*' -o small.pt
+  allocator-cli allocate model.pt --flops 60% --data photographs/ --recover -o small.pt
   allocator-cli allocate model.pt --flops 60% -o small.pt --report report.html --plot shares.png"""
 
 
@@ -60,6 +62,10 @@ def _add_result_options(group: Any) -> None:
         default="keep",
         choices=("keep", "reset"),
         help="keep them, or start afresh to train the result from scratch (default: keep)",
+    )
+    option = RECOVERING_OPTIONS["recover"]
+    group.add_argument(
+        "--recover", nargs="?", const="auto", default=False, choices=METHODS, help=f"{option.help} (needs --data)"
     )
     group.add_argument("--no-certificate", action="store_true", help="leave out the numeric certificate")
     group.add_argument("--seed", type=int, default=0, help="of the certificate's input (default: 0)")
@@ -117,6 +123,7 @@ def _allocate(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
             example_inputs=example_inputs(args),
             **plan_options(args),
             weights=args.weights,
+            recover=args.recover,
             certify=not args.no_certificate,
             seed=args.seed,
             progress=update,

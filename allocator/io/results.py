@@ -21,6 +21,7 @@ from allocator.io.models import BUILD_ATTRIBUTE
 from allocator.io.programs.program import Program
 from allocator.io.rebuild import build_on_meta, build_quietly, build_spec, check_harmless, has_meta, no_larger_than
 from allocator.modules import shapes_of, tensor_names
+from allocator.recovering.record import Recovery, recovery_of, remember_recovery
 from allocator.rewriting.allocation import Allocation, architecture_hash
 from allocator.rewriting.lineage import led_to, remember
 from allocator.rewriting.materialise import gives
@@ -68,6 +69,9 @@ def save_result(result: Any, path: PathLike) -> None:
         "architecture": json.dumps(architecture_hash(shapes_of(model))),
         "certificate": json.dumps(certificate),
     }
+    recovery = recovery_of(model)
+    if recovery is not None:
+        metadata["recovery"] = json.dumps(recovery.to_dict())
     if isinstance(model, Program):
         metadata["program"] = json.dumps(model.to_dict())
     metadata["digest"] = _digest(metadata, tensors)
@@ -134,6 +138,8 @@ def load_result(
             raise AllocationMismatchError(
                 f"{path} was saved from a network with other tensors than the one it rebuilds"
             )
+    if "recovery" in metadata:
+        remember_recovery(loaded, Recovery.from_dict(_parse(metadata, "recovery", path, dict)))
     return loaded.train(training)
 
 

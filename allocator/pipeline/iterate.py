@@ -15,11 +15,12 @@ from allocator.errors import AllocatorError, InputError, IterationError
 from allocator.model_checks import check_model
 from allocator.pipeline.choice import budgets_of
 from allocator.pipeline.model import trace_model
+from allocator.pipeline.recover import recover_result
 from allocator.pipeline.run import run
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.scoring.registry import Data
-from allocator.settings import Limits, Settings
+from allocator.settings import RECOVERING, Limits, Settings
 from allocator.verifying.certificate import Certificate
 
 Train = Callable[[nn.Module], Any]
@@ -68,6 +69,7 @@ def iterate_model(
     schedule: Sequence[float],
     train: Train,
     data: Data | None = None,
+    recover: str | None = None,
     numeric: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
@@ -82,6 +84,7 @@ def iterate_model(
         schedule: how far each step goes, from 0 for the model's own cost to 1 for the budgets.
         train: called with the network of every step.
         data: what criteria may look at.
+        recover: how the network of every step is refitted on the data before it is trained; None for not at all.
         numeric, seed, progress: as for `run`.
     """
     _check_schedule(schedule)
@@ -103,6 +106,8 @@ def iterate_model(
                 seed=seed,
                 progress=None if progress is None else partial(_say, progress, step),
             )
+            if recover is not None and data is not None:
+                result = recover_result(result, data.loader, recover, samples=RECOVERING.samples, seed=seed)
         except AllocatorError as error:
             if done is None:
                 raise

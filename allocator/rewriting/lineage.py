@@ -10,6 +10,8 @@ from allocator.rewriting.materialise import gives
 
 LINEAGE_ATTRIBUTE = "_allocator_lineage"
 """Attribute of a rewritten model: the allocation as JSON. Text is copied for free, and pickles as plain data."""
+RECOVERY_ATTRIBUTE = "_allocator_recovery"
+"""Attribute of a model that was refitted after it was rewritten: what was done, as JSON."""
 
 
 def remember(small: nn.Module, model: nn.Module, allocation: Allocation) -> None:
@@ -17,6 +19,7 @@ def remember(small: nn.Module, model: nn.Module, allocation: Allocation) -> None
     earlier = led_to(model)
     whole = allocation if earlier is None else earlier.compose(allocation)
     setattr(small, LINEAGE_ATTRIBUTE, whole.to_json())
+    vars(small).pop(RECOVERY_ATTRIBUTE, None)  # what was done to `model` is no part of the cut that follows
 
 
 def led_to(model: nn.Module) -> Allocation | None:

@@ -82,6 +82,11 @@ def batches(data: Any, model: nn.Module, example: Inputs) -> Iterator[Batch]:
         raise DataError("the data are empty: the loader yields no batch")
 
 
+def again_and_again(data: Any) -> Any:
+    """The same data, that can be gone through more than once: what an iterator gives is put into a list."""
+    return list(data) if isinstance(data, Iterator) else data
+
+
 def _as_batch(item: Any, model: nn.Module, example: Inputs) -> Batch:
     if isinstance(item, torch.Tensor):
         return Batch(Inputs((item,)))

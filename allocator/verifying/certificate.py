@@ -41,6 +41,8 @@ class Certificate:
             nothing. True where nothing was dropped or measured.
         compared: numbers in the outputs that were compared, over all inputs that were tried.
         dtype: what was computed in; "float32" where the forward refuses float64.
+        refitted: of a model that was recovered, how many inputs its weights were refitted on after the cut; then
+            `weights` and `relative_error` are of the cut. None where they were not.
     """
 
     structural: bool
@@ -55,6 +57,7 @@ class Certificate:
     shown: bool = True
     compared: int = 0
     dtype: str = "float64"
+    refitted: int | None = None
 
     @property
     def tolerance(self) -> float:
@@ -92,7 +95,8 @@ class Certificate:
         if not self.shown:
             said.append("but none of them was seen to depend on the dropped neurons")
         verdict = "passed" if self.ok else "NOT SHOWN" if self.agrees else "FAILED"
-        return f"{verdict}: {', '.join(said)}"
+        after = "" if self.refitted is None else f"; structure proven, weights refitted on {self.refitted} inputs"
+        return f"{verdict}: {', '.join(said)}{after}"
 
 
 def certify(

@@ -24,7 +24,7 @@ from allocator.tracing.inputs import Inputs
 
 from .task import Part
 
-Arm = Callable[[nn.Module, Part, float], nn.Module]
+Arm = Callable[[nn.Module, Part, float], "nn.Module | allocator.Result"]
 CALIBRATION = 256
 TOLERANCE = 0.01
 MOST_TRIES = 16
@@ -33,7 +33,7 @@ MOST_TRIES = 16
 def _ours(*, data: str = "", **options: Any) -> Arm:
     """An allocation of ours; `data` is "" for none, "images", or "labels"."""
 
-    def choose(model: nn.Module, part: Part, share: float) -> nn.Module:
+    def choose(model: nn.Module, part: Part, share: float) -> allocator.Result:
         images, labels = part.images[:CALIBRATION], part.labels[:CALIBRATION]
         if data:
             options["data"] = images if data == "images" else [(images, labels)]
@@ -42,8 +42,7 @@ def _ours(*, data: str = "", **options: Any) -> Arm:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", allocator.AllocatorWarning)
             flops = f"{100 * share}%"
-            result = allocator.allocate(model, flops, example_inputs=images[:1], certify=False, **options)
-        return result.model
+            return allocator.allocate(model, flops, example_inputs=images[:1], certify=False, **options)
 
     return choose
 

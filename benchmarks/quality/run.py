@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import allocator
 from benchmarks.common import RESULTS  # sets one thread before torch is imported
 
 from .arms import ARMS, flops_of
@@ -50,12 +51,18 @@ def row(model: nn.Module, arm: str, share: float, parts: dict[str, Part], seed: 
     image = parts["test"].images[:1]
     start = time.perf_counter()
     try:
-        small = ARMS[arm](model, parts["calibration"], share)
+        made = ARMS[arm](model, parts["calibration"], share)
     except Exception as error:  # whatever is raised is a result here
         return {"failed": f"{type(error).__name__}: {error!s:.120}"}
     found: dict[str, Any] = {"seconds": time.perf_counter() - start}
+    small = made.model if isinstance(made, allocator.Result) else made
     found["share"] = flops_of(small, image) / flops_of(model, image)
     states = {"cut": small, "statistics": with_batch_norm_statistics(small, parts["calibration"])}
+    if isinstance(made, allocator.Result):
+        start = time.perf_counter()
+        recovered = allocator.recover(made, parts["calibration"].images)
+        states["recovered"], found["recovery"] = recovered.model, recovered.recovery.to_dict()["tried"]
+        found["recovery seconds"] = time.perf_counter() - start
     if tune:
         states["tuned"] = copy.deepcopy(small)
         train(states["tuned"], parts["train"], TUNING_EPOCHS, TUNING_RATE, seed)
@@ -66,11 +73,18 @@ def row(model: nn.Module, arm: str, share: float, parts: dict[str, Part], seed: 
 
 
 def run(
-    networks: Sequence[str], seeds: Sequence[int], arms: Sequence[str], shares: Sequence[float], folder: Path
+    networks: Sequence[str],
+    seeds: Sequence[int],
+    arms: Sequence[str],
+    shares: Sequence[float],
+    folder: Path,
+    rows: Path = ROWS,
+    *,
+    tune: bool = True,
 ) -> None:
     """All rows that are not there yet."""
     parts = load()
-    known = {_key(each) for each in read_rows()}
+    known = {_key(each) for each in read_rows(rows)}
     for seed in seeds:
         for name in networks:
             model = trained(name, seed, parts, folder)
@@ -82,17 +96,17 @@ def run(
                 if arm == "full":
                     found = {f"cut {part}": errors(model, parts[part]) for part in ("calibration", "test")}
                 else:
-                    found = row(model, arm, share, parts, seed, tune=share in (0.6, 0.4))
-                with ROWS.open("a", encoding="utf-8") as file:
+                    found = row(model, arm, share, parts, seed, tune=tune and share in (0.6, 0.4))
+                with rows.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({**key, **found}) + "\n")
                 print(name, seed, share, arm, found.get("cut test", found.get("failed")), flush=True)
 
 
-def read_rows() -> list[dict[str, Any]]:
+def read_rows(rows: Path = ROWS) -> list[dict[str, Any]]:
     """All rows so far."""
-    if not ROWS.exists():
+    if not rows.exists():
         return []
-    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -107,9 +121,11 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="for trained networks")
+    parser.add_argument("--no-tuning", action="store_true", help="leave out the state that trains")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="where they are written, one a line")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    run(args.networks, args.seeds, args.arms, args.shares, args.folder)
+    run(args.networks, args.seeds, args.arms, args.shares, args.folder, args.rows, tune=not args.no_tuning)
 
 
 if __name__ == "__main__":

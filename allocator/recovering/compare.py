@@ -1,0 +1,77 @@
+"""How far a smaller network's outputs are from the original's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from allocator.errors import DataError
+from allocator.recovering.moments import all_reduce
+from allocator.recovering.samples import size_of
+from allocator.tracing.inputs import Inputs
+from allocator.tracing.record import tensors_in
+
+
+def outputs_of(model: nn.Module, inputs: Inputs) -> Any:
+    """What the model gives.
+
+    Raises:
+        DataError: it raised.
+    """
+    try:
+        return model(*inputs.args, **inputs.kwargs)
+    except Exception as error:
+        said = f"the model raised {type(error).__name__} on {inputs.describe()} from the data: {error!s:.300}"
+        raise DataError(said) from error
+
+
+@torch.no_grad()
+def distance(model: nn.Module, small: nn.Module, parts: Sequence[Inputs]) -> float:
+    """Mean over the inputs, and over all ranks, of how far the outputs are apart.
+
+    Of logits (N, classes), or what a language model calls so, Kullback-Leibler divergence in nats. Of other outputs the
+    squared difference as a share of the original's square.
+
+    Args:
+        model, small: in eval mode.
+        parts: inputs.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    for inputs in parts:
+        weight = size_of(inputs)
+        found = apart(outputs_of(model, inputs), outputs_of(small, inputs))
+        sums += torch.tensor([weight * (float(found) if bool(found.isfinite()) else torch.inf), weight])
+    all_reduce(sums)
+    return float(sums[0] / sums[1])
+
+
+def apart(original: Any, small: Any) -> torch.Tensor:
+    """A scalar: how far two outputs are from each other, as `distance` has it."""
+    known, given = logits_of(original), logits_of(small)
+    if known is not None and given is not None and known.shape == given.shape:
+        return functional.kl_div(
+            functional.log_softmax(given.double().flatten(0, -2), 1),
+            functional.log_softmax(known.double().flatten(0, -2), 1),
+            reduction="batchmean",
+            log_target=True,
+        )
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for a, b in zip(tensors_in(original), tensors_in(small), strict=False):
+        if a.is_floating_point() and a.shape == b.shape:
+            scale = a.double().square().sum().clamp_min(1e-30)
+            total, count = total + ((a.double() - b.double()).square().sum() / scale).cpu(), count + 1
+    return total / max(count, 1)
+
+
+def logits_of(output: Any) -> torch.Tensor | None:
+    """The logits of an output that has such."""
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, torch.Tensor) and logits.dim() >= 2:
+        return logits
+    tensors = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
+    alone = len(tensors) == 1 and tensors[0].dim() == 2 and tensors[0].shape[1] > 1
+    return tensors[0] if alone else None

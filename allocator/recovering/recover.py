@@ -1,0 +1,201 @@
+"""Methods of recovery, and the choice between them by inputs that none of them saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from allocator.clock import Progress
+from allocator.errors import RecoveryError
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.modules import modules_of, set_training, skeleton, tensor_names
+from allocator.recovering.batch_norm import take_statistics
+from allocator.recovering.compare import distance
+from allocator.recovering.distil import distil
+from allocator.recovering.least_squares import fit
+from allocator.recovering.readers import Reader, readers_of
+from allocator.recovering.record import Layer, Recovery, remember_recovery
+from allocator.recovering.samples import Samples, gather
+from allocator.settings import METHODS, check_choice
+
+
+@dataclass
+class Subject:
+    """A network to recover, and what it is compared with.
+
+    Attributes:
+        model: the original, in eval mode, with its own weights.
+        small: what is left of it, in eval mode.
+        stays: (slots,) bool, which of the original's it has.
+        readers: the layers that can be refitted, by their weights.
+        left: the weights that read dropped neurons and can't be, with the reason.
+        samples: inputs.
+        seed: of the positions that are looked at.
+        progress: called with how far it is.
+    """
+
+    model: nn.Module
+    small: nn.Module
+    stays: np.ndarray
+    readers: dict[str, Reader]
+    left: dict[str, str]
+    samples: Samples
+    seed: int
+    progress: Progress | None
+
+
+@dataclass
+class Made:
+    """A network that a method made, with what it changed."""
+
+    method: str
+    model: nn.Module
+    tensors: list[str] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+
+
+def recover(
+    graph: ChannelGraph,
+    kept: np.ndarray,
+    small: nn.Module,
+    data: Any,
+    method: str = "auto",
+    *,
+    samples: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, Recovery]:
+    """A refitted copy of `small`, and the record of what was done; see `allocator.recover`.
+
+    Args:
+        graph: the original's neurons.
+        kept: (neurons,) bool, which of them `small` has.
+        small: the smaller network; not changed.
+        data: as for `allocator.recover`.
+        method: its name.
+        samples: inputs to look at.
+        seed: of the positions that are looked at.
+        progress: called with how far it is.
+    """
+    check_choice("method", method, METHODS)
+    stays = graph.stays(kept)
+    readers, left = _readers(graph, stays, small)
+    if not readers and method in ("least_squares", "fold"):
+        raise RecoveryError(f"no layer that reads neurons can be refitted: {_listed(left)}")
+    subject = Subject(
+        model=set_training(skeleton(graph.model, _shared), False),
+        small=set_training(skeleton(small, _shared), False),
+        stays=stays,
+        readers=readers,
+        left=left,
+        samples=gather(data, graph.model, graph.inputs, samples, progress),
+        seed=seed,
+        progress=progress,
+    )
+    as_cut = Made("none", subject.small)
+    made = [as_cut, *(_all_that_may_help(subject) if method == "auto" else [MAKERS[method](subject)])]
+    tried = {each.method: distance(subject.model, each.model, subject.samples.held) for each in made}
+    best = min(made, key=lambda each: tried[each.method]) if method == "auto" else made[-1]
+    return _finish(small, best, subject, tried)
+
+
+def _all_that_may_help(subject: Subject) -> list[Made]:
+    """Statistics, least squares, and statistics after these."""
+    made = [_batch_norm(subject)]
+    if subject.readers:
+        fitted = _least_squares(subject)
+        again = _batch_norm(replace(subject, small=fitted.model))
+        tensors = list(dict.fromkeys([*fitted.tensors, *again.tensors]))
+        made += [fitted, Made(f"{fitted.method} + {again.method}", again.model, tensors, fitted.layers)]
+    return made
+
+
+def _least_squares(subject: Subject, *, weights: bool = True) -> Made:
+    small = skeleton(subject.small, _copied)
+    layers = fit(
+        subject.model,
+        small,
+        subject.stays,
+        subject.readers,
+        subject.samples,
+        weights=weights,
+        seed=subject.seed,
+        progress=subject.progress,
+    )
+    changed = [name for layer in layers if layer.step for name in subject.readers[layer.name].tensors]
+    return Made("least_squares" if weights else "fold", small, changed, layers)
+
+
+def _fold(subject: Subject) -> Made:
+    return _least_squares(subject, weights=False)
+
+
+def _batch_norm(subject: Subject) -> Made:
+    small = skeleton(subject.small, _copied)
+    return Made("batch_norm", small, take_statistics(small, subject.samples))
+
+
+def _distil(subject: Subject) -> Made:
+    """After what the closed form gives."""
+    fitted = _least_squares(subject) if subject.readers else Made("distil", skeleton(subject.small, _copied))
+    changed = distil(subject.model, fitted.model, subject.samples, subject.progress)
+    return Made("distil", fitted.model, list(dict.fromkeys([*fitted.tensors, *changed])), fitted.layers)
+
+
+MAKERS: dict[str, Callable[[Subject], Made]] = {
+    "least_squares": _least_squares,
+    "batch_norm": _batch_norm,
+    "fold": _fold,
+    "distil": _distil,
+}
+"""What there is beside "auto", which tries several and keeps the best."""
+
+
+def _readers(graph: ChannelGraph, stays: np.ndarray, small: nn.Module) -> tuple[dict[str, Reader], dict[str, str]]:
+    """Those that are left in the smaller network; and of those that can't be refitted, the ones that lost neurons."""
+    readers, left = readers_of(graph)
+    there = tensor_names(small)
+    lost = {
+        name
+        for name, _ in left.items()
+        if any(len(label) and not stays[label].all() for label in graph.slots.labels(name))
+    }
+    present = {name: reader for name, reader in readers.items() if name in there and there[name].numel()}
+    return present, {name: why for name, why in left.items() if name in lost and name in there}
+
+
+def _finish(small: nn.Module, best: Made, subject: Subject, tried: dict[str, float]) -> tuple[nn.Module, Recovery]:
+    """The model on its own, in the mode that it came in, and the record."""
+    model = best.model if best.tensors else skeleton(best.model, _copied)
+    for path, module in modules_of(small).items():
+        modules_of(model)[path].training = module.training
+    recovery = Recovery(
+        method=best.method,
+        inputs=subject.samples.count,
+        held=subject.samples.held_count,
+        before=tried["none"],
+        after=tried[best.method],
+        tried=tried,
+        layers=tuple(best.layers),
+        left=subject.left,
+        tensors=tuple(best.tensors),
+    )
+    remember_recovery(model, recovery)
+    return model, recovery
+
+
+def _listed(left: dict[str, str]) -> str:
+    return "; ".join(f"{name} ({why})" for name, why in left.items()) or "no call multiplies by a parameter"
+
+
+def _shared(_: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _copied(_: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone()

@@ -1,0 +1,205 @@
+"""What a layer reads and writes at sampled positions, as rows of a linear regression.
+
+Everything is written in groups (of a grouped convolution; one for all else): (groups, rows, columns).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from allocator.recovering.after import Affine, After
+from allocator.recovering.samples import size_of
+from allocator.recovering.targets import Part
+from allocator.recovering.walk import Stop, Walk
+from allocator.tracing.inputs import Inputs
+
+
+@dataclass
+class Pair:
+    """The same inputs on their way through the original and the smaller network; `held` back, or to be fitted."""
+
+    original: Walk
+    small: Walk
+    inputs: Inputs
+    held: bool
+
+
+Stops = Sequence[tuple[Pair, Stop, Stop]]
+"""Per part of the inputs, where the original and the smaller network wait."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight is a matrix per group: outputs by unknowns.
+
+    Attributes:
+        shape: of the parameter.
+        groups: of outputs that read inputs of their own.
+        transposed: whether inputs come first in the parameter.
+    """
+
+    shape: tuple[int, ...]
+    groups: int
+    transposed: bool
+
+    @classmethod
+    def of(cls, stop: Stop, parameter: torch.Tensor) -> Layout:
+        """That of the parameter that a call multiplies by."""
+        if stop.operator.declared.window is None:
+            return cls(tuple(parameter.shape), 1, not stop.turned)
+        transposed = bool(stop.arg("transposed"))
+        return cls(tuple(parameter.shape), int(stop.arg("groups") or 1), transposed)
+
+    def matrices(self, parameter: torch.Tensor) -> torch.Tensor:
+        """(groups, outputs per group, unknowns per output), float64."""
+        wide = parameter.detach().double()
+        if not self.transposed:
+            return wide.reshape(self.groups, self.shape[0] // self.groups, -1)
+        return wide.reshape(self.groups, self.shape[0] // self.groups, *self.shape[1:]).transpose(1, 2).flatten(2)
+
+    def parameter(self, matrices: torch.Tensor) -> torch.Tensor:
+        """The reverse of `matrices`."""
+        if not self.transposed:
+            return matrices.reshape(self.shape)
+        inputs = self.shape[0] // self.groups
+        wide = matrices.reshape(self.groups, self.shape[1], inputs, *self.shape[2:])
+        return wide.transpose(1, 2).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the smaller network's layer is to give, of what the original's gave.
+
+    Attributes:
+        layout: of the weight.
+        outputs: those of the original's outputs that it has; None for all.
+        after: what follows the layer.
+        affine: the batch norm among that, for these outputs.
+    """
+
+    layout: Layout
+    outputs: torch.Tensor | None
+    after: After
+    affine: Affine
+
+
+class Rows:
+    """What one layer reads and should give at sampled positions, made anew whenever it is asked for.
+
+    Args:
+        stops: where all forwards wait.
+        wanted: of the layer.
+        most: rows to look at, of all inputs together.
+        generator: draws the positions.
+    """
+
+    def __init__(self, stops: Stops, wanted: Wanted, most: int, generator: torch.Generator) -> None:
+        self.stops, self.wanted = stops, wanted
+        self.windowed = stops[0][2].operator.declared.window is not None
+        inputs = sum(size_of(pair.inputs) for pair, _, _ in stops)
+        self.positions, self.seen = [], 0
+        for pair, original, small in stops:
+            samples = small.x.shape[0] if self.windowed else 1
+            share = max(most * size_of(pair.inputs) // (inputs * samples), 1)
+            count = math.prod(original.sizes[2:]) if self.windowed else small.x.shape[0]
+            positions = _drawn(count, share, generator)
+            self.positions.append(positions)
+            self.seen += 0 if pair.held else samples * len(positions)
+
+    def parts(self) -> Iterator[Part]:
+        """Part by part of the inputs, in float64."""
+        for (pair, original, small), positions in zip(self.stops, self.positions, strict=True):
+            x = read(small, positions.to(small.x.device), original.sizes)
+            y, ends = self._wanted(original, small, positions.to(small.x.device))
+            yield Part(pair.held, x, y, ends)
+
+    def _wanted(
+        self, original: Stop, small: Stop, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """What should come out, or is missing where it is added to something; and beyond which ends it may be any."""
+        after, affine = self.wanted.after, self.wanted.affine
+        if original.meeting is None or small.meeting is None:
+            assert original.result is not None
+            y = self._at(original.result, positions, self.wanted.outputs)
+            low, high = (y.new_full(y.shape[1:], end)[None] for end in (after.low, after.high))
+        else:
+            assert original.meeting.result is not None
+            there = self._at(small.meeting.other, positions, None)
+            y = affine.back(self._at(original.meeting.result, positions, self.wanted.outputs) - there)
+            low, high = after.low - there, after.high - there
+        if not after.cuts_off:
+            return self._grouped(y), None
+        low, high = affine.limits(low, high)
+        return self._grouped(y), (self._grouped(low), self._grouped(high))
+
+    def _at(self, tensor: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None) -> torch.Tensor:
+        """(rows, channels) of a tensor that has channels where the layer's output has them."""
+        if self.windowed:
+            found = tensor.flatten(2)[:, :, positions].transpose(1, 2).flatten(0, 1)
+        else:
+            found = tensor.flatten(0, -2)[positions]
+        return (found if outputs is None else found[:, outputs.to(found.device)]).double()
+
+    def _grouped(self, found: torch.Tensor) -> torch.Tensor:
+        return found.reshape(found.shape[0], self.wanted.layout.groups, -1).transpose(0, 1)
+
+
+def _drawn(count: int, most: int, generator: torch.Generator) -> torch.Tensor:
+    """(at most `most`) places of an output to look at: pixels of every sample, or rows."""
+    if count <= most:
+        return torch.arange(count)
+    return torch.randperm(count, generator=generator)[:most].sort().values
+
+
+def read(stop: Stop, positions: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """(groups, rows, unknowns per output), float64: what a layer reads to give its output at these positions.
+
+    Args:
+        stop: before or after the layer runs.
+        positions: pixels of every sample, or rows.
+        sizes: of the layer's output.
+    """
+    if stop.operator.declared.window is None:
+        return stop.x[positions].double()[None]
+    index, valid = _sources(stop, positions, sizes[2:])
+    groups = int(stop.arg("groups") or 1)
+    patches = stop.x.flatten(2)[:, :, index.flatten()].double() * valid.flatten()
+    samples, channels = stop.x.shape[:2]
+    patches = patches.reshape(samples, groups, channels // groups, len(positions), -1)
+    return patches.permute(1, 0, 3, 2, 4).reshape(groups, samples * len(positions), -1)
+
+
+def _sources(stop: Stop, positions: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(positions, kernel places): which input pixel each reads, flattened; and whether it is one, or padding."""
+    device = positions.device
+    index = torch.zeros(len(positions), 1, dtype=torch.long, device=device)
+    valid = torch.ones(len(positions), 1, dtype=torch.bool, device=device)
+    kernel, source = stop.matrix.shape[2:], stop.x.shape[2:]
+    places = torch.stack(torch.unravel_index(positions, tuple(sizes)), 1)
+    transposed = bool(stop.arg("transposed"))
+    for axis in range(len(kernel)):
+        stride, padding, dilation = (int(_along(stop.arg(name), axis)) for name in ("stride", "padding", "dilation"))
+        offset = torch.arange(kernel[axis], device=device) * dilation
+        at = places[:, axis, None]
+        if transposed:  # the output pixel that input i reaches by kernel place k is i * stride - padding + k * dilation
+            there = at + padding - offset
+            inside, there = there % stride == 0, there // stride
+        else:
+            there = at * stride - padding + offset
+            inside = torch.ones_like(there, dtype=torch.bool)
+        inside &= (there >= 0) & (there < source[axis])
+        there = there.clamp(0, source[axis] - 1)
+        index = (index[:, :, None] * source[axis] + there[:, None, :]).flatten(1)
+        valid = (valid[:, :, None] & inside[:, None, :]).flatten(1)
+    return index, valid
+
+
+def _along(value: object, axis: int) -> int:
+    """One axis of an argument that is a number for all, or one per axis."""
+    if isinstance(value, (list, tuple)):
+        return int(value[axis if len(value) > 1 else 0])
+    return int(value)  # type: ignore[call-overload]

@@ -1,0 +1,131 @@
+"""The inputs to refit on: those to fit, and those held back to judge by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from allocator.clock import Progress, bar
+from allocator.errors import DataError
+from allocator.scoring.batches import Batch, batches
+from allocator.torch_private import tree_flatten, tree_map
+from allocator.tracing.inputs import Inputs
+
+HELD = 8
+"""One part in so many is held back."""
+PARTS = 16
+"""How many parts the inputs are led through a network in, where there are enough of them."""
+LEAST = 16
+"""Inputs per part, where there are enough of them."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs in parts, each for one forward.
+
+    Attributes:
+        seen: to fit.
+        held: to judge by.
+        count, held_count: how many inputs these are.
+    """
+
+    seen: tuple[Inputs, ...]
+    held: tuple[Inputs, ...]
+    count: int
+    held_count: int
+
+
+def gather(data: Any, model: nn.Module, example: Inputs, most: int, progress: Progress | None = None) -> Samples:
+    """Read the caller's data, up to so many inputs.
+
+    Neighbours go into the same part, since crops of one picture often stand side by side.
+
+    Args:
+        data: as for `batches`.
+        model: what they are for.
+        example: the inputs that it was traced with.
+        most: inputs to take.
+        progress: called with how far it is.
+
+    Raises:
+        DataError: there is none, only one, one that is not finite, or all are the same.
+    """
+    if data is None:
+        raise DataError("there are no data: a few hundred inputs without labels are enough")
+    found: list[Inputs] = []
+    count = 0
+    with bar("reading the data", progress) as advance:
+        for batch in batches(data, model, example):
+            (batch, *_) = batch.chunks(max(most - count, 1))
+            _check_finite(batch.inputs)
+            found.append(batch.inputs)
+            count += batch.size
+            advance(f"{count} inputs")
+            if count >= most:
+                break
+    _check_varied(found, count)
+    parts = _parts(found, max(min(LEAST, count // 4), -(-count // PARTS), 1))
+    if len(parts) < 2:
+        raise DataError(f"the data hold {count} inputs in one batch that cannot be parted: give several batches")
+    held = tuple(part for i, part in enumerate(parts) if i % HELD == 1)
+    seen = tuple(part for i, part in enumerate(parts) if i % HELD != 1)
+    held_count = sum(map(size_of, held))
+    return Samples(seen, held, count - held_count, held_count)
+
+
+def size_of(inputs: Inputs) -> int:
+    """How many samples these are."""
+    return max((t.shape[0] for t in inputs.tensors() if t.dim()), default=1)
+
+
+def _check_finite(inputs: Inputs) -> None:
+    for tensor in inputs.tensors():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise DataError(f"the data hold NaN or infinite numbers, in {inputs.describe()}: nothing can be fitted to")
+
+
+def _check_varied(found: list[Inputs], count: int) -> None:
+    if count < 2:
+        raise DataError("the data hold a single input: one to fit and one to judge by are the least, some 200 are good")
+    tensors = [t for inputs in found for t in inputs.tensors() if t.numel()]
+    first = tensors[0].flatten()[0]
+    if all(bool((t == first).all()) for t in tensors):
+        raise DataError(f"all {count} inputs are the same number throughout: nothing can be learned from them")
+
+
+def _parts(found: list[Inputs], size: int) -> list[Inputs]:
+    """Parts of about this many inputs, put together from neighbours where batches are smaller than that."""
+    parts: list[Inputs] = []
+    waiting: list[Inputs] = []
+    for inputs in found:
+        if waiting and _kind(waiting[0]) != _kind(inputs):
+            parts.append(_joined(waiting))
+            waiting = []
+        waiting.append(inputs)
+        if sum(map(size_of, waiting)) >= size:
+            *whole, last = _cut(_joined(waiting), size)
+            waiting = [last] if size_of(last) < size else []
+            parts += [*whole, *([] if waiting else [last])]
+    return [*parts, *([_joined(waiting)] if waiting else [])]
+
+
+def _kind(inputs: Inputs) -> Any:
+    """Equal for inputs that can be put together in one batch."""
+    leaves, structure = tree_flatten((inputs.args, inputs.kwargs))
+    return structure, [(t.shape[1:], t.dtype) if isinstance(t, torch.Tensor) and t.dim() else t for t in leaves]
+
+
+def _joined(several: list[Inputs]) -> Inputs:
+    if len(several) == 1:
+        return several[0]
+    flat = zip(*(tree_flatten((inputs.args, inputs.kwargs))[0] for inputs in several), strict=True)
+    joined = (torch.cat(each) if isinstance(each[0], torch.Tensor) and each[0].dim() else each[0] for each in flat)
+    args, kwargs = tree_map(lambda _: next(joined), (several[0].args, several[0].kwargs))
+    return Inputs(args, kwargs)
+
+
+def _cut(inputs: Inputs, size: int) -> list[Inputs]:
+    return [batch.inputs for batch in Batch(inputs).chunks(size)]

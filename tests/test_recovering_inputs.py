@@ -1,0 +1,279 @@
+"""Recovering on data of all sorts: what cannot be used is refused, and what was done stays with the model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recovering_ranks
+import torch
+from recovering_cases import drop
+from subjects import IMAGE, Branches, untouched
+from torch import Tensor, nn
+
+import allocator
+from allocator.cli import main
+from allocator.recovering.record import recovery_of
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    net = Branches()
+    for _ in range(10):
+        net(torch.randn(32, 3, 16, 16))
+    return net.eval()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(80, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def result(model: nn.Module) -> allocator.Result:
+    return allocator.allocate(model, "50%", example_inputs=IMAGE)
+
+
+# Data that are no good ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (None, "a few hundred inputs"),
+        ([], "the data are empty"),
+        (torch.randn(1, 3, 16, 16), "a single input"),
+        (torch.full((20, 3, 16, 16), torch.nan), "NaN or infinite"),
+        (torch.full((20, 3, 16, 16), torch.inf), "NaN or infinite"),
+        (torch.zeros(20, 3, 16, 16), "the same number throughout"),
+        (torch.randn(20, 4, 16, 16), "the model raised RuntimeError"),
+        (torch.randint(9, (20, 3, 16, 16)), "the model raised RuntimeError"),
+        (["a picture"], "yield a str"),
+    ],
+)
+def test_data_that_are_no_good_are_refused(result: allocator.Result, data: Any, said: str) -> None:
+    with untouched(result.model), pytest.raises(allocator.DataError, match=said):
+        allocator.recover(result, data)
+
+
+def test_other_dtypes_are_converted_and_other_sizes_go_through(result: allocator.Result, images: Tensor) -> None:
+    for data in (images.double(), torch.randn(40, 3, 20, 24)):
+        recovery = allocator.recover(result, data).recovery
+        assert recovery is not None
+        assert recovery.after < recovery.before
+
+
+def test_two_inputs_are_few_and_it_says_so(result: allocator.Result, images: Tensor) -> None:
+    recovery = allocator.recover(result, images[:2, :, :4, :4], "least_squares").recovery
+    assert recovery is not None
+    (wide,) = [layer for layer in recovery.layers if layer.name == "wide.weight"]
+    assert wide.note.startswith("16 rows for ")
+    auto = allocator.recover(result, images[:2]).recovery
+    assert auto is not None
+    assert auto.after <= auto.before
+
+
+def test_no_more_inputs_than_asked_for(result: allocator.Result, images: Tensor) -> None:
+    def forever() -> Any:
+        while True:
+            yield images[:10]
+
+    recovery = allocator.recover(result, forever(), "batch_norm", samples=35).recovery
+    assert recovery is not None
+    assert recovery.inputs + recovery.held == 35
+
+
+def test_calls_that_recover_in_one_go_say_what_is_missing(model: nn.Module, images: Tensor) -> None:
+    with pytest.raises(allocator.DataError, match="recover needs data"):
+        allocator.allocate(model, "50%", recover=True)
+    with pytest.raises(allocator.InputError, match="leave out"):
+        allocator.allocate(model, "50%", data=images, recover=True, weights="reset")
+    wrong: Any = "magic"
+    with pytest.raises(allocator.UnknownNameError, match="no recover 'magic'"):
+        allocator.allocate(model, "50%", data=images, recover=wrong)
+    with pytest.raises(allocator.UnknownNameError, match="no method 'magic'"):
+        allocator.recover(allocator.allocate(model, "50%", example_inputs=IMAGE), images, wrong)
+
+
+def test_an_iterator_serves_choice_and_recovery(model: nn.Module, images: Tensor) -> None:
+    made = allocator.allocate(model, "50%", data=iter(images.split(20)), recover=True, example_inputs=IMAGE)
+    assert made.recovery is not None
+    assert made.recovery.inputs + made.recovery.held == 80
+
+
+# Networks that are no good --------------------------------------------------------------------------
+
+
+class Forks(nn.Module):
+    """Bright images take another layer than dark ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 12), nn.Linear(12, 5)
+        self.dark, self.bright = nn.Linear(5, 4), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.first(x).relu())
+        return self.bright(y) if x.mean() > 0 else self.dark(y)
+
+
+@pytest.mark.filterwarnings("ignore::allocator.ValueDependentTraceWarning")
+def test_paths_that_depend_on_values_are_named() -> None:
+    torch.manual_seed(0)
+    data = torch.cat([torch.rand(32, 6), -torch.rand(32, 6)])
+    result = drop(Forks().eval(), data[:1], "first.weight", 6)
+    with pytest.raises(allocator.DataError, match=r"takes another path for some inputs .*weight"):
+        allocator.recover(result, data, "least_squares")
+    recovery = allocator.recover(result, data[:32], "least_squares").recovery
+    assert recovery is not None
+    assert [layer.name for layer in recovery.layers] == ["first.weight", "second.weight", "bright.weight"]
+
+
+class Twice(nn.Module):
+    """The same weights read twice, which no single refit suits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared, self.head = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.shared(self.shared(self.first(x)).relu()))
+
+
+class Blend(nn.Module):
+    """A weight that the forward computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a = nn.Embedding(20, 12), nn.Parameter(torch.randn(4, 12))
+        self.b = nn.Parameter(torch.randn(4, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.first(x), self.a + self.b)
+
+
+def test_weights_that_cannot_be_refitted_are_named() -> None:
+    torch.manual_seed(0)
+    data = torch.randn(40, 6)
+    result = allocator.allocate(Twice().eval(), "60%", example_inputs=data[:1])
+    recovery = allocator.recover(result, data, "least_squares").recovery
+    assert recovery is not None
+    assert recovery.left == {"shared.weight": "2 calls share it"}
+    assert [layer.name for layer in recovery.layers] == ["first.weight", "head.weight"]
+
+
+def test_a_network_of_such_weights_alone_is_refused() -> None:
+    tokens = torch.randint(20, (40, 7))
+    result = allocator.allocate(Blend().eval(), "60%", example_inputs=tokens[:1])
+    with pytest.raises(allocator.RecoveryError, match=r"no layer .* can be refitted: a \(the forward computes"):
+        allocator.recover(result, tokens, "least_squares")
+    recovery = allocator.recover(result, tokens).recovery
+    assert recovery is not None
+    assert recovery.after <= recovery.before
+
+
+def test_nothing_dropped_is_nothing_to_do(model: nn.Module, images: Tensor) -> None:
+    with pytest.warns(allocator.BudgetNotBindingWarning):
+        result = allocator.allocate(model, "100%", example_inputs=IMAGE)
+    recovered = allocator.recover(result, images)
+    assert recovered.recovery is not None
+    assert recovered.recovery.method == "none"
+    assert recovered.certificate == result.certificate
+    assert "nothing was better" in str(recovered.recovery)
+
+
+# What stays with the model --------------------------------------------------------------------------
+
+
+def test_the_certificate_is_that_of_the_cut(model: nn.Module, result: allocator.Result, images: Tensor) -> None:
+    recovered = allocator.recover(result, images)
+    inputs = recovered.recovery.inputs if recovered.recovery else 0
+    assert recovered.certificate.ok
+    assert f"structure proven, weights refitted on {inputs} inputs" in str(recovered.certificate)
+    again = allocator.verify(model, recovered.model, recovered.allocation, example_inputs=IMAGE)
+    assert again == recovered.certificate
+    assert allocator.verify(model, result.model, result.allocation, example_inputs=IMAGE) == result.certificate
+
+
+def test_what_was_not_refitted_must_be_the_originals(
+    model: nn.Module, result: allocator.Result, images: Tensor
+) -> None:
+    recovered = allocator.recover(result, images)
+    assert recovered.recovery is not None
+    assert "stem.weight" not in recovered.recovery.tensors
+    with torch.no_grad():
+        recovered.model.get_parameter("stem.weight")[0, 0, 0, 0] += 1
+    made = allocator.verify(model, recovered.model, recovered.allocation, example_inputs=IMAGE)
+    assert not made.ok
+    assert made.weights is False
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_files_carry_both(
+    tmp_path: Path, model: nn.Module, result: allocator.Result, images: Tensor, suffix: str
+) -> None:
+    recovered = allocator.recover(result, images)
+    path = tmp_path / f"small{suffix}"
+    if suffix == ".pt":
+        allocator.save_model(recovered.model, path)
+        loaded = allocator.load_model(path, trust=True)
+    else:
+        allocator.save(recovered, path)
+        loaded = allocator.load(path, model=model)
+    assert recovery_of(loaded) == recovered.recovery
+    torch.testing.assert_close(loaded(images), recovered.model(images), rtol=0, atol=0)
+    assert allocator.verify(model, loaded, recovered.allocation, example_inputs=IMAGE) == recovered.certificate
+
+
+def test_the_command_line_recovers_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    torch.save(torch.randn(24, 3, 64, 64), tmp_path / "inputs.pt")
+    name, small = "torchvision:squeezenet1_1", str(tmp_path / "small.safetensors")
+    size = ["--input-size", "1x3x64x64"]
+    options = ["--flops", "60%", "--data", str(tmp_path / "inputs.pt"), "--recover", "least_squares", "-o", small]
+    assert main(["allocate", name, *options, *size]) == 0
+    assert "weights refitted on 18 inputs" in " ".join(capsys.readouterr().out.split())
+    assert recovery_of(allocator.load(small)) is not None
+    assert main(["allocate", name, "--flops", "60%", "--recover", "-o", str(tmp_path / "b.pt"), *size]) != 0
+    assert "recover needs data" in " ".join(capsys.readouterr().err.split())
+
+
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
+    script = Path(recovering_ranks.__file__)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(script), str(tmp_path)], capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = recovering_ranks.recovered(None)
+    for rank in (0, 1):
+        mine = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        for name, tensor in alone.items():
+            torch.testing.assert_close(mine[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_every_step_of_an_iteration_is_recovered(model: nn.Module, images: Tensor) -> None:
+    seen: list[Any] = []
+
+    def train(small: nn.Module) -> None:
+        seen.append(recovery_of(small))
+
+    done = allocator.iterate(model, "40%", steps=2, train=train, data=images, recover="least_squares")
+    assert [record.method for record in seen] == ["least_squares"] * 2
+    assert recovery_of(done.model) == seen[1]
+    with pytest.raises(allocator.DataError, match="recover needs data"):
+        allocator.iterate(model, "40%", steps=2, train=train, recover=True)
+
+
+def test_what_is_allocated_again_was_not_refitted_itself(model: nn.Module, images: Tensor) -> None:
+    once = allocator.allocate(model, "60%", data=images, recover=True, example_inputs=IMAGE)
+    twice = allocator.allocate(once.model, "60%", example_inputs=IMAGE)
+    assert recovery_of(once.model) is not None
+    assert recovery_of(twice.model) is None
+    again = allocator.verify(once.model, twice.model, twice.allocation, example_inputs=IMAGE)
+    assert again.ok
+    assert again.refitted is None
