@@ -345,3 +345,15 @@ def test_what_fvcore_logs_of_other_counts_is_still_logged(caplog: pytest.LogCapt
     logger.warning("of somebody else's")
     assert logger.level == level
     assert [record.message for record in caplog.records if record.name == logger.name] == ["of somebody else's"]
+
+
+@pytest.mark.parametrize("write", [_scaled, _by_data])
+def test_a_forward_over_data_that_writes_into_weights(write: Callable[[Any], None]) -> None:
+    def run(m: Any, x: Tensor) -> Any:
+        with torch.no_grad():
+            write(m)
+        return forward(m, x)
+
+    model = net(run, **parts())
+    with untouched(model):
+        allocator.allocate(model, "60%", example_inputs=IMAGE, data=torch.rand(4, 3, 8, 8), criterion="activation")
