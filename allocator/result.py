@@ -48,6 +48,11 @@ class Result:
     timings: dict[str, float] = field(default_factory=dict)
     recovery: Recovery | None = None
 
+    def __repr__(self) -> str:
+        name, left = type(self.model).__name__, self.flops_after / self.flops_before
+        proof = "certificate passed" if self.certificate.ok else "certificate failed"
+        return f"<Result: {name}, {self.flops_before:,} FLOPs before, {self.flops_after:,} after ({left:.1%}), {proof}>"
+
     @cached_property
     def optimality(self) -> Optimality | None:
         """The importance that is kept, and what no plan under these budgets and in this scope exceeds.

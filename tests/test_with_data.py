@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from subjects import untouched
+from subjects import trained, untouched
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -244,3 +244,32 @@ def test_an_importance_of_a_users_own(model: Net) -> None:
 
     values = allocator.score(allocator.trace(model, IMAGE), FirstLayer()).values
     np.testing.assert_allclose(values[:8], model.first.weight.detach().abs().flatten(1).amax(1).numpy())
+
+
+def test_prices_leave_every_layer_a_part_unless_asked_otherwise() -> None:
+    model = trained()
+    images = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def least(flops: str, **options: Any) -> tuple[float, list[str]]:
+        result = allocator.allocate(model, flops, data=images, example_inputs=images[:1], **options)
+        widths = [(result.model.get_submodule(name), model.get_submodule(name)) for name in ("stem", "narrow", "wide")]
+        return min(small.out_channels / whole.out_channels for small, whole in widths), result.notes
+
+    gained = []
+    for flops, floor in (("50%", 0.4), ("20%", 0.25), ("5%", 0.0625)):
+        share, notes = least(flops)
+        assert share >= floor
+        assert any("every layer keeps at least" in note for note in notes)
+        freely, notes = least(flops, at_least=0)
+        gained.append(share - freely)
+        assert not any("at least" in note for note in notes)
+    assert min(gained) >= 0
+    assert max(gained) > 0
+
+
+def test_a_result_is_one_line() -> None:
+    model = trained()
+    result = allocator.allocate(model, "60%", example_inputs=torch.zeros(1, 3, 16, 16))
+    assert "\n" not in repr(result)
+    assert len(repr(result)) < 200
+    assert len(repr(result.allocation)) < 1000
