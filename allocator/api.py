@@ -113,7 +113,7 @@ def allocate(
             them go.
         exclude: what stays as it is: name patterns (`"layer1.*"`), module classes or modules.
         include: what alone may get narrower, in the same words.
-        same: layers that keep the same places, in the same words; a list of lists for several groups.
+        same: layers of one width that keep the same places, in the same words: one group; a list of lists for several.
         at_least: channels that every layer keeps: a number, a share ("25%"), or one of these per name pattern.
         multiple: widths that change are multiples of this.
         weights: "keep", or "reset" to train the result from scratch.

@@ -10,7 +10,7 @@ from allocator.errors import InputError, TraceError, UnmatchedPatternWarning, Va
 from allocator.flow.options import Options
 from allocator.graph.build import build_graph
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.graph.selection import as_items, unmatched
+from allocator.graph.selection import as_groups, as_items, unmatched
 from allocator.settings import Settings
 from allocator.tracing.inputs import Inputs, as_inputs, infer_inputs
 
@@ -43,7 +43,7 @@ def options_of(settings: Settings) -> Options:
         norms=settings.norms,
         exclude=as_items(settings.exclude),
         include=as_items(settings.include),
-        same=as_items(settings.same),
+        same=as_groups(settings.same),
     )
 
 
