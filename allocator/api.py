@@ -101,7 +101,8 @@ def allocate(
             process calls this with its share of them, and all choose the same.
         loss: called with the model's output and the batch's target, gives a scalar; without one, the model's own
             answers stand in for labels.
-        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None to infer one image.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None for one input of the size
+            that the model says, else of the first of the data, else of the usual one. The notes say which.
         policy: who competes with whom; "auto" for what suits the criterion; see `plan`.
         criterion: what ranks neurons; "auto" for the best that is known, "fisher" with data and "group_norm"
             without; see `score`.

@@ -151,7 +151,7 @@ def sweep_model(
     ((name, figures),) = given.items()
     if not isinstance(figures, Sequence) or isinstance(figures, str) or not figures:
         raise InputError(f"{name}={figures!r} is no list of budgets: pass several, such as ['80%', '60%', '40%']")
-    graph = trace_model(model, example_inputs, settings)
+    graph = trace_model(model, example_inputs, settings, None if data is None else data.loader)
     budgets = [budgets_of(graph, Limits(**{name: figure})) for figure in figures]
     budgets.sort(key=lambda each: each.first.limit, reverse=True)
     scores = score(graph, settings.criterion, data)
