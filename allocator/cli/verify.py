@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 from allocator.cli.arguments import UsageError, add_command, add_input_options, add_model_options
 from allocator.cli.opening import example_inputs, open_model
 from allocator.cli.talk import Talk
+from allocator.errors import FileError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from allocator.verifying.certificate import Certificate
 
 _EXAMPLE = """\
@@ -41,18 +44,31 @@ def run(args: argparse.Namespace) -> int:
     if source is None:
         raise UsageError("ALLOCATION is needed: only a .safetensors SMALL holds its own")
     from allocator.api import verify
-    from allocator.io.files import load_allocation, load_model
+    from allocator.io.files import load_allocation
 
     talk = Talk(args)
     allocation = load_allocation(source)
     model = open_model(args.model, args, talk)
     with talk.stage(f"reading {args.small}"):
-        small = load_model(args.small, trust=args.trust)
+        small = _small(args, model)
     with talk.stage("verifying"):
         certificate = verify(model, small, allocation, example_inputs=example_inputs(args, allocation))
     facts = {"model": args.model, "small": args.small, **certificate.to_dict()}
     talk.result(_text(certificate), facts)
     return 0 if certificate.ok else 1
+
+
+def _small(args: argparse.Namespace, model: nn.Module) -> nn.Module:
+    """The smaller model; a result that does not tell how to build its network is rebuilt from the original."""
+    from allocator.io.files import load_model
+    from allocator.io.results import load_result
+
+    try:
+        return load_model(args.small, trust=args.trust)
+    except FileError:
+        if Path(args.small).suffix != ".safetensors":
+            raise
+        return load_result(args.small, model=model)
 
 
 def _text(certificate: Certificate) -> str:
