@@ -16,7 +16,7 @@ from allocator.rewriting.allocation import Allocation
 from allocator.verifying.certificate import Certificate
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """What `allocate` gives.
 
@@ -38,7 +38,7 @@ class Result:
     allocation: Allocation
     certificate: Certificate
     graph: ChannelGraph
-    plan: Plan = field(repr=False)
+    plan: Plan
     flops_asked: float
     flops_before: int
     flops_after: int
@@ -47,6 +47,12 @@ class Result:
     notes: list[str]
     timings: dict[str, float] = field(default_factory=dict)
     recovery: Recovery | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"Result({type(self.model).__name__}: {self.flops_before:,} FLOPs before, {self.flops_after:,} after; "
+            f"certificate {self.certificate}; print(result.report()) for more)"
+        )
 
     @cached_property
     def optimality(self) -> Optimality | None:

@@ -23,6 +23,7 @@ from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.model import trace_model
 from allocator.reporting.charts import lines
 from allocator.reporting.pictures import save
+from allocator.reporting.terminal import as_plain_text
 from allocator.reporting.words import percent, short
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.rewrite import rewrite
@@ -67,6 +68,9 @@ class Sweep:
     metric: str
     unit: str
     points: tuple[Point, ...]
+
+    def __str__(self) -> str:
+        return as_plain_text(self).rstrip()
 
     def __iter__(self) -> Iterator[Point]:
         return iter(self.points)

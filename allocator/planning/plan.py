@@ -24,7 +24,7 @@ CLOSE = 0.995
 """A plan that uses less of its budget than this is too coarse, and a wider scope is tried."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A choice of neurons.
 
@@ -45,6 +45,10 @@ class Plan:
     criterion: str
     next_costs: dict[str, int]
     problem: Problem | None = None
+
+    def __repr__(self) -> str:
+        kept = f"{int(self.kept.sum()):,} of {len(self.kept):,} neurons kept"
+        return f"Plan({kept}; policy {self.policy}, criterion {self.criterion}, scope {self.scope})"
 
     def optimality(self) -> Optimality | None:
         """The importance that is kept, and what no plan exceeds; takes about a second where many layers hang together.

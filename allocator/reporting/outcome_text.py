@@ -11,7 +11,7 @@ from rich.text import Text
 
 from allocator.reporting.facts import SHARED, BlockChange, BranchChange, Limited, Outcome
 from allocator.reporting.terminal import bar, heading, table_without_lines
-from allocator.reporting.words import change, cost_of, counted, printable, share_of, size
+from allocator.reporting.words import change, cost_of, counted, plural, printable, share_of, size
 from allocator.scoring.registry import CRITERIA
 
 _RESIDUAL = ("sum", "product")
@@ -31,7 +31,8 @@ class OutcomeText:
             yield _table(changed)
         hidden = len(self.outcome.blocks) - len(changed)
         if hidden:
-            yield Text(f"{hidden} blocks without a change of their own are not shown", style="dim")
+            own, shown = ("its own", "is") if hidden == 1 else ("their own", "are")
+            yield Text(f"{plural(hidden, 'block')} without a change of {own} {shown} not shown", style="dim")
         yield from self._foot()
 
     def _head(self) -> Iterator[Text]:
