@@ -327,6 +327,21 @@ def test_a_network_of_one_s_own_is_verified_without_trust_in_the_file(capsys: py
     assert "weights.pt holds weights alone" in capsys.readouterr().err
 
 
+def test_verify_says_that_weights_were_refitted(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0)), "data.pt")
+    seen = ["--data", "data.pt", "--recover", "least_squares"]
+    assert main(["allocate", "cli_nets:branches", "--flops", "60%", *seen, "-o", "s.safetensors"]) == 0
+    capsys.readouterr()
+    assert main(["verify", "cli_nets:branches", "s.safetensors"]) == 0
+    assert "weights    the original's, bit for bit before they were refitted on 12 inputs" in capsys.readouterr().out
+
+
+def test_help_leaves_out_a_default_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["allocate", "--help"])
+    assert "default: None" not in capsys.readouterr().out
+
+
 def test_a_factory_in_the_working_folder_is_found_for_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(allocator.build("cli_nets:branches").state_dict(), "weights.pt")
     monkeypatch.delitem(sys.modules, "cli_nets")

@@ -73,7 +73,11 @@ def _small(args: argparse.Namespace, model: nn.Module) -> nn.Module:
 
 def _text(certificate: Certificate) -> str:
     structure = "holds" if certificate.structural else "BROKEN"
-    weights = {None: "not compared", True: "the original's, bit for bit", False: "NOT the original's"}
+    weights = {None: "not compared", True: "the original's, bit for bit", False: "NOT the original's"}[
+        certificate.weights
+    ]
+    if certificate.refitted is not None:
+        weights += f" before they were refitted on {certificate.refitted} inputs"
     numbers = "not computed"
     if certificate.relative_error is not None:
         numbers = f"relative error {certificate.relative_error:.3g}"
@@ -82,6 +86,4 @@ def _text(certificate: Certificate) -> str:
     verdict = "the original minus the removed neurons"
     if not certificate.ok:
         verdict = f"NOT {verdict}"
-    return (
-        f"structure  {structure}\nweights    {weights[certificate.weights]}\nnumbers    {numbers}\nverdict    {verdict}"
-    )
+    return f"structure  {structure}\nweights    {weights}\nnumbers    {numbers}\nverdict    {verdict}"

@@ -85,7 +85,9 @@ def _asked(budget: Limited) -> str:
     used = budget.after / budget.asked
     line = f"asked {cost_of(budget.metric, budget.asked)}, achieved {used:.3%}"
     if budget.next_cost is not None and used < 1:
-        line += f" (the cheapest further neuron costs {budget.next_cost:,})"
+        is_time = budget.metric == "latency"
+        cost = cost_of(budget.metric, budget.next_cost) if is_time else f"{budget.next_cost:,}"
+        line += f" (the cheapest further neuron costs {cost})"
     return line
 
 

@@ -130,9 +130,10 @@ def _as_batch(item: Any, model: nn.Module, example: Inputs) -> Batch:
         if isinstance(first, Mapping):
             return Batch(_of_dict(first, model, example).inputs, target)
         return Batch(Inputs(tuple(first) if isinstance(first, (tuple, list)) else (first,)), target)
+    as_tensor = "; torch.from_numpy makes a tensor of it" if type(item).__module__ == "numpy" else ""
     raise DataError(
         f"the data yield a {type(item).__name__}: expected tensors, tuples of arguments, (inputs, target) pairs or "
-        "dicts"
+        f"dicts{as_tensor}"
     )
 
 
