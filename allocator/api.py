@@ -115,7 +115,9 @@ def allocate(
         exclude: what stays as it is: name patterns (`"layer1.*"`), module classes or modules.
         include: what alone may get narrower, in the same words.
         same: layers of one width that keep the same places, in the same words: one group; a list of lists for several.
-        at_least: channels that every layer keeps: a number, a share ("25%"), or one of these per name pattern.
+        at_least: channels that every layer keeps: a number, a share ("25%"), or one of these per name pattern. Left
+            out, an "auto" policy that is "priced" keeps 40 % of each, or 25, 12.5 or 6.25 % where that would take more
+            than half of a budget; 0 for any number.
         multiple: widths that change are multiples of this.
         weights: "keep", or "reset" to train the result from scratch.
         recover: refit what is left on `data`, by a method of the function `recover`; True for its "auto".

@@ -49,10 +49,9 @@ class Result:
     recovery: Recovery | None = None
 
     def __repr__(self) -> str:
-        return (
-            f"Result({type(self.model).__name__}: {self.flops_before:,} FLOPs before, {self.flops_after:,} after; "
-            f"certificate {self.certificate}; print(result.report()) for more)"
-        )
+        name, left = type(self.model).__name__, self.flops_after / self.flops_before
+        proof = "certificate passed" if self.certificate.ok else "certificate failed"
+        return f"<Result: {name}, {self.flops_before:,} FLOPs before, {self.flops_after:,} after ({left:.1%}), {proof}>"
 
     @cached_property
     def optimality(self) -> Optimality | None:

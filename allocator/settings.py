@@ -96,7 +96,7 @@ class Settings:
         Any,
         Option(
             "how many channels a layer keeps at least: a number, or a share such as 25%; in Python and YAML also one "
-            "per name pattern",
+            "per name pattern. Left out, 'auto' with prices keeps 40% of each, less under tight budgets; 0: any number",
             metavar="N",
         ),
     ] = None

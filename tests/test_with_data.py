@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from subjects import untouched
+from subjects import trained, untouched
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -259,11 +259,12 @@ class Pooled(nn.Sequential):
 def test_inputs_are_of_the_size_of_the_data_where_the_model_does_not_say() -> None:
     torch.manual_seed(0)
     model, images = Pooled().eval(), torch.randn(12, 1, 10, 9)
-    note = ["input 1x1x10x9, from the first of the data"]
+    note = "input 1x1x10x9, from the first of the data"
     loaders: list[Any] = [images, [images], [(images, torch.zeros(12))], DataLoader(TensorDataset(images), 4)]
     for data in loaders:
         result = allocator.allocate(model, "60%", data=data)
-        assert (result.notes, result.allocation.input_shapes) == (note, [[1, 1, 10, 9]])
+        assert note in result.notes
+        assert result.allocation.input_shapes == [[1, 1, 10, 9]]
     curve = allocator.sweep(model, flops=["80%", "60%"], data=images)
     assert curve.points[0].allocation.input_shapes == [[1, 1, 10, 9]]
     done = allocator.iterate(model, "60%", steps=1, train=lambda network: None, data=images)
@@ -289,3 +290,32 @@ def test_the_model_s_word_on_its_inputs_counts_more_than_the_data_and_an_iterato
 def test_data_that_do_not_fit_are_blamed_where_the_inputs_are_of_them() -> None:
     with pytest.raises(allocator.DataError, match=r"1x3x10x10, from the first of the data, does not fit: .*1 channels"):
         allocator.allocate(Pooled().eval(), "60%", data=torch.randn(12, 3, 10, 10))
+
+
+def test_prices_leave_every_layer_a_part_unless_asked_otherwise() -> None:
+    model = trained()
+    images = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def least(flops: str, **options: Any) -> tuple[float, list[str]]:
+        result = allocator.allocate(model, flops, data=images, example_inputs=images[:1], **options)
+        widths = [(result.model.get_submodule(name), model.get_submodule(name)) for name in ("stem", "narrow", "wide")]
+        return min(small.out_channels / whole.out_channels for small, whole in widths), result.notes
+
+    gained = []
+    for flops, floor in (("50%", 0.4), ("20%", 0.25), ("5%", 0.0625)):
+        share, notes = least(flops)
+        assert share >= floor
+        assert any("every layer keeps at least" in note for note in notes)
+        freely, notes = least(flops, at_least=0)
+        gained.append(share - freely)
+        assert not any("at least" in note for note in notes)
+    assert min(gained) >= 0
+    assert max(gained) > 0
+
+
+def test_a_result_is_one_line() -> None:
+    model = trained()
+    result = allocator.allocate(model, "60%", example_inputs=torch.zeros(1, 3, 16, 16))
+    assert "\n" not in repr(result)
+    assert len(repr(result)) < 200
+    assert len(repr(result.allocation)) < 1000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from allocator.scoring import ranks
 from allocator.scoring.answers import Loss, loss_of
 from allocator.scoring.batches import Batch, batches
 from allocator.torch_private import TorchDispatchMode
+from allocator.tracing.isolation import undisturbed
 from allocator.tracing.operators import operator_of
 
 GRADIENTS, MOMENTS, COVARIANCES = "gradients", "moments", "covariances"
@@ -124,7 +125,7 @@ def _own_share(
     graph: ChannelGraph, data: Any, needs: Collection[str], loss: Loss | None, seed: int, progress: Progress | None
 ) -> Statistics:
     """What this process's data say."""
-    shadow = set_training(skeleton(graph.model, _shared), False)
+    shadow = set_training(skeleton(graph.model, _shared(graph)), False)
     found = Statistics()
     gradients = _Gradients(graph, shadow) if GRADIENTS in needs else None
     watched = {MOMENTS, COVARIANCES} & set(needs)
@@ -171,7 +172,7 @@ def with_gradients(
 
     Under `torch.distributed`, over the data of all ranks.
     """
-    shadow = set_training(skeleton(graph.model, _shared), False)
+    shadow = set_training(skeleton(graph.model, _shared(graph)), False)
 
     def look() -> None:
         with bar("looking at the data", progress) as advance, torch.enable_grad():
@@ -209,12 +210,19 @@ def _backward(loss: torch.Tensor) -> None:
         ) from error
 
 
-def _shared(_: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter that shares the original's memory, so that no gradient reaches it; a buffer of its own."""
-    if isinstance(tensor, nn.Parameter):
-        learns = tensor.is_floating_point() or tensor.is_complex()
-        return nn.Parameter(tensor.detach(), requires_grad=learns)
-    return tensor.detach().clone()
+def _shared(graph: ChannelGraph) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Makes parameters that share the original's memory, so that no gradient reaches it; what is written is copied."""
+    trace = graph.flow.trace
+    written = {trace.values[trace.root(op.reads[0])].name for op in trace.ops if op.writes() and op.reads}
+
+    def share(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, nn.Parameter):
+            learns = tensor.is_floating_point() or tensor.is_complex()
+            own = tensor.detach().clone() if name in written else tensor.detach()
+            return nn.Parameter(own, requires_grad=learns)
+        return tensor.detach().clone()
+
+    return share
 
 
 def _look(
@@ -253,7 +261,8 @@ def _check_that_any_weight_counts(shadow: nn.Module, batch: Batch, loss: Loss | 
 
 def _forward(shadow: nn.Module, batch: Batch) -> Any:
     try:
-        return shadow(*batch.inputs.args, **batch.inputs.kwargs)
+        with undisturbed(shadow, itself=True):
+            return shadow(*batch.inputs.args, **batch.inputs.kwargs)
     except Exception as error:
         raise DataError(
             f"the model raised {type(error).__name__} on {batch.inputs.describe()} from the data: {error!s:.300}"
