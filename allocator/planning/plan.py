@@ -95,7 +95,7 @@ def make_plan(
         PolicyError: the policy's choice does not meet the budgets, or drops what must stay.
     """
     widths = widths or Widths()
-    floors = (widths,)
+    floors: tuple[Widths, ...] = (widths,)
     if policy == "auto":
         policy = usual_policy(scores.criterion)
         floors = usual_floors(policy, widths)
