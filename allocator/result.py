@@ -16,7 +16,7 @@ from allocator.rewriting.allocation import Allocation
 from allocator.verifying.certificate import Certificate
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """What `allocate` gives.
 
@@ -38,7 +38,7 @@ class Result:
     allocation: Allocation
     certificate: Certificate
     graph: ChannelGraph
-    plan: Plan = field(repr=False)
+    plan: Plan
     flops_asked: float
     flops_before: int
     flops_after: int

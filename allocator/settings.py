@@ -87,7 +87,10 @@ class Settings:
     ] = ()
     same: Annotated[
         Sequence[Any],
-        Option("layers of this name stay alike: they keep the same places (repeat for more)", metavar="PATTERN"),
+        Option(
+            "layers of this name stay alike: they keep the same places (repeat for more that go with them)",
+            metavar="PATTERN",
+        ),
     ] = ()
     at_least: Annotated[
         Any,

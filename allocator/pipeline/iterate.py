@@ -88,7 +88,8 @@ def iterate_model(
         numeric, seed, progress: as for `run`.
     """
     _check_schedule(schedule)
-    graph = trace_model(check_model(model, values=True), example_inputs, settings)
+    seen = None if data is None else data.loader
+    graph = trace_model(check_model(model, values=True), example_inputs, settings, seen)
     ends = {budget.metric.name: (budget.metric.whole, budget.limit) for budget in budgets_of(graph, limits).each}
     done: Iterated | None = None
     for number, far in enumerate(schedule, start=1):

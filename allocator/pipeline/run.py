@@ -53,7 +53,7 @@ def run(
     check_model(model, values=True)
     clock = Clock(progress)
     with clock("trace"):
-        graph = trace_model(model, example_inputs, settings)
+        graph = trace_model(model, example_inputs, settings, None if data is None else data.loader)
     if limits.latency is not None:
         with clock("measure"):
             measure_speed(graph)

@@ -29,7 +29,7 @@ MOST_FLOOR = 0.5
 """A floor that takes more of the budget than this leaves too little to choose, and a lower one is tried."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A choice of neurons.
 
@@ -50,6 +50,10 @@ class Plan:
     criterion: str
     next_costs: dict[str, int]
     problem: Problem | None = None
+
+    def __repr__(self) -> str:
+        kept = f"{int(self.kept.sum()):,} of {len(self.kept):,} neurons kept"
+        return f"Plan({kept}; policy {self.policy}, criterion {self.criterion}, scope {self.scope})"
 
     def optimality(self) -> Optimality | None:
         """The importance that is kept, and what no plan exceeds; takes about a second where many layers hang together.

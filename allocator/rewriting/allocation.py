@@ -23,7 +23,7 @@ Indices = list[Any]
 """Original indices kept of one dim, in order; one row per output for a grouped weight's dim 1."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Allocation:
     """Neurons to keep, and what modules have to be told.
 
@@ -55,6 +55,11 @@ class Allocation:
     blocks: list[dict[str, Any]] = field(default_factory=list, repr=False)
     input_shapes: list[list[int]] = field(default_factory=list)
     parts: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    def __repr__(self) -> str:
+        flops = f"{self.flops_before:,} FLOPs before, {self.flops_after:,} after"
+        made = f"policy {self.policy}, criterion {self.criterion}"
+        return f"Allocation({flops}; {len(self.kept):,} tensors change; {made})"
 
     @property
     def flops_asked(self) -> float:
