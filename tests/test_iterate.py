@@ -99,8 +99,11 @@ def test_nothing_was_reached_where_the_first_training_fails() -> None:
     assert caught.value.done is None
 
 
-@pytest.mark.parametrize("schedule", [[], [0.5], [0, 1], [0.7, 0.5, 1], [0.5, 0.5, 1], [0.5, 1.5]])
-def test_schedules_that_do_not_rise_to_the_budget(schedule: list[float]) -> None:
+NO_SCHEDULES = [[], [0.5], [0, 1], [0.7, 0.5, 1], [0.5, 0.5, 1], [0.5, 1.5], [math.nan, 1], [None, 1], "half", 5]
+
+
+@pytest.mark.parametrize("schedule", NO_SCHEDULES)
+def test_schedules_that_do_not_rise_to_the_budget(schedule: Any) -> None:
     with pytest.raises(InputError, match="does not rise to 1"):
         allocator.iterate(trained(Nested()), "50%", schedule=schedule, train=nothing, example_inputs=IMAGE)
 
@@ -115,4 +118,24 @@ def test_a_budget_that_cannot_be_met_is_said_before_anything_is_trained() -> Non
     trained_: list[nn.Module] = []
     with pytest.raises(BudgetError):
         allocator.iterate(trained(Nested()), 5, steps=2, train=trained_.append, example_inputs=IMAGE)
+    with pytest.raises(BudgetError):  # the first step could be made
+        allocator.iterate(trained(Nested()), "1%", steps=4, train=trained_.append, example_inputs=IMAGE)
     assert not trained_
+
+
+@pytest.mark.parametrize(("at_least", "least"), [("50%", [16, 16]), ({"0": "90%"}, [29, 1])])
+def test_shares_to_keep_are_of_the_original(at_least: Any, least: list[int]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 5, 1))
+    done = allocator.iterate(model, "30%", steps=4, train=nothing, at_least=at_least, example_inputs=IMAGE)
+    for name, width in zip(("0.weight", "2.weight"), least, strict=True):
+        assert len(done.model.get_parameter(name)) >= width
+
+
+def test_training_that_gives_other_tensors_is_an_error() -> None:
+    def another_head(model: nn.Module) -> None:
+        model[2] = nn.Linear(model[2].in_features, 7)  # type: ignore[index, operator]
+
+    model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 4))
+    with pytest.raises(IterationError, match=r"step 1 of 5: training gave the network other tensors \(2.bias"):
+        allocator.iterate(model, "50%", train=another_head, example_inputs=torch.zeros(1, 6))

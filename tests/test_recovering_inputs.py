@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,109 @@ def test_nothing_dropped_is_nothing_to_do(model: nn.Module, images: Tensor) -> N
     assert "nothing was better" in str(recovered.recovery)
 
 
+# Networks that keep something, or write where they should not ---------------------------------------
+
+
+class Restless(nn.Module):
+    """It scales its input in place, counts its calls, draws noise, and keeps in itself what it reads again."""
+
+    calls: Tensor
+    kept: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+        self.third, self.head = nn.Conv2d(12, 12, 3, padding=1), nn.Conv2d(24, 4, 1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.kept = self.first(nn.functional.dropout(x.mul_(1.5), 0.01, training=True)).relu()
+        return self.head(torch.cat([self.kept, self.third(self.second(self.kept).relu())], 1))
+
+
+def _under_inference_mode(images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return images.clone()
+
+
+@pytest.mark.parametrize(
+    "data_of", [Tensor.clone, lambda images: images.clone().requires_grad_(), _under_inference_mode]
+)
+def test_a_restless_forward_leaves_all_as_it_was(images: Tensor, data_of: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, data = Restless().eval(), data_of(images)
+    state = torch.get_rng_state()
+    with untouched(model):
+        result = allocator.allocate(model, "50%", data=data, example_inputs=IMAGE)
+        with untouched(result.model):
+            recovered = allocator.recover(result, data, "least_squares")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(data, images)
+    assert data.grad is None
+    assert recovered.recovery is not None
+    assert recovered.recovery.after < 0.8 * recovered.recovery.before
+    assert allocator.verify(model, recovered.model, recovered.allocation, example_inputs=IMAGE) == recovered.certificate
+
+
+@pytest.mark.parametrize("count", [2, 4, 33, 241])
+def test_no_statistics_are_taken_of_a_single_number(count: int) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 20), nn.BatchNorm1d(20), nn.ReLU()]
+    data = torch.randn(count, 6)
+    result = allocator.allocate(nn.Sequential(*layers, nn.Linear(20, 4)).eval(), "60%", example_inputs=data[:1])
+    recovery = allocator.recover(result, data).recovery
+    assert recovery is not None
+    assert ("batch_norm" in recovery.tried) == (count > 4)
+
+
+# Offsets that are not the layer's alone -------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """What is added to a layer's output is no bias of its own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.second = nn.Linear(6, 24), nn.Linear(24, 24)
+        self.norm, self.head = nn.BatchNorm1d(24), nn.Linear(24, 4)
+        nn.init.normal_(self.second.bias)
+        nn.init.normal_(self.norm.get_buffer("running_mean"))
+        if kind == "one bias for two layers":
+            self.second.bias = self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "one norm for two layers":
+            y = self.norm(nn.functional.linear(x, self.first.weight)).relu()
+            return self.head(self.norm(nn.functional.linear(y, self.second.weight)).relu())
+        y = self.first(x).relu()
+        if self.kind == "computed":
+            return self.head(nn.functional.linear(y, self.second.weight, 2 * self.second.bias).relu())
+        if self.kind == "scaled":
+            return self.head(torch.addmm(self.second.bias, y, self.second.weight.t(), beta=0.5, alpha=2).relu())
+        return self.head(self.second(y).relu())
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "changed"),
+    [
+        ("one bias for two layers", "fold", {"head.weight", "head.bias"}),
+        ("one norm for two layers", "fold", {"head.weight", "head.bias"}),
+        ("computed", "least_squares", {"head.weight", "head.bias"}),
+        ("scaled", "least_squares", {"head.weight", "head.bias"}),
+    ],
+)
+def test_an_offset_that_is_not_the_layers_alone_stays(kind: str, method: Any, changed: set[str]) -> None:
+    torch.manual_seed(0)
+    data = torch.randn(200, 6)
+    result = allocator.allocate(Odd(kind).eval(), "50%", example_inputs=data[:1])
+    recovery = allocator.recover(result, data, method).recovery
+    assert recovery is not None
+    assert set(recovery.tensors) == changed
+    assert recovery.after < recovery.before
+
+
 # What stays with the model --------------------------------------------------------------------------
 
 
@@ -227,6 +331,20 @@ def test_files_carry_both(
     assert recovery_of(loaded) == recovered.recovery
     torch.testing.assert_close(loaded(images), recovered.model(images), rtol=0, atol=0)
     assert allocator.verify(model, loaded, recovered.allocation, example_inputs=IMAGE) == recovered.certificate
+
+
+@pytest.mark.parametrize("method", ["auto", "fold", "batch_norm"])
+def test_a_second_recovery_adds_to_the_record(
+    model: nn.Module, result: allocator.Result, images: Tensor, method: Any
+) -> None:
+    once = allocator.recover(result, images, "least_squares")
+    twice = allocator.recover(once, images, method)
+    assert once.recovery is not None
+    assert twice.recovery is not None
+    assert set(once.recovery.tensors) <= set(twice.recovery.tensors)
+    again = allocator.verify(model, twice.model, twice.allocation, example_inputs=IMAGE)
+    assert again.ok
+    assert again == twice.certificate
 
 
 def test_the_command_line_recovers_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,6 +77,12 @@ def test_networks_are_evaluated() -> None:
     assert single.points[0].values == {"value": 3.0}
 
 
+@pytest.mark.parametrize("given", [None, "good", [1, 2], {"accuracy": "good"}])
+def test_what_is_no_number_is_refused(given: Any) -> None:
+    with pytest.raises(InputError, match=r"evaluate gave .*expected a number"):
+        allocator.sweep(trained(Nested()), ["80%"], example_inputs=IMAGE, evaluate=lambda small: given)
+
+
 def test_what_is_written_says_the_same(tmp_path: Path) -> None:
     found = allocator.sweep(trained(Nested()), BUDGETS, example_inputs=IMAGE, evaluate=lambda small: {"loss": 0.5})
     text = found.to_csv(tmp_path / "sweep.csv")

@@ -184,6 +184,9 @@ def _raises() -> Iterator[Tensor]:
     ("data", "loss", "said"),
     [
         ([], None, "the loader yields no batch"),
+        (torch.zeros(0, 3, 12, 12), None, "or none with a sample"),
+        (torch.zeros(2, 3, 12, 12, device="meta"), None, "the data lie on the meta device"),
+        (torch.zeros(20, 3, 12, 12).to_sparse(), None, "the model raised RuntimeError"),
         (7, None, "data is a int: pass a loader"),
         ([3.5], None, "the data yield a float: expected tensors"),
         (np.zeros((2, 3, 12, 12)), None, "the data yield a ndarray: .*; torch.from_numpy makes a tensor of it"),
@@ -199,6 +202,30 @@ def _raises() -> Iterator[Tensor]:
 def test_data_that_do_not_fit_are_refused(model: Net, data: Any, loss: Any, said: str) -> None:
     with untouched(model), pytest.raises(allocator.DataError, match=said):
         allocator.allocate(model, "60%", example_inputs=IMAGE, data=data, loss=loss)
+
+
+def test_a_loss_of_its_own_weights_or_of_the_models_leaves_their_gradients(model: Net, images: Tensor) -> None:
+    scale = nn.Parameter(torch.ones(5))
+    pairs = [(images, torch.zeros(len(images), dtype=torch.long))]
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output * scale, target) + sum(p.square().sum() for p in model.parameters())
+
+    graph = allocator.trace(model, IMAGE)
+    with untouched(model):
+        values = allocator.score(graph, "taylor", pairs, loss).values
+    assert scale.grad is None
+    np.testing.assert_allclose(values, allocator.score(graph, "taylor", pairs, F.cross_entropy).values, rtol=1e-5)
+
+
+def test_random_states_are_left_alone(model: Net, images: Tensor) -> None:
+    tp = pytest.importorskip("torch_pruning")
+    pairs = torch.utils.data.TensorDataset(images, torch.zeros(len(images), dtype=torch.long))
+    shuffled = torch.utils.data.DataLoader(pairs, batch_size=8, shuffle=True)
+    state = torch.get_rng_state()
+    for criterion in ("fisher", tp.importance.GroupTaylorImportance(), tp.importance.RandomImportance()):
+        allocator.allocate(model, "60%", example_inputs=IMAGE, criterion=criterion, data=shuffled)
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_error_of_the_loader_is_its_own(model: Net) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -13,13 +13,15 @@ from torch import nn
 from allocator.clock import Progress
 from allocator.errors import AllocatorError, InputError, IterationError
 from allocator.model_checks import check_model
-from allocator.pipeline.choice import budgets_of
+from allocator.modules import shapes_of
+from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.model import trace_model
 from allocator.pipeline.recover import recover_result
 from allocator.pipeline.run import run
+from allocator.planning.problem import Widths
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
-from allocator.scoring.registry import Data
+from allocator.scoring.registry import Data, score
 from allocator.settings import RECOVERING, Limits, Settings
 from allocator.verifying.certificate import Certificate
 
@@ -87,10 +89,14 @@ def iterate_model(
         recover: how the network of every step is refitted on the data before it is trained; None for not at all.
         numeric, seed, progress: as for `run`.
     """
-    _check_schedule(schedule)
+    schedule = _checked(schedule)
     seen = None if data is None else data.loader
     graph = trace_model(check_model(model, values=True), example_inputs, settings, seen)
-    ends = {budget.metric.name: (budget.metric.whole, budget.limit) for budget in budgets_of(graph, limits).each}
+    last = budgets_of(graph, limits)
+    if len(schedule) > 1 and not last.met(graph.everything):  # what can't be met is said before anything is trained
+        choose(graph, last, settings, score(graph, "random"))
+    ends = {budget.metric.name: (budget.metric.whole, budget.limit) for budget in last.each}
+    settings = replace(settings, at_least=Widths(settings.at_least).of(graph))
     done: Iterated | None = None
     for number, far in enumerate(schedule, start=1):
         budgets = {name: whole * min(limit / whole, 1.0) ** far for name, (whole, limit) in ends.items()}
@@ -113,10 +119,14 @@ def iterate_model(
             if done is None:
                 raise
             raise IterationError(f"{step}: {error}", done) from error
+        shapes = shapes_of(result.model)
         try:
             train(result.model)
         except Exception as error:
             raise IterationError(f"{step}: training raised {type(error).__name__}: {error}", done) from error
+        other = sorted(name for name, _ in shapes.items() ^ shapes_of(result.model).items())
+        if other:
+            raise IterationError(f"{step}: training gave the network other tensors ({', '.join(other[:3])})", done)
         done = _after(done, result)
     assert done is not None
     return done
@@ -126,10 +136,14 @@ def _say(progress: Progress, step: str, said: str) -> None:
     progress(f"{step}: {said}")
 
 
-def _check_schedule(schedule: Sequence[float]) -> None:
-    rising = all(a < b for a, b in pairwise(schedule))
-    if not len(schedule) or not rising or schedule[0] <= 0 or schedule[-1] != 1:
-        raise InputError(f"schedule={list(schedule)!r} does not rise to 1 from above 0, as [0.25, 0.5, 0.75, 1] does")
+def _checked(schedule: Sequence[float]) -> list[float]:
+    try:
+        shares = [float(share) for share in schedule]
+    except (TypeError, ValueError):
+        shares = []
+    if not shares or not all(a < b for a, b in pairwise([0.0, *shares])) or shares[-1] != 1:
+        raise InputError(f"schedule={schedule!r:.200} does not rise to 1 from above 0, as [0.25, 0.5, 0.75, 1] does")
+    return shares
 
 
 def _after(done: Iterated | None, result: Result) -> Iterated:

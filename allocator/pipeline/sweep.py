@@ -185,7 +185,11 @@ def _evaluated(model: nn.Module, fitted: Fitted, evaluate: Evaluate | None) -> M
     if evaluate is None:
         return {}
     found = evaluate(rewrite(model, fitted.allocation))
-    return dict(found) if isinstance(found, Mapping) else {"value": float(found)}
+    named = found if isinstance(found, Mapping) else {"value": found}
+    try:
+        return {str(name): float(value) for name, value in named.items()}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"evaluate gave {found!r:.200}: expected a number, or numbers by name") from error
 
 
 def _point(graph: ChannelGraph, fitted: Fitted, scores: Scores, budgets: Budgets, values: Mapping[str, float]) -> Point:

@@ -37,6 +37,13 @@ class Widths:
             asked = max((_minimum(each, width) for pattern, each in asked.items() if matches(name, pattern)), default=0)
         return 0 if asked is None else min(_minimum(asked, width), width)
 
+    def of(self, graph: ChannelGraph) -> Any:
+        """`at_least` as numbers by layer, so that shares are of this network's widths and not of what comes of it."""
+        if self.at_least is None:
+            return None
+        written = {graph.slots.name_of(int(label[0])): len(label) for label, _ in graph.facts.written}
+        return {name: self.minimum(name, width) for name, width in written.items()}
+
 
 def _minimum(asked: Any, width: int) -> int:
     """A number of channels, or a share of `width`."""

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from allocator.modules import modules_of
-from allocator.recovering.compare import outputs_of
 from allocator.recovering.moments import average
 from allocator.recovering.samples import Samples
+from allocator.scoring.batches import outputs_of
 from allocator.torch_private import BatchNormBase
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

@@ -9,24 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from allocator.errors import DataError
 from allocator.recovering.moments import all_reduce
 from allocator.recovering.samples import size_of
+from allocator.scoring.batches import outputs_of
 from allocator.tracing.inputs import Inputs
 from allocator.tracing.record import tensors_in
-
-
-def outputs_of(model: nn.Module, inputs: Inputs) -> Any:
-    """What the model gives.
-
-    Raises:
-        DataError: it raised.
-    """
-    try:
-        return model(*inputs.args, **inputs.kwargs)
-    except Exception as error:
-        said = f"the model raised {type(error).__name__} on {inputs.describe()} from the data: {error!s:.300}"
-        raise DataError(said) from error
 
 
 @torch.no_grad()

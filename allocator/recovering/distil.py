@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from allocator.clock import Progress, bar
-from allocator.recovering.compare import apart, distance, outputs_of
+from allocator.recovering.compare import apart, distance
 from allocator.recovering.moments import average
 from allocator.recovering.samples import Samples
+from allocator.scoring.batches import outputs_of
 from allocator.tracing.inputs import Inputs
 
 EPOCHS = 30

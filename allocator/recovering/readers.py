@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -56,9 +56,13 @@ def readers_of(graph: ChannelGraph) -> tuple[dict[str, Reader], dict[str, str]]:
             found.setdefault(reader.weight, reader)
     calls = _calls_by_weight(trace)
     left = {name: "the forward computes with it in a way of its own" for name in _reading(graph) if name not in found}
-    for name in [name for name in found if calls[name] > 1]:
-        del found[name]
-        left[name] = f"{calls[name]} calls share it"
+    for name, reader in list(found.items()):
+        of_bias = calls[reader.bias or name]
+        if calls[name] > 1 or of_bias > 1:
+            del found[name]
+            left[name] = f"{calls[name]} calls share it" if calls[name] > 1 else f"{of_bias} calls share its bias"
+        elif reader.mean is not None and calls[reader.mean] > 1:
+            found[name] = replace(reader, mean=None)
     return found, left
 
 

@@ -49,7 +49,7 @@ class Recovery:
         tried: the same for everything that was tried, by method.
         layers: the layers that least squares met, first to last.
         left: by name the weights that read dropped neurons and could not be refitted, with the reason.
-        tensors: names of what was changed.
+        tensors: names of what was changed, by recoveries before this one too.
     """
 
     method: str

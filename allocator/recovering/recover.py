@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,17 +12,18 @@ import torch
 from torch import nn
 
 from allocator.clock import Progress
-from allocator.errors import RecoveryError
+from allocator.errors import DataError, RecoveryError
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.modules import modules_of, set_training, skeleton, tensor_names
+from allocator.modules import set_training, skeleton, tensor_names
 from allocator.recovering.batch_norm import take_statistics
 from allocator.recovering.compare import distance
 from allocator.recovering.distil import distil
 from allocator.recovering.least_squares import fit
 from allocator.recovering.readers import Reader, readers_of
-from allocator.recovering.record import Layer, Recovery, remember_recovery
+from allocator.recovering.record import Layer, Recovery, recovery_of, remember_recovery
 from allocator.recovering.samples import Samples, gather
 from allocator.settings import METHODS, check_choice
+from allocator.tracing.isolation import undisturbed
 
 
 @dataclass
@@ -87,31 +89,36 @@ def recover(
     readers, left = _readers(graph, stays, small)
     if not readers and method in ("least_squares", "fold"):
         raise RecoveryError(f"no layer that reads neurons can be refitted: {_listed(left)}")
-    subject = Subject(
-        model=set_training(skeleton(graph.model, _shared), False),
-        small=set_training(skeleton(small, _shared), False),
-        stays=stays,
-        readers=readers,
-        left=left,
-        samples=gather(data, graph.model, graph.inputs, samples, progress),
-        seed=seed,
-        progress=progress,
-    )
-    as_cut = Made("none", subject.small)
-    made = [as_cut, *(_all_that_may_help(subject) if method == "auto" else [MAKERS[method](subject)])]
-    tried = {each.method: distance(subject.model, each.model, subject.samples.held) for each in made}
-    best = min(made, key=lambda each: tried[each.method]) if method == "auto" else made[-1]
-    return _finish(small, best, subject, tried)
+    with undisturbed(graph.model):
+        subject = Subject(
+            model=set_training(skeleton(graph.model, _shared), False),
+            small=set_training(skeleton(small, _shared), False),
+            stays=stays,
+            readers=readers,
+            left=left,
+            samples=gather(data, graph.model, graph.inputs, samples, progress),
+            seed=seed,
+            progress=progress,
+        )
+        as_cut = Made("none", subject.small)
+        made = [as_cut, *(_all_that_may_help(subject) if method == "auto" else [MAKERS[method](subject)])]
+        tried = {each.method: distance(subject.model, each.model, subject.samples.held) for each in made}
+        best = min(made, key=lambda each: tried[each.method]) if method == "auto" else made[-1]
+        return _finish(small, best, subject, tried)
 
 
 def _all_that_may_help(subject: Subject) -> list[Made]:
-    """Statistics, least squares, and statistics after these."""
-    made = [_batch_norm(subject)]
+    """Statistics, least squares, and statistics after these; no statistics where a norm meets a single number."""
+    made = []
+    with contextlib.suppress(DataError):
+        made.append(_batch_norm(subject))
     if subject.readers:
         fitted = _least_squares(subject)
-        again = _batch_norm(replace(subject, small=fitted.model))
-        tensors = list(dict.fromkeys([*fitted.tensors, *again.tensors]))
-        made += [fitted, Made(f"{fitted.method} + {again.method}", again.model, tensors, fitted.layers)]
+        made.append(fitted)
+        with contextlib.suppress(DataError):
+            again = _batch_norm(replace(subject, small=fitted.model))
+            tensors = list(dict.fromkeys([*fitted.tensors, *again.tensors]))
+            made.append(Made(f"{fitted.method} + {again.method}", again.model, tensors, fitted.layers))
     return made
 
 
@@ -170,10 +177,9 @@ def _readers(graph: ChannelGraph, stays: np.ndarray, small: nn.Module) -> tuple[
 
 
 def _finish(small: nn.Module, best: Made, subject: Subject, tried: dict[str, float]) -> tuple[nn.Module, Recovery]:
-    """The model on its own, in the mode that it came in, and the record."""
-    model = best.model if best.tensors else skeleton(best.model, _copied)
-    for path, module in modules_of(small).items():
-        modules_of(model)[path].training = module.training
+    """The model on its own, which is as it came but for what the record names, and the record."""
+    made, earlier = tensor_names(best.model), recovery_of(small)
+    model = skeleton(small, lambda name, tensor: _copied(name, made[name] if name in best.tensors else tensor))
     recovery = Recovery(
         method=best.method,
         inputs=subject.samples.count,
@@ -183,7 +189,7 @@ def _finish(small: nn.Module, best: Made, subject: Subject, tried: dict[str, flo
         tried=tried,
         layers=tuple(best.layers),
         left=subject.left,
-        tensors=tuple(best.tensors),
+        tensors=tuple(dict.fromkeys([*(earlier.tensors if earlier else ()), *best.tensors])),
     )
     remember_recovery(model, recovery)
     return model, recovery
@@ -194,7 +200,8 @@ def _listed(left: dict[str, str]) -> str:
 
 
 def _shared(_: str, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+    """A parameter itself, and a buffer, which a forward may write into, of its own."""
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
 
 
 def _copied(_: str, tensor: torch.Tensor) -> torch.Tensor:

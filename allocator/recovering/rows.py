@@ -117,6 +117,13 @@ class Rows:
             y, ends = self._wanted(original, small, positions.to(small.x.device))
             yield Part(pair.held, x, y, ends)
 
+    def as_it_is(self) -> Part:
+        """What the first part of the smaller network's inputs reads, and what the layer gives with its old weights."""
+        pair, original, small = self.stops[0]
+        positions = self.positions[0].to(small.x.device)
+        given = self._at(small.run(), positions, None)
+        return Part(pair.held, read(small, positions, original.sizes), self._grouped(given))
+
     def _wanted(
         self, original: Stop, small: Stop, positions: torch.Tensor
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:

@@ -109,6 +109,8 @@ def _parts(found: list[Inputs], size: int) -> list[Inputs]:
             *whole, last = _cut(_joined(waiting), size)
             waiting = [last] if size_of(last) < size else []
             parts += [*whole, *([] if waiting else [last])]
+    if waiting and len(parts) > 1 and _kind(parts[-1]) == _kind(waiting[0]):  # a few more are no part of their own
+        waiting.insert(0, parts.pop())
     return [*parts, *([_joined(waiting)] if waiting else [])]
 
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from allocator.errors import DataError
 from allocator.modules import tensor_names
+from allocator.scoring.batches import outputs_of
 from allocator.torch_private import TorchDispatchMode
 from allocator.tracing.inputs import Inputs
 from allocator.tracing.operators import Operator, operator_of
@@ -113,13 +113,11 @@ class Walk:
         try:
             if not self._abandoned:
                 with torch.no_grad(), _Contiguous(), _Stopping(model, watched, after, self._wait):
-                    self.output = model(*inputs.args, **inputs.kwargs)
+                    self.output = outputs_of(model, inputs)
         except _Abandoned:
             pass
         except Exception as error:
-            said = f"the model raised {type(error).__name__} on {inputs.describe()} from the data: {error!s:.300}"
-            self._error = DataError(said)
-            self._error.__cause__ = error
+            self._error = error
         finally:
             self._came.release()
 

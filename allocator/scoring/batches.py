@@ -41,8 +41,8 @@ class Batch:
         for start in range(0, whole, size):
 
             def part(leaf: Any, start: int = start) -> Any:
-                of_samples = isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == whole
-                return leaf[start : start + size] if of_samples else leaf
+                parted = isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and leaf.dim() > 0
+                return leaf[start : start + size] if parted and leaf.shape[0] == whole else leaf
 
             args, kwargs = tree_map(part, (self.inputs.args, self.inputs.kwargs))
             yield Batch(Inputs(args, kwargs), tree_map(part, self.target))
@@ -69,17 +69,35 @@ def batches(data: Any, model: nn.Module, example: Inputs) -> Iterator[Batch]:
     def place(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
+        if leaf.is_meta:
+            raise DataError("the data lie on the meta device and have no values")
+        leaf = leaf.clone() if leaf.is_inference() else leaf  # which no gradient may be taken through
         return leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
 
     empty = True
     for item in data:
-        empty = False
         batch = _as_batch(item, model, example)
         if not batch.inputs.tensors():
             raise DataError(f"the data yield a {type(item).__name__} without a tensor for the model")
-        yield Batch(batch.inputs.map(place), tree_map(place, batch.target))
+        if batch.size:
+            empty = False
+            yield Batch(batch.inputs.map(place), tree_map(place, batch.target))
     if empty:
-        raise DataError("the data are empty: the loader yields no batch")
+        raise DataError("the data are empty: the loader yields no batch, or none with a sample")
+
+
+def outputs_of(model: nn.Module, inputs: Inputs) -> Any:
+    """What the model gives; the inputs stay as they are.
+
+    Raises:
+        DataError: it raised.
+    """
+    given = inputs.own()
+    try:
+        return model(*given.args, **given.kwargs)
+    except Exception as error:
+        said = f"the model raised {type(error).__name__} on {inputs.describe()} from the data: {error!s:.300}"
+        raise DataError(said) from error
 
 
 def first_sample(data: Any, model: nn.Module) -> Inputs | None:

@@ -18,7 +18,7 @@ from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import set_training, skeleton, tensor_names
 from allocator.scoring import ranks
 from allocator.scoring.answers import Loss, loss_of
-from allocator.scoring.batches import Batch, batches
+from allocator.scoring.batches import Batch, batches, outputs_of
 from allocator.torch_private import TorchDispatchMode
 from allocator.tracing.isolation import undisturbed
 from allocator.tracing.operators import operator_of
@@ -118,7 +118,8 @@ def collect(
     """
     if not graph.size:
         return Statistics()
-    return _together(ranks.gathered(lambda: _own_share(graph, data, needs, loss, seed, progress)))
+    with undisturbed(graph.model):
+        return _together(ranks.gathered(lambda: _own_share(graph, data, needs, loss, seed, progress)))
 
 
 def _own_share(
@@ -178,12 +179,13 @@ def with_gradients(
         with bar("looking at the data", progress) as advance, torch.enable_grad():
             for batch in batches(data, graph.model, graph.inputs):
                 for chunk in batch.chunks(CHUNK):
-                    value = loss_of(_forward(shadow, chunk), chunk, loss, _noise(chunk, seed))
+                    value = loss_of(outputs_of(shadow, chunk.inputs), chunk, loss, _noise(chunk, seed))
                     _check_gradient(value)
-                    _backward(value)
+                    _backward(value, shadow)
                 advance("gradients")
 
-    ranks.gathered(look)
+    with undisturbed(graph.model):
+        ranks.gathered(look)
     if ranks.count() > 1:
         for parameter in shadow.parameters():
             if parameter.requires_grad:
@@ -200,9 +202,10 @@ def _check_gradient(loss: torch.Tensor) -> None:
         )
 
 
-def _backward(loss: torch.Tensor) -> None:
+def _backward(loss: torch.Tensor, shadow: nn.Module) -> None:
+    """Gradients of the copy alone: a loss may have weights of its own, or look at the model's."""
     try:
-        loss.backward()
+        loss.backward(inputs=[parameter for parameter in shadow.parameters() if parameter.requires_grad])
     except RuntimeError as error:
         raise CriterionError(
             f"the gradient of the loss could not be taken: {first_line(error)}; a criterion of weights alone, such as "
@@ -238,7 +241,7 @@ def _look(
         if reader is not None:
             stack.enter_context(reader)
         stack.enter_context(torch.set_grad_enabled(gradients is not None))
-        output = _forward(shadow, batch)
+        output = outputs_of(shadow, batch.inputs)
     if gradients is not None:
         with torch.enable_grad():
             value = loss_of(output, batch, loss, _noise(batch, seed))
@@ -253,20 +256,10 @@ def _check_that_any_weight_counts(shadow: nn.Module, batch: Batch, loss: Loss | 
     for parameter in frozen:
         parameter.requires_grad_(True)
     with torch.enable_grad():
-        value = loss_of(_forward(shadow, batch), batch, loss, _noise(batch, seed))
+        value = loss_of(outputs_of(shadow, batch.inputs), batch, loss, _noise(batch, seed))
     for parameter in frozen:
         parameter.requires_grad_(False)
     _check_gradient(value)
-
-
-def _forward(shadow: nn.Module, batch: Batch) -> Any:
-    try:
-        with undisturbed(shadow, itself=True):
-            return shadow(*batch.inputs.args, **batch.inputs.kwargs)
-    except Exception as error:
-        raise DataError(
-            f"the model raised {type(error).__name__} on {batch.inputs.describe()} from the data: {error!s:.300}"
-        ) from error
 
 
 class _Gradients:
@@ -276,7 +269,7 @@ class _Gradients:
     """
 
     def __init__(self, graph: ChannelGraph, shadow: nn.Module) -> None:
-        self.graph = graph
+        self.graph, self.shadow = graph, shadow
         self.read: list[np.ndarray] = []
         self.written: list[np.ndarray] = []
         reads = np.zeros(graph.slots.total, dtype=bool)
@@ -316,7 +309,7 @@ class _Gradients:
         """One backward; zeros where the loss depends on no weight that holds a neuron."""
         self._rows = self._empty()
         if loss.requires_grad:
-            _backward(loss)
+            _backward(loss, self.shadow)
         read, written = self._rows
         if not (np.isfinite(read).all() and np.isfinite(written).all()):
             raise DataError("a gradient of the loss is not finite: check the data, and the model's weights")

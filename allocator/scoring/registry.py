@@ -23,6 +23,7 @@ from allocator.scoring.answers import Loss
 from allocator.scoring.calibration import collect, with_gradients
 from allocator.scoring.scores import Scores, SlotScores, as_array
 from allocator.scoring.torch_pruning import importance_scores, is_importance
+from allocator.tracing.isolation import undisturbed
 
 Weights = Callable[[str], torch.Tensor]
 """Gives a parameter or buffer of the model by its name."""
@@ -190,7 +191,9 @@ def _by_function(graph: ChannelGraph, function: Any, data: Data | None) -> Score
         model = graph.model
         if data is not None:  # on a copy, so that the caller's gradients stay as they are
             model = with_gradients(graph, data.loader, loss=data.loss, seed=data.seed, progress=data.progress)
-        return _checked(graph, name, importance_scores(graph, function, model))
+        with undisturbed(model, itself=True):  # one of them draws
+            values = importance_scores(graph, function, model)
+        return _checked(graph, name, values)
     return _checked(graph, name, function(graph, _weights_of(graph, name)))
 
 

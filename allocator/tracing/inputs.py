@@ -57,6 +57,10 @@ class Inputs:
         )
         return Inputs(args, kwargs, self.assumed)
 
+    def own(self) -> Inputs:
+        """The same in memory of its own, since a forward may write into what it is given."""
+        return self.map(lambda tensor: tensor.detach().clone())
+
     def noise(self, seed: int, device: torch.device, dtype: torch.dtype, *, positive: bool = False) -> Inputs:
         """Standard normal values in place of the floating-point tensors, drawn on the CPU for any device.
 
