@@ -101,7 +101,8 @@ def allocate(
             process calls this with its share of them, and all choose the same.
         loss: called with the model's output and the batch's target, gives a scalar; without one, the model's own
             answers stand in for labels.
-        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None to infer one image.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None for one input of the size
+            that the model says, else of the first of the data, else of the usual one. The notes say which.
         policy: who competes with whom; "auto" for what suits the criterion; see `plan`.
         criterion: what ranks neurons; "auto" for the best that is known, "fisher" with data and "group_norm"
             without; see `score`.
@@ -113,8 +114,10 @@ def allocate(
             them go.
         exclude: what stays as it is: name patterns (`"layer1.*"`), module classes or modules.
         include: what alone may get narrower, in the same words.
-        same: layers that keep the same places, in the same words; a list of lists for several groups.
-        at_least: channels that every layer keeps: a number, a share ("25%"), or one of these per name pattern.
+        same: layers of one width that keep the same places, in the same words: one group; a list of lists for several.
+        at_least: channels that every layer keeps: a number, a share ("25%"), or one of these per name pattern. Left
+            out, an "auto" policy that is "priced" keeps 40 % of each, or 25, 12.5 or 6.25 % where that would take more
+            than half of a budget; 0 for any number.
         multiple: widths that change are multiples of this.
         weights: "keep", or "reset" to train the result from scratch.
         recover: refit what is left on `data`, by a method of the function `recover`; True for its "auto".

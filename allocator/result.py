@@ -16,7 +16,7 @@ from allocator.rewriting.allocation import Allocation
 from allocator.verifying.certificate import Certificate
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """What `allocate` gives.
 
@@ -38,7 +38,7 @@ class Result:
     allocation: Allocation
     certificate: Certificate
     graph: ChannelGraph
-    plan: Plan = field(repr=False)
+    plan: Plan
     flops_asked: float
     flops_before: int
     flops_after: int
@@ -47,6 +47,11 @@ class Result:
     notes: list[str]
     timings: dict[str, float] = field(default_factory=dict)
     recovery: Recovery | None = None
+
+    def __repr__(self) -> str:
+        name, left = type(self.model).__name__, self.flops_after / self.flops_before
+        proof = "certificate passed" if self.certificate.ok else "certificate failed"
+        return f"<Result: {name}, {self.flops_before:,} FLOPs before, {self.flops_after:,} after ({left:.1%}), {proof}>"
 
     @cached_property
     def optimality(self) -> Optimality | None:

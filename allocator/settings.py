@@ -87,13 +87,16 @@ class Settings:
     ] = ()
     same: Annotated[
         Sequence[Any],
-        Option("layers of this name stay alike: they keep the same places (repeat for more)", metavar="PATTERN"),
+        Option(
+            "layers of this name stay alike: they keep the same places (repeat for more that go with them)",
+            metavar="PATTERN",
+        ),
     ] = ()
     at_least: Annotated[
         Any,
         Option(
             "how many channels a layer keeps at least: a number, or a share such as 25%; in Python and YAML also one "
-            "per name pattern",
+            "per name pattern. Left out, 'auto' with prices keeps 40% of each, less under tight budgets; 0: any number",
             metavar="N",
         ),
     ] = None

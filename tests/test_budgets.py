@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import allocator
 from allocator import BudgetError
 from allocator.cost.budget import Budget, Budgets, parse_budgets, parse_limit
 from allocator.cost.metric import Metric
@@ -137,3 +140,12 @@ def test_budgets_are_read_by_the_names_of_their_metrics() -> None:
     assert [(budget.metric, budget.limit) for budget in budgets.each] == [(WIDTH, 30), (AREA, 54)]
     with pytest.raises(BudgetError, match=r"area='-5%' must be positive and finite; the model's own is 108 AREA"):
         parse_budgets({"width": 3, "area": "-5%"}, metrics)
+
+
+def test_a_number_that_may_be_meant_as_a_share_is_asked_about() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
+    with pytest.raises(allocator.BudgetError, match="if a share is meant, write '50%'"):
+        allocator.allocate(model, flops=50, example_inputs=torch.zeros(1, 3, 16, 16))
+    with pytest.raises(allocator.BudgetError) as refused:
+        allocator.allocate(model, flops=500, example_inputs=torch.zeros(1, 3, 16, 16))
+    assert "share" not in str(refused.value)

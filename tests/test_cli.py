@@ -315,6 +315,40 @@ def test_allocate_apply_and_verify(output: str, capsys: pytest.CaptureFixture[st
     assert "verdict    the original minus" in said
 
 
+def test_a_network_of_one_s_own_is_verified_without_trust_in_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(allocator.build("cli_nets:branches").state_dict(), "weights.pt")
+    named, filed = ["cli_nets:branches"], ["weights.pt", "--arch", "cli_nets:branches"]
+    for original in (named, filed):
+        assert main(["allocate", *original, *SIZE, "--flops", "60%", "-o", "s.safetensors", "--force"]) == 0
+        assert main(["verify", original[0], "s.safetensors", *original[1:]]) == 0
+        assert "verdict    the original minus" in capsys.readouterr().out
+    assert main(["verify", "cli_nets:branches", "nothing.safetensors"]) == 1
+    assert main(["verify", "cli_nets:branches", "weights.pt", "s.safetensors"]) == 1
+    assert "weights.pt holds weights alone" in capsys.readouterr().err
+
+
+def test_verify_says_that_weights_were_refitted(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0)), "data.pt")
+    seen = ["--data", "data.pt", "--recover", "least_squares"]
+    assert main(["allocate", "cli_nets:branches", "--flops", "60%", *seen, "-o", "s.safetensors"]) == 0
+    capsys.readouterr()
+    assert main(["verify", "cli_nets:branches", "s.safetensors"]) == 0
+    assert "weights    the original's, bit for bit before they were refitted on 12 inputs" in capsys.readouterr().out
+
+
+def test_help_leaves_out_a_default_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["allocate", "--help"])
+    assert "default: None" not in capsys.readouterr().out
+
+
+def test_a_factory_in_the_working_folder_is_found_for_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(allocator.build("cli_nets:branches").state_dict(), "weights.pt")
+    monkeypatch.delitem(sys.modules, "cli_nets")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != os.getcwd()])
+    assert main(["report", "weights.pt", "--arch", "cli_nets:branches", *SIZE]) == 0
+
+
 def test_verify_tells_right_from_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     _save_sequential("m.pt")
     options = [*SIZE, "--allocation", "a.json"]

@@ -24,7 +24,7 @@ from allocator.flow.options import Place
 from allocator.graph.blocks import INPUT
 from allocator.graph.channel_graph import ALL, BRANCHES, INNER, ChannelGraph
 from allocator.graph.neurons import components, number_neurons
-from allocator.graph.selection import as_items, selected, unmatched
+from allocator.graph.selection import as_groups, as_items, selected, unmatched
 
 # Neurons --------------------------------------------------------------------------------------------
 
@@ -470,6 +470,18 @@ def test_layers_that_are_to_stay_alike_share_their_neurons() -> None:
     assert channel_units(both, "stem") == channel_units(both, "read")
     with pytest.raises(InputError, match=r"stem.weight writes 4 channels and left.weight 3; only layers of one width"):
         graph_of(model, same=(("stem", "left"),))
+
+
+def test_a_list_of_layers_that_are_to_stay_alike_is_one_group() -> None:
+    model = net(concatenated, stem=conv(3, 4), left=conv(4, 3), right=conv(4, 3), read=conv(6, 4), last=conv(4, 2))
+    for same in (["left", "right"], [model.left, model.right], [["left", "right"]], [["left", "right"], "stem"]):
+        graph = allocator.trace(model, IMAGE, same=same)
+        assert channel_units(graph, "left") == channel_units(graph, "right")
+    with pytest.raises(InputError, match="only layers of one width can stay alike"):
+        allocator.trace(model, IMAGE, same=["stem", "left"])
+    assert as_groups(None) == ()
+    assert as_groups("left") == (("left",),)
+    assert as_groups(nn.Sequential(nn.ReLU()))[0][0].__class__ is nn.Sequential
 
 
 def test_what_matches_nothing_is_noted_and_what_is_no_pattern_refused() -> None:

@@ -138,6 +138,21 @@ def test_what_a_forward_keeps_in_its_class_is_as_it_was() -> None:
     model(IMAGE)
 
 
+def test_threads_that_share_a_class_do_not_disturb_each_other() -> None:
+    models = [Remembering(by_class, **parts()).eval() for _ in range(3)]
+    Remembering.table.clear()
+    done: list[bool] = []
+    work = [
+        threading.Thread(target=lambda model=model: done.append(allocate(model).certificate.ok)) for model in models
+    ]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert done == [True] * 3
+    assert Remembering.table == {}
+
+
 # Weights --------------------------------------------------------------------------------------------
 
 
@@ -330,3 +345,15 @@ def test_what_fvcore_logs_of_other_counts_is_still_logged(caplog: pytest.LogCapt
     logger.warning("of somebody else's")
     assert logger.level == level
     assert [record.message for record in caplog.records if record.name == logger.name] == ["of somebody else's"]
+
+
+@pytest.mark.parametrize("write", [_scaled, _by_data])
+def test_a_forward_over_data_that_writes_into_weights(write: Callable[[Any], None]) -> None:
+    def run(m: Any, x: Tensor) -> Any:
+        with torch.no_grad():
+            write(m)
+        return forward(m, x)
+
+    model = net(run, **parts())
+    with untouched(model):
+        allocator.allocate(model, "60%", example_inputs=IMAGE, data=torch.rand(4, 3, 8, 8), criterion="activation")

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import allocator
+from allocator import Allocation
 from allocator.errors import BudgetNotBindingWarning
 from allocator.reporting import schema
 
@@ -78,11 +79,25 @@ def test_what_a_terminal_shows() -> None:
     assert figures.endswith("certificate: passed: every index accounted for, outputs not compared\n")
 
 
+def test_what_comes_back_prints_in_a_few_lines_without_rich() -> None:
+    result = allocated(scope="inner")
+    assert str(result.report()).startswith("Mixed: ")
+    assert "block / branch" in str(result.report())
+    for value in (result, result.allocation, result.graph, result.plan):
+        assert repr(value).strip("<").startswith(type(value).__name__)
+        assert "\n" not in repr(value)
+        assert len(repr(value)) < 400
+    assert repr(Allocation()).startswith("Allocation(0 FLOPs before, 0 after")
+    curve = allocator.sweep(mixed(), flops=["80%", "60%"], example_inputs=IMAGE)
+    assert str(curve).splitlines()[0].split() == ["asked", "FLOPs", "share", "importance"]
+    assert len(str(curve).splitlines()) == 3
+
+
 def test_residual_streams_are_not_shown_where_they_are_out_of_scope() -> None:
     text = printed(allocated(scope="branches"))
     assert "model (concat)" in text
     assert "(sum)" not in text
-    assert "1 blocks without a change of their own are not shown" in text
+    assert "1 block without a change of its own is not shown" in text
 
 
 def test_what_was_not_followed_is_said_with_its_module() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from subjects import untouched
+from subjects import trained, untouched
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import allocator
+from allocator.scoring.batches import first_sample
 from allocator.scoring.calibration import CHUNK
 
 IMAGE = torch.zeros(1, 3, 12, 12)
@@ -187,6 +189,7 @@ def _raises() -> Iterator[Tensor]:
         (torch.zeros(20, 3, 12, 12).to_sparse(), None, "the model raised RuntimeError"),
         (7, None, "data is a int: pass a loader"),
         ([3.5], None, "the data yield a float: expected tensors"),
+        (np.zeros((2, 3, 12, 12)), None, "the data yield a ndarray: .*; torch.from_numpy makes a tensor of it"),
         ([{"a": torch.zeros(2, 3, 12, 12)}], None, "the data yield dicts of a, none of which Net.forward takes"),
         ([torch.zeros(2, 5, 12, 12)], None, r"the model raised RuntimeError on inputs of \(2, 5, 12, 12\) float32"),
         ([torch.full((2, 3, 12, 12), math.nan)], None, "the loss is nan"),
@@ -271,3 +274,70 @@ def test_an_importance_of_a_users_own(model: Net) -> None:
 
     values = allocator.score(allocator.trace(model, IMAGE), FirstLayer()).values
     np.testing.assert_allclose(values[:8], model.first.weight.detach().abs().flatten(1).amax(1).numpy())
+
+
+class Pooled(nn.Sequential):
+    """Takes any size of image and does not say which."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+def test_inputs_are_of_the_size_of_the_data_where_the_model_does_not_say() -> None:
+    torch.manual_seed(0)
+    model, images = Pooled().eval(), torch.randn(12, 1, 10, 9)
+    note = "input 1x1x10x9, from the first of the data"
+    loaders: list[Any] = [images, [images], [(images, torch.zeros(12))], DataLoader(TensorDataset(images), 4)]
+    for data in loaders:
+        result = allocator.allocate(model, "60%", data=data)
+        assert note in result.notes
+        assert result.allocation.input_shapes == [[1, 1, 10, 9]]
+    curve = allocator.sweep(model, flops=["80%", "60%"], data=images)
+    assert curve.points[0].allocation.input_shapes == [[1, 1, 10, 9]]
+    done = allocator.iterate(model, "60%", steps=1, train=lambda network: None, data=images)
+    assert done.allocation.input_shapes == [[1, 1, 10, 9]]
+    given = allocator.allocate(model, "60%", data=images, example_inputs=images[:1, :, :8])
+    assert given.allocation.input_shapes == [[1, 1, 8, 9]]
+
+
+def test_the_model_s_word_on_its_inputs_counts_more_than_the_data_and_an_iterator_is_left_whole() -> None:
+    model: Any = Pooled().eval()
+    once = iter([torch.randn(12, 1, 10, 10)])
+    assert first_sample(once, model) is None
+    assert len(list(once)) == 1
+    assert first_sample([{"x": torch.zeros(1, 1, 10, 10)}], model) is None
+    assert first_sample([], model) is None
+    assert first_sample(3, model) is None
+    assert first_sample(torch.zeros(2, 3, dtype=torch.long), model) is None
+    model.input_size = (1, 12, 12)
+    result = allocator.allocate(model, "60%", data=torch.randn(12, 1, 10, 10))
+    assert result.allocation.input_shapes == [[1, 1, 12, 12]]
+
+
+def test_data_that_do_not_fit_are_blamed_where_the_inputs_are_of_them() -> None:
+    with pytest.raises(allocator.DataError, match=r"1x3x10x10, from the first of the data, does not fit: .*1 channels"):
+        allocator.allocate(Pooled().eval(), "60%", data=torch.randn(12, 3, 10, 10))
+
+
+def test_prices_leave_every_layer_a_part_unless_asked_otherwise() -> None:
+    graph = allocator.trace(trained(), torch.zeros(1, 3, 16, 16))
+    values = np.ones(graph.size)
+    values[graph.unit_of_slot[graph.slots.labels("wide.weight")[0]]] = 1e-6  # 32 neurons worth next to nothing
+    scores = allocator.Scores("fisher", values)
+
+    def width(flops: str, **options: Any) -> int:
+        indices = allocator.plan(graph, scores, flops, fill=False, **options).kept["wide.weight"][0]
+        assert indices is not None
+        return len(indices)
+
+    for flops, floor in (("20%", math.ceil(0.25 * 32)), ("10%", math.ceil(0.125 * 32))):
+        assert width(flops) >= floor
+        assert width(flops, at_least=0) == width(flops, policy="priced") < floor
+
+
+def test_a_result_is_one_line() -> None:
+    model = trained()
+    result = allocator.allocate(model, "60%", example_inputs=torch.zeros(1, 3, 16, 16))
+    assert "\n" not in repr(result)
+    assert len(repr(result)) < 200
+    assert len(repr(result.allocation)) < 1000

@@ -76,7 +76,10 @@ def run(args: argparse.Namespace) -> int:
     if not budgets(args):
         raise UsageError("no budget is given, such as --flops 60%")
     if args.output is None and args.allocation is None:
-        raise UsageError("nothing to write: give -o OUT, --allocation FILE or both")
+        raise UsageError(
+            "nothing to write: give -o OUT, --allocation FILE or both; allocator-cli report takes the same budgets and "
+            "only looks"
+        )
     check_suffix(args.output, MODEL_SUFFIXES, "the model (-o)")
     check_suffix(args.allocation, (".json",), "the allocation (--allocation)")
     check_report(args.report, args.plot)

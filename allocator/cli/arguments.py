@@ -99,7 +99,8 @@ def add_plan_options(group: Any) -> None:
         elif isinstance(default, tuple):
             facts |= {"action": "append", "default": [], "metavar": option.metavar}
         else:
-            facts |= {"default": default, "help": f"{facts['help']} (default: {default})"}
+            facts["default"] = default
+            facts["help"] += "" if default is None else f" (default: {default})"
             facts["choices"] = KNOWN_POLICIES if name == "policy" else CHOICES.get(name)
             facts["metavar"] = option.metavar or None
             facts["type"] = int if isinstance(default, int) else None

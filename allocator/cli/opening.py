@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 def open_model(spec: str, args: argparse.Namespace, talk: Talk) -> nn.Module:
     """The model a MODEL argument stands for: a file if there is one of that name, else a named network."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # so that package.module:factory finds the user's own code
     if os.path.exists(spec) or not _is_name(spec):
         return _model_in_file(spec, args, talk)
     return _named_model(spec, args, talk)
@@ -53,8 +55,6 @@ def _named_model(name: str, args: argparse.Namespace, talk: Talk) -> nn.Module:
 
     from allocator.io.models import build
 
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # so that package.module:factory finds the user's own code
     torch.manual_seed(0)  # a name stands for the same weights every time, so that verify can build it again
     with talk.stage(f"building {name}"):
         return build(name, **dict(args.set))

@@ -94,20 +94,23 @@ def _summary(args: argparse.Namespace, talk: Talk, format: str) -> Summary:
 
     model = open_model(args.model, args, talk)
     settings = Settings(**plan_options(args))
+    seen = data_options(args, model)
     with talk.stage("tracing"):
-        graph = trace_model(check_model(model), example_inputs(args), settings)
-    summary = _collected(args, talk, graph, settings, format)
+        graph = trace_model(check_model(model), example_inputs(args), settings, seen.get("data"))
+    summary = _collected(args, talk, graph, settings, seen, format)
     if Path(args.model).suffix == RESULT_SUFFIX and Path(args.model).exists():
         summary = with_origin(summary, load_allocation(args.model))
     return summary
 
 
-def _collected(args: argparse.Namespace, talk: Talk, graph: ChannelGraph, settings: Settings, format: str) -> Summary:
+def _collected(
+    args: argparse.Namespace, talk: Talk, graph: ChannelGraph, settings: Settings, seen: dict[str, Any], format: str
+) -> Summary:
     """With what a budget would leave, where one is given, and with the curve, where it is drawn."""
     from allocator.reporting import pareto, summarise
 
     notes: list[str] = []
-    scores = _scores(args, talk, graph, settings, notes)
+    scores = _scores(args, talk, graph, settings, seen, notes)
     found = _choice(args, talk, graph, settings, scores)
     curve: tuple[Point, ...] = ()
     if format == "html" and scores is not None:
@@ -145,14 +148,19 @@ def _choice(
 
 
 def _scores(
-    args: argparse.Namespace, talk: Talk, graph: ChannelGraph, settings: Settings, notes: list[str]
+    args: argparse.Namespace,
+    talk: Talk,
+    graph: ChannelGraph,
+    settings: Settings,
+    seen: dict[str, Any],
+    notes: list[str],
 ) -> Scores | None:
     """Of all neurons; a model that nothing ranks is no error where nothing has to be chosen."""
     from allocator.api import score
 
     try:
         with talk.stage("scoring") as update:
-            return score(graph, settings.criterion, **data_options(args, graph.model), progress=update)
+            return score(graph, settings.criterion, **seen, progress=update)
     except CriterionError as error:
         if budgets(args):
             raise

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 from allocator.cli.arguments import UsageError, add_command, add_input_options, add_model_options
 from allocator.cli.opening import example_inputs, open_model
 from allocator.cli.talk import Talk
+from allocator.errors import FileError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from allocator.verifying.certificate import Certificate
 
 _EXAMPLE = """\
@@ -41,13 +44,13 @@ def run(args: argparse.Namespace) -> int:
     if source is None:
         raise UsageError("ALLOCATION is needed: only a .safetensors SMALL holds its own")
     from allocator.api import verify
-    from allocator.io.files import load_allocation, load_model
+    from allocator.io.files import load_allocation
 
     talk = Talk(args)
     allocation = load_allocation(source)
     model = open_model(args.model, args, talk)
     with talk.stage(f"reading {args.small}"):
-        small = load_model(args.small, trust=args.trust)
+        small = _small(args, model)
     with talk.stage("verifying"):
         certificate = verify(model, small, allocation, example_inputs=example_inputs(args, allocation))
     facts = {"model": args.model, "small": args.small, **certificate.to_dict()}
@@ -55,9 +58,26 @@ def run(args: argparse.Namespace) -> int:
     return 0 if certificate.ok else 1
 
 
+def _small(args: argparse.Namespace, model: nn.Module) -> nn.Module:
+    """The smaller model; a result that does not tell how to build its network is rebuilt from the original."""
+    from allocator.io.files import load_model
+    from allocator.io.results import load_result
+
+    try:
+        return load_model(args.small, trust=args.trust)
+    except FileError:
+        if Path(args.small).suffix != ".safetensors":
+            raise
+        return load_result(args.small, model=model)
+
+
 def _text(certificate: Certificate) -> str:
     structure = "holds" if certificate.structural else "BROKEN"
-    weights = {None: "not compared", True: "the original's, bit for bit", False: "NOT the original's"}
+    weights = {None: "not compared", True: "the original's, bit for bit", False: "NOT the original's"}[
+        certificate.weights
+    ]
+    if certificate.refitted is not None:
+        weights += f" before they were refitted on {certificate.refitted} inputs"
     numbers = "not computed"
     if certificate.relative_error is not None:
         numbers = f"relative error {certificate.relative_error:.3g}"
@@ -66,6 +86,4 @@ def _text(certificate: Certificate) -> str:
     verdict = "the original minus the removed neurons"
     if not certificate.ok:
         verdict = f"NOT {verdict}"
-    return (
-        f"structure  {structure}\nweights    {weights[certificate.weights]}\nnumbers    {numbers}\nverdict    {verdict}"
-    )
+    return f"structure  {structure}\nweights    {weights}\nnumbers    {numbers}\nverdict    {verdict}"

@@ -39,7 +39,7 @@ class LatencyMetric(Metric):
 
     def show(self, value: float) -> str:
         """A time in milliseconds."""
-        return f"{value / 1e6:#,.3g} ms"
+        return f"{value / 1e6:,.0f} ms" if value >= 999.5e6 else f"{value / 1e6:#.3g} ms"
 
 
 def speed_terms(flow: Flow, flops: Iterable[Term], speed: Speed) -> list[Term]:

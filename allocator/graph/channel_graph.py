@@ -54,7 +54,7 @@ class Neuron:
     scope: str
 
 
-@dataclass
+@dataclass(repr=False)
 class ChannelGraph:
     """Neurons of one model, with all that planning needs; holds no weights of its own.
 
@@ -88,6 +88,9 @@ class ChannelGraph:
     notes: list[str]
     speed: Speed | None = None
     _metrics: dict[str, Metric] = field(default_factory=dict, repr=False)
+
+    def __repr__(self) -> str:
+        return f"ChannelGraph({type(self.model).__name__}: {self.size:,} neurons, {self.flops:,} FLOPs)"
 
     @property
     def example_inputs(self) -> Inputs:

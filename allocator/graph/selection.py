@@ -21,6 +21,13 @@ def as_items(given: Any) -> tuple[Any, ...]:
     return tuple(given)
 
 
+def as_groups(given: Any) -> tuple[tuple[Any, ...], ...]:
+    """What is meant to be alike: one group of patterns, classes and modules, or a list of such groups."""
+    items = as_items(given)
+    several = any(isinstance(item, Iterable) and not isinstance(item, (str, type, nn.Module)) for item in items)
+    return tuple(as_items(item) for item in items) if several else (items,) if items else ()
+
+
 def selected(model: nn.Module, items: Sequence[Any]) -> set[str]:
     """Names of the parameters and buffers that lie in what is meant.
 

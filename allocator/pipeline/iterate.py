@@ -90,7 +90,8 @@ def iterate_model(
         numeric, seed, progress: as for `run`.
     """
     schedule = _checked(schedule)
-    graph = trace_model(check_model(model, values=True), example_inputs, settings)
+    seen = None if data is None else data.loader
+    graph = trace_model(check_model(model, values=True), example_inputs, settings, seen)
     last = budgets_of(graph, limits)
     if len(schedule) > 1 and not last.met(graph.everything):  # what can't be met is said before anything is trained
         choose(graph, last, settings, score(graph, "random"))

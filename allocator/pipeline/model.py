@@ -6,24 +6,44 @@ from typing import Any
 
 from torch import nn
 
-from allocator.errors import InputError, TraceError, UnmatchedPatternWarning, ValueDependentTraceWarning, warn
+from allocator.errors import (
+    AllocatorError,
+    DataError,
+    InputError,
+    TraceError,
+    UnmatchedPatternWarning,
+    ValueDependentTraceWarning,
+    warn,
+)
 from allocator.flow.options import Options
 from allocator.graph.build import build_graph
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.graph.selection import as_items, unmatched
+from allocator.graph.selection import as_groups, as_items, unmatched
+from allocator.scoring.batches import first_sample
 from allocator.settings import Settings
-from allocator.tracing.inputs import Inputs, as_inputs, infer_inputs
+from allocator.tracing.inputs import Inputs, as_inputs, infer_inputs, is_size_known
 
 
-def trace_model(model: nn.Module, example_inputs: Any, settings: Settings) -> ChannelGraph:
-    """The channel graph of a model; raises as `allocator.trace` does."""
+def trace_model(model: nn.Module, example_inputs: Any, settings: Settings, data: Any = None) -> ChannelGraph:
+    """The channel graph of a model; raises as `allocator.trace` does.
+
+    Args:
+        model: the network.
+        example_inputs: as the caller gave them.
+        settings: how channels are followed.
+        data: what the network is for; where the caller gave no inputs, and the model does not say how large they are,
+            they are of the size of its first sample.
+    """
     settings = settings.checked()
+    sampled = example_inputs is None and data is not None and not is_size_known(model)
+    if sampled:
+        example_inputs = first_sample(data, model)
     inputs = as_inputs(example_inputs, model)
     options = options_of(settings)
     try:
         graph = build_graph(model, inputs, options)
     except TraceError as error:
-        raise _input_error(model, inputs, error) or error from error.__cause__
+        raise _input_error(model, inputs, error, sampled=sampled) or error from error.__cause__
     _check_dtypes(graph)
     for name in ("exclude", "include", "same"):
         for note in unmatched(model, name, getattr(options, name)):
@@ -43,19 +63,21 @@ def options_of(settings: Settings) -> Options:
         norms=settings.norms,
         exclude=as_items(settings.exclude),
         include=as_items(settings.include),
-        same=as_items(settings.same),
+        same=as_groups(settings.same),
     )
 
 
-def _input_error(model: nn.Module, inputs: Inputs, error: TraceError) -> InputError | None:
+def _input_error(model: nn.Module, inputs: Inputs, error: TraceError, *, sampled: bool) -> AllocatorError | None:
     """If the model runs with inputs inferred from itself, the caller's are to blame."""
-    if inputs.assumed:
+    if inputs.assumed and not sampled:
         return None
     try:
         usual = infer_inputs(model)
         build_graph(model, usual)
     except (InputError, TraceError):
         return None
+    if sampled:
+        return DataError(f"{inputs.assumed}, does not fit: {error}; the model runs with {usual.describe()}")
     return InputError(f"example_inputs do not fit: {error}; the model runs with {usual.describe()}")
 
 

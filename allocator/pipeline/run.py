@@ -53,7 +53,7 @@ def run(
     check_model(model, values=True)
     clock = Clock(progress)
     with clock("trace"):
-        graph = trace_model(model, example_inputs, settings)
+        graph = trace_model(model, example_inputs, settings, None if data is None else data.loader)
     if limits.latency is not None:
         with clock("measure"):
             measure_speed(graph)
@@ -65,6 +65,10 @@ def run(
         plan = choose if "latency" not in budgets.names else choose_in_time
         fitted = plan(graph, budgets, settings, scores)
         notes += fitted.notes
+        problem = fitted.plan.problem
+        if problem is not None and problem.widths.at_least != settings.at_least:
+            floor = problem.widths.at_least
+            notes.append(f"every layer keeps at least {floor} of its channels (at_least=0: any number)")
     with clock("rewrite"):
         small = materialise(model, fitted.allocation)
         remember(small, model, fitted.allocation)

@@ -23,6 +23,7 @@ from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.model import trace_model
 from allocator.reporting.charts import lines
 from allocator.reporting.pictures import save
+from allocator.reporting.terminal import as_plain_text
 from allocator.reporting.words import percent, short
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.rewrite import rewrite
@@ -67,6 +68,9 @@ class Sweep:
     metric: str
     unit: str
     points: tuple[Point, ...]
+
+    def __str__(self) -> str:
+        return as_plain_text(self).rstrip()
 
     def __iter__(self) -> Iterator[Point]:
         return iter(self.points)
@@ -151,7 +155,7 @@ def sweep_model(
     ((name, figures),) = given.items()
     if not isinstance(figures, Sequence) or isinstance(figures, str) or not figures:
         raise InputError(f"{name}={figures!r} is no list of budgets: pass several, such as ['80%', '60%', '40%']")
-    graph = trace_model(model, example_inputs, settings)
+    graph = trace_model(model, example_inputs, settings, None if data is None else data.loader)
     budgets = [budgets_of(graph, Limits(**{name: figure})) for figure in figures]
     budgets.sort(key=lambda each: each.first.limit, reverse=True)
     scores = score(graph, settings.criterion, data)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,9 +23,13 @@ from allocator.settings import CHOICES, DEFAULTS, check_choice
 
 CLOSE = 0.995
 """A plan that uses less of its budget than this is too coarse, and a wider scope is tried."""
+FLOORS = ("40%", "25%", "12.5%", "6.25%")
+"""What every layer keeps at least under prices, where nothing else is asked for."""
+MOST_FLOOR = 0.5
+"""A floor that takes more of the budget than this leaves too little to choose, and a lower one is tried."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A choice of neurons.
 
@@ -45,6 +50,10 @@ class Plan:
     criterion: str
     next_costs: dict[str, int]
     problem: Problem | None = None
+
+    def __repr__(self) -> str:
+        kept = f"{int(self.kept.sum()):,} of {len(self.kept):,} neurons kept"
+        return f"Plan({kept}; policy {self.policy}, criterion {self.criterion}, scope {self.scope})"
 
     def optimality(self) -> Optimality | None:
         """The importance that is kept, and what no plan exceeds; takes about a second where many layers hang together.
@@ -85,8 +94,12 @@ def make_plan(
         UnknownNameError: no such policy or scope.
         PolicyError: the policy's choice does not meet the budgets, or drops what must stay.
     """
-    policy = usual_policy(scores.criterion) if policy == "auto" else policy
-    choose, widths = find_policy(policy), widths or Widths()
+    widths = widths or Widths()
+    floors: tuple[Widths, ...] = (widths,)
+    if policy == "auto":
+        policy = usual_policy(scores.criterion)
+        floors = usual_floors(policy, widths)
+    choose = find_policy(policy)
     check_choice("scope", scope, CHOICES["scope"])
     least: list[np.ndarray] = []
     coarse: Plan | None = None
@@ -94,11 +107,11 @@ def make_plan(
         free = free_neurons(graph, scores, name)
         if not free.any():
             continue
-        forced = forced_neurons(graph, scores, free, widths)
+        forced, floor = _forced(graph, scores, free, floors, budgets)
         least.append(forced)
         if not budgets.met(forced):
             continue
-        problem = Problem(graph, scores, forced, budgets, fill, widths, None if gone is None else _units(graph, gone))
+        problem = Problem(graph, scores, forced, budgets, fill, floor, None if gone is None else _units(graph, gone))
         kept = to_multiples(problem, _checked(policy, choose(problem), problem), scope)
         plan = Plan(kept, budgets, name, policy, scores.criterion, next_costs(problem, kept), problem)
         if budgets.used(kept) >= CLOSE or not fill:
@@ -111,6 +124,17 @@ def make_plan(
     nearest = min(least, key=budgets.used)
     exceeded = budgets.unmet(nearest)
     raise unmet(exceeded, scope, widths, [budget.metric.value(nearest) for budget in exceeded])
+
+
+def _forced(
+    graph: ChannelGraph, scores: Scores, free: np.ndarray, floors: Sequence[Widths], budgets: Budgets
+) -> tuple[np.ndarray, Widths]:
+    """What stays in any case, under the first of the floors that leaves the budgets a choice, or under the last."""
+    for floor in floors:
+        forced = forced_neurons(graph, scores, free, floor)
+        if budgets.used(forced) <= MOST_FLOOR:
+            break
+    return forced, floor
 
 
 def _units(graph: ChannelGraph, slots: np.ndarray) -> np.ndarray:
@@ -127,6 +151,17 @@ def usual_policy(criterion: str) -> str:
     if declared is not None and declared.additive:
         return "priced"
     return "per_block" if criterion == "bn_scale" else "global"
+
+
+def usual_floors(policy: str, widths: Widths) -> tuple[Widths, ...]:
+    """What every layer keeps at least where the caller leaves it open, the most first.
+
+    Prices hold for small changes. At a quarter of the FLOPs they would leave some layers next to nothing, which errs
+    more, refitted or not, than a floor does (benchmarks/results/quality.md).
+    """
+    if policy != "priced" or widths.at_least is not None:
+        return (widths,)
+    return (*(replace(widths, at_least=floor) for floor in FLOORS), widths)
 
 
 def _checked(policy: str, kept: np.ndarray, problem: Problem) -> np.ndarray:

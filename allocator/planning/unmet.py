@@ -28,8 +28,13 @@ def unmet(exceeded: Sequence[Budget], scope: str, widths: Widths, reachable: Seq
     for budget, figure in zip(exceeded, reachable, strict=True):
         metric, whole = budget.metric, budget.metric.whole
         found.append(f"{metric.show(figure)}, {100 * figure / whole:.1f}% of the model's {metric.show(whole)}")
+    first = exceeded[0]
+    meant = ""
+    if 10 <= first.limit <= 100 < first.metric.whole and float(first.limit).is_integer():
+        meant = f"; if a share is meant, write '{first.limit:.0f}%'"
     return BudgetError(
-        f"{asked} cannot be met with {', '.join(against)}: the smallest that can be reached is {'; '.join(found)}",
+        f"{asked} cannot be met with {', '.join(against)}: the smallest that can be reached is {'; '.join(found)}"
+        f"{meant}",
         asked=exceeded[0].limit,
         reachable=reachable[0],
     )

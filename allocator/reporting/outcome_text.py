@@ -11,7 +11,7 @@ from rich.text import Text
 
 from allocator.reporting.facts import SHARED, BlockChange, BranchChange, Limited, Outcome
 from allocator.reporting.terminal import bar, heading, table_without_lines
-from allocator.reporting.words import change, cost_of, counted, printable, share_of, size
+from allocator.reporting.words import change, cost_of, counted, plural, printable, share_of, size
 from allocator.scoring.registry import CRITERIA
 
 _RESIDUAL = ("sum", "product")
@@ -31,7 +31,8 @@ class OutcomeText:
             yield _table(changed)
         hidden = len(self.outcome.blocks) - len(changed)
         if hidden:
-            yield Text(f"{hidden} blocks without a change of their own are not shown", style="dim")
+            own, shown = ("its own", "is") if hidden == 1 else ("their own", "are")
+            yield Text(f"{plural(hidden, 'block')} without a change of {own} {shown} not shown", style="dim")
         yield from self._foot()
 
     def _head(self) -> Iterator[Text]:
@@ -84,7 +85,9 @@ def _asked(budget: Limited) -> str:
     used = budget.after / budget.asked
     line = f"asked {cost_of(budget.metric, budget.asked)}, achieved {used:.3%}"
     if budget.next_cost is not None and used < 1:
-        line += f" (the cheapest further neuron costs {budget.next_cost:,})"
+        is_time = budget.metric == "latency"
+        cost = cost_of(budget.metric, budget.next_cost) if is_time else f"{budget.next_cost:,}"
+        line += f" (the cheapest further neuron costs {cost})"
     return line
 
 

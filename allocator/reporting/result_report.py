@@ -14,6 +14,7 @@ from allocator.reporting.curve import pareto
 from allocator.reporting.facts import Outcome, Point, Summary
 from allocator.reporting.outcome_text import OutcomeText
 from allocator.reporting.render import format_of, write
+from allocator.reporting.terminal import as_plain_text
 
 
 class Report:
@@ -25,6 +26,9 @@ class Report:
 
     def __init__(self, result: Allocated) -> None:
         self.result = result
+
+    def __str__(self) -> str:
+        return as_plain_text(self).rstrip()
 
     @functools.cached_property
     def outcome(self) -> Outcome:

@@ -23,7 +23,7 @@ Indices = list[Any]
 """Original indices kept of one dim, in order; one row per output for a grouped weight's dim 1."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Allocation:
     """Neurons to keep, and what modules have to be told.
 
@@ -42,9 +42,9 @@ class Allocation:
         parts: the allocations that it was composed of, first to last; none for one that was planned as a whole.
     """
 
-    kept: dict[str, list[Indices | None]] = field(default_factory=dict)
-    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    absent: list[str] = field(default_factory=list)
+    kept: dict[str, list[Indices | None]] = field(default_factory=dict, repr=False)
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    absent: list[str] = field(default_factory=list, repr=False)
     architecture: str = ""
     costs: dict[str, dict[str, Any]] = field(default_factory=dict)
     policy: str = ""
@@ -52,9 +52,14 @@ class Allocation:
     scope: str = ""
     groups: str = "whole"
     norms: str = "exact"
-    blocks: list[dict[str, Any]] = field(default_factory=list)
+    blocks: list[dict[str, Any]] = field(default_factory=list, repr=False)
     input_shapes: list[list[int]] = field(default_factory=list)
-    parts: list[dict[str, Any]] = field(default_factory=list)
+    parts: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    def __repr__(self) -> str:
+        flops = f"{self.flops_before:,} FLOPs before, {self.flops_after:,} after"
+        made = f"policy {self.policy}, criterion {self.criterion}"
+        return f"Allocation({flops}; {len(self.kept):,} tensors change; {made})"
 
     @property
     def flops_asked(self) -> float:

@@ -100,6 +100,35 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> Any:
         raise DataError(said) from error
 
 
+def first_sample(data: Any, model: nn.Module) -> Inputs | None:
+    """One sample of the data as inputs to trace a model with.
+
+    Args:
+        data: as for `batches`; only what can be gone through more than once is looked at.
+        model: what they are for.
+
+    Returns:
+        None where it takes more to know which part of a batch is for the model: where it is no tensor, nor a pair whose
+        first part is one for a forward that needs one argument.
+    """
+    if not isinstance(data, torch.Tensor):
+        if isinstance(data, Iterator) or not isinstance(data, Iterable):
+            return None
+        data = next(iter(data), None)
+    if isinstance(data, (tuple, list)) and data and _needs_one(model):
+        data = data[0]
+    if not isinstance(data, torch.Tensor) or not data.dim() or not data.is_floating_point() or not data.numel():
+        return None
+    sample = data[:1].detach().to(device_of(model), dtype_of(model))
+    return Inputs((sample,), {}, f"input {'x'.join(map(str, sample.shape))}, from the first of the data")
+
+
+def _needs_one(model: nn.Module) -> bool:
+    parameters = inspect.signature(model.forward).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(needed) == 1
+
+
 def again_and_again(data: Any) -> Any:
     """The same data, that can be gone through more than once: what an iterator gives is put into a list."""
     return list(data) if isinstance(data, Iterator) else data
@@ -119,9 +148,10 @@ def _as_batch(item: Any, model: nn.Module, example: Inputs) -> Batch:
         if isinstance(first, Mapping):
             return Batch(_of_dict(first, model, example).inputs, target)
         return Batch(Inputs(tuple(first) if isinstance(first, (tuple, list)) else (first,)), target)
+    as_tensor = "; torch.from_numpy makes a tensor of it" if type(item).__module__ == "numpy" else ""
     raise DataError(
         f"the data yield a {type(item).__name__}: expected tensors, tuples of arguments, (inputs, target) pairs or "
-        "dicts"
+        f"dicts{as_tensor}"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,7 +126,7 @@ def _own_share(
     graph: ChannelGraph, data: Any, needs: Collection[str], loss: Loss | None, seed: int, progress: Progress | None
 ) -> Statistics:
     """What this process's data say."""
-    shadow = set_training(skeleton(graph.model, _shared), False)
+    shadow = set_training(skeleton(graph.model, _shared(graph)), False)
     found = Statistics()
     gradients = _Gradients(graph, shadow) if GRADIENTS in needs else None
     watched = {MOMENTS, COVARIANCES} & set(needs)
@@ -173,7 +173,7 @@ def with_gradients(
 
     Under `torch.distributed`, over the data of all ranks.
     """
-    shadow = set_training(skeleton(graph.model, _shared), False)
+    shadow = set_training(skeleton(graph.model, _shared(graph)), False)
 
     def look() -> None:
         with bar("looking at the data", progress) as advance, torch.enable_grad():
@@ -213,12 +213,19 @@ def _backward(loss: torch.Tensor, shadow: nn.Module) -> None:
         ) from error
 
 
-def _shared(_: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter that shares the original's memory, so that no gradient reaches it; a buffer of its own."""
-    if isinstance(tensor, nn.Parameter):
-        learns = tensor.is_floating_point() or tensor.is_complex()
-        return nn.Parameter(tensor.detach(), requires_grad=learns)
-    return tensor.detach().clone()
+def _shared(graph: ChannelGraph) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Makes parameters that share the original's memory, so that no gradient reaches it; what is written is copied."""
+    trace = graph.flow.trace
+    written = {trace.values[trace.root(op.reads[0])].name for op in trace.ops if op.writes() and op.reads}
+
+    def share(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, nn.Parameter):
+            learns = tensor.is_floating_point() or tensor.is_complex()
+            own = tensor.detach().clone() if name in written else tensor.detach()
+            return nn.Parameter(own, requires_grad=learns)
+        return tensor.detach().clone()
+
+    return share
 
 
 def _look(

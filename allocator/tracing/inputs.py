@@ -169,6 +169,11 @@ def infer_inputs(model: nn.Module) -> Inputs:
     return Inputs(inputs.args, {}, f"input {text}, from {known[1]}")
 
 
+def is_size_known(model: nn.Module) -> bool:
+    """Whether the model itself says how large its inputs are, so that `infer_inputs` need not take the usual size."""
+    return _own_size(model) is not None or adapters.example_inputs(model) is not None
+
+
 def inputs_like(shapes: Sequence[Sequence[int]], model: nn.Module) -> torch.Tensor | None:
     """A tensor of zeros of the one shape there is; None where there are several, or where it is not an image's."""
     if len(shapes) != 1 or len(shapes[0]) < 3:
@@ -176,10 +181,15 @@ def inputs_like(shapes: Sequence[Sequence[int]], model: nn.Module) -> torch.Tens
     return torch.zeros(tuple(shapes[0]), dtype=dtype_of(model), device=device_of(model))
 
 
-def _input_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
+def _own_size(model: nn.Module) -> tuple[int, ...] | None:
     size = getattr(model, "input_size", None)
-    if isinstance(size, (tuple, list)) and size and all(isinstance(n, int) for n in size):
-        return tuple(size), "the model's input_size"
+    return tuple(size) if isinstance(size, (tuple, list)) and size and all(isinstance(n, int) for n in size) else None
+
+
+def _input_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
+    size = _own_size(model)
+    if size is not None:
+        return size, "the model's input_size"
     for module in model.modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             rank = len(module.kernel_size)

@@ -29,6 +29,8 @@ from allocator.tracing.operators import FUNCTIONS
 _FOREIGN = ("torch", "numpy", "builtins", "typing", "abc", "collections", "functools", "allocator")
 _ATOMS = (int, float, bool, str, bytes, type(None), type, ModuleType, torch.Tensor, nn.Module, torch.dtype)
 _DEPTH = 4
+# Two threads' forwards may share a cache, which neither is to see change under it.
+_ONE_AT_A_TIME = threading.RLock()
 _REGISTRY = 50  # entries of a global from which on it is taken to be a table, and not looked into further
 
 
@@ -45,14 +47,15 @@ def undisturbed(model: nn.Module, *, itself: bool = False) -> Iterator[None]:
     """
     tensors = {} if itself else tensor_names(model)
     versions = {name: _version(tensor) for name, tensor in tensors.items()}
-    memory, restore_states = _Memory(model), _states()
-    watch = _Watch()
-    try:
-        with watch:
-            yield
-    finally:
-        restore_states(watch.drew)
-        memory.restore()
+    with _ONE_AT_A_TIME:
+        memory, restore_states = _Memory(model), _states()
+        watch = _Watch()
+        try:
+            with watch:
+                yield
+        finally:
+            restore_states(watch.drew)
+            memory.restore()
     written = [name for name, tensor in tensors.items() if _version(tensor) != versions[name]]
     if written:
         raise UnsupportedModelError(
@@ -173,10 +176,11 @@ class _Memory:
             if cache.cache_info().misses != misses:
                 cache.cache_clear()
         for cls, before in self._classes:
-            for key in [key for key in vars(cls) if key not in before]:
+            now = dict(vars(cls))
+            for key in (key for key in now if key not in before and not _is_pythons(key)):
                 delattr(cls, key)
             for key, value in before.items():
-                if vars(cls).get(key) is not value:
+                if now.get(key) is not value and not _is_pythons(key):
                     setattr(cls, key, value)
         for container, before, everything in self._containers:
             if isinstance(container, dict):
@@ -184,6 +188,10 @@ class _Memory:
             elif not _same(container, before) and (everything or _holds_tensors(list(container))):
                 container.clear()
                 container.update(before) if isinstance(container, set) else container.extend(before)
+
+
+def _is_pythons(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
 
 
 def _restore_mapping(mapping: dict[Any, Any], before: dict[Any, Any], everything: bool) -> None:

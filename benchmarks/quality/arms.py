@@ -130,6 +130,7 @@ OURS: dict[str, Arm] = {
     "fisher, global": _ours(criterion="fisher", policy="global", data="images"),
     "fisher, priced": _ours(criterion="fisher", policy="priced", data="images"),
     "fisher, priced, floor": _ours(criterion="fisher", policy="priced", at_least="25%", data="images"),
+    "fisher, priced, floor 40 %": _ours(criterion="fisher", policy="priced", at_least="40%", data="images"),
     "fisher, priced, floor, labels": _ours(criterion="fisher", policy="priced", at_least="25%", data="labels"),
     "taylor, priced, floor": _ours(criterion="taylor", policy="priced", at_least="25%", data="labels"),
     "reconstruction, priced, floor": _ours(criterion="reconstruction", policy="priced", at_least="25%", data="images"),

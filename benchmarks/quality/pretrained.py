@@ -33,6 +33,7 @@ ROWS = RESULTS / "quality_pretrained.jsonl"
 SIDE = 128
 TEST_CROPS = 240
 SHARES = (0.9, 0.8)
+STATES = ("cut", "statistics", "recovered")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 EFFICIENTNET = ((0.498,) * 3, (0.502,) * 3)
 
@@ -107,13 +108,20 @@ def row(model: nn.Module, arm: str, share: float, calibration: Part, test: Tenso
     """What one arm makes of one network."""
     start = time.perf_counter()
     try:
-        small = ARMS[arm](model, calibration, share)
+        made = ARMS[arm](model, calibration, share)
     except Exception as error:  # whatever is raised is a result here
         return {"failed": f"{type(error).__name__}: {error!s:.120}"}
     found: dict[str, Any] = {"seconds": time.perf_counter() - start}
+    small = made.model if isinstance(made, allocator.Result) else made
     found["share"] = flops_of(small, test[:1]) / flops_of(model, test[:1])
     found["cut"] = likeness(small, test, full)
     found["statistics"] = likeness(with_batch_norm_statistics(small, calibration), test, full)
+    if isinstance(made, allocator.Result):
+        start = time.perf_counter()
+        recovered = allocator.recover(made, calibration.images)
+        found["recovery seconds"] = time.perf_counter() - start
+        found["recovered"] = likeness(recovered.model, test, full)
+        found["recovery"] = recovered.recovery.to_dict()["tried"]
     return found
 
 
@@ -142,7 +150,7 @@ def main() -> None:
                 found = row(model, arm, share, part, test, full)
                 with ROWS.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({**key, **found}) + "\n")
-                print(name, share, arm, found.get("cut", found.get("failed")), found.get("statistics"), flush=True)
+                print(name, share, arm, found.get("failed") or [found.get(state) for state in STATES], flush=True)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -28,7 +28,8 @@ def markdown(rows: Sequence[Row]) -> str:
         "several families, trained on digits of many sizes among pieces of others, are narrowed in different ways to "
         "the same FLOPs by fvcore. Points of test error above the full network's, in the mean over networks and random "
         "seeds. Torch-Pruning's ratio is bisected to within 1 % below the same FLOPs. Training, calibration and test "
-        "draw from digits of their own."
+        "draw from digits of their own. Where choices were tried on different numbers of networks, their means do not "
+        "compare; what can be told apart is paired."
     )
     full = errors(rows, "full", 1.0, "cut", "test")
     for name in networks:
