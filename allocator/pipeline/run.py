@@ -68,7 +68,8 @@ def run(
         problem = fitted.plan.problem
         if problem is not None and problem.widths.at_least != settings.at_least:
             floor = problem.widths.at_least
-            notes.append(f"every layer keeps at least {floor} of its channels (at_least=0: any number)")
+            but = ", but those that a block can do without" if graph.optional else ""
+            notes.append(f"every layer keeps at least {floor} of its channels{but} (at_least=0: any number)")
     with clock("rewrite"):
         small = materialise(model, fitted.allocation)
         remember(small, model, fitted.allocation)
