@@ -48,6 +48,8 @@ def _starts(problem: Problem) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield improve(problem, kept, weights) if problem.fill else kept, weights
         weights = weights * used**4
         weights = weights / weights.sum()
+    if problem.gone is not None:  # a part of an earlier choice, which set out from all of them
+        return
     for thresholds in (all_together, per_block, isomorphic, uniform):
         yield keep_in_order(problem, thresholds(problem)), weights
 
