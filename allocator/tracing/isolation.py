@@ -28,6 +28,7 @@ from allocator.tracing.operators import FUNCTIONS
 
 _FOREIGN = ("torch", "numpy", "builtins", "typing", "abc", "collections", "functools", "allocator")
 _ATOMS = (int, float, bool, str, bytes, type(None), type, ModuleType, torch.Tensor, nn.Module, torch.dtype)
+_FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 _DEPTH = 4
 # Two threads' forwards may share a cache, which neither is to see change under it.
 _ONE_AT_A_TIME = threading.RLock()
@@ -49,12 +50,12 @@ def undisturbed(model: nn.Module, *, itself: bool = False) -> Iterator[None]:
     versions = {name: _version(tensor) for name, tensor in tensors.items()}
     with _ONE_AT_A_TIME:
         memory, restore_states = _Memory(model), _states()
-        watch = _Watch()
+        watch, watched = _Watch(), _has_to_be_watched(model)
         try:
-            with watch:
+            with watch if watched else contextlib.nullcontext():
                 yield
         finally:
-            restore_states(watch.drew)
+            restore_states(watch.drew or not watched)
             memory.restore()
     written = [name for name, tensor in tensors.items() if _version(tensor) != versions[name]]
     if written:
@@ -92,6 +93,11 @@ def as_usual(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return run
+
+
+def _has_to_be_watched(model: nn.Module) -> bool:
+    """Alone in the process, and without attention of torch's own, nothing is to be told apart; a mode takes time."""
+    return threading.active_count() > 1 or any(isinstance(module, _FUSED) for module in modules_of(model).values())
 
 
 class _Watch(TorchFunctionMode):
