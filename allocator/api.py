@@ -12,6 +12,7 @@ from torch import nn
 
 from allocator.clock import Progress
 from allocator.errors import DataError, InputError
+from allocator.graph.build import elsewhere
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.io.files import load_allocation
 from allocator.model_checks import check_model
@@ -486,7 +487,7 @@ def verify(
     if example_inputs is None:
         example_inputs = inputs_like(allocation.input_shapes, model)
     settings = Settings(groups=allocation.groups, norms=allocation.norms)  # type: ignore[arg-type]
-    graph = trace_model(model, example_inputs, settings)
+    graph = elsewhere(trace_model(model, example_inputs, settings))
     kept = kept_by(graph, allocation)
     if kept is None:
         return no_certificate(graph, seed)

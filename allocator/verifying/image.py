@@ -23,6 +23,7 @@ class Image:
 
     def __init__(self, graph: ChannelGraph, maps: Maps, slots: Slots) -> None:
         self.old = graph.slots
+        self.absent = graph.slots.shapes.keys() - slots.shapes.keys()
         self.copies = np.ones(self.old.total, dtype=np.int64)
         self._sources: dict[int, np.ndarray] = {}  # of dims whose indices change their order, by their first slot
         for name, dims in maps.items():
