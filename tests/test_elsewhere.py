@@ -80,7 +80,7 @@ def test_a_result_works_in_every_mode_and_size(middle: str) -> None:
     require_same(model, result)
     small: Any = result.model
     assert small.second.out_channels < 16, "what does not meet the misfit still goes"
-    assert result.notes[-1].startswith("every call was held against the original's in eval mode with 1x3x16x16")
+    assert result.notes[-1].startswith("held against the original in eval mode with 1x3x16x16")
     assert allocator.verify(model, small, result.allocation, example_inputs=IMAGE).ok
 
 

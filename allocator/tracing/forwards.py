@@ -49,8 +49,7 @@ class Forwards:
             if sizes:
                 said.append(f"in {'train' if training else 'eval'} mode with {_listed(sizes)}")
         not_run = f"; not so {'; '.join(self.refused)}" if self.refused else ""
-        return f"every call was held against the original's {', '.join(said)}{not_run}"
-
+        return f"held against the original {', '.join(said)}{not_run}"
 
     def without(self, trace: Trace, why: str) -> Forwards:
         """The others, where results do not fit this one."""
