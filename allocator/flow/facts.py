@@ -147,7 +147,7 @@ def _unknown(own: list[F], further: list[F]) -> list[F]:
 
 
 def _key(fact: AtLeast | Written | Gamma) -> tuple[object, ...]:
-    return (fact.label.tobytes(), *fact[1:])
+    return (np.unique(fact.label).tobytes(), *fact[1:])  # of a batch, heads are told as often as there are samples
 
 
 def _beyond_slots(own: list[np.ndarray], further: list[np.ndarray], total: int) -> list[np.ndarray]:

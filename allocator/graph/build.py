@@ -101,8 +101,8 @@ def rebuilt(graph: ChannelGraph, options: Options) -> ChannelGraph:
 
 
 def _follow_others(traces: Iterable[Trace], slots: Slots, options: Options) -> list[Flow]:
-    """The flows of further forwards, each with facts of its own."""
-    flows = [run_rules(trace, slots, Facts(), options) for trace in traces]
+    """The flows of further forwards, each with facts of its own, as the views of each split dims."""
+    flows = [_follow(trace, slots, replace(options, heads=None, channels={}))[0] for trace in traces]
     for flow in flows:
         _freeze_misfits(flow, options)
     return flows

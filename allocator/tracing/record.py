@@ -14,8 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 from allocator import adapters
 from allocator.errors import TraceError
+from allocator.logs import hidden
 from allocator.modules import modules_of, set_training, skeleton, tensor_names
 from allocator.torch_private import (
+    FAKE_LOGGER,
     FakeTensorMode,
     TorchDispatchMode,
     call_as_usual,
@@ -113,6 +115,7 @@ def _converter(model: nn.Module, mode: str, stack: contextlib.ExitStack) -> Call
         return lambda _, t: torch.empty_like(t, device="meta")
     if mode == "fake":
         fake = FakeTensorMode(allow_non_fake_inputs=True)
+        stack.enter_context(hidden(FAKE_LOGGER))  # what raises is said by us
         stack.enter_context(fake)
         device = device_of(model)
 

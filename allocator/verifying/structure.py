@@ -71,7 +71,7 @@ def find_mismatch(graph: ChannelGraph, maps: Maps, small: nn.Module, *, copied: 
         except ForwardError as raised:
             trace, error, where = raised.partial, raised.cause, raised.module
         try:
-            new = run_rules(trace, slots, Facts(), graph.options)
+            new = run_rules(trace, slots, Facts(), flow.options)
         except RuleError as failed:
             new, error = failed.flow, failed
         mismatch = compare(flow, new, image, error)
