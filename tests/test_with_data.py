@@ -187,7 +187,7 @@ def _raises() -> Iterator[Tensor]:
         (torch.zeros(0, 3, 12, 12), None, "or none with a sample"),
         (torch.zeros(2, 3, 12, 12, device="meta"), None, "the data lie on the meta device"),
         (torch.zeros(20, 3, 12, 12).to_sparse(), None, "the model raised RuntimeError"),
-        (7, None, "data is a int: pass a loader"),
+        (7, None, "data is an int: pass a loader"),
         ([3.5], None, "the data yield a float: expected tensors"),
         (np.zeros((2, 3, 12, 12)), None, "the data yield a ndarray: .*; torch.from_numpy makes a tensor of it"),
         ([{"a": torch.zeros(2, 3, 12, 12)}], None, "the data yield dicts of a, none of which Net.forward takes"),
