@@ -189,7 +189,7 @@ def _raises() -> Iterator[Tensor]:
         (torch.zeros(20, 3, 12, 12).to_sparse(), None, "the model raised RuntimeError"),
         (7, None, "data is an int: pass a loader"),
         ([3.5], None, "the data yield a float: expected tensors"),
-        (np.zeros((2, 3, 12, 12)), None, "the data yield a ndarray: .*; torch.from_numpy makes a tensor of it"),
+        (np.zeros((2, 3, 12, 12)), None, "the data yield an ndarray: .*; torch.from_numpy makes a tensor of it"),
         ([{"a": torch.zeros(2, 3, 12, 12)}], None, "the data yield dicts of a, none of which Net.forward takes"),
         ([torch.zeros(2, 5, 12, 12)], None, r"the model raised RuntimeError on inputs of \(2, 5, 12, 12\) float32"),
         ([torch.full((2, 3, 12, 12), math.nan)], None, "the loss is nan"),
