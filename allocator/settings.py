@@ -20,6 +20,9 @@ Weights = Literal["keep", "reset"]
 Method = Literal["auto", "least_squares", "batch_norm", "fold", "distil"]
 Limit = float | str | None
 
+PREFIXES = ("torchvision", "timm", "recipe", "hf")
+"""Libraries that name networks, in the order in which messages list them."""
+
 
 @dataclass(frozen=True)
 class Option:
