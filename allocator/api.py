@@ -38,6 +38,7 @@ from allocator.settings import (
     DEFAULTS,
     METHODS,
     RECOVERING,
+    Certify,
     Groups,
     Limit,
     Limits,
@@ -47,6 +48,7 @@ from allocator.settings import (
     Scope,
     Settings,
     Weights,
+    check_certify,
     check_choice,
 )
 from allocator.tracing.inputs import inputs_like
@@ -80,7 +82,7 @@ def allocate(
     multiple: int = DEFAULTS.multiple,
     weights: Weights = "keep",
     recover: bool | Method = RECOVERING.recover,
-    certify: bool = True,
+    certify: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -121,7 +123,9 @@ def allocate(
         multiple: widths that change are multiples of this.
         weights: "keep", or "reset" to train the result from scratch.
         recover: refit what is left on `data`, by a method of the function `recover`; True for its "auto".
-        certify: compare weights and float64 outputs too; the structural check always runs.
+        certify: compare weights and float64 outputs too: outputs at the smallest size at which the forward takes the
+            same steps ("small"; the certificate says which), or at the size of the example inputs ("full"); False for
+            the structural check alone, which always runs, at the size of the example inputs.
         seed: of the certificate's input, and of the noise that stands in for answers that are no classes.
         progress: called with the name of each stage, and with how far it is.
 
@@ -369,7 +373,7 @@ def iterate(
     loss: Loss | None = None,
     recover: bool | Method = RECOVERING.recover,
     example_inputs: Any = None,
-    certify: bool = True,
+    certify: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
     **settings: Any,
@@ -450,7 +454,7 @@ def verify(
     allocation: Allocation | str | Path,
     *,
     example_inputs: Any = None,
-    numeric: bool = True,
+    numeric: Certify = "small",
     seed: int = 0,
 ) -> Certificate:
     """Check that `small` is `model` minus the neurons that the allocation drops.
@@ -461,8 +465,8 @@ def verify(
             were cut, and this is proven; `refitted` in the certificate says so.
         allocation: what it should have kept, or the path of its file: `.json`, or a saved result.
         example_inputs: as for `allocate`; None for one tensor of the size that the allocation was made for.
-        numeric: compare weights and float64 outputs too. A model that was trained since fails both; with
-            False, whether its structure still is the original's can be asked alone.
+        numeric: compare weights and float64 outputs too, as `certify` says for `allocate`. A model that was trained
+            since fails both; with False, whether its structure still is the original's can be asked alone.
         seed: of the input they are compared on.
 
     Returns:
@@ -472,8 +476,9 @@ def verify(
         FileError: the file cannot be read.
         AllocationMismatchError: the allocation was made for another architecture.
     """
+    check_certify(numeric)
     allocation = _allocation(allocation)
-    values = numeric and not allocation.parts
+    values = bool(numeric) and not allocation.parts
     check_fits(check_model(model, values=values), allocation)
     check_model(small, values=values)
     recovery = recovery_of(small)
@@ -497,7 +502,7 @@ def verify(
 
 
 def _verify_parts(
-    model: nn.Module, small: nn.Module, whole: Allocation, example_inputs: Any, numeric: bool, seed: int
+    model: nn.Module, small: nn.Module, whole: Allocation, example_inputs: Any, numeric: Certify, seed: int
 ) -> Certificate:
     """One allocation after the other, since what a neuron is may change on the way (groups that became one)."""
     parts = [Allocation.from_dict(part) for part in whole.parts]
