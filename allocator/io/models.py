@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from allocator.errors import UnknownNameError, UnsupportedModelError, unknown
+from allocator.arguments import checked
+from allocator.errors import UnknownNameError, UnsupportedModelError, a_kind, unknown
 
 BUILD_ATTRIBUTE = "_allocator_build"
 """Attribute of a built model: ``{"name": str, "kwargs": dict}``, how to build its like."""
@@ -38,6 +39,7 @@ def register_builder(prefix: str, builder: Callable[..., nn.Module]) -> None:
     _BUILDERS[prefix] = builder
 
 
+@checked
 def build(name: str, **kwargs: Any) -> nn.Module:
     """Build a model from its name.
 
@@ -67,7 +69,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     else:
         model = _build_from_factory(prefix, what, kwargs)
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"{name!r} gave a {type(model).__name__}, not a torch.nn.Module")
+        raise UnsupportedModelError(f"{name!r} gave {a_kind(model)}, not a torch.nn.Module")
     plain = _plain_kwargs(kwargs)
     if plain is not None:
         setattr(model, BUILD_ATTRIBUTE, {"name": name, "kwargs": plain})
@@ -94,7 +96,7 @@ def _build_from_factory(module_name: str, attribute: str, kwargs: dict[str, Any]
     if isinstance(factory, nn.Module):
         return factory
     if not callable(factory):
-        raise UnsupportedModelError(f"{module_name}:{attribute} is a {type(factory).__name__}, not a factory")
+        raise UnsupportedModelError(f"{module_name}:{attribute} is {a_kind(factory)}, not a factory")
     return factory(**kwargs)
 
 
