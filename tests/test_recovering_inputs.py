@@ -103,10 +103,10 @@ def test_calls_that_recover_in_one_go_say_what_is_missing(model: nn.Module, imag
 def test_what_is_no_result_and_no_number_is_refused(result: allocator.Result, images: Tensor) -> None:
     nothing: Any
     for nothing in (result.model, result.allocation, None):
-        with pytest.raises(allocator.InputError, match="pass what allocate gave"):
+        with pytest.raises(allocator.InputError, match=r"pass what allocator\.allocate gave"):
             allocator.recover(nothing, images)
     for nothing in (0, 1, 1.5, None):
-        with pytest.raises(allocator.InputError, match="is no whole number from 2 on"):
+        with pytest.raises(allocator.InputError, match="whole number"):
             allocator.recover(result, images, samples=nothing)
 
 

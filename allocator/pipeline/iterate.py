@@ -36,7 +36,7 @@ class Step:
     certificate: Certificate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Iterated:
     """A network that became smaller in steps.
 
@@ -49,6 +49,11 @@ class Iterated:
     model: nn.Module
     allocation: Allocation
     steps: tuple[Step, ...]
+
+    def __repr__(self) -> str:
+        before, after = self.allocation.flops_before, self.allocation.flops_after
+        name = type(self.model).__name__
+        return f"<Iterated: {name}, {before:,} FLOPs before, {after:,} after {len(self.steps)} steps>"
 
 
 def even_schedule(steps: int) -> list[float]:
