@@ -25,7 +25,8 @@ if not TYPE_CHECKING:  # for type checkers only the names of `public` are there
 
     def __getattr__(name: str) -> Any:
         """Rooms and public names when they are asked for: the command line's help needs neither them nor torch."""
-        if not name.startswith("_") and find_spec(f"allocator.{name}") is not None:
+        room = None if name.startswith("_") else find_spec(f"allocator.{name}")
+        if room is not None and room.origin is not None:  # a mere folder beside this one, such as build/, is none
             return importlib.import_module(f"allocator.{name}")
         if name == "__all__" or not name.startswith("_"):
             public = importlib.import_module("allocator.public")

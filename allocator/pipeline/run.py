@@ -123,11 +123,6 @@ def _finish(
         certificate = require(made, "the result")
     with clock("fvcore"):
         uncounted = _count(graph, plan.kept, small, planned, notes)
-    if hasattr(small, "save_pretrained") and hasattr(small, "from_pretrained"):
-        notes.append(
-            "from_pretrained of the model's own library builds it by its configuration, which does not know widths "
-            "that differ from layer to layer: write the result with allocator.save, and read it with allocator.load"
-        )
     if weights == "reset":
         reset_parameters(small)
         notes.append(f"weights were reset after the certificate was made{without_reset(small)}")
