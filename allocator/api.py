@@ -33,6 +33,7 @@ from allocator.settings import (
     DEFAULTS,
     METHODS,
     RECOVERING,
+    Certify,
     Groups,
     Limit,
     Limits,
@@ -42,6 +43,7 @@ from allocator.settings import (
     Scope,
     Settings,
     Weights,
+    check_certify,
     check_choice,
 )
 from allocator.tracing.isolation import as_usual
@@ -74,7 +76,7 @@ def allocate(
     multiple: int = DEFAULTS.multiple,
     weights: Weights = "keep",
     recover: bool | Method = RECOVERING.recover,
-    certify: bool = True,
+    certify: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -115,7 +117,9 @@ def allocate(
         multiple: widths that change are multiples of this.
         weights: "keep", or "reset" to train the result from scratch.
         recover: refit what is left on `data`, by a method of the function `recover`; True for its "auto".
-        certify: compare weights and float64 outputs too; the structural check always runs.
+        certify: compare weights and float64 outputs too: outputs at the smallest size at which the forward takes the
+            same steps ("small"; the certificate says which), or at the size of the example inputs ("full"); False for
+            the structural check alone, which always runs, at the size of the example inputs.
         seed: of the certificate's input, and of the noise that stands in for answers that are no classes.
         progress: called with the name of each stage, and with how far it is.
 
@@ -367,7 +371,7 @@ def iterate(
     loss: Loss | None = None,
     recover: bool | Method = RECOVERING.recover,
     example_inputs: Any = None,
-    certify: bool = True,
+    certify: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
     **settings: Any,
@@ -451,7 +455,7 @@ def verify(
     allocation: Allocation | str | Path,
     *,
     example_inputs: Any = None,
-    numeric: bool = True,
+    numeric: Certify = "small",
     seed: int = 0,
 ) -> Certificate:
     """Check that `small` is `model` minus the neurons that the allocation drops.
@@ -462,8 +466,8 @@ def verify(
             were cut, and this is proven; `refitted` in the certificate says so.
         allocation: what it should have kept, or the path of its file: `.json`, or a saved result.
         example_inputs: as for `allocate`; None for one tensor of the size that the allocation was made for.
-        numeric: compare weights and float64 outputs too. A model that was trained since fails both; with
-            False, whether its structure still is the original's can be asked alone.
+        numeric: compare weights and float64 outputs too, as `certify` says for `allocate`. A model that was trained
+            since fails both; with False, whether its structure still is the original's can be asked alone.
         seed: of the input they are compared on.
 
     Returns:
@@ -473,4 +477,5 @@ def verify(
         FileError: the file cannot be read.
         AllocationMismatchError: the allocation was made for another architecture.
     """
+    check_certify(numeric)
     return verify_model(model, small, _allocation(allocation), example_inputs, numeric=numeric, seed=seed)

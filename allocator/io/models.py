@@ -44,9 +44,10 @@ def build(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: ``torchvision:resnet50``, ``timm:res2net50_26w_4s``, ``recipe:scalenet50``,
-            ``hf:ResNetConfig`` or ``hf:./folder-with-a-config``, or ``package.module:factory``.
-        **kwargs: passed to the library's own constructor. Weights are random unless one of these asks for
-            pretrained ones (``weights="DEFAULT"`` for torchvision, ``pretrained=True`` for timm and hf).
+            ``hf:ResNetConfig`` or ``hf:./folder``, or ``package.module:factory``. Of a folder that transformers wrote
+            the class and the weights are read that lie there, and the widths where the model was allocated.
+        **kwargs: passed to the library's own constructor. Weights are random, but for those of a folder, unless one
+            of these asks for pretrained ones (``weights="DEFAULT"`` for torchvision, ``pretrained=True`` for timm).
 
     Returns:
         The model, in training mode as its library makes it.

@@ -18,7 +18,7 @@ from torch import nn
 from allocator.arguments import checked
 from allocator.disk import PathLike, existing, shorten, write_atomically
 from allocator.errors import AllocationMismatchError, AllocatorError, FileError, a_kind
-from allocator.io.models import BUILD_ATTRIBUTE
+from allocator.io.models import BUILD_ATTRIBUTE, build
 from allocator.io.programs.program import Program
 from allocator.io.rebuild import build_on_meta, build_quietly, build_spec, check_harmless, has_meta, no_larger_than
 from allocator.modules import shapes_of, tensor_names
@@ -106,7 +106,7 @@ def load_result(
     """Rebuild an allocated model from what `save_result` wrote.
 
     Args:
-        path: a ``.safetensors`` file.
+        path: a ``.safetensors`` file; or ``hf:folder`` for what ``save_pretrained`` of transformers wrote there.
         model: a fresh build of the original architecture, or a function that makes one; needed where the file
             neither names it nor holds it as a program. It is not changed.
         trust: let the file name any ``package.module:factory`` to import and call.
@@ -119,6 +119,8 @@ def load_result(
         UnsafeFileError: the architecture the file names would be built by code outside the known libraries.
         AllocationMismatchError: ``model`` is not the architecture the allocation was made for.
     """
+    if isinstance(path, str) and path.startswith("hf:") and model is None:
+        return build(path)
     metadata, tensors = _read_result(path)
     allocation = _allocation_of(metadata, path)
     _add_aliases(tensors, _parse(metadata, "aliases", path, dict), path)

@@ -22,7 +22,7 @@ from allocator.planning.problem import Widths
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.scoring.registry import Data, score
-from allocator.settings import RECOVERING, Limits, Settings
+from allocator.settings import RECOVERING, Certify, Limits, Settings
 from allocator.verifying.certificate import Certificate
 
 Train = Callable[[nn.Module], Any]
@@ -77,7 +77,7 @@ def iterate_model(
     train: Train,
     data: Data | None = None,
     recover: str | None = None,
-    numeric: bool = True,
+    numeric: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Iterated:

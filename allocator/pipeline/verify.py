@@ -19,17 +19,17 @@ from allocator.rewriting.index_map import maps_of
 from allocator.rewriting.kept import kept_by
 from allocator.rewriting.materialise import check_fits
 from allocator.rewriting.rewrite import rewrite
-from allocator.settings import Settings
+from allocator.settings import Certify, Settings
 from allocator.tracing.inputs import inputs_like
 from allocator.verifying.certificate import Certificate, certify, names_and_shapes_match, no_certificate
 from allocator.verifying.structure import find_mismatch
 
 
 def verify_model(
-    model: nn.Module, small: nn.Module, allocation: Allocation, example_inputs: Any, *, numeric: bool, seed: int
+    model: nn.Module, small: nn.Module, allocation: Allocation, example_inputs: Any, *, numeric: Certify, seed: int
 ) -> Certificate:
     """As `allocator.verify`, whose arguments these are."""
-    values = numeric and not allocation.parts
+    values = bool(numeric) and not allocation.parts
     check_model(model, values=values)
     check_model(small, values=values)
     _check_order(model, small, allocation)
@@ -64,7 +64,7 @@ def _check_order(model: nn.Module, small: nn.Module, allocation: Allocation) -> 
 
 
 def _verify_parts(
-    model: nn.Module, small: nn.Module, whole: Allocation, example_inputs: Any, numeric: bool, seed: int
+    model: nn.Module, small: nn.Module, whole: Allocation, example_inputs: Any, numeric: Certify, seed: int
 ) -> Certificate:
     """One allocation after the other, since what a neuron is may change on the way (groups that became one)."""
     parts = [Allocation.from_dict(part) for part in whole.parts]
