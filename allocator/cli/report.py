@@ -185,7 +185,7 @@ def _latency_kept(args: argparse.Namespace, talk: Talk, found: Fitted) -> Latenc
 
 
 def _show(args: argparse.Namespace, talk: Talk, summary: Summary, format: str) -> None:
-    from rich.console import Group
+    from rich.console import Group, RenderableType
     from rich.text import Text
 
     from allocator.reporting import as_text, write
@@ -196,7 +196,9 @@ def _show(args: argparse.Namespace, talk: Talk, summary: Summary, format: str) -
     limit: int | None = LIMIT
     if args.blocks is not None:
         limit = args.blocks or None  # 0 stands for all
-    layers = [Text(), LayersText(summary.layers, summary.totals.flops, _left(summary))] if args.layers else []
+    layers: list[RenderableType] = []
+    if args.layers:
+        layers = [Text(), LayersText(summary.layers, summary.totals.flops, _left(summary))]
     if args.output is not None:
         with talk.stage(f"writing {args.output}"):
             write(summary, args.output, format, limit)
