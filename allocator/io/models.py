@@ -1,4 +1,4 @@
-"""Build any model by name: ``torchvision:``, ``timm:``, ``recipe:``, ``hf:``, ``package.module:factory``."""
+"""Build any model by name: with a library's prefix, such as ``torchvision:``, or ``package.module:factory``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUILD_ATTRIBUTE = "_allocator_build"
 # They say which weights to load, not how the network looks: its like is built without them.
 _FETCHING_KWARGS = ("pretrained", "weights", "weights_backbone", "checkpoint_path")
 # In the order in which messages list them.
-_PREFIXES = ("torchvision", "timm", "recipe", "hf")
+_PREFIXES = ("torchvision", "timm", "recipe", "hf", "ultralytics")
 # What rooms above this one build; what has another prefix is built by the adapter of that name.
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 
@@ -43,7 +43,8 @@ def build(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: ``torchvision:resnet50``, ``timm:res2net50_26w_4s``, ``recipe:scalenet50``,
-            ``hf:ResNetConfig`` or ``hf:./folder-with-a-config``, or ``package.module:factory``.
+            ``hf:ResNetConfig`` or ``hf:./folder-with-a-config``, ``ultralytics:yolo11n``, or
+            ``package.module:factory``.
         **kwargs: passed to the library's own constructor. Weights are random unless one of these asks for
             pretrained ones (``weights="DEFAULT"`` for torchvision, ``pretrained=True`` for timm and hf).
 

@@ -50,7 +50,7 @@ def run(
         seed: of the certificate's input.
         progress: called with the name of each stage.
     """
-    check_model(model, values=True)
+    model = check_model(model, values=True)
     clock = Clock(progress)
     with clock("trace"):
         graph = trace_model(model, example_inputs, settings, None if data is None else data.loader)

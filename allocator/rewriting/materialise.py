@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from allocator import adapters
 from allocator.errors import AllocationMismatchError
 from allocator.modules import lies_within, shapes_of, skeleton
 from allocator.rewriting.allocation import Allocation, Indices, architecture_hash
@@ -39,6 +40,7 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
         for name, value in values.items():
             current = getattr(module, name, None)
             setattr(module, name, tuple(value) if isinstance(current, tuple) else value)
+    adapters.note_rewritten(small)
     return small
 
 
