@@ -57,7 +57,7 @@ class _KeepsWidths:
 
 
 @functools.cache
-def keeping_widths(trainer: type) -> type:
+def keeping_widths(trainer: Any) -> Any:
     """A trainer class of Ultralytics', made to keep the widths of an allocated network: for ``train(trainer=...)``."""
     return trainer if issubclass(trainer, _KeepsWidths) else type(trainer.__name__, (_KeepsWidths, trainer), {})
 
@@ -91,7 +91,7 @@ class _TrainsAsItIs:
 
 
 @functools.cache
-def _training(wrapper: type) -> type:
+def _training(wrapper: Any) -> Any:
     """A class of wrappers with that training; of `ultralytics.YOLO` it is this module's `YOLO`."""
     if issubclass(wrapper, _TrainsAsItIs):
         return wrapper
@@ -107,7 +107,8 @@ def __getattr__(name: str) -> Any:
 
 def wrap(wrapper: nn.Module, network: nn.Module) -> nn.Module:
     """A wrapper like this one around another network, which trains it as it is; neither is changed."""
-    kind = _training(type(wrapper))
+    given: Any = type(wrapper)
+    kind = _training(given)
     small: nn.Module = kind.__new__(kind)
     fields = {name: copy.copy(value) for name, value in vars(wrapper).items()}
     # What was set up around the other network is set up anew when it is needed.

@@ -17,6 +17,7 @@ WORDS = {
     "all": "a scope",
     "batch_norm": "a way to recover",
     "concat": "a kind of aggregation point",
+    "full": "how large the inputs are that a certificate compares outputs on",
     "inner": "a scope",
     "mean": "how entries make a score",
     "split": "a kind of block",

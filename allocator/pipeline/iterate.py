@@ -23,7 +23,7 @@ from allocator.planning.problem import Widths
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.scoring.registry import Data, score
-from allocator.settings import RECOVERING, Limits, Settings
+from allocator.settings import RECOVERING, Certify, Limits, Settings
 from allocator.verifying.certificate import Certificate
 
 Train = Callable[[nn.Module], Any]
@@ -37,7 +37,7 @@ class Step:
     certificate: Certificate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Iterated:
     """A network that became smaller in steps.
 
@@ -50,6 +50,11 @@ class Iterated:
     model: nn.Module
     allocation: Allocation
     steps: tuple[Step, ...]
+
+    def __repr__(self) -> str:
+        before, after = self.allocation.flops_before, self.allocation.flops_after
+        name = type(self.model).__name__
+        return f"<Iterated: {name}, {before:,} FLOPs before, {after:,} after {len(self.steps)} steps>"
 
 
 def even_schedule(steps: int) -> list[float]:
@@ -73,7 +78,7 @@ def iterate_model(
     train: Train,
     data: Data | None = None,
     recover: str | None = None,
-    numeric: bool = True,
+    numeric: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Iterated:
