@@ -21,7 +21,7 @@ Method = Literal["auto", "least_squares", "batch_norm", "fold", "distil"]
 Certify = bool | Literal["small", "full"]
 Limit = float | str | None
 
-PREFIXES = ("torchvision", "timm", "recipe", "hf")
+PREFIXES = ("torchvision", "timm", "recipe", "hf", "ultralytics")
 """Libraries that name networks, in the order in which messages list them."""
 
 

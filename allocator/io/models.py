@@ -1,4 +1,4 @@
-"""Build any model by name: ``torchvision:``, ``timm:``, ``recipe:``, ``hf:``, ``package.module:factory``."""
+"""Build any model by name: with a library's prefix, such as ``torchvision:``, or ``package.module:factory``."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ def build(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: ``torchvision:resnet50``, ``timm:res2net50_26w_4s``, ``recipe:scalenet50``,
-            ``hf:ResNetConfig`` or ``hf:./folder``, or ``package.module:factory``. Of a folder that transformers wrote
-            the class and the weights are read that lie there, and the widths where the model was allocated.
+            ``hf:ResNetConfig`` or ``hf:./folder``, ``ultralytics:yolo11n``, or ``package.module:factory``. Of a folder
+            that transformers wrote the class and the weights are read that lie there, and the widths where the model
+            was allocated.
         **kwargs: passed to the library's own constructor. Weights are random, but for those of a folder, unless one
             of these asks for pretrained ones (``weights="DEFAULT"`` for torchvision, ``pretrained=True`` for timm).
 
