@@ -12,7 +12,7 @@ if not (Path(__file__).parent / "adapters").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 from allocator import recipes as _recipes  # noqa: F401 - makes their names known to `build`
-from allocator.api import allocate, apply, iterate, plan, recover, rewrite, score, sweep, trace, verify
+from allocator.api import allocate, apply, iterate, plan, recover, rewrite, score, sweep, trace, verify, widen
 from allocator.cost.latency import Latency, latency
 from allocator.errors import (
     AdapterError,
@@ -125,4 +125,5 @@ __all__ = [
     "sweep",
     "trace",
     "verify",
+    "widen",
 ]

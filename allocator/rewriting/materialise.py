@@ -11,6 +11,7 @@ from torch import nn
 
 from allocator.errors import AllocationMismatchError
 from allocator.modules import lies_within, shapes_of, skeleton
+from allocator.rewriting.added import Filling
 from allocator.rewriting.allocation import Allocation, Indices, architecture_hash
 from allocator.rewriting.index_map import length, take
 
@@ -20,14 +21,17 @@ Slice = Callable[[torch.Tensor, Sequence[Indices | None]], torch.Tensor]
 def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> nn.Module:
     """Copy `model` with every tensor cut as the allocation says, and the modules' attributes set.
 
-    Untouched tensors are copied too, so that training the result leaves the original as it is.
+    Untouched tensors are copied too, so that training the result leaves the original as it is. What a wider network
+    adds is filled so that it computes the same.
     """
+    filling = Filling.of(allocation.added)
 
     def replace(name: str, tensor: torch.Tensor) -> torch.Tensor:
         kept = allocation.kept.get(name)
         if kept is None:
             return tensor.detach().clone() if cut is take else torch.empty_like(tensor, device="meta")
-        return cut(tensor, kept)
+        taken = cut(tensor, kept)
+        return taken if filling is None or cut is not take else filling.fill(name, taken, kept, like=tensor)
 
     small = skeleton(model, replace)
     for path in allocation.absent:

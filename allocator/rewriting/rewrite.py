@@ -22,8 +22,15 @@ def rewrite(model: nn.Module, allocation: Allocation, weights: str = "keep") -> 
         AllocationMismatchError: the allocation was made for another architecture.
     """
     check_fits(check_model(model), allocation)
-    small = materialise(model, allocation)
+    small = _in_parts(model, allocation) if allocation.widens and allocation.parts else materialise(model, allocation)
     remember(small, model, allocation)
     if weights == "reset":
         reset_parameters(small)
     return small
+
+
+def _in_parts(model: nn.Module, allocation: Allocation) -> nn.Module:
+    """One part after the other, as each that adds neurons says what it fills them with."""
+    for part in allocation.parts:
+        model = materialise(model, Allocation.from_dict(part))
+    return model

@@ -43,6 +43,8 @@ class Certificate:
         dtype: what was computed in; "float32" where the forward refuses float64.
         refitted: of a model that was recovered, how many inputs its weights were refitted on after the cut; then
             `weights` and `relative_error` are of the cut. None where they were not.
+        widens: of a wider network. It computes what the original does, and the original is what is left of it without
+            the neurons that were added: these are the dropped ones above.
     """
 
     structural: bool
@@ -58,6 +60,7 @@ class Certificate:
     compared: int = 0
     dtype: str = "float64"
     refitted: int | None = None
+    widens: bool = False
 
     @property
     def tolerance(self) -> float:
@@ -83,7 +86,7 @@ class Certificate:
     def __str__(self) -> str:
         if not self.structural:
             return "FAILED: an index, a call or a number of the forward is not the image of the original's"
-        said = ["every index accounted for"]
+        said = ["every index accounted for, both ways" if self.widens else "every index accounted for"]
         if self.weights is not None:
             said.append("weights the original's bit for bit" if self.weights else "weights NOT the original's")
         if self.relative_error is None:
@@ -93,7 +96,8 @@ class Certificate:
             drawn = " on drawn weights too" if self.drawn else ""
             said.append(f"{self.dtype} outputs within {self.relative_error:.1e}{drawn}{nature}")
         if not self.shown:
-            said.append("but none of them was seen to depend on the dropped neurons")
+            neurons = "added" if self.widens else "dropped"
+            said.append(f"but none of them was seen to depend on the {neurons} neurons")
         verdict = "passed" if self.ok else "NOT SHOWN" if self.agrees else "FAILED"
         after = "" if self.refitted is None else f"; structure proven, weights refitted on {self.refitted} inputs"
         return f"{verdict}: {', '.join(said)}{after}"
@@ -112,7 +116,7 @@ def certify(
         seed: of the input that the two are compared on.
         numeric: compare weights and float64 outputs too.
     """
-    shapes = _input_shapes(graph)
+    shapes = input_shapes(graph)
     if not numeric:
         return Certificate(True, None, graph.exact, seed, shapes, 0)
     same = weights_match(graph, maps, small)
@@ -124,10 +128,11 @@ def certify(
 
 def no_certificate(graph: ChannelGraph, seed: int = 0) -> Certificate:
     """The certificate of a model that did not pass the structural check."""
-    return Certificate(False, None, graph.exact, seed, _input_shapes(graph), 0)
+    return Certificate(False, None, graph.exact, seed, input_shapes(graph), 0)
 
 
-def _input_shapes(graph: ChannelGraph) -> tuple[tuple[int, ...], ...]:
+def input_shapes(graph: ChannelGraph) -> tuple[tuple[int, ...], ...]:
+    """Of the inputs that a graph was traced with."""
     return tuple(tuple(t.shape) for t in graph.inputs.tensors())
 
 
@@ -159,12 +164,12 @@ def weights_match(graph: ChannelGraph, maps: Maps, small: nn.Module) -> bool:
     """
     found = tensor_names(small)
     for name, tensor in graph.tensors.items():
-        if name in found and not _same_bits(part_of(tensor.detach(), maps.get(name, ())), found[name].detach()):
+        if name in found and not same_bits(part_of(tensor.detach(), maps.get(name, ())), found[name].detach()):
             return False
     return True
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equality that tells +0 from -0 and holds for NaN."""
     if a.dtype != b.dtype or a.shape != b.shape or a.layout != b.layout:
         return False
@@ -174,13 +179,17 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(flat_a, flat_b)
 
 
+_CLAIM = "the original minus the dropped neurons"
+
+
 def require(certificate: Certificate, what: str) -> Certificate:
     """Return the certificate, or raise CertificateError where a check failed, or showed nothing."""
+    claim = "the original with neurons that change nothing" if certificate.widens else _CLAIM
     if certificate.agrees and not certificate.shown:
         raise CertificateError(
-            f"{what} was not shown to be the original minus the dropped neurons: {certificate}; pass example_inputs "
+            f"{what} was not shown to be {claim}: {certificate}; pass example_inputs "
             "that reach the outputs, or certify=False for the structural check alone"
         )
     if not certificate.ok:
-        raise CertificateError(f"{what} is not the original minus the dropped neurons: {certificate}")
+        raise CertificateError(f"{what} is not {claim}: {certificate}")
     return certificate

@@ -12,7 +12,6 @@ from torch import nn
 from allocator.errors import AllocatorError, CertificateError, first_line
 from allocator.flow.labels import FROZEN
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.graph.neurons import components
 from allocator.rewriting.index_map import Maps
 from allocator.tracing.inputs import Inputs, device_of
 from allocator.verifying.difference import Difference, difference, noise_floors
@@ -68,7 +67,9 @@ class Comparison:
         return replace(self, error=error, effect=effect, shares=shares, drawn=drawn, compared=compared)
 
 
-def compare_outputs(graph: ChannelGraph, kept: np.ndarray, maps: Maps, small: nn.Module, seed: int) -> Comparison:
+def compare_outputs(
+    graph: ChannelGraph, kept: np.ndarray, maps: Maps, small: nn.Module, seed: int, *, uncut: bool = False
+) -> Comparison:
     """Compare the two models on inputs drawn from the seed, in float64 or, where the forward refuses that, in float32.
 
     Where neurons do not reach the outputs with the model's own weights, weights drawn from the seed are
@@ -81,6 +82,8 @@ def compare_outputs(graph: ChannelGraph, kept: np.ndarray, maps: Maps, small: nn
         maps: where each index of the rewritten model's tensors comes from.
         small: the rewritten model.
         seed: of the input, and of the weights where they are drawn.
+        uncut: with its own weights the original computes what the rewritten model does, though it has more neurons; it
+            is compared as it is.
 
     Raises:
         CertificateError: the forward runs in neither dtype.
@@ -88,7 +91,7 @@ def compare_outputs(graph: ChannelGraph, kept: np.ndarray, maps: Maps, small: nn
     said = []
     for dtype in (torch.float64, torch.float32):
         try:
-            return _compare(_Pair(graph, kept, maps, small, seed, dtype))
+            return _compare(_Pair(graph, kept, maps, small, seed, dtype, uncut))
         except AllocatorError:
             raise
         except Exception as error:  # whatever the model's own code raises
@@ -130,6 +133,7 @@ class _Pair:
     small: nn.Module
     seed: int
     dtype: torch.dtype
+    uncut: bool
 
     def inputs(self) -> Iterator[Inputs]:
         """Those to compare on, the ones that say most first."""
@@ -169,16 +173,17 @@ class _Pair:
         self, original: tuple[list[torch.Tensor], list[torch.Tensor]], inputs: Inputs, drawn: bool
     ) -> Comparison:
         cut, whole = original
+        reference = whole if self.uncut and not drawn else cut
         result = run_float64(
             self.small, inputs, draw=Draw(self.graph, self.seed, self.maps) if drawn else None, dtype=self.dtype
         )
-        found, floors = difference(cut, result), None
+        found, floors = difference(reference, result), None
         tolerance = TOLERANCES[_name(self.dtype)]
         if tolerance < found.worst < float("inf") and self.graph.exact:
             draw = Draw(self.graph, self.seed) if drawn else None
             nudged = [self._cut(inputs, draw, nudge) for nudge in range(1, NUDGES + 1)]
             floors = noise_floors(cut, nudged, tolerance)
-            found = difference(cut, result, floors)
+            found = difference(reference, result, floors)
         effect = difference(whole, cut, floors, patterns=False).worst if whole is not cut else 0.0
         return self._comparison(found, effect, len(cut), drawn)
 
@@ -208,12 +213,7 @@ def _zeroed_rows(graph: ChannelGraph, kept: np.ndarray) -> Rows:
     multiplied and summed no weight reads the neuron; then its writers are zeroed.
     """
     dropped = ~graph.stays(kept)
-    slots = np.zeros(graph.slots.total, dtype=bool)
-    for label in graph.facts.read:
-        slots[label] = True
-    if graph.facts.computed_ties:
-        together = components(graph.slots.total, [(tie.a, tie.b) for tie in graph.facts.computed_ties])
-        slots = np.isin(together, np.unique(together[slots]))
+    slots = graph.reads.copy()
     for label in graph.facts.multiplied:
         units = np.unique(graph.units(label))
         slots |= np.isin(graph.unit_of_slot, units)
