@@ -22,11 +22,11 @@ from allocator.graph.channel_graph import ChannelGraph
 from allocator.tracing.inputs import as_inputs
 from allocator.verifying.certificate import (
     Certificate,
-    same_bits,
     certify,
     names_and_shapes_match,
     no_certificate,
     require,
+    same_bits,
     weights_match,
 )
 from allocator.verifying.comparison import TOLERANCE, _silenced, _zeroed_rows, compare_outputs
