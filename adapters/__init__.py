@@ -29,9 +29,25 @@ from allocator.errors import AdapterError
 Kept = Callable[[str, int], np.ndarray]
 """`kept("conv1.weight", 0)`: (n,) bool, which indices of that dim of the module's tensor stay."""
 Sizes = Callable[[nn.Module, Kept], Mapping[str, Any]]
+Arguments = tuple[Any, ...] | dict[str, Any]
+"""Of one forward: by their places, or by their names."""
 OptionalBranches = Callable[[nn.Module], dict[str, tuple[str, ...]]]
 
 S = TypeVar("S", bound=Sizes)
+
+
+@dataclass(frozen=True)
+class Configured:
+    """What the configuration becomes that a library keeps beside a model's weights, to build the model from it again.
+
+    Attributes:
+        values: by path of a module, new values by attribute: of the whole model, whose path is "",
+            "config.intermediate_size"; of others the numbers that they would hold if they were built from it.
+        note: what the caller has to know before the model is saved; None where it is built again as it is.
+    """
+
+    values: Mapping[str, Mapping[str, Any]]
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,15 +63,18 @@ class Adapter:
         optional_branches: gives, for a module, the paths (relative to it) of layers that the forward can
             do without, each with all the paths that must be set to None together with it.
         norm_scale: for a norm that torch does not know as one, the name of the vector that scales its channels.
-        inputs: gives example arguments of a whole model (zeros on the CPU) and where their size comes from, or
+        inputs: gives example arguments of a whole model (on the CPU) and where their size comes from, or
             None where the model does not tell.
+        configuration: gives, for a whole model that was rewritten and has its original's configuration yet, what that
+            becomes; None where it has none.
     """
 
     sizes: Sizes | None = None
     outputs: Callable[[nn.Module], Iterable[str]] | None = None
     optional_branches: OptionalBranches | None = None
     norm_scale: str | None = None
-    inputs: Callable[[nn.Module], tuple[tuple[Any, ...], str] | None] | None = None
+    inputs: Callable[[nn.Module], tuple[Arguments, str] | None] | None = None
+    configuration: Callable[[nn.Module], Configured | None] | None = None
 
 
 _ADAPTERS: dict[str, Adapter] = {}
@@ -245,7 +264,7 @@ def how_to(module: nn.Module) -> str:
     return f"to let them go, say what follows: allocator.adapters.register({_name(type(module))!r}), docs/extending.md"
 
 
-def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], str] | None:
+def example_inputs(model: nn.Module) -> tuple[Arguments, str] | None:
     """Arguments that a model takes, and where their size comes from, where an adapter of its class knows."""
     adapter = find(model)
     if adapter is None or adapter.inputs is None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from torch import nn
 
+from allocator.arguments import checked
 from allocator.clock import Progress
 from allocator.errors import DataError, InputError
 from allocator.graph.channel_graph import ChannelGraph
@@ -21,14 +20,10 @@ from allocator.pipeline.model import trace_model
 from allocator.pipeline.recover import recover_result
 from allocator.pipeline.run import run
 from allocator.pipeline.sweep import Evaluate, Sweep, sweep_model
+from allocator.pipeline.verify import verify_model
 from allocator.pipeline.widen import Widths, by_allocation, by_factor, by_flops, widen_model
-from allocator.recovering.proof import as_it_was_cut
-from allocator.recovering.record import recovery_of
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
-from allocator.rewriting.index_map import maps_of
-from allocator.rewriting.kept import kept_by
-from allocator.rewriting.materialise import check_fits
 from allocator.rewriting.rewrite import rewrite as rewrite_model
 from allocator.scoring.answers import Loss
 from allocator.scoring.batches import again_and_again
@@ -40,6 +35,7 @@ from allocator.settings import (
     METHODS,
     RECOVERING,
     WIDENING,
+    Certify,
     Groups,
     Init,
     Limit,
@@ -50,15 +46,14 @@ from allocator.settings import (
     Scope,
     Settings,
     Weights,
+    check_certify,
     check_choice,
 )
-from allocator.tracing.inputs import inputs_like
 from allocator.tracing.isolation import as_usual
-from allocator.verifying.certificate import Certificate, certify, names_and_shapes_match, no_certificate
-from allocator.verifying.growth import verify_growth
-from allocator.verifying.structure import find_mismatch
+from allocator.verifying.certificate import Certificate
 
 
+@checked
 @as_usual
 def allocate(
     model: nn.Module,
@@ -84,7 +79,7 @@ def allocate(
     multiple: int = DEFAULTS.multiple,
     weights: Weights = "keep",
     recover: bool | Method = RECOVERING.recover,
-    certify: bool = True,
+    certify: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -125,7 +120,9 @@ def allocate(
         multiple: widths that change are multiples of this.
         weights: "keep", or "reset" to train the result from scratch.
         recover: refit what is left on `data`, by a method of the function `recover`; True for its "auto".
-        certify: compare weights and float64 outputs too; the structural check always runs.
+        certify: compare weights and float64 outputs too: outputs at the smallest size at which the forward takes the
+            same steps ("small"; the certificate says which), or at the size of the example inputs ("full"); False for
+            the structural check alone, which always runs, at the size of the example inputs.
         seed: of the certificate's input, and of the noise that stands in for answers that are no classes.
         progress: called with the name of each stage, and with how far it is.
 
@@ -171,6 +168,7 @@ def _method(recover: bool | Method, data: Any, weights: Weights) -> str | None:
     return method
 
 
+@checked
 @as_usual
 def widen(
     model: nn.Module,
@@ -185,7 +183,7 @@ def widen(
     exclude: Any = DEFAULTS.exclude,
     include: Any = DEFAULTS.include,
     weights: Weights = "keep",
-    certify: bool = True,
+    certify: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -291,15 +289,14 @@ def recover(
         UnknownNameError: no such method.
         InputError: this is no result, or `samples` no number of them.
     """
-    if not isinstance(result, Result):
-        raise InputError(f"this is a {type(result).__name__}: pass what allocate gave, not its model")
-    if not isinstance(samples, int) or samples < 2:
+    if samples < 2:
         raise InputError(
             f"samples={samples!r} is no whole number from 2 on: one to fit and one to judge by are the least"
         )
     return recover_result(result, data, method, samples=samples, seed=seed, progress=progress)
 
 
+@checked
 @as_usual
 def trace(
     model: nn.Module,
@@ -325,6 +322,7 @@ def trace(
     return trace_model(check_model(model), example_inputs, settings)
 
 
+@checked
 @as_usual
 def score(
     graph: ChannelGraph,
@@ -355,6 +353,7 @@ def score(
     return score_graph(graph, criterion, None if data is None else Data(data, loss, seed, progress))
 
 
+@checked
 @as_usual
 def plan(
     graph: ChannelGraph,
@@ -394,6 +393,7 @@ def plan(
     return choose(graph, budgets_of(graph, limits), settings, scores).allocation
 
 
+@checked
 @as_usual
 def sweep(
     model: nn.Module,
@@ -437,6 +437,7 @@ def sweep(
     )
 
 
+@checked
 @as_usual
 def iterate(
     model: nn.Module,
@@ -452,7 +453,7 @@ def iterate(
     loss: Loss | None = None,
     recover: bool | Method = RECOVERING.recover,
     example_inputs: Any = None,
-    certify: bool = True,
+    certify: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
     **settings: Any,
@@ -495,6 +496,7 @@ def iterate(
     )
 
 
+@checked
 @as_usual
 def rewrite(model: nn.Module, allocation: Allocation, weights: Weights = "keep") -> nn.Module:
     """Copy `model` with only the neurons that the allocation keeps.
@@ -511,6 +513,7 @@ def rewrite(model: nn.Module, allocation: Allocation, weights: Weights = "keep")
     return rewrite_model(model, allocation, weights)
 
 
+@checked
 @as_usual
 def apply(model: nn.Module, allocation: Allocation | str | Path, weights: Weights = "keep") -> nn.Module:
     """`rewrite` with an allocation that may also be the path of its file: `.json`, or a saved result.
@@ -526,6 +529,7 @@ def _allocation(allocation: Allocation | str | Path) -> Allocation:
     return allocation if isinstance(allocation, Allocation) else load_allocation(allocation)
 
 
+@checked
 @as_usual
 def verify(
     model: nn.Module,
@@ -533,7 +537,7 @@ def verify(
     allocation: Allocation | str | Path,
     *,
     example_inputs: Any = None,
-    numeric: bool = True,
+    numeric: Certify = "small",
     seed: int = 0,
 ) -> Certificate:
     """Check that `small` is `model` minus the neurons that the allocation drops.
@@ -544,8 +548,8 @@ def verify(
             were cut, and this is proven; `refitted` in the certificate says so.
         allocation: what it should have kept, or the path of its file: `.json`, or a saved result.
         example_inputs: as for `allocate`; None for one tensor of the size that the allocation was made for.
-        numeric: compare weights and float64 outputs too. A model that was trained since fails both; with
-            False, whether its structure still is the original's can be asked alone.
+        numeric: compare weights and float64 outputs too, as `certify` says for `allocate`. A model that was trained
+            since fails both; with False, whether its structure still is the original's can be asked alone.
         seed: of the input they are compared on.
 
     Returns:
@@ -555,45 +559,5 @@ def verify(
         FileError: the file cannot be read.
         AllocationMismatchError: the allocation was made for another architecture.
     """
-    allocation = _allocation(allocation)
-    values = numeric and not allocation.parts
-    check_fits(check_model(model, values=values), allocation)
-    check_model(small, values=values)
-    recovery = recovery_of(small)
-    if recovery is not None and recovery.tensors and not allocation.parts:
-        cut = as_it_was_cut(model, small, allocation, recovery)
-        proven = verify(model, cut, allocation, example_inputs=example_inputs, numeric=numeric, seed=seed)
-        return replace(proven, refitted=recovery.inputs)
-    if allocation.parts:
-        return _verify_parts(model, small, allocation, example_inputs, numeric, seed)
-    if example_inputs is None:
-        example_inputs = inputs_like(allocation.input_shapes, model)
-    settings = Settings(groups=allocation.groups, norms=allocation.norms)  # type: ignore[arg-type]
-    graph = trace_model(model, example_inputs, settings)
-    if allocation.added:
-        return verify_growth(graph, allocation, small, seed=seed, numeric=numeric)
-    kept = kept_by(graph, allocation)
-    if kept is None:
-        return no_certificate(graph, seed)
-    maps = maps_of(graph, kept)
-    if not names_and_shapes_match(graph, maps, small) or find_mismatch(graph, maps, small) is not None:
-        return no_certificate(graph, seed)
-    return certify(graph, kept, maps, small, seed=seed, numeric=numeric)
-
-
-def _verify_parts(
-    model: nn.Module, small: nn.Module, whole: Allocation, example_inputs: Any, numeric: bool, seed: int
-) -> Certificate:
-    """One allocation after the other, since what a neuron is may change on the way (groups that became one)."""
-    parts = [Allocation.from_dict(part) for part in whole.parts]
-    composed = functools.reduce(Allocation.compose, parts)
-    certificates = []
-    for i, part in enumerate(parts):
-        following = rewrite(model, part) if i < len(parts) - 1 else small
-        made = verify(model, following, part, example_inputs=example_inputs, numeric=numeric, seed=seed)
-        certificates.append(made)
-        model = following
-    same = (composed.kept, composed.attributes, composed.absent) == (whole.kept, whole.attributes, whole.absent)
-    worst = max(certificates, key=lambda made: (not made.ok, made.relative_error or 0.0))
-    structural = same and all(made.structural for made in certificates)
-    return replace(worst, structural=structural, exact=all(made.exact for made in certificates))
+    check_certify(numeric)
+    return verify_model(model, small, _allocation(allocation), example_inputs, numeric=numeric, seed=seed)

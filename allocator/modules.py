@@ -48,6 +48,36 @@ def set_training(model: nn.Module, training: bool) -> nn.Module:
     return model
 
 
+def attribute_of(module: nn.Module, name: str) -> Any:
+    """An attribute, or one of an object that the module holds (`config.num_heads`); None where there is none."""
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def set_attribute(module: nn.Module, name: str, value: Any, *, shared: bool = False) -> None:
+    """Set what `attribute_of` reads; a tuple stays one.
+
+    Args:
+        module, name, value: what is set.
+        shared: others may hold the same object, which so is copied first.
+    """
+    current = attribute_of(module, name)
+    value = tuple(value) if isinstance(current, tuple) and value is not None else value
+    if current == value:
+        return
+    *held, last = name.split(".")
+    holder: Any = module
+    for part in held:
+        inner = getattr(holder, part)
+        if shared:
+            inner = copy.copy(inner)
+            setattr(holder, part, inner)
+        holder = inner
+    setattr(holder, last, value)
+
+
 def lies_within(path: str, modules: Iterable[str]) -> bool:
     """Whether this is the path of one of these modules, or of what is inside one."""
     return any(path == module or path.startswith(f"{module}.") for module in modules)

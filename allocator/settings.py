@@ -19,6 +19,7 @@ Norms = Literal["exact", "loose"]
 Weights = Literal["keep", "reset"]
 Method = Literal["auto", "least_squares", "batch_norm", "fold", "distil"]
 Init = Literal["zero", "copy"]
+Certify = bool | Literal["small", "full"]
 Limit = float | str | None
 
 
@@ -125,6 +126,12 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise UnknownNameError(none_of(name, value, choices))
 
 
+def check_certify(value: Any) -> None:
+    """Raise InputError unless it says whether outputs are compared, and at which size."""
+    if not isinstance(value, bool) and value not in SIZES:
+        raise InputError(f"certify={value!r} is none of {', '.join(map(repr, SIZES))}, True or False")
+
+
 @dataclass(frozen=True)
 class Limits:
     """Budgets: what the smaller network may cost at most. Each is a number, text such as "4.2G", or a share ("60%")."""
@@ -197,5 +204,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     name: get_args(kind) for name, (kind, _) in _declared(Settings).items() if get_origin(kind) is Literal
 }
 """Of the options that take one of a few words and no others, these words."""
+SIZES: tuple[str, ...] = get_args(get_args(Certify)[1])
+"""Of the inputs that a certificate compares outputs on."""
 KNOWN_POLICIES: tuple[str, ...] = get_args(Policy)
 """The policies that come with this package; callers may register more."""

@@ -145,7 +145,7 @@ DEEP: Any = functools.reduce(lambda inner, _: [inner], range(40), list[Any]([0.5
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"policy": 7}, "policy is a int, not a str"),
+        ({"policy": 7}, "policy is an int, not a str"),
         ({"absent": "c"}, "absent is a str, not a list"),
         ({"attributes": []}, "attributes is a list, not a dict"),
         ({"kept": {"a": [0]}}, "entry for a is not a list of index lists"),

@@ -18,6 +18,7 @@ WORDS = {
     "batch_norm": "a way to recover",
     "concat": "a kind of aggregation point",
     "copy": "what is added to a wider network",
+    "full": "how large the inputs are that a certificate compares outputs on",
     "inner": "a scope",
     "mean": "how entries make a score",
     "split": "a kind of block",

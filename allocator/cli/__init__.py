@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 # A command imports what it works with (torch, and the rooms of this package that need it) once its arguments were found
 # to fit, so that help and complaints come at once.
+from allocator import __version__
 from allocator.cli import allocate, apply, compare, export, recipes, report, sweep, train, verify
 from allocator.cli.arguments import UsageError
 from allocator.errors import AllocatorError, BudgetError
@@ -94,12 +95,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """Looks the version up only when asked for."""
-
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from importlib import metadata
-
-        print(f"neuron-allocator {metadata.version('neuron-allocator')}")
+        print(f"neuron-allocator {__version__}")
         parser.exit(0)
 
 

@@ -20,7 +20,7 @@ from allocator.cli.data import add_data_options, data_options
 from allocator.cli.opening import example_inputs, open_model
 from allocator.cli.outputs import MODEL_SUFFIXES, check_outputs, check_report, check_suffix, write_model
 from allocator.cli.talk import Talk
-from allocator.settings import METHODS, RECOVERING_OPTIONS
+from allocator.settings import METHODS, RECOVERING_OPTIONS, SIZES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,6 +66,13 @@ def _add_result_options(group: Any) -> None:
     option = RECOVERING_OPTIONS["recover"]
     group.add_argument(
         "--recover", nargs="?", const="auto", default=False, choices=METHODS, help=f"{option.help} (needs --data)"
+    )
+    group.add_argument(
+        "--certify",
+        choices=SIZES,
+        default=SIZES[0],
+        help="compare outputs on the smallest inputs that the network takes in the same steps (small, the default), or "
+        "on inputs of the full size",
     )
     group.add_argument("--no-certificate", action="store_true", help="leave out the numeric certificate")
     group.add_argument("--seed", type=int, default=0, help="of the certificate's input (default: 0)")
@@ -127,7 +134,7 @@ def _allocate(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
             **plan_options(args),
             weights=args.weights,
             recover=args.recover,
-            certify=not args.no_certificate,
+            certify=not args.no_certificate and args.certify,
             seed=args.seed,
             progress=update,
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocator.cli.arguments import UsageError
-from allocator.errors import DataError, FileError, MissingPackageError, UnknownNameError
+from allocator.errors import DataError, FileError, MissingPackageError, UnknownNameError, a_kind
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -90,7 +90,7 @@ def _tensor(path: Path) -> Tensor:
     except Exception as error:
         raise FileError(f"{path} cannot be read as a tensor: {error!s:.200}") from error
     if not isinstance(found, torch.Tensor):
-        raise FileError(f"{path} holds a {type(found).__name__}, not a tensor of inputs")
+        raise FileError(f"{path} holds {a_kind(found)}, not a tensor of inputs")
     return found
 
 

@@ -53,7 +53,7 @@ def _named_model(name: str, args: argparse.Namespace, talk: Talk) -> nn.Module:
         raise UsageError("--arch goes with a file of weights, not with a named model")
     import torch
 
-    from allocator.io.models import build
+    from allocator import build
 
     torch.manual_seed(0)  # a name stands for the same weights every time, so that verify can build it again
     with talk.stage(f"building {name}"):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from allocator import adapters
 from allocator.errors import NothingToAllocateError, RewriteError
 from allocator.fitting.repair import Mends, repair
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.planning.plan import Plan
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.describe import AttributeKey, complete, describe
-from allocator.rewriting.index_map import Maps, maps_of, take, take_on_meta
+from allocator.rewriting.index_map import Maps, maps_of, take, take_buffers, take_on_meta
 from allocator.rewriting.materialise import materialise
 from allocator.verifying.structure import Mismatch, find_mismatch
 
@@ -72,7 +73,7 @@ def fit(graph: ChannelGraph, planner: Planner, hold: Hold | None = None) -> Fitt
         mismatch = check_structure(graph, maps, allocation)
         if mismatch is None:
             allocation = complete(_leave_alone(graph, plan, maps, mends, allocation), graph, plan)
-            return Fitted(graph, plan, maps, allocation, notes)
+            return Fitted(graph, plan, maps, with_configuration(graph, maps, allocation, notes), notes)
         if hold is None or not hold(mismatch.misplaced):
             graph, rounds = repair(graph, plan, mismatch, mends, notes), rounds + 1
     raise RewriteError(
@@ -86,6 +87,41 @@ def check_structure(graph: ChannelGraph, maps: Maps, allocation: Allocation) -> 
     on_meta = graph.flow.trace.mode == "meta"
     small = materialise(graph.model, allocation, take_on_meta if on_meta else take)
     return find_mismatch(graph, maps, small, copied=on_meta)
+
+
+def with_configuration(graph: ChannelGraph, maps: Maps, allocation: Allocation, notes: list[str]) -> Allocation:
+    """Let what a library builds the model from follow, as far as the forward still fits; `notes` says where it cannot.
+
+    A model of a library that is not known gets a note if it can be built from a configuration.
+    """
+    adapter = adapters.find(graph.model)
+    if not allocation.kept:
+        return allocation
+    configured = None
+    if adapter is not None and adapter.configuration is not None:
+        configured = adapter.configuration(materialise(graph.model, allocation, take_buffers))
+    if configured is None:
+        if hasattr(graph.model, "save_pretrained") and hasattr(graph.model, "from_pretrained"):
+            notes.append(_BY_ITS_CONFIGURATION)
+        return allocation
+    notes += [configured.note] if configured.note else []
+    if not configured.values:
+        return allocation
+    attributes = dict(allocation.attributes)
+    for path, values in configured.values.items():
+        attributes[path] = {**attributes.get(path, {}), **values}
+    followed = replace(allocation, attributes=attributes)
+    mismatch = check_structure(graph, maps, followed)
+    if mismatch is None:
+        return followed
+    notes.append(f"the configuration stays as it was, since the forward reads it: {mismatch}")
+    return allocation
+
+
+_BY_ITS_CONFIGURATION = (
+    "from_pretrained of the model's own library builds it by its configuration, which does not know widths "
+    "that differ from layer to layer: write the result with allocator.save, and read it with allocator.load"
+)
 
 
 def _leave_alone(graph: ChannelGraph, plan: Plan, maps: Maps, mends: Mends, allocation: Allocation) -> Allocation:

@@ -26,6 +26,7 @@ from allocator.graph.blocks import Block, call_graph, find_blocks, mean_gamma
 from allocator.graph.neurons import components
 from allocator.model_checks import undone_by
 from allocator.modules import modules_of, tensor_names
+from allocator.shown import Shown
 from allocator.tracing.inputs import Inputs
 
 BRANCHES, INNER, ALL = 0, 1, 2
@@ -56,7 +57,7 @@ class Neuron:
 
 
 @dataclass(repr=False)
-class ChannelGraph:
+class ChannelGraph(Shown):
     """Neurons of one model, with all that planning needs; holds no weights of its own.
 
     Attributes:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from allocator.arguments import checked
 from allocator.cost.fvcore import fvcore_layer_flops
 from allocator.disk import PathLike, check_writable, shorten, write_atomically
 from allocator.errors import ExportError, MissingPackageError, UnknownNameError, did_you_mean, first_line
@@ -79,6 +80,7 @@ class Export:
         return asdict(self)
 
 
+@checked
 def export(
     model: Any,
     path: PathLike,

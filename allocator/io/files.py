@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from allocator.arguments import checked
 from allocator.disk import PathLike, check_writable, existing, shorten, write_atomically, write_text
-from allocator.errors import FileError
+from allocator.errors import FileError, a_kind
 from allocator.io.models import build
 from allocator.io.pickles import open_pickle
 from allocator.io.programs.exported_program import is_program, load_program
@@ -52,6 +53,7 @@ PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
 PROGRAM_SUFFIXES = (".pt2", ".onnx", ".torchscript", ".ts")
 
 
+@checked
 def save_model(model: nn.Module, path: PathLike) -> None:
     """Write a model as a pickled module, the way ``torch.save(model, path)`` does.
 
@@ -74,6 +76,7 @@ def save_model(model: nn.Module, path: PathLike) -> None:
             raise FileError(f"cannot write {path}: {full}{error}") from error
 
 
+@checked
 def load_model(path: PathLike, *, arch: str | None = None, trust: bool = False) -> nn.Module:
     """Read a model from a file, on the CPU.
 
@@ -102,7 +105,7 @@ def load_model(path: PathLike, *, arch: str | None = None, trust: bool = False) 
         return found
     state = _state_dict(found)
     if state is None:
-        raise FileError(f"{path} holds a {type(found).__name__}, not a model")
+        raise FileError(f"{path} holds {a_kind(found)}, not a model")
     return _fill(arch, state, path)
 
 

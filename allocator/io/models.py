@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from allocator.errors import UnknownNameError, UnsupportedModelError, unknown
+from allocator.arguments import checked
+from allocator.errors import UnknownNameError, UnsupportedModelError, a_kind, unknown
 
 BUILD_ATTRIBUTE = "_allocator_build"
 """Attribute of a built model: ``{"name": str, "kwargs": dict}``, how to build its like."""
@@ -38,14 +39,16 @@ def register_builder(prefix: str, builder: Callable[..., nn.Module]) -> None:
     _BUILDERS[prefix] = builder
 
 
+@checked
 def build(name: str, **kwargs: Any) -> nn.Module:
     """Build a model from its name.
 
     Args:
         name: ``torchvision:resnet50``, ``timm:res2net50_26w_4s``, ``recipe:scalenet50``,
-            ``hf:ResNetConfig`` or ``hf:./folder-with-a-config``, or ``package.module:factory``.
-        **kwargs: passed to the library's own constructor. Weights are random unless one of these asks for
-            pretrained ones (``weights="DEFAULT"`` for torchvision, ``pretrained=True`` for timm and hf).
+            ``hf:ResNetConfig`` or ``hf:./folder``, or ``package.module:factory``. Of a folder that transformers wrote
+            the class and the weights are read that lie there, and the widths where the model was allocated.
+        **kwargs: passed to the library's own constructor. Weights are random, but for those of a folder, unless one
+            of these asks for pretrained ones (``weights="DEFAULT"`` for torchvision, ``pretrained=True`` for timm).
 
     Returns:
         The model, in training mode as its library makes it.
@@ -66,7 +69,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     else:
         model = _build_from_factory(prefix, what, kwargs)
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"{name!r} gave a {type(model).__name__}, not a torch.nn.Module")
+        raise UnsupportedModelError(f"{name!r} gave {a_kind(model)}, not a torch.nn.Module")
     plain = _plain_kwargs(kwargs)
     if plain is not None:
         setattr(model, BUILD_ATTRIBUTE, {"name": name, "kwargs": plain})
@@ -93,7 +96,7 @@ def _build_from_factory(module_name: str, attribute: str, kwargs: dict[str, Any]
     if isinstance(factory, nn.Module):
         return factory
     if not callable(factory):
-        raise UnsupportedModelError(f"{module_name}:{attribute} is a {type(factory).__name__}, not a factory")
+        raise UnsupportedModelError(f"{module_name}:{attribute} is {a_kind(factory)}, not a factory")
     return factory(**kwargs)
 
 

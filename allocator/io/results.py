@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from allocator.arguments import checked
 from allocator.disk import PathLike, existing, shorten, write_atomically
-from allocator.errors import AllocationMismatchError, AllocatorError, FileError
-from allocator.io.models import BUILD_ATTRIBUTE
+from allocator.errors import AllocationMismatchError, AllocatorError, FileError, a_kind
+from allocator.io.models import BUILD_ATTRIBUTE, build
 from allocator.io.programs.program import Program
 from allocator.io.rebuild import build_on_meta, build_quietly, build_spec, check_harmless, has_meta, no_larger_than
 from allocator.modules import shapes_of, tensor_names
@@ -33,6 +34,7 @@ _FORMAT = "neuron-allocator"
 _FORMAT_VERSION = 2  # 1 had no flops, architecture, certificate and digest
 
 
+@checked
 def save_result(result: Any, path: PathLike) -> None:
     """Write an allocated model as data alone: tensors, allocation and the name it was built from, or its program.
 
@@ -97,13 +99,14 @@ def _parts(result: Any) -> tuple[nn.Module, Allocation, dict[str, Any] | None]:
     return result, allocation, None
 
 
+@checked
 def load_result(
     path: PathLike, *, model: nn.Module | Callable[[], nn.Module] | None = None, trust: bool = False
 ) -> nn.Module:
     """Rebuild an allocated model from what `save_result` wrote.
 
     Args:
-        path: a ``.safetensors`` file.
+        path: a ``.safetensors`` file; or ``hf:folder`` for what ``save_pretrained`` of transformers wrote there.
         model: a fresh build of the original architecture, or a function that makes one; needed where the file
             neither names it nor holds it as a program. It is not changed.
         trust: let the file name any ``package.module:factory`` to import and call.
@@ -116,6 +119,8 @@ def load_result(
         UnsafeFileError: the architecture the file names would be built by code outside the known libraries.
         AllocationMismatchError: ``model`` is not the architecture the allocation was made for.
     """
+    if isinstance(path, str) and path.startswith("hf:") and model is None:
+        return build(path)
     metadata, tensors = _read_result(path)
     allocation = _allocation_of(metadata, path)
     _add_aliases(tensors, _parse(metadata, "aliases", path, dict), path)
@@ -264,7 +269,7 @@ def _distinct_tensors(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor]
     aliases: dict[str, str] = {}
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
-            raise FileError(f"cannot save {name}: it is a {type(value).__name__}, not a tensor; use .pt")
+            raise FileError(f"cannot save {name}: it is {a_kind(value)}, not a tensor; use .pt")
         identity = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
         if value.numel() and identity in seen:
             aliases[name] = seen[identity]
@@ -348,7 +353,7 @@ def _parse(metadata: dict[str, str], key: str, path: PathLike, kind: type | tupl
     except (KeyError, ValueError, RecursionError) as error:
         raise FileError(f"{path} is damaged: its {key} cannot be read") from error
     if not isinstance(value, kind):
-        raise FileError(f"{path} is damaged: its {key} is a {type(value).__name__}")
+        raise FileError(f"{path} is damaged: its {key} is {a_kind(value)}")
     return value
 
 

@@ -22,7 +22,7 @@ from allocator.planning.problem import Widths
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.scoring.registry import Data, score
-from allocator.settings import RECOVERING, Limits, Settings
+from allocator.settings import RECOVERING, Certify, Limits, Settings
 from allocator.verifying.certificate import Certificate
 
 Train = Callable[[nn.Module], Any]
@@ -36,7 +36,7 @@ class Step:
     certificate: Certificate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Iterated:
     """A network that became smaller in steps.
 
@@ -49,6 +49,11 @@ class Iterated:
     model: nn.Module
     allocation: Allocation
     steps: tuple[Step, ...]
+
+    def __repr__(self) -> str:
+        before, after = self.allocation.flops_before, self.allocation.flops_after
+        name = type(self.model).__name__
+        return f"<Iterated: {name}, {before:,} FLOPs before, {after:,} after {len(self.steps)} steps>"
 
 
 def even_schedule(steps: int) -> list[float]:
@@ -72,7 +77,7 @@ def iterate_model(
     train: Train,
     data: Data | None = None,
     recover: str | None = None,
-    numeric: bool = True,
+    numeric: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Iterated:

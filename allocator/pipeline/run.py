@@ -22,7 +22,7 @@ from allocator.result import Result
 from allocator.rewriting.lineage import remember
 from allocator.rewriting.materialise import materialise, reset_parameters
 from allocator.scoring.registry import Data, check_criterion, score
-from allocator.settings import Limits, Settings
+from allocator.settings import Certify, Limits, Settings, check_certify
 from allocator.verifying.certificate import Certificate, certify, require
 
 
@@ -34,7 +34,7 @@ def run(
     *,
     data: Data | None = None,
     weights: str = "keep",
-    numeric: bool = True,
+    numeric: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -47,10 +47,11 @@ def run(
         settings: how neurons are chosen.
         data: what criteria may look at.
         weights: "keep" or "reset".
-        numeric: compare weights and outputs too.
+        numeric: compare weights and outputs too, at which size.
         seed: of the certificate's input.
         progress: called with the name of each stage.
     """
+    check_certify(numeric)
     check_model(model, values=True)
     clock = Clock(progress)
     with clock("trace"):
@@ -135,11 +136,6 @@ def finish(
         certificate = require(prove(), "the result")
     with clock("fvcore"):
         uncounted = _count(graph, plan.kept, small, planned, notes)
-    if hasattr(small, "save_pretrained") and hasattr(small, "from_pretrained"):
-        notes.append(
-            "from_pretrained of the model's own library builds it by its configuration, which does not know widths "
-            "that differ from layer to layer: write the result with allocator.save, and read it with allocator.load"
-        )
     if weights == "reset":
         reset_parameters(small)
         notes.append(f"weights were reset after the certificate was made{without_reset(small)}")

@@ -13,6 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import nn
 
+from allocator.arguments import checked
 from allocator.clock import Progress, bar
 from allocator.cost.budget import Budgets
 from allocator.disk import PathLike, write_text
@@ -23,13 +24,13 @@ from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.model import trace_model
 from allocator.reporting.charts import lines
 from allocator.reporting.pictures import save
-from allocator.reporting.terminal import as_plain_text
 from allocator.reporting.words import percent, short
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.rewrite import rewrite
 from allocator.scoring.registry import Data, score
 from allocator.scoring.scores import Scores
 from allocator.settings import Limits, Settings
+from allocator.shown import Shown
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 
@@ -56,7 +57,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Shown):
     """Allocations for many budgets, the largest first; each keeps a part of what the one before it keeps.
 
     Attributes:
@@ -68,9 +69,6 @@ class Sweep:
     metric: str
     unit: str
     points: tuple[Point, ...]
-
-    def __str__(self) -> str:
-        return as_plain_text(self).rstrip()
 
     def __iter__(self) -> Iterator[Point]:
         return iter(self.points)
@@ -101,6 +99,7 @@ class Sweep:
             write_text(path, text.getvalue())
         return text.getvalue()
 
+    @checked
     def plot(self, path: PathLike, *, title: str = "") -> None:
         """Draw importance, and what `evaluate` gave, over the share that is kept: .png, .svg or .pdf.
 

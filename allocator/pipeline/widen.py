@@ -25,7 +25,7 @@ from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.index_map import length
 from allocator.rewriting.lineage import remember
 from allocator.rewriting.materialise import materialise
-from allocator.settings import Settings
+from allocator.settings import Certify, Settings, check_certify
 from allocator.verifying.certificate import Certificate
 from allocator.verifying.growth import certify_growth
 
@@ -50,7 +50,7 @@ def widen_model(
     *,
     init: str = "zero",
     weights: str = "keep",
-    numeric: bool = True,
+    numeric: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -63,10 +63,11 @@ def widen_model(
         settings: which layers may grow.
         init: what added neurons are filled with.
         weights: "keep" or "reset".
-        numeric: compare weights and outputs too.
+        numeric: compare weights and outputs too, at which size.
         seed: of what is drawn.
         progress: called with the name of each stage.
     """
+    check_certify(numeric)
     check_model(model, values=True)
     clock = Clock(progress)
     with clock("trace"):

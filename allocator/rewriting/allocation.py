@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from allocator.arguments import checked
 from allocator.disk import write_text
-from allocator.errors import AllocationMismatchError, FileError
+from allocator.errors import AllocationMismatchError, FileError, a_kind
 from allocator.modules import lies_within
 from allocator.rewriting import allocation_checks as checks
+from allocator.shown import Shown
 
 FORMAT = 4
 READABLE = (1, 2, 3, FORMAT)
@@ -24,7 +26,7 @@ Indices = list[Any]
 
 
 @dataclass(repr=False)
-class Allocation:
+class Allocation(Shown):
     """Neurons to keep, and what modules have to be told.
 
     Attributes:
@@ -134,6 +136,7 @@ class Allocation:
             )
         return cls.from_dict(data)
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write as JSON, moved into place when complete.
 
@@ -205,7 +208,7 @@ def _fields_in(data: dict[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         kind = type(getattr(usual, name))
         if not isinstance(value, kind):
-            raise FileError(f"the allocation's {name} is a {type(value).__name__}, not a {kind.__name__}")
+            raise FileError(f"the allocation's {name} is {a_kind(value)}, not a {kind.__name__}")
         if name in _CHECKS:
             _CHECKS[name](value)
     return given
@@ -275,7 +278,7 @@ def _from_one_budget(data: dict[str, Any]) -> dict[str, Any]:
     figures = {key: data[f"flops_{key}"] for key in ("asked", "before", "after") if f"flops_{key}" in data}
     for key, value in figures.items():
         if not isinstance(value, (int, float)):
-            raise FileError(f"the allocation's flops_{key} is a {type(value).__name__}, not a number")
+            raise FileError(f"the allocation's flops_{key} is {a_kind(value)}, not a number")
     return {**data, "format": FORMAT, "costs": {"flops": figures}}
 
 

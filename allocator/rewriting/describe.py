@@ -138,7 +138,7 @@ def _declared(graph: ChannelGraph, stays: np.ndarray) -> Iterator[tuple[str, str
             continue
         whole = adapters.sizes_of(path, module, adapter)
         for name, value in adapters.sizes_of_many(path, module, adapter, times, most).items():
-            if value != whole[name]:
+            if value != whole.get(name):
                 yield path, name, list(value) if isinstance(value, tuple) else value
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from allocator.graph.channel_graph import ChannelGraph
 
@@ -110,14 +111,16 @@ def mapped_shape(shape: Sequence[int], maps: Sequence[IndexMap | None]) -> tuple
     return tuple(n if dim is None else len(dim) for n, dim in zip(shape, maps, strict=True))
 
 
-def take(tensor: torch.Tensor, sources: Sequence[Any]) -> torch.Tensor:
+def take(tensor: torch.Tensor, sources: Sequence[Any] | None) -> torch.Tensor:
     """The part of a tensor that an allocation names.
 
     Args:
         tensor: any tensor.
         sources: per dim the source indices, None for all in order; for dim 1 possibly one row of them per index of
-            dim 0, as the groups of a convolution may read other columns each.
+            dim 0, as the groups of a convolution may read other columns each. None for a copy of all of it.
     """
+    if sources is None:
+        return tensor.detach().clone()
     result = tensor.detach()
     for dim, indices in enumerate(sources):
         if indices is None:
@@ -139,10 +142,17 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """The memory format with channels last, by the number of dims."""
 
 
-def take_on_meta(tensor: torch.Tensor, sources: Sequence[Any]) -> torch.Tensor:
+def take_on_meta(tensor: torch.Tensor, sources: Sequence[Any] | None) -> torch.Tensor:
     """A meta tensor of the size that `take` would give."""
+    if sources is None:
+        return torch.empty_like(tensor, device="meta")
     sizes = [n if indices is None else length(indices) for n, indices in zip(tensor.shape, sources, strict=True)]
     return torch.empty(sizes, dtype=tensor.dtype, device="meta")
+
+
+def take_buffers(tensor: torch.Tensor, sources: Sequence[Any] | None) -> torch.Tensor:
+    """What `take` gives of a buffer; of a parameter, `take_on_meta`."""
+    return (take_on_meta if isinstance(tensor, nn.Parameter) else take)(tensor, sources)
 
 
 def length(indices: Sequence[Any]) -> int:

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from allocator.errors import AllocationMismatchError
-from allocator.modules import lies_within, shapes_of, skeleton
+from allocator.modules import attribute_of, lies_within, set_attribute, shapes_of, skeleton
 from allocator.rewriting.added import Filling
 from allocator.rewriting.allocation import Allocation, Indices, architecture_hash
 from allocator.rewriting.index_map import length, take
 
-Slice = Callable[[torch.Tensor, Sequence[Indices | None]], torch.Tensor]
+Slice = Callable[[torch.Tensor, Sequence[Indices | None] | None], torch.Tensor]
+"""Gives the part of a tensor that stays; without indices, a copy of all of it."""
 
 
 def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> nn.Module:
@@ -27,11 +28,11 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
     filling = Filling.of(allocation.added)
 
     def replace(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        kept = allocation.kept.get(name)
-        if kept is None:
-            return tensor.detach().clone() if cut is take else torch.empty_like(tensor, device="meta")
-        taken = cut(tensor, kept)
-        return taken if filling is None or cut is not take else filling.fill(name, taken, kept, like=tensor)
+        sources = allocation.kept.get(name)
+        taken = cut(tensor, sources)
+        if filling is None or sources is None or cut is not take:
+            return taken
+        return filling.fill(name, taken, sources, like=tensor)
 
     small = skeleton(model, replace)
     for path in allocation.absent:
@@ -41,8 +42,8 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
     for path, values in allocation.attributes.items():
         module = modules[path]
         for name, value in values.items():
-            current = getattr(module, name, None)
-            setattr(module, name, tuple(value) if isinstance(current, tuple) else value)
+            # What the whole model holds is of this copy alone, and meant for all that share it.
+            set_attribute(module, name, value, shared=path != "")
     return small
 
 
@@ -71,7 +72,7 @@ def _check_attributes(model: nn.Module, allocation: Allocation) -> None:
             message = f"the allocation names the module {path!r}, which {type(model).__name__} does not have"
             raise AllocationMismatchError(message) from None
         for name, value in allocation.attributes.get(path, {}).items():
-            current = getattr(module, name, None)
+            current = attribute_of(module, name)
             if not (_is_plain(current) and _is_plain(value)):  # one number may become a list of them
                 raise AllocationMismatchError(
                     f"the allocation sets {path}.{name} to {value!r:.80}, where the model has {current!r:.80}"

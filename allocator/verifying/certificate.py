@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,8 +14,11 @@ from allocator.errors import CertificateError
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import tensor_names
 from allocator.rewriting.index_map import Maps, mapped_shape
+from allocator.settings import Certify
+from allocator.tracing.inputs import Inputs
 from allocator.verifying.comparison import TOLERANCES, compare_outputs
 from allocator.verifying.float64 import part_of
+from allocator.verifying.smaller import smaller_inputs
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Certificate:
             nothing. True where nothing was dropped or measured.
         compared: numbers in the outputs that were compared, over all inputs that were tried.
         dtype: what was computed in; "float32" where the forward refuses float64.
+        compared_shapes: of the inputs that the outputs were compared on first: those of `input_shapes`, or with fewer
+            pixels where the forward takes the same steps; none if not measured.
         refitted: of a model that was recovered, how many inputs its weights were refitted on after the cut; then
             `weights` and `relative_error` are of the cut. None where they were not.
         widens: of a wider network. It computes what the original does, and the original is what is left of it without
@@ -59,6 +65,7 @@ class Certificate:
     shown: bool = True
     compared: int = 0
     dtype: str = "float64"
+    compared_shapes: tuple[tuple[int, ...], ...] = ()
     refitted: int | None = None
     widens: bool = False
 
@@ -94,7 +101,7 @@ class Certificate:
         else:
             nature = "" if self.exact else " (inexact by nature: a norm runs over dropped channels)"
             drawn = " on drawn weights too" if self.drawn else ""
-            said.append(f"{self.dtype} outputs within {self.relative_error:.1e}{drawn}{nature}")
+            said.append(f"{self.dtype} outputs within {self.relative_error:.1e}{self._where()}{drawn}{nature}")
         if not self.shown:
             neurons = "added" if self.widens else "dropped"
             said.append(f"but none of them was seen to depend on the {neurons} neurons")
@@ -102,9 +109,14 @@ class Certificate:
         after = "" if self.refitted is None else f"; structure proven, weights refitted on {self.refitted} inputs"
         return f"{verdict}: {', '.join(said)}{after}"
 
+    def _where(self) -> str:
+        if self.compared_shapes in ((), self.input_shapes):
+            return ""
+        return f" at {' and '.join('x'.join(map(str, shape)) for shape in self.compared_shapes)}"
+
 
 def certify(
-    graph: ChannelGraph, kept: np.ndarray, maps: Maps, small: nn.Module, *, seed: int = 0, numeric: bool = True
+    graph: ChannelGraph, kept: np.ndarray, maps: Maps, small: nn.Module, *, seed: int = 0, numeric: Certify = "small"
 ) -> Certificate:
     """The certificate of a rewritten model that passed the structural check.
 
@@ -114,26 +126,49 @@ def certify(
         maps: where each index of its tensors comes from.
         small: the rewritten model.
         seed: of the input that the two are compared on.
-        numeric: compare weights and float64 outputs too.
+        numeric: compare weights and float64 outputs too, these on the smallest inputs that the forward takes in the
+            same steps ("small", which True is too), or on those of the graph ("full").
     """
-    shapes = input_shapes(graph)
+    return certificate_of(graph, kept, maps, small, weights_match, seed=seed, numeric=numeric)
+
+
+def certificate_of(
+    graph: ChannelGraph,
+    kept: np.ndarray,
+    maps: Maps,
+    small: nn.Module,
+    same_weights: Callable[[ChannelGraph, Maps, nn.Module], bool],
+    *,
+    seed: int,
+    numeric: Certify,
+    widens: bool = False,
+) -> Certificate:
+    """The certificate of two models of which the smaller passed the structural check.
+
+    Args:
+        graph, kept, maps, small, seed, numeric: as for `certify`.
+        same_weights: whether the weights are those that there should be.
+        widens: the smaller one came first, and the two compute the same.
+    """
+    shapes = _shapes(graph.inputs)
     if not numeric:
-        return Certificate(True, None, graph.exact, seed, shapes, 0)
-    same = weights_match(graph, maps, small)
-    found = compare_outputs(graph, kept, maps, small, seed)
+        return Certificate(True, None, graph.exact, seed, shapes, 0, widens=widens)
+    same = same_weights(graph, maps, small)
+    fewer = None if numeric == "full" else smaller_inputs(graph)
+    like = [graph.inputs] if fewer is None else [fewer, graph.inputs]
+    found = compare_outputs(graph, kept, maps, small, seed, like, uncut=widens)
     shown = found.shows or bool(kept.all())
-    numbers = (found.outputs, same, found.effect, found.drawn, shown, found.compared, found.dtype)
-    return Certificate(True, found.error, graph.exact, seed, shapes, *numbers)
+    numbers = (found.outputs, same, found.effect, found.drawn, shown, found.compared, found.dtype, _shapes(like[0]))
+    return Certificate(True, found.error, graph.exact, seed, shapes, *numbers, widens=widens)
 
 
 def no_certificate(graph: ChannelGraph, seed: int = 0) -> Certificate:
     """The certificate of a model that did not pass the structural check."""
-    return Certificate(False, None, graph.exact, seed, input_shapes(graph), 0)
+    return Certificate(False, None, graph.exact, seed, _shapes(graph.inputs), 0)
 
 
-def input_shapes(graph: ChannelGraph) -> tuple[tuple[int, ...], ...]:
-    """Of the inputs that a graph was traced with."""
-    return tuple(tuple(t.shape) for t in graph.inputs.tensors())
+def _shapes(inputs: Inputs) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(t.shape) for t in inputs.tensors())
 
 
 def names_and_shapes_match(graph: ChannelGraph, maps: Maps, small: nn.Module) -> bool:

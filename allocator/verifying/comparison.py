@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -68,7 +68,14 @@ class Comparison:
 
 
 def compare_outputs(
-    graph: ChannelGraph, kept: np.ndarray, maps: Maps, small: nn.Module, seed: int, *, uncut: bool = False
+    graph: ChannelGraph,
+    kept: np.ndarray,
+    maps: Maps,
+    small: nn.Module,
+    seed: int,
+    like: Sequence[Inputs] = (),
+    *,
+    uncut: bool = False,
 ) -> Comparison:
     """Compare the two models on inputs drawn from the seed, in float64 or, where the forward refuses that, in float32.
 
@@ -82,6 +89,8 @@ def compare_outputs(
         maps: where each index of the rewritten model's tensors comes from.
         small: the rewritten model.
         seed: of the input, and of the weights where they are drawn.
+        like: what inputs are drawn like, the next where those like the first show too little; the graph's own where
+            there are none.
         uncut: with its own weights the original computes what the rewritten model does, though it has more neurons; it
             is compared as it is.
 
@@ -91,7 +100,7 @@ def compare_outputs(
     said = []
     for dtype in (torch.float64, torch.float32):
         try:
-            return _compare(_Pair(graph, kept, maps, small, seed, dtype, uncut))
+            return _compare(_Pair(graph, kept, maps, small, seed, like or (graph.inputs,), dtype, uncut))
         except AllocatorError:
             raise
         except Exception as error:  # whatever the model's own code raises
@@ -132,18 +141,20 @@ class _Pair:
     maps: Maps
     small: nn.Module
     seed: int
+    like: Sequence[Inputs]
     dtype: torch.dtype
     uncut: bool
 
     def inputs(self) -> Iterator[Inputs]:
         """Those to compare on, the ones that say most first."""
-        own, device = self.graph.inputs, device_of(self.graph.model)
-        if self.graph.flow.trace.mode == "real":
+        device = device_of(self.graph.model)
+        for own in self.like:
+            if self.graph.flow.trace.mode == "real":
+                yield own
+            yield own.noise(self.seed, device, torch.float64)
+            yield own.noise(self.seed, device, torch.float64, positive=True)
+            yield own.noise(self.seed + 1, device, torch.float64)
             yield own
-        yield own.noise(self.seed, device, torch.float64)
-        yield own.noise(self.seed, device, torch.float64, positive=True)
-        yield own.noise(self.seed + 1, device, torch.float64)
-        yield own
 
     def compare(self, inputs: Inputs, *, drawn: bool) -> Comparison:
         """The two models on one input."""
