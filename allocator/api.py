@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from torch import nn
 
+from allocator import adapters
 from allocator.arguments import checked
 from allocator.clock import Progress
 from allocator.errors import DataError, InputError
@@ -86,7 +88,8 @@ def allocate(
     """Make a smaller network under a budget, and prove it.
 
     Args:
-        model: the trained network; not changed. It is measured and proven in eval mode.
+        model: the trained network; not changed. It is measured and proven in eval mode. One in a wrapper that an
+            adapter knows (Ultralytics' `YOLO`) comes back in a wrapper of its kind.
         flops: the budget as fvcore counts it (one multiply-add is one FLOP): a number, text such as "4.2G", or a
             share such as "60%".
         params, activations, peak_activations: budgets of numbers in parameters, of numbers that convolutions and
@@ -150,9 +153,9 @@ def allocate(
         seed=seed,
         progress=progress,
     )
-    if method is None:
-        return result
-    return recover_result(result, data, method, samples=RECOVERING.samples, seed=seed, progress=progress)
+    if method is not None:
+        result = recover_result(result, data, method, samples=RECOVERING.samples, seed=seed, progress=progress)
+    return replace(result, model=adapters.wrapped_like(model, result.model))
 
 
 def _method(recover: bool | Method, data: Any, weights: Weights) -> str | None:
@@ -433,7 +436,7 @@ def sweep(
     lists = {"flops": flops, "params": params, "activations": activations, "peak_activations": peak_activations}
     data = None if data is None else Data(data, loss, seed, progress)
     return sweep_model(
-        check_model(model), lists, example_inputs, Settings(**settings), data=data, evaluate=evaluate, progress=progress
+        model, lists, example_inputs, Settings(**settings), data=data, evaluate=evaluate, progress=progress
     )
 
 

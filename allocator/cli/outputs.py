@@ -34,12 +34,14 @@ def check_suffix(path: str | None, suffixes: tuple[str, ...], what: str) -> None
 
 def write_model(result: Any, path: str) -> None:
     """Write a model that came out of an allocation, or a result, as pickle or as safetensors by the path's suffix."""
+    from torch import nn
+
     from allocator.io.files import RESULT_SUFFIX, save_model, save_result
 
     if Path(path).suffix == RESULT_SUFFIX:
         save_result(result, path)
     else:
-        save_model(getattr(result, "model", result), path)
+        save_model(result if isinstance(result, nn.Module) else result.model, path)
 
 
 def check_report(report: str | None, plot: str | None) -> None:

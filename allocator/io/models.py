@@ -1,4 +1,4 @@
-"""Build any model by name: ``torchvision:``, ``timm:``, ``recipe:``, ``hf:``, ``package.module:factory``."""
+"""Build any model by name: with a library's prefix, such as ``torchvision:``, or ``package.module:factory``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUILD_ATTRIBUTE = "_allocator_build"
 # They say which weights to load, not how the network looks: its like is built without them.
 _FETCHING_KWARGS = ("pretrained", "weights", "weights_backbone", "checkpoint_path")
 # In the order in which messages list them.
-_PREFIXES = ("torchvision", "timm", "recipe", "hf")
+_PREFIXES = ("torchvision", "timm", "recipe", "hf", "ultralytics")
 # What rooms above this one build; what has another prefix is built by the adapter of that name.
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 
@@ -45,8 +45,9 @@ def build(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: ``torchvision:resnet50``, ``timm:res2net50_26w_4s``, ``recipe:scalenet50``,
-            ``hf:ResNetConfig`` or ``hf:./folder``, or ``package.module:factory``. Of a folder that transformers wrote
-            the class and the weights are read that lie there, and the widths where the model was allocated.
+            ``hf:ResNetConfig`` or ``hf:./folder``, ``ultralytics:yolo11n``, or ``package.module:factory``. Of a folder
+            that transformers wrote the class and the weights are read that lie there, and the widths where the model
+            was allocated.
         **kwargs: passed to the library's own constructor. Weights are random, but for those of a folder, unless one
             of these asks for pretrained ones (``weights="DEFAULT"`` for torchvision, ``pretrained=True`` for timm).
 

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
+from allocator import adapters
 from allocator.errors import FileError, UnsafeFileError, UnsupportedModelError, first_line
 from allocator.io.archives import check_archive, damaged, inner_names, is_zip
 from allocator.io.pickle_rehearsal import LEGACY_PICKLES, LEGACY_START, refused_calls
@@ -297,8 +298,10 @@ def _refuse_legacy_modules(path: Path) -> None:
 
 def _unsafe(path: Path, names: list[str]) -> str:
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    words = adapters.pickles_explained(names)
     return (
-        f"{path} asks for code that is not on the allow-list: {shown}. It was not opened. If you trust where "
+        f"{path} asks for code that is not on the allow-list: {shown}. It was not opened"
+        f"{words and '; ' + words}. If you trust where "
         "it came from, pass --trust (trust=True), which runs what it asks for; otherwise ask for a "
         "state_dict or a .safetensors file"
     )

@@ -52,7 +52,7 @@ def run(
         progress: called with the name of each stage.
     """
     check_certify(numeric)
-    check_model(model, values=True)
+    model = check_model(model, values=True)
     clock = Clock(progress)
     with clock("trace"):
         graph = trace_model(model, example_inputs, settings, None if data is None else data.loader)

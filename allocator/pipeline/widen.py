@@ -68,7 +68,7 @@ def widen_model(
         progress: called with the name of each stage.
     """
     check_certify(numeric)
-    check_model(model, values=True)
+    model = check_model(model, values=True)
     clock = Clock(progress)
     with clock("trace"):
         traced = trace_model(model, example_inputs, replace(settings, norms="exact"))

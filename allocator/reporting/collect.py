@@ -192,7 +192,7 @@ def outcome_of(result: Allocated) -> Outcome:
     """Collect what is said of an allocation."""
     allocation = result.allocation
     return Outcome(
-        model=type(result.model).__name__,
+        model=type(result.graph.model).__name__,
         budgets=_limited(allocation, result.plan.next_costs),
         flops_before=result.flops_before,
         flops_after=result.flops_after,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from allocator import adapters
 from allocator.errors import AllocationMismatchError
 from allocator.modules import attribute_of, lies_within, set_attribute, shapes_of, skeleton
 from allocator.rewriting.added import Filling
@@ -44,6 +45,7 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
         for name, value in values.items():
             # What the whole model holds is of this copy alone, and meant for all that share it.
             set_attribute(module, name, value, shared=path != "")
+    adapters.note_rewritten(small)
     return small
 
 
