@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from allocator.adapters import Adapter, register, register_state
+from allocator.adapters import Adapter, Kept, register, register_state
+from allocator.adapters.hf_config import configuration, recorded_class
+from allocator.adapters.hf_inputs import inputs
 from allocator.adapters.library import library
 from allocator.errors import FileError, UnknownNameError, UnsupportedModelError, unknown
 
 
 def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """From a config class (``ResNetConfig``) or a folder with a ``config.json``; nothing is downloaded."""
+    """From a config class (``ResNetConfig``) or a folder with a ``config.json``; nothing is downloaded.
+
+    The weights that lie in a folder are read, unless `pretrained` is false; where `save_pretrained` wrote a model that
+    was allocated, the widths of its layers are as they were.
+    """
     transformers = library("transformers")
     kwargs = dict(kwargs)
-    pretrained = bool(kwargs.pop("pretrained", False))
+    pretrained = kwargs.pop("pretrained", None)
     if name.endswith("Config"):
         config_class = _config_class(transformers, name)
-        return _model_class(transformers, config_class)(config_class(**kwargs))
+        config = config_class(**kwargs)
+        return _model_class(transformers, config)(config)
     # transformers would take any other name for one on its hub, and fetch it.
     if not os.path.isfile(os.path.join(name, "config.json")):
         raise FileError(
@@ -29,11 +38,29 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
             "nothing is downloaded by this prefix"
         )
     config = transformers.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False, **kwargs)
-    model_class = _model_class(transformers, type(config))
-    if pretrained:
-        # A pickle would run code as it is read.
-        return model_class.from_pretrained(name, config=config, local_files_only=True, use_safetensors=True)
-    return model_class(config)
+    model_class = _model_class(transformers, config)
+    on_meta = torch.get_default_device().type == "meta"
+    if on_meta or not _has_weights(name, pretrained):
+        return recorded_class(model_class, config)(config)
+    # A pickle would run code as it is read.
+    model: nn.Module = recorded_class(model_class, config).from_pretrained(
+        name, config=config, local_files_only=True, use_safetensors=True
+    )
+    return model
+
+
+def _has_weights(folder: str, pretrained: bool | None) -> bool:
+    """Whether the weights of a folder are to be read: those in safetensors are, unless the caller wants none."""
+    if pretrained is None:
+        if any(Path(folder).glob("*.safetensors")):
+            return True
+        pickles = sorted(path.name for path in Path(folder).glob("*.bin"))
+        if pickles:
+            raise FileError(
+                f"hf:{folder} holds its weights as a pickle ({pickles[0]}), which could run code: save them with "
+                "save_pretrained as .safetensors, or pass pretrained=False for random ones"
+            )
+    return bool(pretrained)
 
 
 def _config_class(transformers: ModuleType, name: str) -> Any:
@@ -44,32 +71,42 @@ def _config_class(transformers: ModuleType, name: str) -> Any:
     return config_class
 
 
-def _model_class(transformers: ModuleType, config_class: type) -> Any:
-    """The image classifier of a config class, or its bare model where it has none."""
-    for table in (transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, transformers.MODEL_MAPPING):
-        if config_class in table:
-            model_class = table[config_class]
+# What is built of a config that names no class. Encoders of text have a causal variant too, which few mean.
+_TABLES = (
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_MAPPING",
+)
+
+
+def _model_class(transformers: ModuleType, config: Any) -> Any:
+    """The class that a config's `architectures` names; else its image classifier, language model, or bare model."""
+    for name in getattr(config, "architectures", None) or ():
+        model_class = getattr(transformers, name, None)
+        if isinstance(model_class, type) and issubclass(model_class, nn.Module):
+            return model_class
+    fills_gaps = type(config) in getattr(transformers, "MODEL_FOR_MASKED_LM_MAPPING", {})
+    for table in _TABLES:
+        if table == "MODEL_FOR_CAUSAL_LM_MAPPING" and fills_gaps:
+            continue
+        models = getattr(transformers, table, {})
+        if type(config) in models:
+            model_class = models[type(config)]
             # A config that several models share lists them all, the usual one first.
             if isinstance(model_class, tuple):
                 model_class = model_class[0]
             return model_class
-    raise UnsupportedModelError(f"transformers has no model for {config_class.__name__}")
+    raise UnsupportedModelError(f"transformers has no model for {type(config).__name__}")
 
 
-def _image(model: nn.Module) -> tuple[tuple[Any, ...], str] | None:
-    """One image of the size and channels in the model's configuration."""
-    config = getattr(model, "config", None)
-    channels = getattr(config, "num_channels", None)
-    if not isinstance(channels, int):
-        return None
-    side = getattr(config, "image_size", None)
-    if isinstance(side, int):
-        side = (side, side)
-    elif not isinstance(side, (tuple, list)):
-        side = (224, 224)  # convolutional networks name no size; this is what theirs are trained at
-    return (torch.zeros(1, channels, *side),), "the model's config"
+def _transposed_linear(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
+    """GPT-2's layer, whose weight is (in, out): its forward reads `nf` as the size of what it gives."""
+    sizes = {"nx": int(kept("weight", 0).sum()), "nf": int(kept("weight", 1).sum())}
+    return {name: size for name, size in sizes.items() if hasattr(module, name)}  # releases name one of them or both
 
 
-register("transformers.*", Adapter(inputs=_image))
+register("transformers.*", Adapter(inputs=inputs, configuration=configuration))
+register("transformers.pytorch_utils.Conv1D", Adapter(sizes=_transposed_linear))
 # Keys and values of the tokens so far.
 register_state(("transformers.cache_utils.Cache", "transformers.cache_utils.EncoderDecoderCache"))

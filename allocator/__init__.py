@@ -4,125 +4,44 @@
 >>> result.model, result.allocation, result.certificate  # doctest: +SKIP
 """
 
+import importlib
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from allocator.public import *  # noqa: F403
+    from allocator.public import __all__ as __all__
+
+__version__ = "0.2.0"
 
 # In a clone adapters/ and recipes/ lie beside this folder, in an installation inside it. Looking there too makes the
 # clone's package whole, so that it works whether or not another copy is installed.
 if not (Path(__file__).parent / "adapters").is_dir():
-    __path__.append(str(Path(__file__).parent.parent))
+    __path__.append(str(Path(__file__).parent.parent))  # noqa: F405 - every package has one
 
-from allocator import recipes as _recipes  # noqa: F401 - makes their names known to `build`
-from allocator.api import allocate, apply, iterate, plan, recover, rewrite, score, sweep, trace, verify
-from allocator.cost.latency import Latency, latency
-from allocator.errors import (
-    AdapterError,
-    AllocationMismatchError,
-    AllocatorError,
-    AllocatorWarning,
-    BudgetError,
-    BudgetNotBindingWarning,
-    CertificateError,
-    ConfigurationError,
-    CostMismatchError,
-    CriterionError,
-    DataError,
-    ExportError,
-    FileError,
-    InputError,
-    IterationError,
-    MissingPackageError,
-    NothingToAllocateError,
-    PolicyError,
-    RecoveryError,
-    RewriteError,
-    TraceError,
-    UninformativeScoresWarning,
-    UnknownNameError,
-    UnmatchedPatternWarning,
-    UnsafeFileError,
-    UnsupportedModelError,
-    ValueDependentTraceWarning,
-)
-from allocator.graph.blocks import Block, Branch
-from allocator.graph.channel_graph import ChannelGraph, Neuron
-from allocator.io.export import export
-from allocator.io.files import load_model, save_model
-from allocator.io.models import build
-from allocator.io.results import load_result as load
-from allocator.io.results import save_result as save
-from allocator.pipeline.iterate import Iterated
-from allocator.pipeline.sweep import Sweep
-from allocator.planning.policies.ordered import ordered
-from allocator.planning.policies.registry import policy
-from allocator.planning.problem import Problem
-from allocator.recovering.record import Recovery
-from allocator.result import Result
-from allocator.rewriting.allocation import Allocation
-from allocator.scoring.calibration import Statistics
-from allocator.scoring.registry import criterion
-from allocator.scoring.scores import Scores
-from allocator.verifying.certificate import Certificate
 
-__all__ = [
-    "AdapterError",
-    "Allocation",
-    "AllocationMismatchError",
-    "AllocatorError",
-    "AllocatorWarning",
-    "Block",
-    "Branch",
-    "BudgetError",
-    "BudgetNotBindingWarning",
-    "Certificate",
-    "CertificateError",
-    "ChannelGraph",
-    "ConfigurationError",
-    "CostMismatchError",
-    "CriterionError",
-    "DataError",
-    "ExportError",
-    "FileError",
-    "InputError",
-    "Iterated",
-    "IterationError",
-    "Latency",
-    "MissingPackageError",
-    "Neuron",
-    "NothingToAllocateError",
-    "PolicyError",
-    "Recovery",
-    "RecoveryError",
-    "Problem",
-    "Result",
-    "RewriteError",
-    "Scores",
-    "Statistics",
-    "Sweep",
-    "TraceError",
-    "UninformativeScoresWarning",
-    "UnknownNameError",
-    "UnmatchedPatternWarning",
-    "UnsafeFileError",
-    "UnsupportedModelError",
-    "ValueDependentTraceWarning",
-    "allocate",
-    "apply",
-    "build",
-    "criterion",
-    "export",
-    "iterate",
-    "latency",
-    "load",
-    "load_model",
-    "ordered",
-    "plan",
-    "recover",
-    "policy",
-    "rewrite",
-    "save",
-    "save_model",
-    "score",
-    "sweep",
-    "trace",
-    "verify",
-]
+if not TYPE_CHECKING:  # for type checkers only the names of `public` are there
+
+    def __getattr__(name: str) -> Any:
+        """Rooms and public names when they are asked for: the command line's help needs neither them nor torch."""
+        room = None if name.startswith("_") else find_spec(f"allocator.{name}")
+        if room is not None and room.origin is not None:  # a mere folder beside this one, such as build/, is none
+            return importlib.import_module(f"allocator.{name}")
+        if name == "__all__" or not name.startswith("_"):
+            public = importlib.import_module("allocator.public")
+            globals().update({each: getattr(public, each) for each in ("__all__", *public.__all__)})
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module 'allocator' has no attribute {name!r}{_near(name)}", name=name)
+
+
+def _near(name: str) -> str:
+    from allocator.errors import did_you_mean
+
+    near = did_you_mean(name, globals().get("__all__", ()))
+    return near and f"; {near}"
+
+
+def __dir__() -> list[str]:
+    return sorted(importlib.import_module("allocator.public").__all__)

@@ -201,6 +201,12 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}: {hint}"
 
 
+def a_kind(value: object) -> str:
+    """The class of a value with its article, such as "an ndarray"."""
+    name = type(value).__name__
+    return f"{'an' if name.lower().startswith(('a', 'e', 'i', 'o', 'nd')) else 'a'} {name}"
+
+
 def first_line(error: BaseException) -> str:
     """What an error says first, or its class where it says nothing; at most 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -48,6 +48,36 @@ def set_training(model: nn.Module, training: bool) -> nn.Module:
     return model
 
 
+def attribute_of(module: nn.Module, name: str) -> Any:
+    """An attribute, or one of an object that the module holds (`config.num_heads`); None where there is none."""
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def set_attribute(module: nn.Module, name: str, value: Any, *, shared: bool = False) -> None:
+    """Set what `attribute_of` reads; a tuple stays one.
+
+    Args:
+        module, name, value: what is set.
+        shared: others may hold the same object, which so is copied first.
+    """
+    current = attribute_of(module, name)
+    value = tuple(value) if isinstance(current, tuple) and value is not None else value
+    if current == value:
+        return
+    *held, last = name.split(".")
+    holder: Any = module
+    for part in held:
+        inner = getattr(holder, part)
+        if shared:
+            inner = copy.copy(inner)
+            setattr(holder, part, inner)
+        holder = inner
+    setattr(holder, last, value)
+
+
 def lies_within(path: str, modules: Iterable[str]) -> bool:
     """Whether this is the path of one of these modules, or of what is inside one."""
     return any(path == module or path.startswith(f"{module}.") for module in modules)
@@ -125,6 +155,8 @@ def _copy(value: Any, memo: Memo) -> Any:
         new = memo[id(value)] = kind.__new__(kind)
         _copy_fields(value, vars(new), memo)
         return new
+    if kind is torch.Size:
+        return torch.Size(map(int, value))  # while torch.jit traces, sizes are tensors, which nobody could copy
     if kind is tuple:
         return value if _ATOMS.issuperset(map(type, value)) else tuple(_copy(item, memo) for item in value)
     if kind in _MAPPINGS:
@@ -174,16 +206,25 @@ def _as_parameter(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
 
 
 def _tensor_attributes(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that modules keep as plain attributes, alone or in a list, tuple or dict."""
+    """Tensors that modules keep as plain attributes, alone or within lists, tuples and dicts."""
     for path, module in modules.items():
         for key, value in vars(module).items():
-            if type(value) in _ATOMS or key in _MODULE_FIELDS:
-                continue
-            items = value if isinstance(value, (list, tuple)) else (value,)
-            if isinstance(value, dict):
-                items = tuple(value.values())
-            if not _ATOMS.issuperset(map(type, items)):
-                yield from ((f"{path}.{key}".lstrip("."), item) for item in items if isinstance(item, torch.Tensor))
+            if type(value) not in _ATOMS and key not in _MODULE_FIELDS:
+                yield from ((f"{path}.{key}".lstrip("."), tensor) for tensor in _tensors_within(value))
+
+
+def _tensors_within(value: Any) -> list[torch.Tensor]:
+    """Tensors in containers within one another."""
+    found, waiting, seen = [], [value], set[int]()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        elif isinstance(item, (list, tuple, dict)) and id(item) not in seen:
+            seen.add(id(item))
+            inside = item.values() if isinstance(item, dict) else item
+            waiting += [each for each in inside if type(each) not in _ATOMS]
+    return found
 
 
 _MODULE_FIELDS = frozenset(vars(nn.Module()))

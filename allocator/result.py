@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from rich.console import Console, ConsoleOptions, RenderResult
 from torch import nn
 
 from allocator.graph.channel_graph import ChannelGraph
@@ -13,15 +14,17 @@ from allocator.planning.plan import Plan
 from allocator.recovering.record import Recovery
 from allocator.reporting.result_report import Report
 from allocator.rewriting.allocation import Allocation
+from allocator.shown import Shown
 from allocator.verifying.certificate import Certificate
 
 
 @dataclass(repr=False)
-class Result:
+class Result(Shown):
     """What `allocate` gives.
 
     Attributes:
-        model: the smaller network; same classes, same parameter names.
+        model: the smaller network; same classes, same parameter names. Where a wrapper was given (Ultralytics' `YOLO`),
+            one like it around the smaller network.
         allocation: which neurons it kept, as data.
         certificate: proof that it is the original minus the others.
         graph: the original's neurons and blocks.
@@ -49,9 +52,12 @@ class Result:
     recovery: Recovery | None = None
 
     def __repr__(self) -> str:
-        name, left = type(self.model).__name__, self.flops_after / self.flops_before
+        name, left = type(self.graph.model).__name__, self.flops_after / self.flops_before
         proof = "certificate passed" if self.certificate.ok else "certificate failed"
         return f"<Result: {name}, {self.flops_before:,} FLOPs before, {self.flops_after:,} after ({left:.1%}), {proof}>"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.report()
 
     @cached_property
     def optimality(self) -> Optimality | None:

@@ -17,6 +17,7 @@ from allocator.errors import (
     InputError,
     MissingPackageError,
     UnknownNameError,
+    a_kind,
     did_you_mean,
 )
 from allocator.planning.problem import Widths
@@ -325,7 +326,7 @@ def _read(source: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict):
-        raise ConfigurationError(f"{path}: expected sections (network, data, ...), got a {type(data).__name__}")
+        raise ConfigurationError(f"{path}: expected sections (network, data, ...), got {a_kind(data)}")
     return data
 
 

@@ -216,7 +216,9 @@ class TestStandInForTransformers:
     def test_a_config_says_what_its_model_takes(self, config: Config, shape: tuple[int, ...]) -> None:
         inputs = adapters.example_inputs(Classifier(config))
         assert inputs is not None
-        (image,), source = inputs
+        arguments, source = inputs
+        assert isinstance(arguments, tuple)
+        (image,) = arguments
         assert (tuple(image.shape), source) == (shape, "the model's config")
 
     def test_a_config_without_channels_says_nothing(self) -> None:

@@ -501,7 +501,7 @@ def test_what_matches_nothing_is_noted_and_what_is_no_pattern_refused() -> None:
     assert as_items(["a", "b"]) == ("a", "b")
     with pytest.raises(InputError, match=r"this Conv2d is no module of the model: pass one of model\.modules"):
         graph_of(model, exclude=(nn.Conv2d(1, 1, 1),))
-    with pytest.raises(InputError, match="7 is a int: pass name patterns, module classes or modules"):
+    with pytest.raises(InputError, match="7 is an int: pass name patterns, module classes or modules"):
         graph_of(model, exclude=as_items(7))
 
 

@@ -110,7 +110,7 @@ def test_schedules_that_do_not_rise_to_the_budget(schedule: Any) -> None:
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, "3"])
 def test_numbers_of_steps_that_are_none(steps: Any) -> None:
-    with pytest.raises(InputError, match="is no whole number above zero"):
+    with pytest.raises(InputError, match="whole number"):
         allocator.iterate(trained(Nested()), "50%", steps=steps, train=nothing, example_inputs=IMAGE)
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import allocator
-from allocator.recovering.moments import Moments
+from allocator.recovering.moments import Products
 from allocator.recovering.ridge import Ridge, refit
 from allocator.recovering.rows import Layout, read
-from allocator.recovering.targets import Part, predicted
+from allocator.recovering.targets import Part, gather, predicted
 from allocator.recovering.walk import Stop, Walk
 from allocator.tracing.inputs import Inputs
 
@@ -44,8 +44,11 @@ def test_the_solution_is_that_of_numpy_with_rows_for_the_ridge(offset: bool) -> 
     y = torch.randn(1, 50, 3, generator=generator, dtype=torch.float64)
     start = torch.randn(1, 3, 8, generator=generator, dtype=torch.float64)
     strength = 0.1
-    seen = Moments.of(x, y)
-    found = Ridge(seen, start, offset=offset).solve(seen, strength)[0].numpy()
+    gram = Products()
+    parts = [Part(x[:, :20], y[:, :20]), Part(x[:, 20:], y[:, 20:])]
+    lacks = gather(parts, start, anew=False, gram=gram)
+    ridge = Ridge(gram, start, offset=offset)
+    found = ridge.solve(start, lacks, strength)[0].numpy()
 
     centred = x[0] - x[0].mean(0) if offset else x[0]
     scale = (strength * centred.square().mean() * len(x[0])).sqrt().item()
@@ -60,21 +63,25 @@ def test_the_solution_is_that_of_numpy_with_rows_for_the_ridge(offset: bool) -> 
         right = np.vstack([y[0].numpy() - old[:, 7], scale * old[:, :7].T])
         expected = np.hstack([np.linalg.lstsq(left, right, rcond=None)[0].T, old[:, 7:]])
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+    elsewhere = torch.randn(1, 3, 8, generator=generator, dtype=torch.float64)
+    elsewhere[:, :, -1] = start[:, :, -1]
+    again = ridge.solve(elsewhere, gather(parts, elsewhere, anew=False), strength)[0].numpy()
+    np.testing.assert_allclose(again, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_layer_that_gains_nothing_on_rows_held_back_stays() -> None:
     generator = torch.Generator().manual_seed(0)
 
-    def part(held: bool, rows: int, noise: float) -> Part:
+    def part(rows: int, noise: float) -> Part:
         x = torch.randn(1, rows, 20, generator=generator, dtype=torch.float64)
         y = x[:, :, :2] + noise * torch.randn(1, rows, 2, generator=generator, dtype=torch.float64)
-        return Part(held, x, y)
+        return Part(x, y)
 
     right = torch.zeros(1, 2, 21, dtype=torch.float64)
     right[0, 0, 0] = right[0, 1, 1] = 1
-    parts = [part(False, 25, 1.0), part(True, 1000, 0.0)]  # 25 noisy rows for 20 unknowns can only do harm
-    assert refit(lambda: parts, right, offset=True).solution is None
-    found = refit(lambda: parts, right * 0.1, offset=True)
+    parts = {False: [part(25, 1.0)], True: [part(1000, 0.0)]}  # 25 noisy rows for 20 unknowns can only do harm
+    assert refit(parts.__getitem__, right, offset=True).solution is None
+    found = refit(parts.__getitem__, right * 0.1, offset=True)
     assert found.solution is not None
     assert found.after < found.before
 
@@ -88,8 +95,8 @@ def test_what_an_activation_cuts_off_is_no_error() -> None:
     start = torch.zeros(1, 1, 4, dtype=torch.float64)
 
     def error(ends: Any) -> float:
-        parts = [Part(False, x[:, :300], y[:, :300], ends), Part(True, x[:, 300:], y[:, 300:], ends)]
-        solution = refit(lambda: parts, start, offset=True).solution
+        parts = {False: [Part(x[:, :300], y[:, :300], ends)], True: [Part(x[:, 300:], y[:, 300:], ends)]}
+        solution = refit(parts.__getitem__, start, offset=True).solution
         assert solution is not None
         return float((predicted(x, solution).relu() - y.relu()).square().mean())
 
@@ -135,7 +142,7 @@ def test_rows_times_weights_are_what_the_layer_gives(name: str) -> None:
     layout = Layout.of(stop, layer.weight)
     matrices = layout.matrices(layer.weight)
     assert torch.equal(layout.parameter(matrices), layer.weight)
-    x = read(stop, positions, stop.sizes)
+    x = read(stop, positions, stop.sizes, torch.float64)
     given = (x @ matrices.transpose(1, 2)).transpose(0, 1).flatten(1) + layer.bias
     if windowed:
         expected = stop.result.flatten(2)[:, :, positions].transpose(1, 2).flatten(0, 1)

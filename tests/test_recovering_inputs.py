@@ -103,10 +103,10 @@ def test_calls_that_recover_in_one_go_say_what_is_missing(model: nn.Module, imag
 def test_what_is_no_result_and_no_number_is_refused(result: allocator.Result, images: Tensor) -> None:
     nothing: Any
     for nothing in (result.model, result.allocation, None):
-        with pytest.raises(allocator.InputError, match="pass what allocate gave"):
+        with pytest.raises(allocator.InputError, match=r"pass what allocator\.allocate gave"):
             allocator.recover(nothing, images)
     for nothing in (0, 1, 1.5, None):
-        with pytest.raises(allocator.InputError, match="is no whole number from 2 on"):
+        with pytest.raises(allocator.InputError, match="whole number"):
             allocator.recover(result, images, samples=nothing)
 
 
@@ -388,7 +388,7 @@ def test_the_command_line_recovers_and_verifies(tmp_path: Path, capsys: pytest.C
     assert "weights refitted on 18 inputs" in " ".join(capsys.readouterr().out.split())
     assert recovery_of(allocator.load(small)) is not None
     assert main(["allocate", name, "--flops", "60%", "--recover", "-o", str(tmp_path / "b.pt"), *size]) != 0
-    assert "recover needs data" in " ".join(capsys.readouterr().err.split())
+    assert "--recover needs --data" in " ".join(capsys.readouterr().err.split())
 
 
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
@@ -398,11 +398,16 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
         [*launcher, str(script), str(tmp_path)], capture_output=True, text=True, check=False, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    alone = recovering_ranks.recovered(None)
-    for rank in (0, 1):
-        mine = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
-        for name, tensor in alone.items():
-            torch.testing.assert_close(mine[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for dtype in recovering_ranks.PARTS:
+        alone = recovering_ranks.recovered(None, dtype)
+        cut = allocator.allocate(
+            recovering_ranks.network().to(dtype), "50%", example_inputs=torch.zeros(1, 3, 6, 6).to(dtype)
+        )
+        assert any(not torch.equal(alone[name], tensor) for name, tensor in cut.model.state_dict().items())
+        for mine in ranks:
+            for name, tensor in alone.items():
+                torch.testing.assert_close(mine[str(dtype)][name], tensor, rtol=1e-6, atol=1e-6, msg=f"{dtype} {name}")
 
 
 def test_every_step_of_an_iteration_is_recovered(model: nn.Module, images: Tensor) -> None:

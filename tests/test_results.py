@@ -253,7 +253,7 @@ def test_a_file_cannot_name_code_to_run_or_things_to_fetch(
         ({"build": "[1]"}, "its build is a list"),
         ({"build": '{"name": 3, "kwargs": {}}'}, "its build cannot be read"),
         ({"aliases": '{"a": "b"}'}, "which is missing"),
-        ({"training": "7"}, "its training is a int"),
+        ({"training": "7"}, "its training is an int"),
     ],
 )
 def test_damaged_metadata_is_named(tmp_path: Path, changes: dict[str, str], said: str) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocator.cli.arguments import UsageError
-from allocator.errors import DataError, FileError, MissingPackageError, UnknownNameError
+from allocator.cli.opening import find_local_modules
+from allocator.errors import DataError, FileError, MissingPackageError, UnknownNameError, a_kind
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,6 +54,7 @@ def data_options(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
         return {}
     if args.samples < 1:
         raise UsageError(f"--samples {args.samples} is not above zero")
+    find_local_modules(args, args.data, args.loss)
     return {"data": _opened(args, model), "loss": None if args.loss is None else _named(args.loss)}
 
 
@@ -90,7 +92,7 @@ def _tensor(path: Path) -> Tensor:
     except Exception as error:
         raise FileError(f"{path} cannot be read as a tensor: {error!s:.200}") from error
     if not isinstance(found, torch.Tensor):
-        raise FileError(f"{path} holds a {type(found).__name__}, not a tensor of inputs")
+        raise FileError(f"{path} holds {a_kind(found)}, not a tensor of inputs")
     return found
 
 

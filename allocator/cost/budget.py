@@ -101,8 +101,9 @@ def parse_limit(name: str, asked: float | str, metric: Metric) -> float:
         value = _number(asked, whole, is_time)
     except (TypeError, ValueError, OverflowError):
         what, example = "seconds" if is_time else metric.unit, _EXAMPLES.get(name, "5e6 or '5M'")
+        given = " ".join(repr(asked).split())
         raise BudgetError(
-            f"{name}={asked!r} is not a number: pass {what} such as {example}, or a share such as '60%'"
+            f"{name}={given:.60} is not a number: pass {what} such as {example}, or a share such as '60%'"
         ) from None
     if not math.isfinite(value) or value <= 0:
         raise BudgetError(f"{name}={asked!r} must be positive and finite; the model's own is {metric.show(whole)}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from allocator.arguments import checked
 from allocator.errors import InputError, TraceError
 from allocator.model_checks import check_model
 from allocator.modules import set_training, skeleton, tensor_names
@@ -39,6 +40,7 @@ class Latency:
     inputs: tuple[tuple[int, ...], ...]
 
 
+@checked
 def latency(
     model: nn.Module, example_inputs: Any = None, *, threads: int | None = None, seconds: float = SECONDS, seed: int = 0
 ) -> Latency:

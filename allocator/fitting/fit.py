@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+
+from allocator import adapters
 from allocator.errors import NothingToAllocateError, RewriteError, first_line
 from allocator.fitting.repair import Mends, repair
 from allocator.graph.build import elsewhere, without_forward
@@ -12,12 +15,14 @@ from allocator.graph.channel_graph import ChannelGraph
 from allocator.planning.plan import Plan
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.describe import AttributeKey, complete, describe
-from allocator.rewriting.index_map import Maps, maps_of, take, take_on_meta
+from allocator.rewriting.index_map import Maps, maps_of, take, take_buffers, take_on_meta
 from allocator.rewriting.materialise import materialise
 from allocator.verifying.structure import Mismatch, find_mismatch
 
 MAX_ROUNDS = 24
 Planner = Callable[[ChannelGraph], Plan]
+Hold = Callable[[np.ndarray], bool]
+"""Told of slots that stand in other places than they should: whether the next plan is another for that."""
 
 
 @dataclass
@@ -39,7 +44,7 @@ class Fitted:
     notes: list[str]
 
 
-def fit(graph: ChannelGraph, planner: Planner) -> Fitted:
+def fit(graph: ChannelGraph, planner: Planner, hold: Hold | None = None) -> Fitted:
     """Plan, trace the rewritten model on meta tensors, repair, until the structural check passes.
 
     Where the forward no longer fits, a module attribute that equals the old size is set to the new one for
@@ -49,6 +54,7 @@ def fit(graph: ChannelGraph, planner: Planner) -> Fitted:
     Args:
         graph: the model's neurons.
         planner: chooses neurons of a graph, of this one or of one in which fewer can go.
+        hold: of a planner that can leave single neurons as they are; asked before anything is repaired.
 
     Raises:
         RewriteError: no plan was found that runs.
@@ -57,7 +63,8 @@ def fit(graph: ChannelGraph, planner: Planner) -> Fitted:
     mends = Mends()
     notes: list[str] = []
     mismatch: Mismatch | None = None
-    for _ in range(MAX_ROUNDS):
+    rounds = 0
+    while rounds < MAX_ROUNDS:
         try:
             plan = planner(graph)
         except NothingToAllocateError as error:
@@ -68,8 +75,9 @@ def fit(graph: ChannelGraph, planner: Planner) -> Fitted:
         mismatch = check_structure(graph, maps, allocation)
         if mismatch is None:
             allocation = complete(_leave_alone(graph, plan, maps, mends, allocation), graph, plan)
-            return Fitted(graph, plan, maps, allocation, notes)
-        graph = _repair(graph, plan, mismatch, mends, notes)
+            return Fitted(graph, plan, maps, with_configuration(graph, maps, allocation, notes), notes)
+        if hold is None or not hold(mismatch.misplaced):
+            graph, rounds = _repair(graph, plan, mismatch, mends, notes), rounds + 1
     raise RewriteError(
         f"the rewritten forward did not fit after {MAX_ROUNDS} plans; the last time at {mismatch}: "
         "exclude this module with exclude=[...], or register an adapter for its class (docs/extending.md)"
@@ -95,6 +103,41 @@ def check_structure(graph: ChannelGraph, maps: Maps, allocation: Allocation) -> 
     on_meta = all(flow.trace.mode == "meta" for flow in graph.flows)
     small = materialise(graph.model, allocation, take_on_meta if on_meta else take)
     return find_mismatch(graph, maps, small, copied=on_meta)
+
+
+def with_configuration(graph: ChannelGraph, maps: Maps, allocation: Allocation, notes: list[str]) -> Allocation:
+    """Let what a library builds the model from follow, as far as the forward still fits; `notes` says where it cannot.
+
+    A model of a library that is not known gets a note if it can be built from a configuration.
+    """
+    adapter = adapters.find(graph.model)
+    if not allocation.kept:
+        return allocation
+    configured = None
+    if adapter is not None and adapter.configuration is not None:
+        configured = adapter.configuration(materialise(graph.model, allocation, take_buffers))
+    if configured is None:
+        if hasattr(graph.model, "save_pretrained") and hasattr(graph.model, "from_pretrained"):
+            notes.append(_BY_ITS_CONFIGURATION)
+        return allocation
+    notes += [configured.note] if configured.note else []
+    if not configured.values:
+        return allocation
+    attributes = dict(allocation.attributes)
+    for path, values in configured.values.items():
+        attributes[path] = {**attributes.get(path, {}), **values}
+    followed = replace(allocation, attributes=attributes)
+    mismatch = check_structure(graph, maps, followed)
+    if mismatch is None:
+        return followed
+    notes.append(f"the configuration stays as it was, since the forward reads it: {mismatch}")
+    return allocation
+
+
+_BY_ITS_CONFIGURATION = (
+    "from_pretrained of the model's own library builds it by its configuration, which does not know widths "
+    "that differ from layer to layer: write the result with allocator.save, and read it with allocator.load"
+)
 
 
 def _leave_alone(graph: ChannelGraph, plan: Plan, maps: Maps, mends: Mends, allocation: Allocation) -> Allocation:

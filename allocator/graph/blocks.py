@@ -21,6 +21,7 @@ from allocator.cost.metric import Metric
 from allocator.flow.facts import Gamma
 from allocator.flow.flow import Flow, Join
 from allocator.flow.labels import FROZEN
+from allocator.shown import Shown
 from allocator.tracing.calls import Op
 
 INPUT = -1
@@ -66,8 +67,8 @@ class Branch:
         return max(self.kernels, key=math.prod, default=())
 
 
-@dataclass(frozen=True)
-class Block:
+@dataclass(frozen=True, repr=False)
+class Block(Shown):
     """A place where branches meet.
 
     Attributes:
@@ -86,6 +87,10 @@ class Block:
     branches: tuple[Branch, ...]
     entry: str
     call: int = field(repr=False, compare=False, default=INPUT)
+
+    def __repr__(self) -> str:
+        made = f"{self.kind} of {len(self.branches)} branches"
+        return f"Block({self.name or 'model'}: {made}, {self.channels:,} channels)"
 
 
 def call_graph(flow: Flow) -> nx.DiGraph:

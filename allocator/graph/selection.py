@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from allocator.errors import InputError, did_you_mean
+from allocator.errors import InputError, a_kind, did_you_mean
 from allocator.modules import modules_of, tensor_names
 
 
@@ -74,7 +74,7 @@ def _tensors_of(model: nn.Module, item: Any) -> list[str]:
     if isinstance(item, type):
         owners = {path for path, module in modules.items() if isinstance(module, item)}
         return [name for name in names if name.rpartition(".")[0] in owners]
-    raise InputError(f"{item!r:.60} is a {type(item).__name__}: pass name patterns, module classes or modules")
+    raise InputError(f"{item!r:.60} is {a_kind(item)}: pass name patterns, module classes or modules")
 
 
 def matches(name: str, pattern: str) -> bool:

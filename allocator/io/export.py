@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from allocator.arguments import checked
 from allocator.cost.fvcore import fvcore_layer_flops
 from allocator.disk import PathLike, check_writable, shorten, write_atomically
 from allocator.errors import ExportError, MissingPackageError, UnknownNameError, did_you_mean, first_line
@@ -79,6 +80,7 @@ class Export:
         return asdict(self)
 
 
+@checked
 def export(
     model: Any,
     path: PathLike,
@@ -116,7 +118,8 @@ def export(
     inputs = _example(network, example_inputs).map(lambda t: t.cpu())
     network = skeleton(network, lambda _, t: t.detach().cpu()).eval()
     with _quiet(), write_atomically(path) as temporary:
-        program, fixed = _exported(network, inputs)
+        # A copy is exported, as a forward may keep what it computed in its modules: there that has no values.
+        program, fixed = _exported(skeleton(network, lambda _, t: t), inputs)
         sizes = (1,) if fixed else tuple(batches)
         named = temporary.with_name(temporary.name + FORMATS[to])  # the writers go by the suffix
         try:

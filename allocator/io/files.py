@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from allocator import adapters
+from allocator.arguments import checked
 from allocator.disk import PathLike, check_writable, existing, shorten, write_atomically, write_text
-from allocator.errors import FileError
+from allocator.errors import FileError, a_kind
 from allocator.io.models import build
 from allocator.io.pickles import open_pickle
 from allocator.io.programs.exported_program import is_program, load_program
@@ -52,8 +54,9 @@ PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
 PROGRAM_SUFFIXES = (".pt2", ".onnx", ".torchscript", ".ts")
 
 
+@checked
 def save_model(model: nn.Module, path: PathLike) -> None:
-    """Write a model as a pickled module, the way ``torch.save(model, path)`` does.
+    """Write a model as a pickled module, the way ``torch.save(model, path)`` does, or as its library does.
 
     Raises:
         FileError: the suffix is not ``.pt`` or ``.pth``, the place cannot be written to, or the model holds
@@ -63,7 +66,7 @@ def save_model(model: nn.Module, path: PathLike) -> None:
         raise FileError(f"cannot save a model as {path}: use .pt or .pth, or .safetensors for a result")
     with write_atomically(path) as temporary:
         try:
-            torch.save(model, temporary)
+            torch.save(adapters.checkpoint(adapters.network_of(model)), temporary)
         except OSError:
             raise
         except pickle.PicklingError as error:
@@ -74,6 +77,7 @@ def save_model(model: nn.Module, path: PathLike) -> None:
             raise FileError(f"cannot write {path}: {full}{error}") from error
 
 
+@checked
 def load_model(path: PathLike, *, arch: str | None = None, trust: bool = False) -> nn.Module:
     """Read a model from a file, on the CPU.
 
@@ -102,7 +106,7 @@ def load_model(path: PathLike, *, arch: str | None = None, trust: bool = False) 
         return found
     state = _state_dict(found)
     if state is None:
-        raise FileError(f"{path} holds a {type(found).__name__}, not a model")
+        raise FileError(f"{path} holds {a_kind(found)}, not a model")
     return _fill(arch, state, path)
 
 
@@ -118,9 +122,13 @@ def _load_safetensors(file: Path, arch: str | None, trust: bool) -> nn.Module:
 
 def _unwrap(found: Any) -> Any:
     """A module out of a checkpoint dictionary or a DataParallel wrapper, where there is one."""
-    if isinstance(found, dict) and isinstance(found.get("model"), nn.Module):
-        found = found["model"]
-    return found.module if isinstance(found, nn.DataParallel) else found
+    if isinstance(found, dict):
+        for key in ("ema", "model"):  # the averaged weights are those that are used
+            if isinstance(found.get(key), nn.Module):
+                found = found[key]
+                break
+    found = found.module if isinstance(found, nn.DataParallel) else found
+    return adapters.opened(found) if isinstance(found, nn.Module) else found
 
 
 def _state_dict(found: Any) -> dict[str, torch.Tensor] | None:

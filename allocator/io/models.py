@@ -1,4 +1,4 @@
-"""Build any model by name: ``torchvision:``, ``timm:``, ``recipe:``, ``hf:``, ``package.module:factory``."""
+"""Build any model by name: with a library's prefix, such as ``torchvision:``, or ``package.module:factory``."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from allocator.errors import UnknownNameError, UnsupportedModelError, unknown
+from allocator.arguments import checked
+from allocator.errors import UnknownNameError, UnsupportedModelError, a_kind, unknown
+from allocator.settings import PREFIXES
 
 BUILD_ATTRIBUTE = "_allocator_build"
 """Attribute of a built model: ``{"name": str, "kwargs": dict}``, how to build its like."""
 
 # They say which weights to load, not how the network looks: its like is built without them.
 _FETCHING_KWARGS = ("pretrained", "weights", "weights_backbone", "checkpoint_path")
-# In the order in which messages list them.
-_PREFIXES = ("torchvision", "timm", "recipe", "hf")
 # What rooms above this one build; what has another prefix is built by the adapter of that name.
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 
@@ -33,19 +33,22 @@ def register_builder(prefix: str, builder: Callable[..., nn.Module]) -> None:
     Raises:
         ValueError: the prefix has a builder already, or is none that messages list.
     """
-    if prefix in _BUILDERS or prefix not in _PREFIXES:
-        raise ValueError(f"{prefix}: has a builder already, or is not one of {', '.join(_PREFIXES)}")
+    if prefix in _BUILDERS or prefix not in PREFIXES:
+        raise ValueError(f"{prefix}: has a builder already, or is not one of {', '.join(PREFIXES)}")
     _BUILDERS[prefix] = builder
 
 
+@checked
 def build(name: str, **kwargs: Any) -> nn.Module:
     """Build a model from its name.
 
     Args:
         name: ``torchvision:resnet50``, ``timm:res2net50_26w_4s``, ``recipe:scalenet50``,
-            ``hf:ResNetConfig`` or ``hf:./folder-with-a-config``, or ``package.module:factory``.
-        **kwargs: passed to the library's own constructor. Weights are random unless one of these asks for
-            pretrained ones (``weights="DEFAULT"`` for torchvision, ``pretrained=True`` for timm and hf).
+            ``hf:ResNetConfig`` or ``hf:./folder``, ``ultralytics:yolo11n``, or ``package.module:factory``. Of a folder
+            that transformers wrote the class and the weights are read that lie there, and the widths where the model
+            was allocated.
+        **kwargs: passed to the library's own constructor. Weights are random, but for those of a folder, unless one
+            of these asks for pretrained ones (``weights="DEFAULT"`` for torchvision, ``pretrained=True`` for timm).
 
     Returns:
         The model, in training mode as its library makes it.
@@ -61,12 +64,12 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     model: Any
     if prefix in _BUILDERS:
         model = _BUILDERS[prefix](what, **kwargs)
-    elif prefix in _PREFIXES:
+    elif prefix in PREFIXES:
         model = importlib.import_module(f"allocator.adapters.{prefix}").build(what, kwargs)
     else:
         model = _build_from_factory(prefix, what, kwargs)
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"{name!r} gave a {type(model).__name__}, not a torch.nn.Module")
+        raise UnsupportedModelError(f"{name!r} gave {a_kind(model)}, not a torch.nn.Module")
     plain = _plain_kwargs(kwargs)
     if plain is not None:
         setattr(model, BUILD_ATTRIBUTE, {"name": name, "kwargs": plain})
@@ -93,12 +96,12 @@ def _build_from_factory(module_name: str, attribute: str, kwargs: dict[str, Any]
     if isinstance(factory, nn.Module):
         return factory
     if not callable(factory):
-        raise UnsupportedModelError(f"{module_name}:{attribute} is a {type(factory).__name__}, not a factory")
+        raise UnsupportedModelError(f"{module_name}:{attribute} is {a_kind(factory)}, not a factory")
     return factory(**kwargs)
 
 
 def _imported(module_name: str) -> ModuleType:
-    unknown_name = UnknownNameError(unknown("prefix or module", module_name, _PREFIXES))
+    unknown_name = UnknownNameError(unknown("prefix or module", module_name, PREFIXES))
     if module_name.startswith("."):  # relative to nothing
         raise unknown_name
     try:
@@ -112,5 +115,5 @@ def _imported(module_name: str) -> ModuleType:
 
 
 def _no_prefix(name: str) -> str:
-    prefixes = ", ".join(f"{prefix}:" for prefix in _PREFIXES)
+    prefixes = ", ".join(f"{prefix}:" for prefix in PREFIXES)
     return f"{name!r} is not a model name: it needs a prefix ({prefixes} or package.module:factory)"

@@ -15,9 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from allocator import adapters
+from allocator.arguments import checked
 from allocator.disk import PathLike, existing, shorten, write_atomically
-from allocator.errors import AllocationMismatchError, AllocatorError, FileError
-from allocator.io.models import BUILD_ATTRIBUTE
+from allocator.errors import AllocationMismatchError, AllocatorError, FileError, a_kind
+from allocator.io.models import BUILD_ATTRIBUTE, build
 from allocator.io.programs.program import Program
 from allocator.io.rebuild import build_on_meta, build_quietly, build_spec, check_harmless, has_meta, no_larger_than
 from allocator.modules import shapes_of, tensor_names
@@ -33,6 +35,7 @@ _FORMAT = "neuron-allocator"
 _FORMAT_VERSION = 2  # 1 had no flops, architecture, certificate and digest
 
 
+@checked
 def save_result(result: Any, path: PathLike) -> None:
     """Write an allocated model as data alone: tensors, allocation and the name it was built from, or its program.
 
@@ -85,9 +88,11 @@ def save_result(result: Any, path: PathLike) -> None:
 def _parts(result: Any) -> tuple[nn.Module, Allocation, dict[str, Any] | None]:
     """The model, the allocation that leads to it from a fresh build, and the certificate as data if there is one."""
     if isinstance(result, tuple):
-        return (*result, None)
+        return adapters.network_of(result[0]), result[1], None
     if not isinstance(result, nn.Module):
-        return result.model, led_to(result.model) or result.allocation, result.certificate.to_dict()
+        model = adapters.network_of(result.model)
+        return model, led_to(model) or result.allocation, result.certificate.to_dict()
+    result = adapters.network_of(result)
     allocation = led_to(result)
     if allocation is None:
         raise FileError(
@@ -97,15 +102,17 @@ def _parts(result: Any) -> tuple[nn.Module, Allocation, dict[str, Any] | None]:
     return result, allocation, None
 
 
+@checked
 def load_result(
     path: PathLike, *, model: nn.Module | Callable[[], nn.Module] | None = None, trust: bool = False
 ) -> nn.Module:
     """Rebuild an allocated model from what `save_result` wrote.
 
     Args:
-        path: a ``.safetensors`` file.
+        path: a ``.safetensors`` file; or ``hf:folder`` for what ``save_pretrained`` of transformers wrote there.
         model: a fresh build of the original architecture, or a function that makes one; needed where the file
-            neither names it nor holds it as a program. It is not changed.
+            neither names it nor holds it as a program. It is not changed. In a wrapper that an adapter knows, the
+            result is in its like.
         trust: let the file name any ``package.module:factory`` to import and call.
 
     Returns:
@@ -116,13 +123,16 @@ def load_result(
         UnsafeFileError: the architecture the file names would be built by code outside the known libraries.
         AllocationMismatchError: ``model`` is not the architecture the allocation was made for.
     """
+    if isinstance(path, str) and path.startswith("hf:") and model is None:
+        return build(path)
     metadata, tensors = _read_result(path)
     allocation = _allocation_of(metadata, path)
     _add_aliases(tensors, _parse(metadata, "aliases", path, dict), path)
     recorded = _parse(metadata, "build", path, (dict, type(None)))
     training = _parse(metadata, "training", path, bool)
-    if model is not None:
-        loaded = _fill(model if isinstance(model, nn.Module) else model(), allocation, tensors, path)
+    fresh = model if model is None or isinstance(model, nn.Module) else model()
+    if fresh is not None:
+        loaded = _fill(adapters.network_of(fresh), allocation, tensors, path)
     elif "program" in metadata:
         loaded = _program(_parse(metadata, "program", path, dict), allocation, tensors, path)
     elif recorded is None:
@@ -140,7 +150,8 @@ def load_result(
             )
     if "recovery" in metadata:
         remember_recovery(loaded, Recovery.from_dict(_parse(metadata, "recovery", path, dict)))
-    return loaded.train(training)
+    loaded.train(training)
+    return loaded if fresh is None else adapters.wrapped_like(fresh, loaded)
 
 
 def _add_aliases(tensors: dict[str, torch.Tensor], aliases: dict[str, Any], path: PathLike) -> None:
@@ -264,7 +275,7 @@ def _distinct_tensors(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor]
     aliases: dict[str, str] = {}
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
-            raise FileError(f"cannot save {name}: it is a {type(value).__name__}, not a tensor; use .pt")
+            raise FileError(f"cannot save {name}: it is {a_kind(value)}, not a tensor; use .pt")
         identity = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
         if value.numel() and identity in seen:
             aliases[name] = seen[identity]
@@ -348,7 +359,7 @@ def _parse(metadata: dict[str, str], key: str, path: PathLike, kind: type | tupl
     except (KeyError, ValueError, RecursionError) as error:
         raise FileError(f"{path} is damaged: its {key} cannot be read") from error
     if not isinstance(value, kind):
-        raise FileError(f"{path} is damaged: its {key} is a {type(value).__name__}")
+        raise FileError(f"{path} is damaged: its {key} is {a_kind(value)}")
     return value
 
 

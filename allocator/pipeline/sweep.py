@@ -13,23 +13,25 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import nn
 
+from allocator.arguments import checked
 from allocator.clock import Progress, bar
 from allocator.cost.budget import Budgets
 from allocator.disk import PathLike, write_text
 from allocator.errors import InputError
 from allocator.fitting.fit import Fitted
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.model_checks import check_model
 from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.model import trace_model
 from allocator.reporting.charts import lines
 from allocator.reporting.pictures import save
-from allocator.reporting.terminal import as_plain_text
 from allocator.reporting.words import percent, short
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.rewrite import rewrite
 from allocator.scoring.registry import Data, score
 from allocator.scoring.scores import Scores
 from allocator.settings import Limits, Settings
+from allocator.shown import Shown
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 
@@ -56,7 +58,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Shown):
     """Allocations for many budgets, the largest first; each keeps a part of what the one before it keeps.
 
     Attributes:
@@ -68,9 +70,6 @@ class Sweep:
     metric: str
     unit: str
     points: tuple[Point, ...]
-
-    def __str__(self) -> str:
-        return as_plain_text(self).rstrip()
 
     def __iter__(self) -> Iterator[Point]:
         return iter(self.points)
@@ -101,6 +100,7 @@ class Sweep:
             write_text(path, text.getvalue())
         return text.getvalue()
 
+    @checked
     def plot(self, path: PathLike, *, title: str = "") -> None:
         """Draw importance, and what `evaluate` gave, over the share that is kept: .png, .svg or .pdf.
 
@@ -155,7 +155,7 @@ def sweep_model(
     ((name, figures),) = given.items()
     if not isinstance(figures, Sequence) or isinstance(figures, str) or not figures:
         raise InputError(f"{name}={figures!r} is no list of budgets: pass several, such as ['80%', '60%', '40%']")
-    graph = trace_model(model, example_inputs, settings, None if data is None else data.loader)
+    graph = trace_model(check_model(model), example_inputs, settings, None if data is None else data.loader)
     budgets = [budgets_of(graph, Limits(**{name: figure})) for figure in figures]
     budgets.sort(key=lambda each: each.first.limit, reverse=True)
     scores = score(graph, settings.criterion, data)

@@ -42,7 +42,7 @@ class After:
         """Whether there are limits."""
         return self.low > -torch.inf or self.high < torch.inf
 
-    def affine(self, tensors: Mapping[str, torch.Tensor], kept: torch.Tensor | None) -> Affine:
+    def affine(self, tensors: Mapping[str, torch.Tensor], kept: torch.Tensor | None, dtype: torch.dtype) -> Affine:
         """What the batch norm does to the channels that are kept; nothing where there is none."""
         if not self.norm:
             return Affine(None, None, None)
@@ -51,7 +51,7 @@ class After:
         assert var is not None
         slope = (var + self.eps).rsqrt() * (1.0 if scale is None else scale)
         parts = slope, torch.zeros_like(mean) if shift is None else shift, mean
-        return Affine(*(part if kept is None else part[kept.to(part.device)] for part in parts))
+        return Affine(*((part if kept is None else part[kept.to(part.device)]).to(dtype) for part in parts))
 
 
 @dataclass(frozen=True)

@@ -114,29 +114,31 @@ class _Fitting:
             return Layer(reader.weight, None, None, note="what it reads is written over")
         layout = Layout.of(stops[0][2], self.tensors[reader.weight])
         start = self._start(reader, layout)
+        dtype = start.dtype
         unknowns = start.shape[2] - 1
         outputs = self._outputs(reader)
-        wanted = Wanted(layout, outputs, reader.after, reader.after.affine(self.originals, outputs))
+        wanted = Wanted(layout, outputs, reader.after, reader.after.affine(self.originals, outputs, dtype), dtype)
         rows = Rows(stops, wanted, max(ROWS, ROWS_PER_UNKNOWN * unknowns), self.generator)
         there = rows.as_it_is()
         off = (predicted(there.x, start) - there.y).norm()
         if bool(off > FAR * there.y.norm()):
             return Layer(reader.weight, None, None, note="it gives other numbers than weight and bias make")
-        found = refit(rows.parts, start, offset=reader.offset is not None, weights=self.weights)
+        fewer = rows.seen < unknowns
+        found = refit(rows.parts, start, offset=reader.offset is not None, weights=self.weights, few=fewer)
         if found.solution is not None:
             self._write(reader, layout, found.solution)
-            self._redo(reader, stops)
-        few = f"{rows.seen} rows for {unknowns} unknowns" if self.weights and rows.seen < unknowns else ""
+            self._redo(reader, stops, dtype)
+        note = f"{rows.seen} rows for {unknowns} unknowns" if self.weights and fewer else ""
         strength = found.strength if math.isfinite(found.strength) and found.step else None
-        return Layer(reader.weight, found.before, found.after, rows.seen, strength, found.step, few)
+        return Layer(reader.weight, found.before, found.after, rows.seen, strength, found.step, note)
 
-    def _redo(self, reader: Reader, stops: Stops) -> None:
+    def _redo(self, reader: Reader, stops: Stops, dtype: torch.dtype) -> None:
         """Where the forwards wait at the sum, what came of the layer with its old weights is made anew."""
-        affine = reader.after.affine(self.tensors, None)
+        affine = reader.after.affine(self.tensors, None, dtype)
         for _, _, small in stops:
             if small.meeting is not None:
                 channels = 1 if small.operator.declared.window is not None else -1
-                again = affine(small.run().double().movedim(channels, -1)).movedim(-1, channels)
+                again = affine(small.run().to(dtype).movedim(channels, -1)).movedim(-1, channels)
                 small.meeting.own.copy_(again.reshape(small.meeting.own.shape))
 
     def _outputs(self, reader: Reader) -> torch.Tensor | None:
@@ -146,9 +148,10 @@ class _Fitting:
     def _start(self, reader: Reader, layout: Layout) -> torch.Tensor:
         """(groups, outputs, n + 1): the weights as they are, and the offset."""
         matrices = layout.matrices(self.tensors[reader.weight])
+        matrices = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
         offset = matrices.new_zeros(*matrices.shape[:2], 1)
         if reader.bias is not None:
-            offset += self.tensors[reader.bias].detach().double().reshape(offset.shape)
+            offset += self.tensors[reader.bias].detach().to(matrices.dtype).reshape(offset.shape)
         return torch.cat([matrices, offset], 2)
 
     def _write(self, reader: Reader, layout: Layout, solution: torch.Tensor) -> None:

@@ -1,70 +1,76 @@
-"""Sums over rows, of which a regression and its error are made: no row is kept."""
+"""Sums over rows, of which a regression is made: no row is kept."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+STRIP = 1024
+"""Columns that are multiplied at a time, so that what is made on the way is small beside the sum."""
 
-@dataclass
-class Moments:
-    """Second moments of what a layer reads, with a one as last entry, and of what it should give; float64.
+
+class Products:
+    """What two kinds of rows have in common: the sum of their outer products about their means, in float64.
+
+    Every part is multiplied about its own means, in the dtype that it comes in: so float32 does, and is summed in
+    float64 (Chan et al., "Updating formulae and a pairwise algorithm for computing sample variances", 1979).
 
     Attributes:
         rows: how many rows were added.
-        reads: (groups, n + 1, n + 1) the sum of the outer products of what is read.
-        both: (groups, n + 1, outputs) of what is read with what should come out.
-        gives: (groups, outputs) the sum of squares of what should come out.
+        first, second: (groups, n) and (groups, m) means.
+        product: (groups, n, m); of rows with themselves, the lower triangle alone.
     """
 
-    rows: torch.Tensor
-    reads: torch.Tensor
-    both: torch.Tensor
-    gives: torch.Tensor
+    def __init__(self) -> None:
+        self.rows = 0.0
+        self.first, self.second, self.product = (torch.zeros(()) for _ in range(3))
 
-    @classmethod
-    def of(cls, x: torch.Tensor, y: torch.Tensor) -> Moments:
-        """Of (groups, rows, n) inputs and (groups, rows, outputs)."""
-        x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
-        turned = x.transpose(1, 2)
-        rows = torch.tensor(float(x.shape[1]), dtype=x.dtype, device=x.device)
-        return cls(rows, turned @ x, turned @ y, y.square().sum(1))
+    def add(self, a: torch.Tensor, b: torch.Tensor | None = None) -> None:
+        """Those of (groups, rows, n) and (groups, rows, m), or with themselves."""
+        rows = a.shape[1]
+        first = a.mean(1, dtype=torch.float64)
+        second = first if b is None else b.mean(1, dtype=torch.float64)
+        if not self.rows:
+            self.product = first.new_zeros(*first.shape, second.shape[1])
+            self.first, self.second = torch.zeros_like(first), torch.zeros_like(second)
+        self._multiply(_about(a, first), None if b is None else _about(b, second))
+        self._shift(first - self.first, second - self.second, self.rows * rows / (self.rows + rows))
+        self.rows += rows
+        self.first = self.first + (first - self.first) * (rows / self.rows)
+        self.second = self.second + (second - self.second) * (rows / self.rows)
 
-    def add(self, other: Moments) -> None:
-        """Those of more rows."""
-        for name in ("rows", "reads", "both", "gives"):
-            getattr(self, name).add_(getattr(other, name))
+    def _multiply(self, a: torch.Tensor, b: torch.Tensor | None) -> None:
+        turned = a.transpose(1, 2)
+        for start in range(0, turned.shape[1], STRIP):
+            strip = slice(start, start + STRIP)
+            there = slice(0, min(start + STRIP, turned.shape[1])) if b is None else slice(None)
+            self.product[:, strip, there] += turned[:, strip] @ (a if b is None else b)[:, :, there]
 
-    def towards(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add (groups, rows, outputs) of what should come out for rows whose reading is in already."""
-        self.both[:, :-1] += x.transpose(1, 2) @ y
-        self.both[:, -1] += y.sum(1)
-        self.gives += y.square().sum(1)
+    def _shift(self, a: torch.Tensor, b: torch.Tensor, times: float) -> None:
+        """Add a multiple of an outer product."""
+        self.product.baddbmm_(a[:, :, None], b[:, None, :], alpha=times)
 
-    def forget(self) -> Moments:
-        """The same reading, with nothing yet that should come out."""
-        return Moments(self.rows, self.reads, torch.zeros_like(self.both), torch.zeros_like(self.gives))
+    def reduce(self) -> None:
+        """Add those of all ranks, where `torch.distributed` runs."""
+        if ranks() == 1:
+            return
+        means = []
+        rows = torch.tensor(self.rows, dtype=torch.float64)
+        all_reduce(rows)
+        for own in (self.first, self.second):
+            mean = own * (self.rows / float(rows))
+            all_reduce(mean)
+            means.append(mean)
+        self._shift(self.first - means[0], self.second - means[1], self.rows)
+        all_reduce(self.product)
+        self.rows, self.first, self.second = float(rows), *means
 
-    def reduce(self, *, reading: bool = True) -> None:
-        """Add those of all ranks, where `torch.distributed` runs; of what is read only where that is not done yet."""
-        for tensor in ((self.rows, self.reads) if reading else ()) + (self.both, self.gives):
-            all_reduce(tensor)
+    def about_zero(self) -> torch.Tensor:
+        """(groups, n, m): the sum of the outer products themselves."""
+        return torch.baddbmm(self.product, self.first[:, :, None], self.second[:, None, :], alpha=self.rows)
 
-    def error(self, solution: torch.Tensor) -> float:
-        """Sum of squared differences that (groups, outputs, n + 1) weights with the offset last leave."""
-        turned = solution.transpose(1, 2)
-        left = self.gives.sum() - 2 * (turned * self.both).sum() + (turned * (self.reads @ turned)).sum()
-        return max(float(left), 0.0)
 
-    def step(self, start: torch.Tensor, end: torch.Tensor) -> tuple[float, float]:
-        """What the error loses, and how far to go from one solution to another for it, from 0 to 1."""
-        way = (end - start).transpose(1, 2)
-        pushed = self.reads @ way
-        bends = float((way * pushed).sum())
-        falls = float((way * self.both).sum() - (start.transpose(1, 2) * pushed).sum())
-        step = min(max(falls / bends, 0.0), 1.0) if bends > 0 else 0.0
-        return 2 * step * falls - step**2 * bends, step
+def _about(rows: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    return rows - mean[:, None].to(rows.dtype)
 
 
 def all_reduce(tensor: torch.Tensor) -> None:

@@ -55,8 +55,8 @@ class Layout:
         return cls(tuple(parameter.shape), int(stop.arg("groups") or 1), transposed)
 
     def matrices(self, parameter: torch.Tensor) -> torch.Tensor:
-        """(groups, outputs per group, unknowns per output), float64."""
-        wide = parameter.detach().double()
+        """(groups, outputs per group, unknowns per output)."""
+        wide = parameter.detach()
         if not self.transposed:
             return wide.reshape(self.groups, self.shape[0] // self.groups, -1)
         return wide.reshape(self.groups, self.shape[0] // self.groups, *self.shape[1:]).transpose(1, 2).flatten(2)
@@ -79,12 +79,14 @@ class Wanted:
         outputs: those of the original's outputs that it has; None for all.
         after: what follows the layer.
         affine: the batch norm among that, for these outputs.
+        dtype: to compute in.
     """
 
     layout: Layout
     outputs: torch.Tensor | None
     after: After
     affine: Affine
+    dtype: torch.dtype
 
 
 class Rows:
@@ -110,19 +112,19 @@ class Rows:
             self.positions.append(positions)
             self.seen += 0 if pair.held else samples * len(positions)
 
-    def parts(self) -> Iterator[Part]:
-        """Part by part of the inputs, in float64."""
+    def parts(self, held: bool) -> Iterator[Part]:
+        """Part by part of the inputs to fit, or of those held back."""
         for (pair, original, small), positions in zip(self.stops, self.positions, strict=True):
-            x = read(small, positions.to(small.x.device), original.sizes)
-            y, ends = self._wanted(original, small, positions.to(small.x.device))
-            yield Part(pair.held, x, y, ends)
+            if pair.held == held:
+                x = read(small, positions.to(small.x.device), original.sizes, self.wanted.dtype)
+                yield Part(x, *self._wanted(original, small, positions.to(small.x.device)))
 
     def as_it_is(self) -> Part:
         """What the first part of the smaller network's inputs reads, and what the layer gives with its old weights."""
-        pair, original, small = self.stops[0]
+        _, original, small = self.stops[0]
         positions = self.positions[0].to(small.x.device)
         given = self._at(small.run(), positions, None)
-        return Part(pair.held, read(small, positions, original.sizes), self._grouped(given))
+        return Part(read(small, positions, original.sizes, self.wanted.dtype), self._grouped(given))
 
     def _wanted(
         self, original: Stop, small: Stop, positions: torch.Tensor
@@ -149,7 +151,7 @@ class Rows:
             found = tensor.flatten(2)[:, :, positions].transpose(1, 2).flatten(0, 1)
         else:
             found = tensor.flatten(0, -2)[positions]
-        return (found if outputs is None else found[:, outputs.to(found.device)]).double()
+        return (found if outputs is None else found[:, outputs.to(found.device)]).to(self.wanted.dtype)
 
     def _grouped(self, found: torch.Tensor) -> torch.Tensor:
         return found.reshape(found.shape[0], self.wanted.layout.groups, -1).transpose(0, 1)
@@ -162,19 +164,20 @@ def _drawn(count: int, most: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randperm(count, generator=generator)[:most].sort().values
 
 
-def read(stop: Stop, positions: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """(groups, rows, unknowns per output), float64: what a layer reads to give its output at these positions.
+def read(stop: Stop, positions: torch.Tensor, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """(groups, rows, unknowns per output): what a layer reads to give its output at these positions.
 
     Args:
         stop: before or after the layer runs.
         positions: pixels of every sample, or rows.
         sizes: of the layer's output.
+        dtype: of what is returned.
     """
     if stop.operator.declared.window is None:
-        return stop.x[positions].double()[None]
+        return stop.x[positions].to(dtype)[None]
     index, valid = _sources(stop, positions, sizes[2:])
     groups = int(stop.arg("groups") or 1)
-    patches = stop.x.flatten(2)[:, :, index.flatten()].double() * valid.flatten()
+    patches = stop.x.flatten(2)[:, :, index.flatten()].to(dtype).mul_(valid.flatten())
     samples, channels = stop.x.shape[:2]
     patches = patches.reshape(samples, groups, channels // groups, len(positions), -1)
     return patches.permute(1, 0, 3, 2, 4).reshape(groups, samples * len(positions), -1)

@@ -1,5 +1,6 @@
 """Reports of models and of allocations: `collect` gathers what they say, the other modules show it."""
 
+from allocator.reporting import forms  # noqa: F401 - registers what is shown of values
 from allocator.reporting.collect import importance, summarise, with_origin
 from allocator.reporting.curve import pareto
 from allocator.reporting.facts import Budget, Point, Summary, Totals

@@ -13,7 +13,7 @@ from allocator.reporting.compare_page import to_html
 from allocator.reporting.compare_text import ComparisonText
 from allocator.reporting.compare_words import cell, difference_cell, latencies
 from allocator.reporting.tables import csv_cell, escaped, markdown_table
-from allocator.reporting.terminal import as_plain_text
+from allocator.shown import as_plain_text
 
 
 def to_text(comparison: Comparison) -> str:

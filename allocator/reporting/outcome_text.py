@@ -29,7 +29,7 @@ class OutcomeText:
         yield from self._head()
         changed = [block for block in self.outcome.blocks if self._is_shown(block)]
         if changed:
-            yield _table(changed)
+            yield changes_table(changed)
         hidden = len(self.outcome.blocks) - len(changed)
         if hidden:
             own, shown = ("its own", "is") if hidden == 1 else ("their own", "are")
@@ -92,7 +92,8 @@ def _asked(budget: Limited) -> str:
     return line
 
 
-def _table(blocks: Sequence[BlockChange]) -> Table:
+def changes_table(blocks: Sequence[BlockChange]) -> Table:
+    """Blocks and branches, with their channels before and after."""
     table = table_without_lines()
     table.add_column("block / branch", overflow="fold", ratio=1)
     table.add_column("scale", no_wrap=True)

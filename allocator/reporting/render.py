@@ -12,8 +12,8 @@ from allocator.reporting.facts import Summary
 from allocator.reporting.page import to_html
 from allocator.reporting.rows import LIMIT
 from allocator.reporting.tables import to_csv, to_markdown
-from allocator.reporting.terminal import as_plain_text
 from allocator.reporting.text import SummaryText
+from allocator.shown import as_plain_text
 
 
 def _rich(summary: Summary, limit: int | None) -> str:

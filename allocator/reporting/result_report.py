@@ -8,16 +8,18 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
+from allocator.arguments import checked
 from allocator.disk import PathLike
 from allocator.reporting.collect import Allocated, outcome_of, summarise
 from allocator.reporting.curve import pareto
 from allocator.reporting.facts import Outcome, Point, Summary
+from allocator.reporting.layers import LayersText, layers_of
 from allocator.reporting.outcome_text import OutcomeText
 from allocator.reporting.render import format_of, write
-from allocator.reporting.terminal import as_plain_text
+from allocator.shown import Shown
 
 
-class Report:
+class Report(Shown):
     """What an allocation did: print it with rich, take `to_dict()`, or write it to a file.
 
     Args:
@@ -27,8 +29,9 @@ class Report:
     def __init__(self, result: Allocated) -> None:
         self.result = result
 
-    def __str__(self) -> str:
-        return as_plain_text(self).rstrip()
+    def __repr__(self) -> str:
+        name, after = type(self.result.model).__name__, self.result.flops_after
+        return f"<Report: {name}, {self.result.flops_before:,} FLOPs before, {after:,} after>"
 
     @functools.cached_property
     def outcome(self) -> Outcome:
@@ -38,6 +41,12 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form: FLOPs (fvcore's), parameters, blocks, certificate, notes, seconds per stage."""
         return self.outcome.to_dict()
+
+    def layers(self) -> LayersText:
+        """Every layer: the channels it gives and its FLOPs, before and after; printable, `to_dict()` for machines."""
+        result = self.result
+        layers = [layer for _, layer in layers_of(result.graph, result.plan.kept)]
+        return LayersText(layers, result.flops_before, result.flops_after)
 
     def summary(self, name: str | None = None, *, curve: bool = False) -> Summary:
         """The original network with what was kept of it, as the reports of `allocator-cli report` show it.
@@ -65,6 +74,7 @@ class Report:
             notes=notes,
         )
 
+    @checked
     def save(self, path: PathLike, *, name: str | None = None) -> None:
         """Write the report in the format of the suffix: .html, .md, .csv, .json or .txt.
 
@@ -76,6 +86,7 @@ class Report:
         format = format_of(path)
         write(self.summary(name, curve=format == "html"), path, format)
 
+    @checked
     def to_html(self, path: PathLike, *, name: str | None = None) -> None:
         """Write the report as one HTML page that opens offline, whatever the suffix; raises like `save`."""
         write(self.summary(name, curve=True), path, "html")

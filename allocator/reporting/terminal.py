@@ -1,17 +1,13 @@
-"""What everything printed with rich shares: tables without lines, bars, and how they become plain text."""
+"""What everything printed with rich shares: tables without lines, and bars."""
 
 from __future__ import annotations
 
-import io
-
-from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from allocator.reporting.words import printable
 
 _BAR = 12
-_TEXT_WIDTH = 120
 
 
 def table_without_lines(*, header: bool = True) -> Table:
@@ -29,10 +25,3 @@ def bar(after: int, before: int) -> Text:
     share = after / before if before else 0.0
     filled = round(share * _BAR)
     return Text.assemble(("━" * filled, "cyan"), ("─" * (_BAR - filled), "dim"))
-
-
-def as_plain_text(renderable: RenderableType) -> str:
-    """What is printed where there is no terminal: 120 columns, no colour."""
-    text = io.StringIO()
-    Console(file=text, width=_TEXT_WIDTH, no_color=True, force_terminal=False).print(renderable)
-    return text.getvalue()

@@ -11,26 +11,28 @@ from typing import Any
 
 import numpy as np
 
+from allocator.arguments import checked
 from allocator.disk import write_text
-from allocator.errors import AllocationMismatchError, FileError
+from allocator.errors import AllocationMismatchError, FileError, a_kind
 from allocator.modules import lies_within
 from allocator.rewriting import allocation_checks as checks
+from allocator.shown import Shown
 
-FORMAT = 3
-READABLE = (1, 2, FORMAT)
-"""Formats 1 and 2 knew one budget, of FLOPs, in fields of its own."""
+FORMAT = 4
+READABLE = (1, 2, 3, FORMAT)
+"""Formats 1 and 2 knew one budget, of FLOPs, in fields of its own; 3 knew no wider networks."""
 Indices = list[Any]
 """Original indices kept of one dim, in order; one row per output for a grouped weight's dim 1."""
 
 
 @dataclass(repr=False)
-class Allocation:
+class Allocation(Shown):
     """Neurons to keep, and what modules have to be told.
 
     Attributes:
         kept: per parameter or buffer that changes, one entry per dim: the original indices that stay, or
             None where the dim is untouched. Dim 1 of a grouped weight that loses columns has one row of
-            indices per output that stays.
+            indices per output that stays. In a wider network, an index that comes again is one that was added.
         attributes: per module path, attributes and their new values.
         absent: paths of layers that are gone.
         architecture: hash of the names and shapes of the model it was made for.
@@ -40,6 +42,8 @@ class Allocation:
         blocks: per aggregation block its name, kind and branches with channels before and after.
         input_shapes: the shapes that the FLOPs hold for.
         parts: the allocations that it was composed of, first to last; none for one that was planned as a whole.
+        added: of a wider network, what added indices are filled with: "init" ("zero" or "copy"), "seed", and "reads",
+            per tensor and dim the added indices that read a neuron. Empty where nothing was added.
     """
 
     kept: dict[str, list[Indices | None]] = field(default_factory=dict, repr=False)
@@ -55,6 +59,7 @@ class Allocation:
     blocks: list[dict[str, Any]] = field(default_factory=list, repr=False)
     input_shapes: list[list[int]] = field(default_factory=list)
     parts: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    added: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         flops = f"{self.flops_before:,} FLOPs before, {self.flops_after:,} after"
@@ -65,6 +70,11 @@ class Allocation:
     def flops_asked(self) -> float:
         """The budget in FLOPs, as fvcore counts them; 0 where there was none."""
         return float(self.costs.get("flops", {}).get("asked") or 0)
+
+    @property
+    def widens(self) -> bool:
+        """Whether it adds neurons, as a whole or in one of its parts."""
+        return bool(self.added) or any(part.get("added") for part in self.parts)
 
     @property
     def flops_before(self) -> int:
@@ -96,7 +106,7 @@ class Allocation:
                 "install the version of neuron-allocator that wrote it"
             )
         checks.check_plain(data)
-        if written_as < FORMAT:
+        if written_as < 3:
             data = _from_one_budget(data)
         return cls(**_fields_in(data))
 
@@ -126,6 +136,7 @@ class Allocation:
             )
         return cls.from_dict(data)
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write as JSON, moved into place when complete.
 
@@ -181,6 +192,7 @@ class Allocation:
             "costs": _compose_costs(self.costs, second.costs),
             "blocks": _compose_blocks(self.blocks, second.blocks),
             "parts": parts,
+            "added": {},  # its parts say what they added
         }
         return Allocation.from_dict(composed)
 
@@ -196,7 +208,7 @@ def _fields_in(data: dict[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         kind = type(getattr(usual, name))
         if not isinstance(value, kind):
-            raise FileError(f"the allocation's {name} is a {type(value).__name__}, not a {kind.__name__}")
+            raise FileError(f"the allocation's {name} is {a_kind(value)}, not a {kind.__name__}")
         if name in _CHECKS:
             _CHECKS[name](value)
     return given
@@ -209,6 +221,7 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "costs": checks.check_costs,
     "blocks": checks.check_blocks,
     "input_shapes": checks.check_input_shapes,
+    "added": checks.check_added,
 }
 
 
@@ -265,7 +278,7 @@ def _from_one_budget(data: dict[str, Any]) -> dict[str, Any]:
     figures = {key: data[f"flops_{key}"] for key in ("asked", "before", "after") if f"flops_{key}" in data}
     for key, value in figures.items():
         if not isinstance(value, (int, float)):
-            raise FileError(f"the allocation's flops_{key} is a {type(value).__name__}, not a number")
+            raise FileError(f"the allocation's flops_{key} is {a_kind(value)}, not a number")
     return {**data, "format": FORMAT, "costs": {"flops": figures}}
 
 

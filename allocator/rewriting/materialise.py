@@ -9,25 +9,31 @@ import numpy as np
 import torch
 from torch import nn
 
+from allocator import adapters
 from allocator.errors import AllocationMismatchError
-from allocator.modules import lies_within, shapes_of, skeleton
+from allocator.modules import attribute_of, lies_within, set_attribute, shapes_of, skeleton
+from allocator.rewriting.added import Filling
 from allocator.rewriting.allocation import Allocation, Indices, architecture_hash
 from allocator.rewriting.index_map import length, take
 
-Slice = Callable[[torch.Tensor, Sequence[Indices | None]], torch.Tensor]
+Slice = Callable[[torch.Tensor, Sequence[Indices | None] | None], torch.Tensor]
+"""Gives the part of a tensor that stays; without indices, a copy of all of it."""
 
 
 def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> nn.Module:
     """Copy `model` with every tensor cut as the allocation says, and the modules' attributes set.
 
-    Untouched tensors are copied too, so that training the result leaves the original as it is.
+    Untouched tensors are copied too, so that training the result leaves the original as it is. What a wider network
+    adds is filled so that it computes the same.
     """
+    filling = Filling.of(allocation.added)
 
     def replace(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        kept = allocation.kept.get(name)
-        if kept is None:
-            return tensor.detach().clone() if cut is take else torch.empty_like(tensor, device="meta")
-        return cut(tensor, kept)
+        sources = allocation.kept.get(name)
+        taken = cut(tensor, sources)
+        if filling is None or sources is None or cut is not take:
+            return taken
+        return filling.fill(name, taken, sources, like=tensor)
 
     small = skeleton(model, replace)
     for path in allocation.absent:
@@ -37,8 +43,9 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
     for path, values in allocation.attributes.items():
         module = modules[path]
         for name, value in values.items():
-            current = getattr(module, name, None)
-            setattr(module, name, tuple(value) if isinstance(current, tuple) else value)
+            # What the whole model holds is of this copy alone, and meant for all that share it.
+            set_attribute(module, name, value, shared=path != "")
+    adapters.note_rewritten(small)
     return small
 
 
@@ -67,7 +74,7 @@ def _check_attributes(model: nn.Module, allocation: Allocation) -> None:
             message = f"the allocation names the module {path!r}, which {type(model).__name__} does not have"
             raise AllocationMismatchError(message) from None
         for name, value in allocation.attributes.get(path, {}).items():
-            current = getattr(module, name, None)
+            current = attribute_of(module, name)
             if not (_is_plain(current) and _is_plain(value)):  # one number may become a list of them
                 raise AllocationMismatchError(
                     f"the allocation sets {path}.{name} to {value!r:.80}, where the model has {current!r:.80}"

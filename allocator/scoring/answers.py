@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from allocator.errors import DataError
+from allocator.errors import DataError, a_kind
 from allocator.scoring.batches import Batch
 from allocator.tracing.record import tensors_in
 
@@ -53,7 +53,7 @@ def own_answers(output: Any, generator: torch.Generator) -> torch.Tensor:
     logits = getattr(output, "logits", None)
     tensors = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
     if not tensors:
-        raise DataError(f"the model's output, a {type(output).__name__}, has no floating-point tensor to learn from")
+        raise DataError(f"the model's output, {a_kind(output)}, has no floating-point tensor to learn from")
     if isinstance(logits, torch.Tensor) and logits.dim() >= 2:
         flat = logits.reshape(-1, logits.shape[-1])
         return functional.cross_entropy(flat, flat.detach().argmax(-1))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from allocator.errors import DataError
+from allocator.errors import DataError, a_kind
 from allocator.torch_private import tree_map
 from allocator.tracing.inputs import Inputs, device_of, dtype_of
 
@@ -63,7 +63,7 @@ def batches(data: Any, model: nn.Module, example: Inputs) -> Iterator[Batch]:
     if isinstance(data, torch.Tensor):
         data = (data,)
     if not isinstance(data, Iterable):
-        raise DataError(f"data is a {type(data).__name__}: pass a loader, or a tensor of inputs")
+        raise DataError(f"data is {a_kind(data)}: pass a loader, or a tensor of inputs")
     device, dtype = device_of(model), dtype_of(model)
 
     def place(leaf: Any) -> Any:
@@ -78,7 +78,7 @@ def batches(data: Any, model: nn.Module, example: Inputs) -> Iterator[Batch]:
     for item in data:
         batch = _as_batch(item, model, example)
         if not batch.inputs.tensors():
-            raise DataError(f"the data yield a {type(item).__name__} without a tensor for the model")
+            raise DataError(f"the data yield {a_kind(item)} without a tensor for the model")
         if batch.size:
             empty = False
             yield Batch(batch.inputs.map(place), tree_map(place, batch.target))
@@ -150,7 +150,7 @@ def _as_batch(item: Any, model: nn.Module, example: Inputs) -> Batch:
         return Batch(Inputs(tuple(first) if isinstance(first, (tuple, list)) else (first,)), target)
     as_tensor = "; torch.from_numpy makes a tensor of it" if type(item).__module__ == "numpy" else ""
     raise DataError(
-        f"the data yield a {type(item).__name__}: expected tensors, tuples of arguments, (inputs, target) pairs or "
+        f"the data yield {a_kind(item)}: expected tensors, tuples of arguments, (inputs, target) pairs or "
         f"dicts{as_tensor}"
     )
 

@@ -58,7 +58,7 @@ class SlotScores:
         return np.divide(total, divisor, out=np.full(graph.size, np.nan), where=count > 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """Importance of every neuron of a graph.
 
@@ -74,6 +74,9 @@ class Scores:
     values: np.ndarray
     slots: SlotScores | None = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        return f"Scores({self.criterion}: {len(self.values):,} neurons, {self._range()})"
+
     def __post_init__(self) -> None:
         values = as_array(self.values, f"the scores of {self.criterion!r}")
         if np.isinf(values).any():
@@ -83,6 +86,10 @@ class Scores:
                 "pass finite numbers, and NaN for what must stay"
             )
         object.__setattr__(self, "values", values)
+
+    def _range(self) -> str:
+        ranked = self.values[~np.isnan(self.values)]
+        return f"{ranked.min():.4g} to {ranked.max():.4g}" if ranked.size else "none with a score"
 
     def on(self, graph: ChannelGraph, other: ChannelGraph) -> Scores:
         """The scores of another graph of the same model.

@@ -164,12 +164,13 @@ def infer_inputs(model: nn.Module) -> Inputs:
     Raises:
         InputError: nothing in the model tells.
     """
-    known = adapters.example_inputs(model)
+    known: tuple[adapters.Arguments, str] | None = adapters.example_inputs(model)
     if known is None:
         shape, source = _input_shape(model)
         known = (torch.zeros(1, *shape),), source
-    inputs = Inputs(known[0]).map(lambda t: t.to(device_of(model), dtype_of(model)))
-    return Inputs(inputs.args, {}, f"input {inputs.sizes()}, from {known[1]}")
+    inputs = Inputs((), known[0]) if isinstance(known[0], dict) else Inputs(known[0])
+    inputs = inputs.map(lambda t: t.to(device_of(model), dtype_of(model) if t.is_floating_point() else t.dtype))
+    return Inputs(inputs.args, inputs.kwargs, f"input {inputs.sizes()}, from {known[1]}")
 
 
 def is_size_known(model: nn.Module) -> bool:

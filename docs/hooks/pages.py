@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from cli_page import cli_page  # noqa: E402
 from figures import diagram  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
+from notebook import notebook_page  # noqa: E402
 from options_table import options_table  # noqa: E402
 
 from benchmarks.comparison import TABLES  # noqa: E402
@@ -55,6 +56,7 @@ def on_files(files: Files, config: Any) -> Files:
     for source, page in taken().items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     files.append(File.generated(config, "cli.md", content=cli_page()))
+    files.append(File.generated(config, "notebook.md", content=notebook_page(ROOT / "docs" / "notebook.ipynb")))
     return files
 
 

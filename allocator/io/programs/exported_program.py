@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from allocator.errors import FileError, UnsafeFileError, UnsupportedModelError
+from allocator.errors import FileError, UnsafeFileError, UnsupportedModelError, a_kind
 from allocator.io.archives import inner_names, reading
 from allocator.io.pickle_rehearsal import refused_calls
 from allocator.io.programs.program import MOST_STEPS, Bytes, Program, Step, check_names, function_of
@@ -133,7 +133,7 @@ class _Reader:
             raise UnsafeFileError(f"{self.path} holds {name}, whose pickle asks for {', '.join(calls[:8])}")
         tensor = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         if not isinstance(tensor, torch.Tensor):
-            raise FileError(f"{self.path} is damaged: {name} is a {type(tensor).__name__}, not a tensor")
+            raise FileError(f"{self.path} is damaged: {name} is {a_kind(tensor)}, not a tensor")
         return tensor
 
     # -------------------------------------------------------------------------------------- calls

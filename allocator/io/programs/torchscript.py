@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from allocator.errors import FileError, UnsafeFileError, UnsupportedModelError
+from allocator.errors import FileError, UnsafeFileError, UnsupportedModelError, a_kind
 from allocator.io.archives import inner_names, reading
 from allocator.io.plain_unpickler import PlainUnpickler
 from allocator.io.programs.program import Bytes, Program, check_names
@@ -94,7 +94,7 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Program:
     code.constants = objects("constants") or ()
     top = objects("data")
     if not isinstance(top, Record):
-        raise FileError(f"{path} is damaged: it holds a {type(top).__name__}, not a module")
+        raise FileError(f"{path} is damaged: it holds {a_kind(top)}, not a module")
     program = Program()
     _hold(program, top, code)
     interpret(program, top, code)

@@ -1,0 +1,139 @@
+"""Arguments of another kind than a signature says: refused before any work, in words about what was passed."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import numbers
+import os
+import types
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from torch import nn
+
+from allocator.errors import InputError, UnsupportedModelError, a_kind
+
+_WORDS: dict[Any, str] = {
+    nn.Module: "a torch.nn.Module",
+    Callable: "a function",
+    bool: "True or False",
+    int: "a whole number",
+    os.PathLike: "a path",
+    str: "text",
+}
+_HOLDERS = ("model", "allocation", "graph")
+"""Attributes of results by which one kind of value holds another."""
+_MAKERS = {"ChannelGraph": "trace", "Scores": "score", "Allocation": "plan", "Result": "allocate"}
+_NOTHING = object()
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Refuse what does not fit a public function's annotations, before it does anything.
+
+    Looked at are arguments of this package's classes, modules, functions, paths, text, whole numbers and truth values;
+    budgets, choices and data have checks of their own, which know more.
+
+    Raises:
+        UnsupportedModelError: another thing in place of a model.
+        InputError: an argument is of another kind; says which, what it takes, and what is at hand that would fit.
+    """
+    signature = inspect.signature(function)
+
+    @functools.cache
+    def kinds() -> dict[str, tuple[Any, ...]]:
+        hints = get_type_hints(function)
+        known = {name: _kinds_of(hints[name]) for name in signature.parameters if name in hints}
+        return {name: found for name, found in known.items() if found}
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # which says it in Python's own words
+        for name, found in kinds().items():
+            if name in bound.arguments and not _fits(bound.arguments[name], found):
+                _refuse(name, bound.arguments, kinds())
+            elif name in bound.arguments and int in found and isinstance(bound.arguments[name], numbers.Integral):
+                bound.arguments[name] = int(bound.arguments[name])  # numpy's, which torch does not take
+        return function(*bound.args, **bound.kwargs)
+
+    return run
+
+
+def _kinds_of(hint: Any) -> tuple[Any, ...]:
+    """The kinds that an annotation allows; () for one that is not looked at."""
+    if get_origin(hint) in (Union, types.UnionType):
+        found = [_kinds_of(each) for each in get_args(hint)]
+        return tuple(kind for kinds in found for kind in kinds) if all(found) else ()
+    origin = get_origin(hint) or hint
+    if origin in (*_WORDS, type(None)):
+        return (origin,)
+    if not inspect.isclass(origin) or getattr(origin, "_is_protocol", False):
+        return ()
+    if issubclass(origin, os.PathLike):
+        return (os.PathLike,)
+    return (origin,) if origin.__module__.startswith("allocator.") else ()
+
+
+def _fits(value: Any, kinds: tuple[Any, ...]) -> bool:
+    return any(_is(value, kind) for kind in kinds)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind is Callable:
+        return callable(value)
+    if kind is int:
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if kind is bool:
+        return isinstance(value, bool) or type(value).__name__ == "bool"  # numpy's own
+    return isinstance(value, kind)
+
+
+def _refuse(name: str, given: dict[str, Any], kinds: dict[str, tuple[Any, ...]]) -> None:
+    """Raise; a model of any other kind is left to the check of models where nothing at hand would fit."""
+    value, wanted = given[name], kinds[name]
+    hint = _swapped(name, given, kinds) or _held(value, wanted) or _maker(wanted)
+    if nn.Module in wanted and not hint:
+        return
+    words = " or ".join(dict.fromkeys(_WORDS.get(kind) or kind.__name__ for kind in _named(wanted)))
+    said = f"{name} is {_shown(value)}, and takes {words}{hint and '; ' + hint}"
+    raise UnsupportedModelError(said) if nn.Module in wanted else InputError(said)
+
+
+def _swapped(name: str, given: dict[str, Any], kinds: dict[str, tuple[Any, ...]]) -> str:
+    value, wanted = given[name], kinds[name]
+    for other, allowed in kinds.items():
+        if other != name and other in given and _fits(value, allowed) and _fits(given[other], wanted):
+            return f"{name} and {other} are the wrong way round"
+    return ""
+
+
+def _held(value: Any, wanted: tuple[Any, ...]) -> str:
+    for attribute in _HOLDERS:
+        if _fits(getattr(value, attribute, _NOTHING), wanted):
+            return f"pass its .{attribute}"
+    return ""
+
+
+def _maker(wanted: tuple[Any, ...]) -> str:
+    for kind in wanted:
+        if kind.__name__ in _MAKERS:
+            return f"pass what allocator.{_MAKERS[kind.__name__]} gave"
+    return ""
+
+
+def _named(wanted: tuple[Any, ...]) -> list[Any]:
+    """The kinds worth naming: a path may be text, and what may be left out need not be said."""
+    left_out = {type(None), str} if os.PathLike in wanted else {type(None)}
+    return [kind for kind in wanted if kind not in left_out]
+
+
+def _shown(value: Any) -> str:
+    """A short value as it was written, anything else by its class."""
+    plain = isinstance(value, (str, int, float, bool)) or value is None
+    return f"{value!r:.60}" if plain else a_kind(value)
