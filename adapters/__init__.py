@@ -250,6 +250,41 @@ def sizes_of(
     return values
 
 
+def sizes_of_many(
+    path: str, module: nn.Module, adapter: Adapter, times: Callable[[torch.Tensor, int], np.ndarray], most: int
+) -> dict[str, Any]:
+    """New values of the attributes that an adapter declares, where indices may be there several times.
+
+    An adapter is asked of what stays, and gives numbers of channels. Of what is there several times it is so asked
+    several times: of what is there once or more, twice or more, and so on; the numbers add up.
+
+    Args:
+        path, module, adapter: as for `sizes_of`.
+        times: (n,) for a tensor and a dim, how often each of its indices is there.
+        most: the most that any is.
+    """
+    first = sizes_of(path, module, adapter, lambda tensor, dim: times(tensor, dim) > 0)
+    if most < 2:
+        return first
+    none = sizes_of(path, module, adapter, lambda tensor, dim: np.zeros(tensor.shape[dim], dtype=bool))
+    total = first
+    for level in range(1, most):
+        further = sizes_of(path, module, adapter, lambda tensor, dim, level=level: times(tensor, dim) > level)  # type: ignore[misc]
+        total = {name: _plus(value, further[name], none[name]) for name, value in total.items()}
+    return total
+
+
+def _plus(total: Any, further: Any, none: Any) -> Any:
+    """`total + further - none`, entry by entry; a number beside several stands for as many alike."""
+    several = next((value for value in (total, further, none) if isinstance(value, (list, tuple))), None)
+    if several is None:
+        return total + further - none
+    each = [value if isinstance(value, (list, tuple)) else [value] * len(several) for value in (total, further, none)]
+    sums = [a + b - c for a, b, c in zip(*each, strict=True)]
+    alike = not all(isinstance(value, (list, tuple)) for value in (total, further)) and len(set(sums)) == 1
+    return sums[0] if alike else type(several)(sums)
+
+
 def how_to(module: nn.Module) -> str:
     """What to do where the forward of a module reads a size from where nothing tells what it follows."""
     return f"to let them go, say what follows: allocator.adapters.register({_name(type(module))!r}), docs/extending.md"

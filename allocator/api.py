@@ -23,6 +23,7 @@ from allocator.pipeline.recover import recover_result
 from allocator.pipeline.run import run
 from allocator.pipeline.sweep import Evaluate, Sweep, sweep_model
 from allocator.pipeline.verify import verify_model
+from allocator.pipeline.widen import Widths, by_allocation, by_factor, by_flops, widen_model
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.rewrite import rewrite as rewrite_model
@@ -35,8 +36,10 @@ from allocator.settings import (
     DEFAULTS,
     METHODS,
     RECOVERING,
+    WIDENING,
     Certify,
     Groups,
+    Init,
     Limit,
     Limits,
     Method,
@@ -169,6 +172,85 @@ def _method(recover: bool | Method, data: Any, weights: Weights) -> str | None:
 
 
 @checked
+@as_usual
+def widen(
+    model: nn.Module,
+    flops: Limit = None,
+    *,
+    factor: float | None = WIDENING.factor,
+    like: Allocation | Result | str | Path | None = None,
+    init: Init = WIDENING.init,
+    example_inputs: Any = None,
+    scope: Scope = DEFAULTS.scope,
+    groups: Groups = DEFAULTS.groups,
+    exclude: Any = DEFAULTS.exclude,
+    include: Any = DEFAULTS.include,
+    weights: Weights = "keep",
+    certify: Certify = "small",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Make a wider network that computes the same, and prove it.
+
+    What is added are neurons like those that are there, with all that goes with them: whole groups of a grouped
+    convolution or a group norm, whole heads. `allocate` takes them away again.
+
+    Args:
+        model: the network; not changed.
+        flops: a budget above the model's own, as for `allocate`; all layers become wider by the same factor, and what
+            is left goes to single neurons.
+        factor: instead, every layer so many times as wide, rounded to whole neurons.
+        like: instead, an allocation, a result or the path of its file: every layer becomes as wide as it leaves the
+            layer of this name; those that it does not name stay.
+        init: "zero" adds neurons whose weights are drawn with the mean and deviation of others in their layer, and
+            which nothing reads yet: what would read them is zero. "copy" adds copies (Net2Wider), and those that read
+            the first share it: in unequal parts, so that training tells them apart.
+        scope, groups, exclude: as for `allocate`, of what may grow.
+        include: what alone may grow, in the words of `exclude`.
+        weights: "keep", or "reset" to train the result from scratch.
+        example_inputs, certify, progress: as for `allocate`.
+        seed: of what is drawn, and of the certificate's input.
+
+    Returns:
+        A result whose `certificate` holds both ways: the wider network computes what the original does, and without
+        what was added it is the original bit for bit. Its `notes` name what could not be widened exactly.
+
+    Raises:
+        InputError: none of `flops`, `factor` and `like`, or several; a factor below 1; a width below the layer's own.
+        BudgetError: the budget is no number, below the model's own, or leaves no room for a neuron; says what does.
+        NothingToAllocateError: no neuron can be added exactly; says what would be inexact.
+        FileError: the file cannot be read.
+        UnsupportedModelError, InputError, TraceError: as for `allocate`.
+        CertificateError, CostMismatchError: the result failed its own checks, and is not returned.
+    """
+    check_choice("weights", weights, get_args(Weights))
+    check_choice("init", init, get_args(Init))
+    return widen_model(
+        model,
+        _widths(flops, factor, like),
+        example_inputs,
+        Settings(scope=scope, groups=groups, exclude=exclude, include=include),
+        init=init,
+        weights=weights,
+        numeric=certify,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def _widths(flops: Limit, factor: float | None, like: Allocation | Result | str | Path | None) -> Widths:
+    given = {name: value for name, value in (("flops", flops), ("factor", factor), ("like", like)) if value is not None}
+    if len(given) != 1:
+        said = " and ".join(given) or "none of flops, factor and like"
+        raise InputError(f"{said} given: pass one of them, such as flops='150%' or factor=1.5")
+    if flops is not None:
+        return by_flops(flops)
+    if factor is not None:
+        return by_factor(factor)
+    assert like is not None
+    return by_allocation(like.allocation if isinstance(like, Result) else _allocation(like))
+
+
 @as_usual
 def recover(
     result: Result,

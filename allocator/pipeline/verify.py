@@ -22,6 +22,7 @@ from allocator.rewriting.rewrite import rewrite
 from allocator.settings import Certify, Settings
 from allocator.tracing.inputs import inputs_like
 from allocator.verifying.certificate import Certificate, certify, names_and_shapes_match, no_certificate
+from allocator.verifying.growth import verify_growth
 from allocator.verifying.structure import find_mismatch
 
 
@@ -43,6 +44,8 @@ def verify_model(
         example_inputs = inputs_like(allocation.input_shapes, model)
     settings = Settings(groups=allocation.groups, norms=allocation.norms)  # type: ignore[arg-type]
     graph = trace_model(model, example_inputs, settings)
+    if allocation.added:
+        return verify_growth(graph, allocation, small, seed=seed, numeric=numeric)
     kept = kept_by(graph, allocation)
     if kept is None:
         return no_certificate(graph, seed)

@@ -25,8 +25,16 @@ def rewrite(model: nn.Module, allocation: Allocation, weights: str = "keep") -> 
     """
     network = check_model(model)
     check_fits(network, allocation)
-    small = materialise(network, allocation)
+    in_parts = allocation.widens and allocation.parts
+    small = _in_parts(network, allocation) if in_parts else materialise(network, allocation)
     remember(small, network, allocation)
     if weights == "reset":
         reset_parameters(small)
     return adapters.wrapped_like(model, small)
+
+
+def _in_parts(model: nn.Module, allocation: Allocation) -> nn.Module:
+    """One part after the other, as each that adds neurons says what it fills them with."""
+    for part in allocation.parts:
+        model = materialise(model, Allocation.from_dict(part))
+    return model
