@@ -17,6 +17,7 @@ from allocator.flow.follow import run_rules
 from allocator.flow.labels import Slots
 from allocator.flow.options import Options
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.graph.fixed_maps import freeze_beyond_fixed_maps
 from allocator.graph.neurons import number_neurons
 from allocator.graph.selection import as_items, selected
 from allocator.modules import tensor_names
@@ -41,7 +42,8 @@ def build_graph(
     """
     forwards = usual_forwards(model, inputs) if forwards is None else forwards
     trace, *others = forwards.traces
-    slots = Slots.of({name: tuple(tensor.shape) for name, tensor in tensor_names(model, trace.modules).items()})
+    tensors = tensor_names(model, trace.modules)
+    slots = Slots.of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     flow, facts, options = _follow(trace, slots, options or Options())
     _freeze_misfits(flow, options)
     _freeze_for_unseen(flow, forwards.unseen)
@@ -53,6 +55,7 @@ def build_graph(
         facts.gammas.append(Gamma(slots.labels(name)[0], name))
     _heed_the_caller(model, options, slots, facts)
     _freeze_answers(trace.modules, slots, facts)
+    freeze_beyond_fixed_maps(tensors, slots, facts)
     component, unit_of_slot, size = number_neurons(slots, facts)
     return ChannelGraph(
         model,
