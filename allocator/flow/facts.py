@@ -154,11 +154,15 @@ def _apart(ties: list[Tie], component: np.ndarray) -> list[Tie]:
 
 def _unknown(own: list[F], further: list[F]) -> list[F]:
     """Those that one does not have oneself; of a batch, heads are told as often as there are samples."""
-    known = {(each.label.tobytes(), *each[1:]) for each in own}
-    fresh = [each for each in further if (each.label.tobytes(), *each[1:]) not in known]
+    known = {_key(fact, fact.label) for fact in own}
+    fresh = [fact for fact in further if _key(fact, fact.label) not in known]
     if fresh:
-        known = {(np.unique(each.label).tobytes(), *each[1:]) for each in own}
-    return [each for each in fresh if (np.unique(each.label).tobytes(), *each[1:]) not in known]
+        known = {_key(fact, np.unique(fact.label)) for fact in own}
+    return [fact for fact in fresh if _key(fact, np.unique(fact.label)) not in known]
+
+
+def _key(fact: AtLeast | Written | Gamma, label: np.ndarray) -> tuple[object, ...]:
+    return (label.tobytes(), *fact[1:])
 
 
 def _beyond_slots(own: list[np.ndarray], further: list[np.ndarray], total: int) -> list[np.ndarray]:

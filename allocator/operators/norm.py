@@ -44,7 +44,7 @@ def _batch_norm_as_one_call(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> tuple[Any, tuple[Any, ...]] | None:
-    """`torch.nn.functional.batch_norm`; None on values, where sizes differ, and of one number per channel in train mode."""
+    """`torch.nn.functional.batch_norm`; None on values, where sizes differ, and in train mode on one number each."""
     statistics = (weight, bias, running_mean, running_var)
     plain = input.is_meta and running_mean is not None and running_var is not None
     plain = plain and input.dim() > 1 and not (training and input.numel() == input.shape[1])
