@@ -167,6 +167,13 @@ class Recovering:
     samples: Annotated[int, Option("look at no more inputs than these", metavar="N")] = 1024
 
 
+def method_of(recover: bool | Method) -> Method | None:
+    """The method that is asked for; None for none."""
+    if recover is False:
+        return None
+    return "auto" if recover is True else recover
+
+
 DEFAULTS = Settings()
 RECOVERING = Recovering()
 METHODS: tuple[str, ...] = get_args(Method)
