@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from allocator.adapters.stand_ins import stand_ins
+from allocator.adapters.stand_ins import in_parts, stand_ins
 from allocator.errors import AdapterError
 
 Kept = Callable[[str, int], np.ndarray]
@@ -56,7 +57,8 @@ class Adapter:
 
     Attributes:
         sizes: gives, for a module and what is kept of its tensors, the attributes that its forward reads as
-            constants, each with its new value (an int, or a list or tuple of ints). With everything kept, it
+            constants, each with its new value (an int, or a list or tuple of ints); also those of an object that it
+            holds (`config.heads`), which becomes the module's own. With everything kept, it
             must give values that mean what the module has.
         outputs: gives the paths (relative to the module) of layers that make the model's answer (classes, boxes);
             their output channels stay.
@@ -65,6 +67,8 @@ class Adapter:
         norm_scale: for a norm that torch does not know as one, the name of the vector that scales its channels.
         inputs: gives example arguments of a whole model (on the CPU) and where their size comes from, or
             None where the model does not tell.
+        multiples: gives, for a module, its tensors' dims along which a multiple of a number has to stay, each with that:
+            {("down_proj", 2): 8}.
         configuration: gives, for a whole model that was rewritten and has its original's configuration yet, what that
             becomes; None where it has none.
     """
@@ -74,6 +78,7 @@ class Adapter:
     optional_branches: OptionalBranches | None = None
     norm_scale: str | None = None
     inputs: Callable[[nn.Module], tuple[Arguments, str] | None] | None = None
+    multiples: Callable[[nn.Module], Mapping[tuple[str, int], int]] | None = None
     configuration: Callable[[nn.Module], Configured | None] | None = None
 
 
@@ -167,6 +172,14 @@ def optional_branches(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, 
     return optional
 
 
+def multiples(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, int, int]]:
+    """(path of a module, full name of a tensor, dim, multiple) of all that adapters say of multiples."""
+    for path, module, adapter in adapted(modules):
+        if adapter.multiples is not None:
+            for (name, dim), of in adapter.multiples(module).items():
+                yield path, _join(path, name), dim, of
+
+
 def norm_scales(modules: Mapping[str, nn.Module]) -> list[str]:
     """Names of the vectors by which norms that torch does not know as such scale their channels."""
     names = []
@@ -218,10 +231,19 @@ def sizes_of(
         values = dict(adapter.sizes(module, kept))
     except Exception as error:  # an adapter is anybody's code
         raise AdapterError(f"{where} raised {type(error).__name__}: {error}") from error
-    missing = [name for name in values if not hasattr(module, name)]
+    missing = [name for name in values if not _has(module, name)]
     if missing:
         raise AdapterError(f"{where} gives {', '.join(missing)}, which the module does not have")
     return values
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether there is such an attribute, or such a one of an object that the module holds."""
+    try:
+        operator.attrgetter(name)(module)
+    except AttributeError:
+        return False
+    return True
 
 
 def how_to(module: nn.Module) -> str:
@@ -240,12 +262,24 @@ def example_inputs(model: nn.Module) -> tuple[Arguments, str] | None:
 @contextmanager
 def while_tracing() -> Iterator[None]:
     """What the libraries in use need while one of their forwards runs on tensors without values."""
+    _load_all()
+    with stand_ins.in_place():
+        yield
+
+
+@contextmanager
+def in_calls_that_are_followed() -> Iterator[None]:
+    """What the libraries in use compute by calls of their own is computed by those that can be followed and counted."""
+    _load_all()
+    with in_parts.in_place():
+        yield
+
+
+def _load_all() -> None:
     # The model itself need not be of a library whose functions it calls, so `find` may not have loaded its file.
     for library in _LIBRARIES:
         if library in sys.modules:
             _load(library)
-    with stand_ins.in_place():
-        yield
 
 
 # Cached, as it is asked for every class of every model, and a file is loaded only once anyway.

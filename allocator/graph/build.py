@@ -11,7 +11,7 @@ from torch import nn
 import allocator.operators  # noqa: F401  (declares the operators)
 from allocator import adapters
 from allocator.errors import InputError
-from allocator.flow.facts import Facts, Frozen, Gamma, Tie
+from allocator.flow.facts import Facts, Frozen, Gamma, Multiple, Tie
 from allocator.flow.flow import Flow
 from allocator.flow.follow import run_rules
 from allocator.flow.labels import Slots
@@ -58,6 +58,8 @@ def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None
     notes += facts.advice.values()
     for name in adapters.norm_scales(trace.modules):
         facts.gammas.append(Gamma(slots.labels(name)[0], name))
+    for path, name, dim, of in adapters.multiples(trace.modules):
+        facts.multiples.append(Multiple(slots.labels(name)[dim], path, of))
     _heed_the_caller(model, options, slots, facts)
     _freeze_answers(trace.modules, slots, facts)
     for each in (flow, training_flow):
