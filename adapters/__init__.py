@@ -32,6 +32,7 @@ Kept = Callable[[str, int], np.ndarray]
 Sizes = Callable[[nn.Module, Kept], Mapping[str, Any]]
 Arguments = tuple[Any, ...] | dict[str, Any]
 """Of one forward: by their places, or by their names."""
+Paths = Callable[[nn.Module], Iterable[str]]
 OptionalBranches = Callable[[nn.Module], dict[str, tuple[str, ...]]]
 
 S = TypeVar("S", bound=Sizes)
@@ -62,6 +63,7 @@ class Adapter:
             must give values that mean what the module has.
         outputs: gives the paths (relative to the module) of layers that make the model's answer (classes, boxes);
             their output channels stay.
+        spared: gives the paths of layers whose output channels stay unless the caller includes them by name.
         optional_branches: gives, for a module, the paths (relative to it) of layers that the forward can
             do without, each with all the paths that must be set to None together with it.
         norm_scale: for a norm that torch does not know as one, the name of the vector that scales its channels.
@@ -74,7 +76,8 @@ class Adapter:
     """
 
     sizes: Sizes | None = None
-    outputs: Callable[[nn.Module], Iterable[str]] | None = None
+    outputs: Paths | None = None
+    spared: Paths | None = None
     optional_branches: OptionalBranches | None = None
     norm_scale: str | None = None
     inputs: Callable[[nn.Module], tuple[Arguments, str] | None] | None = None
@@ -85,7 +88,7 @@ class Adapter:
 _ADAPTERS: dict[str, Adapter] = {}
 _STATES: set[str] = set()
 # The package of a class, and the file here that knows it.
-_LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "transformers": "hf"}
+_LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "transformers": "hf", "peft": "peft", "diffusers": "diffusers"}
 
 
 def register(classes: str | type | Iterable[str | type], adapter: Adapter | None = None) -> Callable[[S], S]:
@@ -191,10 +194,20 @@ def norm_scales(modules: Mapping[str, nn.Module]) -> list[str]:
 
 def output_layers(modules: Mapping[str, nn.Module]) -> list[str]:
     """Paths of the layers that make a model's answer, as far as adapters know them."""
+    return _layers(modules, lambda adapter: adapter.outputs)
+
+
+def spared_layers(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the layers whose output channels stay unless the caller includes them by name."""
+    return _layers(modules, lambda adapter: adapter.spared)
+
+
+def _layers(modules: Mapping[str, nn.Module], which: Callable[[Adapter], Paths | None]) -> list[str]:
     paths: list[str] = []
     for path, module, adapter in adapted(modules):
-        if adapter.outputs is not None:
-            paths.extend(_join(path, name) for name in adapter.outputs(module))
+        names = which(adapter)
+        if names is not None:
+            paths.extend(_join(path, name) for name in names(module))
     return paths
 
 

@@ -187,11 +187,11 @@ def masked(model: nn.Module, kept: dict[str, list[Any]]) -> nn.Module:
     for name, dims in kept.items():
         path, _, key = name.rpartition(".")
         layer: Any = model.get_submodule(path)
-        if key == "down_proj":  # a parameter of all experts together
-            weight, reads = layer.down_proj, 2
-        else:
-            weight, reads = getattr(layer, "weight", None), {"Linear": 1, "Conv1d": 1, "Conv1D": 0}.get(type(layer).__name__)
+        reads = {"Linear": 1, "Conv1d": 1, "Conv1D": 0}.get(type(layer).__name__)
+        if key == "down_proj":  # one parameter of all experts
+            reads = 2
         if key in ("weight", "down_proj") and reads is not None and dims[reads] is not None:
+            weight = getattr(layer, key)
             gone = torch.ones(weight.shape[reads], dtype=torch.bool)
             gone[dims[reads]] = False
             with torch.no_grad():

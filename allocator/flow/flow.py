@@ -92,6 +92,11 @@ class Flow:
         """Whether a batch norm runs in training mode outside a model in train mode (weight standardisation)."""
         return bool(op.arg("training")) and not self.trace.training
 
+    def is_one_stream(self, join: Join) -> bool:
+        """Whether all that is summed is the same channels (a rotary embedding turns them): no branches meet there."""
+        first, *others = (self.labels(value)[join.dim] for value in join.inputs)
+        return all(first is not None and label is not None and np.array_equal(first, label) for label in others)
+
     @cached_property
     def places(self) -> list[Place]:
         """The place of every call of the trace."""

@@ -62,6 +62,7 @@ def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None
         facts.multiples.append(Multiple(slots.labels(name)[dim], path, of))
     _heed_the_caller(model, options, slots, facts)
     _freeze_answers(trace.modules, slots, facts)
+    _spare(model, trace.modules, options, slots, facts)
     for each in (flow, training_flow):
         if each is not None and options.frozen:
             _freeze_misfits(each, options)
@@ -129,6 +130,15 @@ def _freeze_answers(modules: Mapping[str, nn.Module], slots: Slots, facts: Facts
         name = f"{path}.weight"
         if name in slots.shapes:
             facts.frozen.append(Frozen(slots.labels(name)[0], path, "a head of the model"))
+
+
+def _spare(model: nn.Module, modules: Mapping[str, nn.Module], options: Options, slots: Slots, facts: Facts) -> None:
+    """Layers that are none of the model's own (an adapter's rank) keep their outputs, unless the caller means them."""
+    spared = [f"{path}.weight" for path in adapters.spared_layers(modules)]
+    included = selected(model, options.include) if spared else set()
+    for name in spared:
+        if name in slots.shapes and name not in included:
+            facts.frozen.append(Frozen(slots.labels(name)[0], "", "part of an adapter, and not included by name"))
 
 
 def _freeze_misfits(flow: Flow, options: Options) -> None:
