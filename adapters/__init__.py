@@ -69,8 +69,13 @@ class Adapter:
         norm_scale: for a norm that torch does not know as one, the name of the vector that scales its channels.
         inputs: gives example arguments of a whole model (on the CPU) and where their size comes from, or
             None where the model does not tell.
-        multiples: gives, for a module, its tensors' dims along which a multiple of a number has to stay, each with that:
-            {("down_proj", 2): 8}.
+        multiples: gives, for a module, the dims of its tensors along which a multiple of a number has to stay, each
+            with that number: {("down_proj", 2): 8}.
+        network: for a wrapper that is not to be run itself (one whose `train` starts a training), the module in it.
+        wrap: gives the like of a wrapper (first argument) around another network (second).
+        opened: what the library makes of a model that was read from a file, before it is used.
+        checkpoint: what to pickle of a model so that the library reads the file.
+        rewritten: told of every smaller copy of a whole model, to take back what it says of itself and is no longer so.
         configuration: gives, for a whole model that was rewritten and has its original's configuration yet, what that
             becomes; None where it has none.
     """
@@ -82,13 +87,26 @@ class Adapter:
     norm_scale: str | None = None
     inputs: Callable[[nn.Module], tuple[Arguments, str] | None] | None = None
     multiples: Callable[[nn.Module], Mapping[tuple[str, int], int]] | None = None
+    network: Callable[[nn.Module], Any] | None = None
+    wrap: Callable[[nn.Module, nn.Module], nn.Module] | None = None
+    opened: Callable[[nn.Module], nn.Module] | None = None
+    checkpoint: Callable[[nn.Module], Any] | None = None
+    rewritten: Callable[[nn.Module], None] | None = None
     configuration: Callable[[nn.Module], Configured | None] | None = None
 
 
 _ADAPTERS: dict[str, Adapter] = {}
 _STATES: set[str] = set()
+_PICKLES: dict[str, str] = {}
 # The package of a class, and the file here that knows it.
-_LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "transformers": "hf", "peft": "peft", "diffusers": "diffusers"}
+_LIBRARIES = {
+    "timm": "timm",
+    "torchvision": "torchvision",
+    "transformers": "hf",
+    "ultralytics": "ultralytics",
+    "peft": "peft",
+    "diffusers": "diffusers",
+}
 
 
 def register(classes: str | type | Iterable[str | type], adapter: Adapter | None = None) -> Callable[[S], S]:
@@ -135,6 +153,21 @@ def register_state(classes: str | type | Iterable[str | type]) -> None:
 def is_state(item: object) -> bool:
     """Whether this is an object that a model keeps for its next call."""
     return any(_name(cls) in _STATES for cls in type(item).__mro__)
+
+
+def explain_pickles(start: str, words: str) -> None:
+    """Say what files are that ask for names with this start, for the error of one that was not opened."""
+    _PICKLES[start] = words
+
+
+def pickles_explained(names: Iterable[str]) -> str:
+    """What is known of a file that asks for these names; "" where nothing is."""
+    for name in names:
+        _load(name)
+        for start, words in _PICKLES.items():
+            if name.startswith(start):
+                return words
+    return ""
 
 
 def unregister(classes: str | type) -> None:
@@ -259,9 +292,75 @@ def _has(module: nn.Module, name: str) -> bool:
     return True
 
 
+def sizes_of_many(
+    path: str, module: nn.Module, adapter: Adapter, times: Callable[[torch.Tensor, int], np.ndarray], most: int
+) -> dict[str, Any]:
+    """New values of the attributes that an adapter declares, where indices may be there several times.
+
+    An adapter is asked of what stays, and gives numbers of channels. Of what is there several times it is so asked
+    several times: of what is there once or more, twice or more, and so on; the numbers add up.
+
+    Args:
+        path, module, adapter: as for `sizes_of`.
+        times: (n,) for a tensor and a dim, how often each of its indices is there.
+        most: the most that any is.
+    """
+    first = sizes_of(path, module, adapter, lambda tensor, dim: times(tensor, dim) > 0)
+    if most < 2:
+        return first
+    none = sizes_of(path, module, adapter, lambda tensor, dim: np.zeros(tensor.shape[dim], dtype=bool))
+    total = first
+    for level in range(1, most):
+        further = sizes_of(path, module, adapter, lambda tensor, dim, level=level: times(tensor, dim) > level)  # type: ignore[misc]
+        total = {name: _plus(value, further[name], none[name]) for name, value in total.items()}
+    return total
+
+
+def _plus(total: Any, further: Any, none: Any) -> Any:
+    """`total + further - none`, entry by entry; a number beside several stands for as many alike."""
+    several = next((value for value in (total, further, none) if isinstance(value, (list, tuple))), None)
+    if several is None:
+        return total + further - none
+    each = [value if isinstance(value, (list, tuple)) else [value] * len(several) for value in (total, further, none)]
+    sums = [a + b - c for a, b, c in zip(*each, strict=True)]
+    alike = not all(isinstance(value, (list, tuple)) for value in (total, further)) and len(set(sums)) == 1
+    return sums[0] if alike else type(several)(sums)
+
+
 def how_to(module: nn.Module) -> str:
     """What to do where the forward of a module reads a size from where nothing tells what it follows."""
     return f"to let them go, say what follows: allocator.adapters.register({_name(type(module))!r}), docs/extending.md"
+
+
+def network_of(model: nn.Module) -> Any:
+    """The network in a wrapper, which need not be a module; any other model is its own."""
+    adapter = find(model)
+    return model if adapter is None or adapter.network is None else adapter.network(model)
+
+
+def wrapped_like(model: nn.Module, network: nn.Module) -> nn.Module:
+    """A network as the caller gave one: in a wrapper like `model` where that is one."""
+    adapter = find(model)
+    return network if adapter is None or adapter.wrap is None else adapter.wrap(model, network)
+
+
+def opened(model: nn.Module) -> nn.Module:
+    """A model that was read from a file, as its library would use it."""
+    adapter = find(model)
+    return model if adapter is None or adapter.opened is None else adapter.opened(model)
+
+
+def checkpoint(model: nn.Module) -> Any:
+    """What to pickle of a model so that its library reads the file; the model itself where there is no more to it."""
+    adapter = find(model)
+    return model if adapter is None or adapter.checkpoint is None else adapter.checkpoint(model)
+
+
+def note_rewritten(model: nn.Module) -> None:
+    """Let a model that was made smaller say so of itself, where its library would take it for what it was."""
+    adapter = find(model)
+    if adapter is not None and adapter.rewritten is not None:
+        adapter.rewritten(model)
 
 
 def example_inputs(model: nn.Module) -> tuple[Arguments, str] | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from torch import nn
 
+from allocator import adapters
 from allocator.arguments import checked
 from allocator.clock import Progress
 from allocator.errors import DataError, InputError
@@ -21,6 +23,7 @@ from allocator.pipeline.recover import recover_result
 from allocator.pipeline.run import run
 from allocator.pipeline.sweep import Evaluate, Sweep, sweep_model
 from allocator.pipeline.verify import verify_model
+from allocator.pipeline.widen import Widths, by_allocation, by_factor, by_flops, widen_model
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.rewrite import rewrite as rewrite_model
@@ -33,7 +36,10 @@ from allocator.settings import (
     DEFAULTS,
     METHODS,
     RECOVERING,
+    WIDENING,
+    Certify,
     Groups,
+    Init,
     Limit,
     Limits,
     Method,
@@ -42,6 +48,7 @@ from allocator.settings import (
     Scope,
     Settings,
     Weights,
+    check_certify,
     check_choice,
 )
 from allocator.tracing.isolation import as_usual
@@ -74,14 +81,15 @@ def allocate(
     multiple: int = DEFAULTS.multiple,
     weights: Weights = "keep",
     recover: bool | Method = RECOVERING.recover,
-    certify: bool = True,
+    certify: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
     """Make a smaller network under a budget, and prove it.
 
     Args:
-        model: the trained network; not changed. It is measured and proven in eval mode.
+        model: the trained network; not changed. It is measured and proven in eval mode. One in a wrapper that an
+            adapter knows (Ultralytics' `YOLO`) comes back in a wrapper of its kind.
         flops: the budget as fvcore counts it (one multiply-add is one FLOP): a number, text such as "4.2G", or a
             share such as "60%".
         params, activations, peak_activations: budgets of numbers in parameters, of numbers that convolutions and
@@ -115,7 +123,9 @@ def allocate(
         multiple: widths that change are multiples of this.
         weights: "keep", or "reset" to train the result from scratch.
         recover: refit what is left on `data`, by a method of the function `recover`; True for its "auto".
-        certify: compare weights and float64 outputs too; the structural check always runs.
+        certify: compare weights and float64 outputs too: outputs at the smallest size at which the forward takes the
+            same steps ("small"; the certificate says which), or at the size of the example inputs ("full"); False for
+            the structural check alone, which always runs, at the size of the example inputs.
         seed: of the certificate's input, and of the noise that stands in for answers that are no classes.
         progress: called with the name of each stage, and with how far it is.
 
@@ -143,9 +153,9 @@ def allocate(
         seed=seed,
         progress=progress,
     )
-    if method is None:
-        return result
-    return recover_result(result, data, method, samples=RECOVERING.samples, seed=seed, progress=progress)
+    if method is not None:
+        result = recover_result(result, data, method, samples=RECOVERING.samples, seed=seed, progress=progress)
+    return replace(result, model=adapters.wrapped_like(model, result.model))
 
 
 def _method(recover: bool | Method, data: Any, weights: Weights) -> str | None:
@@ -162,6 +172,85 @@ def _method(recover: bool | Method, data: Any, weights: Weights) -> str | None:
 
 
 @checked
+@as_usual
+def widen(
+    model: nn.Module,
+    flops: Limit = None,
+    *,
+    factor: float | None = WIDENING.factor,
+    like: Allocation | Result | str | Path | None = None,
+    init: Init = WIDENING.init,
+    example_inputs: Any = None,
+    scope: Scope = DEFAULTS.scope,
+    groups: Groups = DEFAULTS.groups,
+    exclude: Any = DEFAULTS.exclude,
+    include: Any = DEFAULTS.include,
+    weights: Weights = "keep",
+    certify: Certify = "small",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Make a wider network that computes the same, and prove it.
+
+    What is added are neurons like those that are there, with all that goes with them: whole groups of a grouped
+    convolution or a group norm, whole heads. `allocate` takes them away again.
+
+    Args:
+        model: the network; not changed.
+        flops: a budget above the model's own, as for `allocate`; all layers become wider by the same factor, and what
+            is left goes to single neurons.
+        factor: instead, every layer so many times as wide, rounded to whole neurons.
+        like: instead, an allocation, a result or the path of its file: every layer becomes as wide as it leaves the
+            layer of this name; those that it does not name stay.
+        init: "zero" adds neurons whose weights are drawn with the mean and deviation of others in their layer, and
+            which nothing reads yet: what would read them is zero. "copy" adds copies (Net2Wider), and those that read
+            the first share it: in unequal parts, so that training tells them apart.
+        scope, groups, exclude: as for `allocate`, of what may grow.
+        include: what alone may grow, in the words of `exclude`.
+        weights: "keep", or "reset" to train the result from scratch.
+        example_inputs, certify, progress: as for `allocate`.
+        seed: of what is drawn, and of the certificate's input.
+
+    Returns:
+        A result whose `certificate` holds both ways: the wider network computes what the original does, and without
+        what was added it is the original bit for bit. Its `notes` name what could not be widened exactly.
+
+    Raises:
+        InputError: none of `flops`, `factor` and `like`, or several; a factor below 1; a width below the layer's own.
+        BudgetError: the budget is no number, below the model's own, or leaves no room for a neuron; says what does.
+        NothingToAllocateError: no neuron can be added exactly; says what would be inexact.
+        FileError: the file cannot be read.
+        UnsupportedModelError, InputError, TraceError: as for `allocate`.
+        CertificateError, CostMismatchError: the result failed its own checks, and is not returned.
+    """
+    check_choice("weights", weights, get_args(Weights))
+    check_choice("init", init, get_args(Init))
+    return widen_model(
+        model,
+        _widths(flops, factor, like),
+        example_inputs,
+        Settings(scope=scope, groups=groups, exclude=exclude, include=include),
+        init=init,
+        weights=weights,
+        numeric=certify,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def _widths(flops: Limit, factor: float | None, like: Allocation | Result | str | Path | None) -> Widths:
+    given = {name: value for name, value in (("flops", flops), ("factor", factor), ("like", like)) if value is not None}
+    if len(given) != 1:
+        said = " and ".join(given) or "none of flops, factor and like"
+        raise InputError(f"{said} given: pass one of them, such as flops='150%' or factor=1.5")
+    if flops is not None:
+        return by_flops(flops)
+    if factor is not None:
+        return by_factor(factor)
+    assert like is not None
+    return by_allocation(like.allocation if isinstance(like, Result) else _allocation(like))
+
+
 @as_usual
 def recover(
     result: Result,
@@ -347,7 +436,7 @@ def sweep(
     lists = {"flops": flops, "params": params, "activations": activations, "peak_activations": peak_activations}
     data = None if data is None else Data(data, loss, seed, progress)
     return sweep_model(
-        check_model(model), lists, example_inputs, Settings(**settings), data=data, evaluate=evaluate, progress=progress
+        model, lists, example_inputs, Settings(**settings), data=data, evaluate=evaluate, progress=progress
     )
 
 
@@ -367,7 +456,7 @@ def iterate(
     loss: Loss | None = None,
     recover: bool | Method = RECOVERING.recover,
     example_inputs: Any = None,
-    certify: bool = True,
+    certify: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
     **settings: Any,
@@ -451,7 +540,7 @@ def verify(
     allocation: Allocation | str | Path,
     *,
     example_inputs: Any = None,
-    numeric: bool = True,
+    numeric: Certify = "small",
     seed: int = 0,
 ) -> Certificate:
     """Check that `small` is `model` minus the neurons that the allocation drops.
@@ -462,8 +551,8 @@ def verify(
             were cut, and this is proven; `refitted` in the certificate says so.
         allocation: what it should have kept, or the path of its file: `.json`, or a saved result.
         example_inputs: as for `allocate`; None for one tensor of the size that the allocation was made for.
-        numeric: compare weights and float64 outputs too. A model that was trained since fails both; with
-            False, whether its structure still is the original's can be asked alone.
+        numeric: compare weights and float64 outputs too, as `certify` says for `allocate`. A model that was trained
+            since fails both; with False, whether its structure still is the original's can be asked alone.
         seed: of the input they are compared on.
 
     Returns:
@@ -473,4 +562,5 @@ def verify(
         FileError: the file cannot be read.
         AllocationMismatchError: the allocation was made for another architecture.
     """
+    check_certify(numeric)
     return verify_model(model, small, _allocation(allocation), example_inputs, numeric=numeric, seed=seed)

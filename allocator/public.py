@@ -2,7 +2,7 @@
 
 import allocator.recipes  # noqa: F401 - makes their names known to `build`
 from allocator import __version__
-from allocator.api import allocate, apply, iterate, plan, recover, rewrite, score, sweep, trace, verify
+from allocator.api import allocate, apply, iterate, plan, recover, rewrite, score, sweep, trace, verify, widen
 from allocator.cost.latency import Latency, latency
 from allocator.errors import (
     AdapterError,
@@ -116,4 +116,5 @@ __all__ = [
     "sweep",
     "trace",
     "verify",
+    "widen",
 ]

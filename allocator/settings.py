@@ -18,7 +18,12 @@ Groups = Literal["whole", "width"]
 Norms = Literal["exact", "loose"]
 Weights = Literal["keep", "reset"]
 Method = Literal["auto", "least_squares", "batch_norm", "fold", "distil"]
+Init = Literal["zero", "copy"]
+Certify = bool | Literal["small", "full"]
 Limit = float | str | None
+
+PREFIXES = ("torchvision", "timm", "recipe", "hf", "ultralytics")
+"""Libraries that name networks, in the order in which messages list them."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,12 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise UnknownNameError(none_of(name, value, choices))
 
 
+def check_certify(value: Any) -> None:
+    """Raise InputError unless it says whether outputs are compared, and at which size."""
+    if not isinstance(value, bool) and value not in SIZES:
+        raise InputError(f"certify={value!r} is none of {', '.join(map(repr, SIZES))}, True or False")
+
+
 @dataclass(frozen=True)
 class Limits:
     """Budgets: what the smaller network may cost at most. Each is a number, text such as "4.2G", or a share ("60%")."""
@@ -167,16 +178,36 @@ class Recovering:
     samples: Annotated[int, Option("look at no more inputs than these", metavar="N")] = 1024
 
 
+@dataclass(frozen=True)
+class Widening:
+    """How a wider network is made."""
+
+    factor: Annotated[
+        float | None, Option("every layer so many times as wide, from 1 on, such as 1.5", metavar="N")
+    ] = None
+    init: Annotated[
+        Init,
+        Option(
+            "what is added: new neurons whose weights are drawn, and which nothing reads yet (zero), or copies that "
+            "share what read the first of them (copy)"
+        ),
+    ] = "zero"
+
+
 DEFAULTS = Settings()
+WIDENING = Widening()
 RECOVERING = Recovering()
 METHODS: tuple[str, ...] = get_args(Method)
 """Ways to recover."""
 OPTIONS: dict[str, Option] = {name: option for name, (_, option) in _declared(Settings).items()}
 RECOVERING_OPTIONS: dict[str, Option] = {name: option for name, (_, option) in _declared(Recovering).items()}
+WIDENING_OPTIONS: dict[str, Option] = {name: option for name, (_, option) in _declared(Widening).items()}
 BUDGETS: dict[str, Option] = {name: option for name, (_, option) in _declared(Limits).items()}
 CHOICES: dict[str, tuple[str, ...]] = {
     name: get_args(kind) for name, (kind, _) in _declared(Settings).items() if get_origin(kind) is Literal
 }
 """Of the options that take one of a few words and no others, these words."""
+SIZES: tuple[str, ...] = get_args(get_args(Certify)[1])
+"""Of the inputs that a certificate compares outputs on."""
 KNOWN_POLICIES: tuple[str, ...] = get_args(Policy)
 """The policies that come with this package; callers may register more."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from allocator import adapters
 from allocator.errors import NothingToAllocateError, RewriteError
 from allocator.fitting.repair import Mends, repair
@@ -18,6 +20,8 @@ from allocator.verifying.structure import Mismatch, find_mismatch
 
 MAX_ROUNDS = 24
 Planner = Callable[[ChannelGraph], Plan]
+Hold = Callable[[np.ndarray], bool]
+"""Told of slots that stand in other places than they should: whether the next plan is another for that."""
 
 
 @dataclass
@@ -39,7 +43,7 @@ class Fitted:
     notes: list[str]
 
 
-def fit(graph: ChannelGraph, planner: Planner) -> Fitted:
+def fit(graph: ChannelGraph, planner: Planner, hold: Hold | None = None) -> Fitted:
     """Plan, trace the rewritten model on meta tensors, repair, until the structural check passes.
 
     Where the forward no longer fits, a module attribute that equals the old size is set to the new one for
@@ -49,6 +53,7 @@ def fit(graph: ChannelGraph, planner: Planner) -> Fitted:
     Args:
         graph: the model's neurons.
         planner: chooses neurons of a graph, of this one or of one in which fewer can go.
+        hold: of a planner that can leave single neurons as they are; asked before anything is repaired.
 
     Raises:
         RewriteError: no plan was found that runs.
@@ -56,7 +61,8 @@ def fit(graph: ChannelGraph, planner: Planner) -> Fitted:
     mends = Mends()
     notes: list[str] = []
     mismatch: Mismatch | None = None
-    for _ in range(MAX_ROUNDS):
+    rounds = 0
+    while rounds < MAX_ROUNDS:
         try:
             plan = planner(graph)
         except NothingToAllocateError as error:
@@ -68,7 +74,8 @@ def fit(graph: ChannelGraph, planner: Planner) -> Fitted:
         if mismatch is None:
             allocation = complete(_leave_alone(graph, plan, maps, mends, allocation), graph, plan)
             return Fitted(graph, plan, maps, with_configuration(graph, maps, allocation, notes), notes)
-        graph = repair(graph, plan, mismatch, mends, notes)
+        if hold is None or not hold(mismatch.misplaced):
+            graph, rounds = repair(graph, plan, mismatch, mends, notes), rounds + 1
     raise RewriteError(
         f"the rewritten forward did not fit after {MAX_ROUNDS} plans; the last time at {mismatch}: "
         "exclude this module with exclude=[...], or register an adapter for its class (docs/extending.md)"

@@ -161,7 +161,7 @@ def _attribute_of_size(
     stays = scene.graph.stays(scene.plan.kept)
     taken = _taken(scene, owner, module)
     for label in _labels_of(scene.flow, op):
-        if stays[label].all():
+        if (stays[label] == 1).all():
             continue
         for name, current in vars(module).items():
             if name in taken or (only is not None and name != only):
@@ -171,7 +171,7 @@ def _attribute_of_size(
                 return name, (label,)
     for name, current in vars(module).items():
         pieces = None if name in taken or only not in (None, name) else _dims_of_sizes(scene.flow, op, current)
-        if pieces is not None and not all(stays[piece].all() for piece in pieces):
+        if pieces is not None and not all((stays[piece] == 1).all() for piece in pieces):
             return name, pieces
     return None
 
@@ -216,7 +216,7 @@ def _freeze(graph: ChannelGraph, flow: Flow, op: Op, plan: Plan) -> Options:
     stays = graph.stays(plan.kept)
     ops = flow.trace.ops
     for culprit in (op, *ops[: op.index][::-1], *ops[op.index :]):
-        if any(not stays[label].all() for label in _labels_of(flow, culprit)):
+        if any((stays[label] != 1).any() for label in _labels_of(flow, culprit)):
             break
     else:
         raise RewriteError(f"the rewritten forward does not fit at {op}, though all its neurons stay")

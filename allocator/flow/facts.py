@@ -1,7 +1,7 @@
 """What the operator rules note of a model: what goes together, what must stay, what writes and reads its neurons.
 
-`Tie`, `Frozen`, `AtLeast` and `Multiple` are the constraints of a plan. Whatever forbids something says so with one of these,
-whether a rule found it, a repair, or the caller asked for it.
+`Tie`, `Frozen`, `AtLeast` and `Multiple` are the constraints of a plan. Whatever forbids something says so with one of
+these, whether a rule found it, a repair, or the caller asked for it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from allocator.adapters import how_to
-from allocator.flow.attributes import attributes_of_groups, attributes_of_sizes
+from allocator.flow.attributes import attributes_of_groups, attributes_of_sizes, not_told_apart
 from allocator.flow.facts import AtLeast, Facts, Frozen, Gamma, Tie, Written
 from allocator.flow.labels import Label, Labels, Slots
 from allocator.flow.options import Options, Place, places_of
@@ -289,6 +289,8 @@ class Flow:
             return False
         attributes = attributes_of_sizes(op.module, module, literal, pieces)
         self.facts.attributes += attributes or ()
+        for part, first in not_told_apart(module, literal, pieces):
+            self.tie(part, first, op)
         return attributes is not None
 
     def fix_sizes(self, label: np.ndarray, op: Op, sizes: Sequence[int]) -> None:

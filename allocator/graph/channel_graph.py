@@ -20,9 +20,10 @@ from allocator.errors import UnknownNameError, none_of
 from allocator.flow.facts import Facts
 from allocator.flow.flow import Flow
 from allocator.flow.follow import value_dependent
-from allocator.flow.labels import Slots
+from allocator.flow.labels import FROZEN, Slots
 from allocator.flow.options import Options
 from allocator.graph.blocks import Block, call_graph, find_blocks, mean_gamma
+from allocator.graph.neurons import components
 from allocator.model_checks import undone_by
 from allocator.modules import modules_of, tensor_names
 from allocator.shown import Shown
@@ -197,9 +198,27 @@ class ChannelGraph(Shown):
         return units[units >= 0]
 
     def stays(self, kept: np.ndarray) -> np.ndarray:
-        """(slots,) bool: which slots stay when the neurons with `kept` true, (neurons,) bool, are kept."""
+        """(slots,) bool: which slots stay when the neurons with `kept` true, (neurons,) bool, are kept.
+
+        Of a wider network, where `kept` is (neurons,) int: how many there are of each slot.
+        """
         # A slot that is no neuron's has -1 for one, and so takes the last entry.
         return np.append(kept, True)[self.unit_of_slot]
+
+    @cached_property
+    def reads(self) -> np.ndarray:
+        """(slots,) bool: those along which a weight is contracted with an activation, and so reads a neuron.
+
+        Of a weight that the forward adds up from several (W + B @ A), those of all of them.
+        """
+        slots = np.zeros(self.slots.total, dtype=bool)
+        for label in self.facts.read:
+            slots[label] = True
+        if self.facts.computed_ties:
+            together = components(self.slots.total, [(tie.a, tie.b) for tie in self.facts.computed_ties])
+            slots = np.isin(together, np.unique(together[slots]))
+        slots[FROZEN] = False
+        return slots
 
     @property
     def everything(self) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from allocator import adapters
 from allocator.clock import Progress
 from allocator.errors import AllocatorError, InputError, IterationError
 from allocator.model_checks import check_model
@@ -22,7 +23,7 @@ from allocator.planning.problem import Widths
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.scoring.registry import Data, score
-from allocator.settings import RECOVERING, Limits, Settings
+from allocator.settings import RECOVERING, Certify, Limits, Settings
 from allocator.verifying.certificate import Certificate
 
 Train = Callable[[nn.Module], Any]
@@ -77,7 +78,7 @@ def iterate_model(
     train: Train,
     data: Data | None = None,
     recover: str | None = None,
-    numeric: bool = True,
+    numeric: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Iterated:
@@ -125,11 +126,12 @@ def iterate_model(
                 raise
             raise IterationError(f"{step}: {error}", done) from error
         shapes = shapes_of(result.model)
+        result = replace(result, model=adapters.wrapped_like(model, result.model))
         try:
             train(result.model)
         except Exception as error:
             raise IterationError(f"{step}: training raised {type(error).__name__}: {error}", done) from error
-        other = sorted(name for name, _ in shapes.items() ^ shapes_of(result.model).items())
+        other = sorted(name for name, _ in shapes.items() ^ shapes_of(check_model(result.model)).items())
         if other:
             raise IterationError(f"{step}: training gave the network other tensors ({', '.join(other[:3])})", done)
         done = _after(done, result)

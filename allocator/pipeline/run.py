@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ from allocator.result import Result
 from allocator.rewriting.lineage import remember
 from allocator.rewriting.materialise import materialise, reset_parameters
 from allocator.scoring.registry import Data, check_criterion, score
-from allocator.settings import Limits, Settings
-from allocator.verifying.certificate import certify, require
+from allocator.settings import Certify, Limits, Settings, check_certify
+from allocator.verifying.certificate import Certificate, certify, require
 
 
 def run(
@@ -33,7 +34,7 @@ def run(
     *,
     data: Data | None = None,
     weights: str = "keep",
-    numeric: bool = True,
+    numeric: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -46,11 +47,12 @@ def run(
         settings: how neurons are chosen.
         data: what criteria may look at.
         weights: "keep" or "reset".
-        numeric: compare weights and outputs too.
+        numeric: compare weights and outputs too, at which size.
         seed: of the certificate's input.
         progress: called with the name of each stage.
     """
-    check_model(model, values=True)
+    check_certify(numeric)
+    model = check_model(model, values=True)
     clock = Clock(progress)
     with clock("trace"):
         graph = trace_model(model, example_inputs, settings, None if data is None else data.loader)
@@ -73,7 +75,11 @@ def run(
     with clock("rewrite"):
         small = materialise(model, fitted.allocation)
         remember(small, model, fitted.allocation)
-    return _finish(small, fitted, notes, weights, numeric, seed, clock)
+
+    def prove() -> Certificate:
+        return certify(fitted.graph, fitted.plan.kept, fitted.maps, small, seed=seed, numeric=numeric)
+
+    return finish(small, fitted, notes, weights, prove, clock)
 
 
 def _count(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, planned: int, notes: list[str]) -> dict[str, int]:
@@ -111,15 +117,23 @@ def _count(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, planned: int
     return uncounted
 
 
-def _finish(
-    small: nn.Module, fitted: Fitted, notes: list[str], weights: str, numeric: bool, seed: int, clock: Clock
+def finish(
+    small: nn.Module, fitted: Fitted, notes: list[str], weights: str, prove: Callable[[], Certificate], clock: Clock
 ) -> Result:
-    """Prove and count what was rewritten."""
+    """Prove and count what was rewritten.
+
+    Args:
+        small: the rewritten model.
+        fitted: the plan that it was rewritten by.
+        notes: what was assumed, set or frozen so far; added to.
+        weights: "keep" or "reset".
+        prove: makes the certificate.
+        clock: of the stages.
+    """
     graph, plan, allocation = fitted.graph, fitted.plan, fitted.allocation
     planned = graph.metric("flops").value(plan.kept)
     with clock("certificate"):
-        made = certify(graph, plan.kept, fitted.maps, small, seed=seed, numeric=numeric)
-        certificate = require(made, "the result")
+        certificate = require(prove(), "the result")
     with clock("fvcore"):
         uncounted = _count(graph, plan.kept, small, planned, notes)
     if weights == "reset":

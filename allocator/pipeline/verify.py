@@ -19,19 +19,19 @@ from allocator.rewriting.index_map import maps_of
 from allocator.rewriting.kept import kept_by
 from allocator.rewriting.materialise import check_fits
 from allocator.rewriting.rewrite import rewrite
-from allocator.settings import Settings
+from allocator.settings import Certify, Settings
 from allocator.tracing.inputs import inputs_like
 from allocator.verifying.certificate import Certificate, certify, names_and_shapes_match, no_certificate
+from allocator.verifying.growth import verify_growth
 from allocator.verifying.structure import find_mismatch
 
 
 def verify_model(
-    model: nn.Module, small: nn.Module, allocation: Allocation, example_inputs: Any, *, numeric: bool, seed: int
+    model: nn.Module, small: nn.Module, allocation: Allocation, example_inputs: Any, *, numeric: Certify, seed: int
 ) -> Certificate:
     """As `allocator.verify`, whose arguments these are."""
-    values = numeric and not allocation.parts
-    check_model(model, values=values)
-    check_model(small, values=values)
+    values = bool(numeric) and not allocation.parts
+    model, small = check_model(model, values=values), check_model(small, values=values)
     _check_order(model, small, allocation)
     recovery = recovery_of(small)
     if recovery is not None and recovery.tensors and not allocation.parts:
@@ -44,6 +44,8 @@ def verify_model(
         example_inputs = inputs_like(allocation.input_shapes, model)
     settings = Settings(groups=allocation.groups, norms=allocation.norms)  # type: ignore[arg-type]
     graph = trace_model(model, example_inputs, settings)
+    if allocation.added:
+        return verify_growth(graph, allocation, small, seed=seed, numeric=numeric)
     kept = kept_by(graph, allocation)
     if kept is None:
         return no_certificate(graph, seed)
@@ -64,7 +66,7 @@ def _check_order(model: nn.Module, small: nn.Module, allocation: Allocation) -> 
 
 
 def _verify_parts(
-    model: nn.Module, small: nn.Module, whole: Allocation, example_inputs: Any, numeric: bool, seed: int
+    model: nn.Module, small: nn.Module, whole: Allocation, example_inputs: Any, numeric: Certify, seed: int
 ) -> Certificate:
     """One allocation after the other, since what a neuron is may change on the way (groups that became one)."""
     parts = [Allocation.from_dict(part) for part in whole.parts]

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from allocator import adapters
 from allocator.errors import AllocationMismatchError
 from allocator.modules import attribute_of, lies_within, set_attribute, shapes_of, skeleton
+from allocator.rewriting.added import Filling
 from allocator.rewriting.allocation import Allocation, Indices, architecture_hash
 from allocator.rewriting.index_map import length, take
 
@@ -21,11 +23,17 @@ Slice = Callable[[torch.Tensor, Sequence[Indices | None] | None], torch.Tensor]
 def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> nn.Module:
     """Copy `model` with every tensor cut as the allocation says, and the modules' attributes set.
 
-    Untouched tensors are copied too, so that training the result leaves the original as it is.
+    Untouched tensors are copied too, so that training the result leaves the original as it is. What a wider network
+    adds is filled so that it computes the same.
     """
+    filling = Filling.of(allocation.added)
 
     def replace(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return cut(tensor, allocation.kept.get(name))
+        sources = allocation.kept.get(name)
+        taken = cut(tensor, sources)
+        if filling is None or sources is None or cut is not take:
+            return taken
+        return filling.fill(name, taken, sources, like=tensor)
 
     small = skeleton(model, replace)
     for path in allocation.absent:
@@ -37,6 +45,7 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
         for name, value in values.items():
             # What the whole model holds is of this copy alone, and meant for all that share it.
             set_attribute(module, name, value, shared=path != "")
+    adapters.note_rewritten(small)
     return small
 
 

@@ -9,7 +9,7 @@ that changed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,11 +35,13 @@ class Mismatch:
         op: the original call; None where the original makes none.
         what: what differs, with got and expected.
         module: path of the module whose forward raised; None where none did.
+        misplaced: slots of the original that are there, in other places than they should be.
     """
 
     op: Op | None
     what: str
     module: str | None = None
+    misplaced: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64), repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.op or 'a forward without calls'}: {self.what}"
@@ -58,7 +60,8 @@ def find_mismatch(graph: ChannelGraph, maps: Maps, small: nn.Module, *, copied: 
     image = Image(graph, maps, slots)
     torn = image.keep_together(graph.facts.ties)
     if torn is not None:
-        return Mismatch(graph.flow.trace.ops[torn.op], "what meets here is put into different orders")
+        what = "what meets here is put into different orders"
+        return Mismatch(graph.flow.trace.ops[torn.op], what, misplaced=image.misplaced)
     for flow in graph.flows:
         error: Exception | None = None
         where: str | None = None
@@ -94,7 +97,7 @@ def compare(old: Flow, new: Flow, image: Image, raised: Exception | None = None)
     for a, b in zip(before, after, strict=False):
         what = _compare_call(old, new, a, b, values, gone, image)
         if what:
-            return Mismatch(old.trace.ops[a.index], what)
+            return Mismatch(old.trace.ops[a.index], what, misplaced=image.misplaced)
     if raised is not None:
         return _first_not_made(old, before, len(after), raised)
     if len(before) != len(after):

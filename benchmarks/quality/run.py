@@ -46,7 +46,9 @@ def trained(name: str, seed: int, parts: dict[str, Part], folder: Path) -> nn.Mo
     return model.eval()
 
 
-def row(model: nn.Module, arm: str, share: float, parts: dict[str, Part], seed: int, tune: bool) -> dict[str, Any]:
+def row(
+    model: nn.Module, arm: str, share: float, parts: dict[str, Part], seed: int, *, tune: bool, recover: bool
+) -> dict[str, Any]:
     """What one arm makes of one network."""
     image = parts["test"].images[:1]
     start = time.perf_counter()
@@ -58,7 +60,7 @@ def row(model: nn.Module, arm: str, share: float, parts: dict[str, Part], seed: 
     small = made.model if isinstance(made, allocator.Result) else made
     found["share"] = flops_of(small, image) / flops_of(model, image)
     states = {"cut": small, "statistics": with_batch_norm_statistics(small, parts["calibration"])}
-    if isinstance(made, allocator.Result):
+    if recover and isinstance(made, allocator.Result):
         start = time.perf_counter()
         recovered = allocator.recover(made, parts["calibration"].images)
         states["recovered"], found["recovery"] = recovered.model, recovered.recovery.to_dict()["tried"]
@@ -81,6 +83,7 @@ def run(
     rows: Path = ROWS,
     *,
     tune: bool = True,
+    recover: bool = True,
 ) -> None:
     """All rows that are not there yet."""
     parts = load()
@@ -96,7 +99,7 @@ def run(
                 if arm == "full":
                     found = {f"cut {part}": errors(model, parts[part]) for part in ("calibration", "test")}
                 else:
-                    found = row(model, arm, share, parts, seed, tune=tune and share in (0.6, 0.4))
+                    found = row(model, arm, share, parts, seed, tune=tune, recover=recover)
                 with rows.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({**key, **found}) + "\n")
                 print(name, seed, share, arm, found.get("cut test", found.get("failed")), flush=True)
@@ -122,10 +125,20 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="for trained networks")
     parser.add_argument("--no-tuning", action="store_true", help="leave out the state that trains")
+    parser.add_argument("--no-recovery", action="store_true", help="leave out the state that is refitted")
     parser.add_argument("--rows", type=Path, default=ROWS, help="where they are written, one a line")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    run(args.networks, args.seeds, args.arms, args.shares, args.folder, args.rows, tune=not args.no_tuning)
+    run(
+        args.networks,
+        args.seeds,
+        args.arms,
+        args.shares,
+        args.folder,
+        args.rows,
+        tune=not args.no_tuning,
+        recover=not args.no_recovery,
+    )
 
 
 if __name__ == "__main__":
