@@ -17,6 +17,7 @@ from allocator.flow.follow import run_rules
 from allocator.flow.labels import Slots
 from allocator.flow.options import Options
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.graph.fixed_maps import freeze_beyond_fixed_maps
 from allocator.graph.neurons import number_neurons
 from allocator.graph.selection import as_items, selected
 from allocator.modules import tensor_names
@@ -66,6 +67,7 @@ def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None
     for each in (flow, training_flow):
         if each is not None and options.frozen:
             _freeze_misfits(each, options)
+    freeze_beyond_fixed_maps(tensors, slots, facts)
     component, unit_of_slot, size = number_neurons(slots, facts)
     return ChannelGraph(
         model,
