@@ -40,6 +40,10 @@ class Inputs:
         shapes = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in self.tensors()]
         return "inputs of " + (", ".join(shapes) or "no tensors")
 
+    def sizes(self) -> str:
+        """The shapes of all tensors, as `1x3x224x224`."""
+        return " and ".join("x".join(map(str, t.shape)) or "()" for t in self.tensors())
+
     def batch(self, times: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with every tensor's first dim repeated `times` times."""
 
@@ -166,8 +170,7 @@ def infer_inputs(model: nn.Module) -> Inputs:
         known = (torch.zeros(1, *shape),), source
     inputs = Inputs((), known[0]) if isinstance(known[0], dict) else Inputs(known[0])
     inputs = inputs.map(lambda t: t.to(device_of(model), dtype_of(model) if t.is_floating_point() else t.dtype))
-    text = " and ".join("x".join(map(str, t.shape)) for t in inputs.tensors())
-    return Inputs(inputs.args, inputs.kwargs, f"input {text}, from {known[1]}")
+    return Inputs(inputs.args, inputs.kwargs, f"input {inputs.sizes()}, from {known[1]}")
 
 
 def inputs_of_sizes(sizes: Sequence[Sequence[int]], model: nn.Module) -> tuple[torch.Tensor, ...] | dict[str, Any]:

@@ -128,7 +128,7 @@ def _states() -> Callable[[bool], None]:
                 torch.cuda.set_rng_state_all(on_gpus)
         if random.getstate() != python:
             random.setstate(python)
-        if repr(np.random.get_state()) != repr(of_numpy):
+        if not all(map(np.array_equal, np.random.get_state(), of_numpy)):
             np.random.set_state(of_numpy)
 
     return restore
