@@ -44,7 +44,9 @@ def _registries() -> Iterator[None]:
     yield
     for registry, old in zip(known, before):
         for name in registry.keys() - old.keys():
-            if not name.startswith(("allocator.", "timm.", "torchvision.", "transformers.")):  # loaded by use
+            if not name.startswith(
+                ("allocator.", "timm.", "torchvision.", "transformers.", "ultralytics.")
+            ):  # loaded by use
                 del registry[name]
     operator_of.cache_clear()
 
