@@ -111,8 +111,8 @@ def markdown(data: dict[str, Any]) -> str:
     text = [
         "# Ultralytics",
         "",
-        "Made by `python -m benchmarks.yolo`. From their YAML files, random weights with batch norms as after "
-        f"training, one image of {SIDE} × {SIDE}; FLOPs as fvcore counts them. *Free* is the share of channels that can go, "
+        "Made by `python -m benchmarks.yolo`. From their YAML files, random weights with batch norms as after training, "
+        f"one image of {SIDE} × {SIDE}; FLOPs as fvcore counts them. *Free* is the share of channels that can go, "
         "*after fitting* what is left of it once the rewritten forward was tried, *least left* the smallest share of "
         "the FLOPs that can be reached with `at_least=0`. Each network that was allocated to 60 % ran a training step.",
         "",
