@@ -86,7 +86,8 @@ def measured(name: str) -> Row:
     result = allocator.allocate(network, "60%", example_inputs=image)
     row |= {"seconds": time.process_time() - start, "achieved": result.flops_after / result.flops_before}
     row |= {"error": result.certificate.relative_error, "fitted": result.graph.share(), "notes": result.notes}
-    row["fused"] = _difference(result.model, copy.deepcopy(result.model).fuse(verbose=False), image)
+    fused: Any = copy.deepcopy(result.model)
+    row["fused"] = _difference(result.model, fused.fuse(verbose=False), image)
     row["trains"] = trains(result.model, (image,))
     return row
 
@@ -111,7 +112,7 @@ def markdown(data: dict[str, Any]) -> str:
     text = [
         "# Ultralytics",
         "",
-        "Made by `python -m benchmarks.yolo`. From their YAML files, random weights with batch norms as after training, "
+        "Made by `python -m benchmarks.yolo`. Built from YAML files, random weights, batch norms as after training, "
         f"one image of {SIDE} × {SIDE}; FLOPs as fvcore counts them. *Free* is the share of channels that can go, "
         "*after fitting* what is left of it once the rewritten forward was tried, *least left* the smallest share of "
         "the FLOPs that can be reached with `at_least=0`. Each network that was allocated to 60 % ran a training step.",
