@@ -130,7 +130,7 @@ def _allocate(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
             model,
             **budgets(args),
             **data_options(args, model),
-            example_inputs=example_inputs(args),
+            example_inputs=example_inputs(args, model),
             **plan_options(args),
             weights=args.weights,
             recover=args.recover,
