@@ -263,7 +263,8 @@ def policies_at(summary: Summary) -> list[tuple[str, float]]:
     found = []
     for policy in dict.fromkeys(point.policy for point in summary.curve):
         points = sorted((point.flops, point.importance) for point in summary.curve if point.policy == policy)
-        found.append((policy, float(np.interp(share, *zip(*points, strict=True)))))
+        flops, importance = zip(*points, strict=True)
+        found.append((policy, float(np.interp(share, flops, importance))))
     return sorted(found, key=lambda pair: -pair[1])
 
 
