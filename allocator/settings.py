@@ -22,6 +22,9 @@ Init = Literal["zero", "copy"]
 Certify = bool | Literal["small", "full"]
 Limit = float | str | None
 
+PREFIXES = ("torchvision", "timm", "recipe", "hf", "ultralytics")
+"""Libraries that name networks, in the order in which messages list them."""
+
 
 @dataclass(frozen=True)
 class Option:

@@ -39,6 +39,8 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
     for op in trace.ops:
         if not flow.active.isdisjoint(op.inputs()):
             flow.active.update(op.outputs)
+        if op.operator.gives_views and flow.picked.issuperset(op.inputs()):
+            flow.picked.update(op.outputs)
         rule = op.declared.rule
         if rule is None:
             flow.refuse(op, "no rule for this operator")
@@ -50,9 +52,15 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
         except (IndexError, KeyError, TypeError) as error:
             flow.refuse(op, f"the rule of this operator raised {type(error).__name__}: {error}")
     flow.freeze_computed_weights()
-    for index in trace.outputs:
+    for index in _unread(trace) if trace.unfinished else trace.outputs:
         flow.freeze_output(index)
     return flow
+
+
+def _unread(trace: Trace) -> set[int]:
+    """What a forward that raised had made and not read yet: what it would have returned is among it."""
+    made = {i for op in trace.ops for i in (op.outputs if op.takes_apart() or op.declared.splits else op.outputs[:1])}
+    return made.difference(*(op.reads for op in trace.ops))
 
 
 def value_dependent(trace: Trace) -> set[int]:

@@ -257,6 +257,9 @@ def _is_trusted_module_class(found: Any) -> bool:
     return home.startswith(_TRUSTED_MODULES) and not home.startswith(_DISTRUSTED_MODULES)
 
 
+_OF_A_SCRIPT = "a class of the script that was run, which lies in __main__ and not in a module"
+
+
 def _load(path: Path, *, weights_only: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=weights_only)
@@ -265,9 +268,10 @@ def _load(path: Path, *, weights_only: bool) -> Any:
             raise UnsafeFileError(_unsafe(path, [_refusal(error)])) from error
         raise FileError(damaged(path)) from error
     except (ModuleNotFoundError, AttributeError) as error:
+        why = first_line(error)
         raise FileError(
-            f"{path} was pickled with code that is not here ({first_line(error)}): make that code "
-            "importable, or save the model's state_dict where it is and load that with an architecture name"
+            f"{path} was pickled with code that is not here ({_OF_A_SCRIPT if '__main__' in why else why}): make that "
+            "code importable, or save the model's state_dict where it is and load that with an architecture name"
         ) from error
     except Exception as error:  # a damaged file makes torch raise nearly anything
         raise FileError(f"{damaged(path)} ({first_line(error)})") from error

@@ -72,6 +72,7 @@ def run(
             floor = problem.widths.at_least
             but = ", but those that a block can do without" if graph.optional else ""
             notes.append(f"every layer keeps at least {floor} of its channels{but} (at_least=0: any number)")
+        notes.append(fitted.graph.forwards.holds())
     with clock("rewrite"):
         small = materialise(model, fitted.allocation)
         remember(small, model, fitted.allocation)

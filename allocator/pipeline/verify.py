@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from allocator.errors import AllocationMismatchError
+from allocator.graph.build import elsewhere
 from allocator.model_checks import check_model
 from allocator.modules import shapes_of
 from allocator.pipeline.model import trace_model
@@ -43,7 +44,7 @@ def verify_model(
     if example_inputs is None:
         example_inputs = inputs_like(allocation.input_shapes, model)
     settings = Settings(groups=allocation.groups, norms=allocation.norms)  # type: ignore[arg-type]
-    graph = trace_model(model, example_inputs, settings)
+    graph = elsewhere(trace_model(model, example_inputs, settings))
     if allocation.added:
         return verify_growth(graph, allocation, small, seed=seed, numeric=numeric)
     kept = kept_by(graph, allocation)

@@ -31,6 +31,7 @@ from allocator.reporting.facts import (
     Totals,
 )
 from allocator.reporting.lanes import lanes
+from allocator.reporting.layers import layers_of
 from allocator.rewriting.allocation import Allocation
 from allocator.scoring.scores import Scores
 from allocator.verifying.certificate import Certificate
@@ -77,6 +78,7 @@ def summarise(
         budget = replace(budget, certificate=certificate, latency=latency_kept)
         if optimality is not None:
             budget = replace(budget, bound=optimality.bound, gap=optimality.gap)
+    layers = list(layers_of(graph, everything if kept is None else kept))
     return Summary(
         model=name,
         kind=type(graph.model).__name__,
@@ -98,7 +100,8 @@ def summarise(
         assumptions=tuple(graph.assumptions),
         notes=tuple(notes),
         latency=latency,
-        lanes=lanes(graph, collector.owner, collector.parents, everything if kept is None else kept),
+        layers=tuple(layer for _, layer in layers),
+        lanes=lanes(layers, graph.blocks, collector.owner, collector.parents),
     )
 
 

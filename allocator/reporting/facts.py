@@ -116,12 +116,14 @@ class BlockFacts:
 
 @dataclass(frozen=True)
 class Layer:
-    """A call worth drawing: what it is, where, and its channels before and after."""
+    """A call worth drawing: what it is, where, the channels it gives and its FLOPs, before and after."""
 
     name: str
     what: str
     channels: int
     kept: int
+    flops: int = 0
+    flops_kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ class Summary:
         assumptions: what was inferred because the caller left it out.
         notes: further remarks.
         latency: where it was measured.
+        layers: calls worth drawing, as they run.
         lanes: per (block, branch), and (-1, -1) for what is in no block: layers (as `Layer`) and the indices
             of the blocks within, in the order that they run.
     """
@@ -219,6 +222,7 @@ class Summary:
     assumptions: tuple[str, ...]
     notes: tuple[str, ...]
     latency: Latency | None = None
+    layers: tuple[Layer, ...] = ()
     lanes: dict[tuple[int, int], list[Layer | int]] = field(repr=False, compare=False, default_factory=dict)
 
     @property

@@ -9,9 +9,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from allocator.errors import plural
 from allocator.reporting.facts import SHARED, BlockChange, BranchChange, Limited, Outcome
 from allocator.reporting.terminal import bar, heading, table_without_lines
-from allocator.reporting.words import change, cost_of, counted, plural, printable, share_of, size
+from allocator.reporting.words import change, cost_of, counted, printable, share_of, size
 from allocator.scoring.registry import CRITERIA
 
 _RESIDUAL = ("sum", "product")

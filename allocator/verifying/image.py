@@ -23,6 +23,11 @@ class Image:
 
     def __init__(self, graph: ChannelGraph, maps: Maps, slots: Slots) -> None:
         self.old = graph.slots
+        emptied = {
+            name.rpartition(".")[0] for name, dims in maps.items() if any(d is not None and not len(d) for d in dims)
+        }
+        missing = graph.slots.shapes.keys() - slots.shapes.keys()
+        self.absent = {name for name in missing if name.rpartition(".")[0] in emptied}
         self.copies = np.ones(self.old.total, dtype=np.int64)
         self._sources: dict[int, np.ndarray] = {}  # of dims whose indices change their order, by their first slot
         for name, dims in maps.items():
