@@ -48,6 +48,7 @@ from allocator.settings import (
     Weights,
     check_certify,
     check_choice,
+    method_of,
 )
 from allocator.tracing.isolation import as_usual
 from allocator.verifying.certificate import Certificate
@@ -168,9 +169,9 @@ def allocate(
 
 def _method(recover: bool | Method, data: Any, weights: Weights) -> str | None:
     """The method that was asked for, None for none; raises where it cannot do anything."""
-    if recover is False:
+    method = method_of(recover)
+    if method is None:
         return None
-    method = "auto" if recover is True else recover
     check_choice("recover", method, METHODS)
     if data is None:
         raise DataError("recover needs data: a few hundred inputs without labels are enough")
