@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from allocator.adapters.stand_ins import stand_ins
+from allocator.adapters.stand_ins import in_parts, stand_ins
 from allocator.errors import AdapterError
 
 Kept = Callable[[str, int], np.ndarray]
@@ -31,6 +32,9 @@ Kept = Callable[[str, int], np.ndarray]
 Sizes = Callable[[nn.Module, Kept], Mapping[str, Any]]
 Arguments = tuple[Any, ...] | dict[str, Any]
 """Of one forward: by their places, or by their names."""
+Paths = Callable[[nn.Module], Iterable[str]]
+Places = tuple[str, int, Any]
+"""Of a module's tensor, by its name: a dim, and which of its indices, as numpy takes them."""
 OptionalBranches = Callable[[nn.Module], dict[str, tuple[str, ...]]]
 
 S = TypeVar("S", bound=Sizes)
@@ -56,15 +60,23 @@ class Adapter:
 
     Attributes:
         sizes: gives, for a module and what is kept of its tensors, the attributes that its forward reads as
-            constants, each with its new value (an int, or a list or tuple of ints). With everything kept, it
+            constants, each with its new value (an int, or a list or tuple of ints); also those of an object that it
+            holds (`config.heads`), which becomes the module's own. With everything kept, it
             must give values that mean what the module has.
         outputs: gives the paths (relative to the module) of layers that make the model's answer (classes, boxes);
             their output channels stay.
+        spared: gives the paths of layers whose output channels stay unless the caller includes them by name.
         optional_branches: gives, for a module, the paths (relative to it) of layers that the forward can
             do without, each with all the paths that must be set to None together with it.
+        together: gives places in the tensors of a module that keep the same indices, one by one, for what its forward
+            reads of their number; or with None in place of the second those that stay.
+        narrow_heads: whether the heads of an attention get narrower, all alike, instead of going whole: where what it
+            multiplies its scores with does not follow their width.
         norm_scale: for a norm that torch does not know as one, the name of the vector that scales its channels.
         inputs: gives example arguments of a whole model (on the CPU) and where their size comes from, or
             None where the model does not tell.
+        multiples: gives, for a module, the dims of its tensors along which a multiple of a number has to stay, each
+            with that number: {("down_proj", 2): 8}.
         network: for a wrapper that is not to be run itself (one whose `train` starts a training), the module in it.
         wrap: gives the like of a wrapper (first argument) around another network (second).
         opened: what the library makes of a model that was read from a file, before it is used.
@@ -75,10 +87,14 @@ class Adapter:
     """
 
     sizes: Sizes | None = None
-    outputs: Callable[[nn.Module], Iterable[str]] | None = None
+    outputs: Paths | None = None
+    spared: Paths | None = None
     optional_branches: OptionalBranches | None = None
+    together: Callable[[nn.Module], Iterable[tuple[Places, Places | None]]] | None = None
+    narrow_heads: bool = False
     norm_scale: str | None = None
     inputs: Callable[[nn.Module], tuple[Arguments, str] | None] | None = None
+    multiples: Callable[[nn.Module], Mapping[tuple[str, int], int]] | None = None
     network: Callable[[nn.Module], Any] | None = None
     wrap: Callable[[nn.Module, nn.Module], nn.Module] | None = None
     opened: Callable[[nn.Module], nn.Module] | None = None
@@ -91,7 +107,14 @@ _ADAPTERS: dict[str, Adapter] = {}
 _STATES: set[str] = set()
 _PICKLES: dict[str, str] = {}
 # The package of a class, and the file here that knows it.
-_LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "transformers": "hf", "ultralytics": "ultralytics"}
+_LIBRARIES = {
+    "timm": "timm",
+    "torchvision": "torchvision",
+    "transformers": "hf",
+    "ultralytics": "ultralytics",
+    "peft": "peft",
+    "diffusers": "diffusers",
+}
 
 
 def register(classes: str | type | Iterable[str | type], adapter: Adapter | None = None) -> Callable[[S], S]:
@@ -193,6 +216,39 @@ def optional_branches(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, 
     return optional
 
 
+def multiples(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, int, int]]:
+    """(path of a module, full name of a tensor, dim, multiple) of all that adapters say of multiples."""
+    for path, module, adapter in adapted(modules):
+        if adapter.multiples is not None:
+            for (name, dim), of in adapter.multiples(module).items():
+                yield path, _join(path, name), dim, of
+
+
+def places_together(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Places, Places | None]]:
+    """(path of a module, places, places) that keep the same indices, with full names; None for ones that stay.
+
+    Raises:
+        AdapterError: an adapter names a tensor that the module does not have.
+    """
+    for path, module, adapter in adapted(modules):
+        if adapter.together is None:
+            continue
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        for one, other in adapter.together(module):
+            missing = [each[0] for each in (one, other) if each is not None and each[0] not in tensors]
+            if missing:
+                where = f"the adapter of {_name(type(module))}, asked about {path or 'the model'},"
+                raise AdapterError(f"{where} names the tensor {missing[0]}, which the module does not have")
+            first = (_join(path, one[0]), *one[1:])
+            yield path, first, None if other is None else (_join(path, other[0]), *other[1:])
+
+
+def narrows_heads(module: nn.Module | None) -> bool:
+    """Whether the heads of this attention get narrower instead of going whole."""
+    adapter = None if module is None else find(module)
+    return adapter is not None and adapter.narrow_heads
+
+
 def norm_scales(modules: Mapping[str, nn.Module]) -> list[str]:
     """Names of the vectors by which norms that torch does not know as such scale their channels."""
     names = []
@@ -204,10 +260,20 @@ def norm_scales(modules: Mapping[str, nn.Module]) -> list[str]:
 
 def output_layers(modules: Mapping[str, nn.Module]) -> list[str]:
     """Paths of the layers that make a model's answer, as far as adapters know them."""
+    return _layers(modules, lambda adapter: adapter.outputs)
+
+
+def spared_layers(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the layers whose output channels stay unless the caller includes them by name."""
+    return _layers(modules, lambda adapter: adapter.spared)
+
+
+def _layers(modules: Mapping[str, nn.Module], which: Callable[[Adapter], Paths | None]) -> list[str]:
     paths: list[str] = []
     for path, module, adapter in adapted(modules):
-        if adapter.outputs is not None:
-            paths.extend(_join(path, name) for name in adapter.outputs(module))
+        names = which(adapter)
+        if names is not None:
+            paths.extend(_join(path, name) for name in names(module))
     return paths
 
 
@@ -244,10 +310,19 @@ def sizes_of(
         values = dict(adapter.sizes(module, kept))
     except Exception as error:  # an adapter is anybody's code
         raise AdapterError(f"{where} raised {type(error).__name__}: {error}") from error
-    missing = [name for name in values if not hasattr(module, name)]
+    missing = [name for name in values if not _has(module, name)]
     if missing:
         raise AdapterError(f"{where} gives {', '.join(missing)}, which the module does not have")
     return values
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether there is such an attribute, or such a one of an object that the module holds."""
+    try:
+        operator.attrgetter(name)(module)
+    except AttributeError:
+        return False
+    return True
 
 
 def sizes_of_many(
@@ -332,12 +407,24 @@ def example_inputs(model: nn.Module) -> tuple[Arguments, str] | None:
 @contextmanager
 def while_tracing() -> Iterator[None]:
     """What the libraries in use need while one of their forwards runs on tensors without values."""
+    _load_all()
+    with stand_ins.in_place():
+        yield
+
+
+@contextmanager
+def in_calls_that_are_followed() -> Iterator[None]:
+    """What the libraries in use compute by calls of their own is computed by those that can be followed and counted."""
+    _load_all()
+    with in_parts.in_place():
+        yield
+
+
+def _load_all() -> None:
     # The model itself need not be of a library whose functions it calls, so `find` may not have loaded its file.
     for library in _LIBRARIES:
         if library in sys.modules:
             _load(library)
-    with stand_ins.in_place():
-        yield
 
 
 # Cached, as it is asked for every class of every model, and a file is loaded only once anyway.

@@ -134,7 +134,7 @@ def _preparation(args: argparse.Namespace, model: nn.Module) -> Callable[[Any], 
         from torchvision.transforms import v2
     except ImportError as error:
         raise MissingPackageError("pictures need torchvision: pip install 'neuron-allocator[zoo]'") from error
-    (side, *_) = as_inputs(example_inputs(args), model).tensors()[0].shape[-2:]
+    (side, *_) = as_inputs(example_inputs(args, model), model).tensors()[0].shape[-2:]
     steps = [v2.ToImage(), v2.Resize(side), v2.CenterCrop(side), v2.ToDtype(torch.float32, scale=True)]
     prepare: Callable[[Any], Tensor] = v2.Compose([*steps, v2.Normalize(_MEAN, _STD)])
     return prepare

@@ -14,7 +14,6 @@ from allocator.errors import FileError
 from allocator.settings import PREFIXES
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from allocator.cost.latency import Latency
@@ -72,17 +71,16 @@ def _named_model(name: str, args: argparse.Namespace, talk: Talk) -> nn.Module:
         return build(name, **dict(args.set))
 
 
-def example_inputs(args: argparse.Namespace, allocation: Allocation | None = None) -> tuple[torch.Tensor, ...] | None:
-    """Random inputs of the sizes asked for, else of those an allocation was made with, else None."""
+def example_inputs(args: argparse.Namespace, model: nn.Module, allocation: Allocation | None = None) -> Any:
+    """Inputs of the sizes asked for, else of those an allocation was made with, else None."""
     sizes = args.input_size
     if not sizes and allocation is not None:
         sizes = allocation.input_shapes
     if not sizes:
         return None
-    import torch
+    from allocator.tracing.inputs import inputs_of_sizes
 
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(tuple(size), generator=generator) for size in sizes)
+    return inputs_of_sizes(sizes, model)
 
 
 def measured(model: nn.Module, name: str, inputs: Any, args: argparse.Namespace, talk: Talk) -> Latency | None:

@@ -103,7 +103,7 @@ def _summary(args: argparse.Namespace, talk: Talk, format: str) -> Summary:
     settings = Settings(**plan_options(args))
     seen = data_options(args, model)
     with talk.stage("tracing"):
-        graph = trace_model(check_model(model), example_inputs(args), settings, seen.get("data"))
+        graph = trace_model(check_model(model), example_inputs(args, model), settings, seen.get("data"))
     summary = _collected(args, talk, graph, settings, seen, format)
     if Path(args.model).suffix == RESULT_SUFFIX and Path(args.model).exists():
         summary = with_origin(summary, load_allocation(args.model))

@@ -1,7 +1,7 @@
 """What the operator rules note of a model: what goes together, what must stay, what writes and reads its neurons.
 
-`Tie`, `Frozen` and `AtLeast` are the constraints of a plan. Whatever forbids something says so with one of these,
-whether a rule found it, a repair, or the caller asked for it.
+`Tie`, `Frozen`, `AtLeast` and `Multiple` are the constraints of a plan. Whatever forbids something says so with one of
+these, whether a rule found it, a repair, or the caller asked for it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,14 @@ class AtLeast(NamedTuple):
     label: np.ndarray
     module: str
     minimum: int = 1
+
+
+class Multiple(NamedTuple):
+    """How many of these slots stay is a multiple of `of`, because of what runs in a module."""
+
+    label: np.ndarray
+    module: str
+    of: int
 
 
 class Written(NamedTuple):
@@ -77,6 +85,7 @@ class Facts:
         computed_ties: those of them that lie in weights which the forward computes from others.
         frozen: what must stay.
         at_least: of what some must stay.
+        multiples: of what a multiple of a number must stay, or all.
         written: neurons, by the parameters that write them; only these can be removed.
         read: slots of parameters along which they are contracted with an activation.
         multiplied: slots of activations that are contracted with one another, where no weight reads them.
@@ -91,6 +100,7 @@ class Facts:
     computed_ties: list[Tie] = field(default_factory=list)
     frozen: list[Frozen] = field(default_factory=list)
     at_least: list[AtLeast] = field(default_factory=list)
+    multiples: list[Multiple] = field(default_factory=list)
     written: list[Written] = field(default_factory=list)
     read: list[np.ndarray] = field(default_factory=list)
     multiplied: list[np.ndarray] = field(default_factory=list)

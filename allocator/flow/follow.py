@@ -39,6 +39,8 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
     for op in trace.ops:
         if not flow.active.isdisjoint(op.inputs()):
             flow.active.update(op.outputs)
+        if op.operator.gives_views and flow.picked.issuperset(op.inputs()):
+            flow.picked.update(op.outputs)
         rule = op.declared.rule
         if rule is None:
             flow.refuse(op, "no rule for this operator")

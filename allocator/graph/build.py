@@ -11,7 +11,7 @@ from torch import nn
 import allocator.operators  # noqa: F401  (declares the operators)
 from allocator import adapters
 from allocator.errors import InputError
-from allocator.flow.facts import Facts, Frozen, Gamma, Tie
+from allocator.flow.facts import Facts, Frozen, Gamma, Multiple, Tie
 from allocator.flow.flow import Flow
 from allocator.flow.follow import run_rules
 from allocator.flow.labels import Slots
@@ -53,8 +53,11 @@ def build_graph(
     notes = [*forwards.notes, *facts.advice.values()]
     for name in adapters.norm_scales(trace.modules):
         facts.gammas.append(Gamma(slots.labels(name)[0], name))
+    for path, name, dim, of in adapters.multiples(trace.modules):
+        facts.multiples.append(Multiple(slots.labels(name)[dim], path, of))
     _heed_the_caller(model, options, slots, facts)
-    _freeze_answers(trace.modules, slots, facts)
+    _heed_the_adapters(trace.modules, slots, facts)
+    _spare(model, trace.modules, options, slots, facts)
     freeze_beyond_fixed_maps(tensors, slots, facts)
     component, unit_of_slot, size = number_neurons(slots, facts)
     return ChannelGraph(
@@ -152,12 +155,27 @@ def _tie_alike(model: nn.Module, group: tuple[Any, ...], slots: Slots, facts: Fa
         facts.ties.append(Tie(label, labels[0]))
 
 
-def _freeze_answers(modules: Mapping[str, nn.Module], slots: Slots, facts: Facts) -> None:
-    """Layers that make the model's answer keep their outputs, whatever is done with them afterwards."""
+def _heed_the_adapters(modules: Mapping[str, nn.Module], slots: Slots, facts: Facts) -> None:
+    """Layers that make the model's answer keep their outputs; and places that adapters know of go together, or stay."""
+    for path, one, other in adapters.places_together(modules):
+        label = slots.labels(one[0])[one[1]][one[2]]
+        if other is None:
+            facts.frozen.append(Frozen(label, path, "its module's adapter says so"))
+        else:
+            facts.ties.append(Tie(label, slots.labels(other[0])[other[1]][other[2]]))
     for path in adapters.output_layers(modules):
         name = f"{path}.weight"
         if name in slots.shapes:
             facts.frozen.append(Frozen(slots.labels(name)[0], path, "a head of the model"))
+
+
+def _spare(model: nn.Module, modules: Mapping[str, nn.Module], options: Options, slots: Slots, facts: Facts) -> None:
+    """Layers that are none of the model's own (an adapter's rank) keep their outputs, unless the caller means them."""
+    spared = [f"{path}.weight" for path in adapters.spared_layers(modules)]
+    included = selected(model, options.include) if spared else set()
+    for name in spared:
+        if name in slots.shapes and name not in included:
+            facts.frozen.append(Frozen(slots.labels(name)[0], "", "part of an adapter, and not included by name"))
 
 
 def _freeze_for_unseen(flow: Flow, names: Collection[str]) -> None:

@@ -18,7 +18,7 @@ from allocator.cost.size import activation_terms, parameter_terms
 from allocator.cost.speed import LatencyMetric, Speed, speed_terms
 from allocator.errors import UnknownNameError, none_of, plural
 from allocator.flow.facts import Facts
-from allocator.flow.flow import Flow, Join
+from allocator.flow.flow import Flow
 from allocator.flow.follow import value_dependent
 from allocator.flow.labels import FROZEN, Slots
 from allocator.flow.options import Options
@@ -254,17 +254,12 @@ class ChannelGraph(Shown):
         scope = np.full(self.size, INNER)
         for kinds, level in ((("sum",), ALL), (("concat", "groups"), BRANCHES)):
             for join in self.flow.joins:
-                if join.kind not in kinds or (join.kind == "sum" and self._is_one_stream(join)):
+                if join.kind not in kinds or (join.kind == "sum" and self.flow.is_one_stream(join)):
                     continue
                 given = self.flow.trace.ops[join.op].outputs if join.kind == "groups" else ()
                 for value in (*join.inputs, *given):
                     scope[self.units(self.flow.labels(value)[join.dim])] = level
         return scope
-
-    def _is_one_stream(self, join: Join) -> bool:
-        """Whether all that is summed is the same channels (a rotary embedding turns them): no residual stream."""
-        first, *others = (self.flow.labels(value)[join.dim] for value in join.inputs)
-        return all(first is not None and label is not None and np.array_equal(first, label) for label in others)
 
     @cached_property
     def pool_of(self) -> np.ndarray:

@@ -75,10 +75,20 @@ def _check_attributes(model: nn.Module, allocation: Allocation) -> None:
             raise AllocationMismatchError(message) from None
         for name, value in allocation.attributes.get(path, {}).items():
             current = attribute_of(module, name)
-            if not (_is_plain(current) and _is_plain(value)):  # one number may become a list of them
+            if not _may_be_set(module, name, current, value):
                 raise AllocationMismatchError(
                     f"the allocation sets {path}.{name} to {value!r:.80}, where the model has {current!r:.80}"
                 )
+
+
+def _may_be_set(module: nn.Module, name: str, current: Any, value: Any) -> bool:
+    """Numbers may take the place of numbers; in an object that a module holds, also be added or taken away."""
+    held = name.rpartition(".")[0]
+    if not held:
+        return _is_plain(current) and _is_plain(value)  # one number may become a list of them
+    if any(part.startswith("_") for part in name.split(".")) or attribute_of(module, held) is None:
+        return False
+    return all(each is None or _is_plain(each) for each in (current, value))
 
 
 def _is_plain(value: Any) -> bool:

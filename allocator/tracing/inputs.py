@@ -173,6 +173,31 @@ def infer_inputs(model: nn.Module) -> Inputs:
     return Inputs(inputs.args, inputs.kwargs, f"input {inputs.sizes()}, from {known[1]}")
 
 
+def inputs_of_sizes(sizes: Sequence[Sequence[int]], model: nn.Module) -> tuple[torch.Tensor, ...] | dict[str, Any]:
+    """Arguments of these sizes, the same every time; of the kinds and by the names that the model's adapter says.
+
+    Args:
+        sizes: of the first arguments or of all; those that follow are as large as the adapter has them.
+        model: the model they are for.
+
+    Returns:
+        Standard normal tensors on the CPU, and ids that the model knows in place of whole numbers; a tuple, or a dict
+        where the model takes its arguments by name.
+    """
+    generator = torch.Generator().manual_seed(0)
+    known = adapters.example_inputs(model)
+    usual = [] if known is None else list(known[0].values() if isinstance(known[0], dict) else known[0])
+    given = [torch.randn(tuple(size), generator=generator) for size in sizes]
+    if known is None or len(sizes) > len(usual):
+        return tuple(given)
+    for i, (size, pattern) in enumerate(zip(sizes, usual)):
+        if not pattern.is_floating_point():
+            count = int(torch.Size(size).numel())
+            given[i] = (torch.arange(count) % (int(pattern.max()) + 1)).reshape(tuple(size)).to(pattern.dtype)
+    arguments = [*given, *usual[len(given) :]]
+    return dict(zip(known[0], arguments)) if isinstance(known[0], dict) else tuple(arguments)
+
+
 def is_size_known(model: nn.Module) -> bool:
     """Whether the model itself says how large its inputs are, so that `infer_inputs` need not take the usual size."""
     return _own_size(model) is not None or adapters.example_inputs(model) is not None
