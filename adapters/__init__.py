@@ -65,6 +65,8 @@ class Adapter:
         norm_scale: for a norm that torch does not know as one, the name of the vector that scales its channels.
         inputs: gives example arguments of a whole model (on the CPU) and where their size comes from, or
             None where the model does not tell.
+        any_width: changes a module of a copy so that it computes the same by a forward that takes any widths, where
+            that of its class takes only some.
         configuration: gives, for a whole model that was rewritten and has its original's configuration yet, what that
             becomes; None where it has none.
     """
@@ -74,13 +76,14 @@ class Adapter:
     optional_branches: OptionalBranches | None = None
     norm_scale: str | None = None
     inputs: Callable[[nn.Module], tuple[Arguments, str] | None] | None = None
+    any_width: Callable[[nn.Module], None] | None = None
     configuration: Callable[[nn.Module], Configured | None] | None = None
 
 
 _ADAPTERS: dict[str, Adapter] = {}
 _STATES: set[str] = set()
 # The package of a class, and the file here that knows it.
-_LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "transformers": "hf"}
+_LIBRARIES = {"torch": "torch_attention", "timm": "timm", "torchvision": "torchvision", "transformers": "hf"}
 
 
 def register(classes: str | type | Iterable[str | type], adapter: Adapter | None = None) -> Callable[[S], S]:
@@ -155,6 +158,22 @@ def adapted(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, 
         adapter = by_class[cls]
         if adapter is not None:
             yield path, module, adapter
+
+
+def take_any_width(modules: Mapping[str, nn.Module], changed: Iterable[str] | None = None) -> None:
+    """Let modules of a copy compute by forwards that take any widths.
+
+    Args:
+        modules: all of the copy, by path.
+        changed: names of tensors; where no such module itself holds any of them, all stay as they are. None for in any
+            case.
+    """
+    concerned = [(path, module, each.any_width) for path, module, each in adapted(modules) if each.any_width]
+    owners = None if changed is None else {name.rpartition(".")[0] for name in changed}
+    if owners is not None and owners.isdisjoint(path for path, _, _ in concerned):
+        return
+    for _, module, take in concerned:
+        take(module)
 
 
 def optional_branches(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from allocator import adapters
 from allocator.errors import AllocationMismatchError
 from allocator.modules import attribute_of, lies_within, set_attribute, shapes_of, skeleton
 from allocator.rewriting.allocation import Allocation, Indices, architecture_hash
@@ -32,6 +33,7 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
         owner, _, name = path.rpartition(".")
         small.get_submodule(owner)._modules[name] = None
     modules = dict(small.named_modules(remove_duplicate=False))
+    adapters.take_any_width(modules, allocation.kept)
     for path, values in allocation.attributes.items():
         module = modules[path]
         for name, value in values.items():

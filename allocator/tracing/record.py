@@ -86,6 +86,7 @@ def record(
             (inputs.batch(2 if training else 1)),
         )
         recorder = _Recorder(running)
+        adapters.take_any_width(recorder.modules)
         if any(module.training is not training for module in recorder.modules.values()):
             set_training(running, training)
         given = recorder.modules if copied else modules_of(model)
