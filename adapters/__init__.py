@@ -67,6 +67,8 @@ class Adapter:
             None where the model does not tell.
         any_width: changes a module of a copy so that it computes the same by a forward that takes any widths, where
             that of its class takes only some.
+        widths: gives, for a module, its attributes that count the channels of what a module within it returns, each
+            with the path of that one (relative to the module).
         configuration: gives, for a whole model that was rewritten and has its original's configuration yet, what that
             becomes; None where it has none.
     """
@@ -77,6 +79,7 @@ class Adapter:
     norm_scale: str | None = None
     inputs: Callable[[nn.Module], tuple[Arguments, str] | None] | None = None
     any_width: Callable[[nn.Module], None] | None = None
+    widths: Callable[[nn.Module], Mapping[str, str]] | None = None
     configuration: Callable[[nn.Module], Configured | None] | None = None
 
 
@@ -174,6 +177,15 @@ def take_any_width(modules: Mapping[str, nn.Module], changed: Iterable[str] | No
         return
     for _, module, take in concerned:
         take(module)
+
+
+def widths(modules: Mapping[str, nn.Module]) -> list[tuple[str, str, str]]:
+    """(path of a module, its attribute, path of the module whose output's channels it counts)."""
+    found = []
+    for path, module, adapter in adapted(modules):
+        if adapter.widths is not None:
+            found += [(path, name, _join(path, inner)) for name, inner in adapter.widths(module).items()]
+    return found
 
 
 def optional_branches(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:

@@ -11,7 +11,7 @@ from torch import nn
 import allocator.operators  # noqa: F401  (declares the operators)
 from allocator import adapters
 from allocator.errors import InputError
-from allocator.flow.facts import Facts, Frozen, Gamma, Tie
+from allocator.flow.facts import Attribute, Facts, Frozen, Gamma, Tie
 from allocator.flow.flow import Flow
 from allocator.flow.follow import run_rules
 from allocator.flow.labels import Slots
@@ -19,7 +19,7 @@ from allocator.flow.options import Options
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.graph.neurons import number_neurons
 from allocator.graph.selection import as_items, selected
-from allocator.modules import tensor_names
+from allocator.modules import attribute_of, tensor_names
 from allocator.tracing.calls import Trace
 from allocator.tracing.inputs import Inputs
 from allocator.tracing.record import ForwardError, record, trace_forward
@@ -56,6 +56,7 @@ def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None
     if by_value:
         notes.append(f"results whose size depends on values count at their largest ({', '.join(by_value)})")
     notes += facts.advice.values()
+    facts.attributes += _declared_widths(flow)
     for name in adapters.norm_scales(trace.modules):
         facts.gammas.append(Gamma(slots.labels(name)[0], name))
     _heed_the_caller(model, options, slots, facts)
@@ -90,6 +91,25 @@ def _follow(trace: Trace, slots: Slots, options: Options) -> tuple[Flow, Facts, 
             facts = Facts()
             flow = run_rules(trace, slots, facts, options)
     return flow, facts, options
+
+
+def _declared_widths(flow: Flow) -> list[Attribute]:
+    """Attributes that, by an adapter, count the channels of what some module returns."""
+    declared = adapters.widths(flow.trace.modules)
+    last: dict[str, int] = {}
+    if declared:
+        for op in flow.trace.ops:
+            path = op.module
+            while path:
+                last[path] = op.outputs[-1] if op.outputs else last.get(path, -1)
+                path = path.rpartition(".")[0]
+    found = []
+    for path, name, inner in declared:
+        labels = flow.labels(last[inner]) if inner in last else ()
+        width = attribute_of(flow.trace.modules[path], name)
+        counted = [label for label in labels if label is not None and len(label) == width]
+        found += [Attribute(path, name, (counted[0],), declared=True)] if counted else []
+    return found
 
 
 def _heed_the_caller(model: nn.Module, options: Options, slots: Slots, facts: Facts) -> None:
