@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from allocator.adapters.stand_ins import stand_ins
+from allocator.adapters.stand_ins import in_parts, stand_ins
 from allocator.errors import AdapterError
 
 Kept = Callable[[str, int], np.ndarray]
@@ -31,6 +32,7 @@ Kept = Callable[[str, int], np.ndarray]
 Sizes = Callable[[nn.Module, Kept], Mapping[str, Any]]
 Arguments = tuple[Any, ...] | dict[str, Any]
 """Of one forward: by their places, or by their names."""
+Paths = Callable[[nn.Module], Iterable[str]]
 OptionalBranches = Callable[[nn.Module], dict[str, tuple[str, ...]]]
 
 S = TypeVar("S", bound=Sizes)
@@ -56,10 +58,12 @@ class Adapter:
 
     Attributes:
         sizes: gives, for a module and what is kept of its tensors, the attributes that its forward reads as
-            constants, each with its new value (an int, or a list or tuple of ints). With everything kept, it
+            constants, each with its new value (an int, or a list or tuple of ints); also those of an object that it
+            holds (`config.heads`), which becomes the module's own. With everything kept, it
             must give values that mean what the module has.
         outputs: gives the paths (relative to the module) of layers that make the model's answer (classes, boxes);
             their output channels stay.
+        spared: gives the paths of layers whose output channels stay unless the caller includes them by name.
         optional_branches: gives, for a module, the paths (relative to it) of layers that the forward can
             do without, each with all the paths that must be set to None together with it.
         norm_scale: for a norm that torch does not know as one, the name of the vector that scales its channels.
@@ -69,24 +73,47 @@ class Adapter:
             that of its class takes only some.
         widths: gives, for a module, its attributes that count the channels of what a module within it returns, each
             with the path of that one (relative to the module).
+        multiples: gives, for a module, the dims of its tensors along which a multiple of a number has to stay, each
+            with that number: {("down_proj", 2): 8}.
+        network: for a wrapper that is not to be run itself (one whose `train` starts a training), the module in it.
+        wrap: gives the like of a wrapper (first argument) around another network (second).
+        opened: what the library makes of a model that was read from a file, before it is used.
+        checkpoint: what to pickle of a model so that the library reads the file.
+        rewritten: told of every smaller copy of a whole model, to take back what it says of itself and is no longer so.
         configuration: gives, for a whole model that was rewritten and has its original's configuration yet, what that
             becomes; None where it has none.
     """
 
     sizes: Sizes | None = None
-    outputs: Callable[[nn.Module], Iterable[str]] | None = None
+    outputs: Paths | None = None
+    spared: Paths | None = None
     optional_branches: OptionalBranches | None = None
     norm_scale: str | None = None
     inputs: Callable[[nn.Module], tuple[Arguments, str] | None] | None = None
     any_width: Callable[[nn.Module], None] | None = None
     widths: Callable[[nn.Module], Mapping[str, str]] | None = None
+    multiples: Callable[[nn.Module], Mapping[tuple[str, int], int]] | None = None
+    network: Callable[[nn.Module], Any] | None = None
+    wrap: Callable[[nn.Module, nn.Module], nn.Module] | None = None
+    opened: Callable[[nn.Module], nn.Module] | None = None
+    checkpoint: Callable[[nn.Module], Any] | None = None
+    rewritten: Callable[[nn.Module], None] | None = None
     configuration: Callable[[nn.Module], Configured | None] | None = None
 
 
 _ADAPTERS: dict[str, Adapter] = {}
 _STATES: set[str] = set()
+_PICKLES: dict[str, str] = {}
 # The package of a class, and the file here that knows it.
-_LIBRARIES = {"torch": "torch_attention", "timm": "timm", "torchvision": "torchvision", "transformers": "hf"}
+_LIBRARIES = {
+    "torch": "torch_attention",
+    "timm": "timm",
+    "torchvision": "torchvision",
+    "transformers": "hf",
+    "ultralytics": "ultralytics",
+    "peft": "peft",
+    "diffusers": "diffusers",
+}
 
 
 def register(classes: str | type | Iterable[str | type], adapter: Adapter | None = None) -> Callable[[S], S]:
@@ -133,6 +160,21 @@ def register_state(classes: str | type | Iterable[str | type]) -> None:
 def is_state(item: object) -> bool:
     """Whether this is an object that a model keeps for its next call."""
     return any(_name(cls) in _STATES for cls in type(item).__mro__)
+
+
+def explain_pickles(start: str, words: str) -> None:
+    """Say what files are that ask for names with this start, for the error of one that was not opened."""
+    _PICKLES[start] = words
+
+
+def pickles_explained(names: Iterable[str]) -> str:
+    """What is known of a file that asks for these names; "" where nothing is."""
+    for name in names:
+        _load(name)
+        for start, words in _PICKLES.items():
+            if name.startswith(start):
+                return words
+    return ""
 
 
 def unregister(classes: str | type) -> None:
@@ -198,6 +240,14 @@ def optional_branches(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, 
     return optional
 
 
+def multiples(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, int, int]]:
+    """(path of a module, full name of a tensor, dim, multiple) of all that adapters say of multiples."""
+    for path, module, adapter in adapted(modules):
+        if adapter.multiples is not None:
+            for (name, dim), of in adapter.multiples(module).items():
+                yield path, _join(path, name), dim, of
+
+
 def norm_scales(modules: Mapping[str, nn.Module]) -> list[str]:
     """Names of the vectors by which norms that torch does not know as such scale their channels."""
     names = []
@@ -209,10 +259,20 @@ def norm_scales(modules: Mapping[str, nn.Module]) -> list[str]:
 
 def output_layers(modules: Mapping[str, nn.Module]) -> list[str]:
     """Paths of the layers that make a model's answer, as far as adapters know them."""
+    return _layers(modules, lambda adapter: adapter.outputs)
+
+
+def spared_layers(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the layers whose output channels stay unless the caller includes them by name."""
+    return _layers(modules, lambda adapter: adapter.spared)
+
+
+def _layers(modules: Mapping[str, nn.Module], which: Callable[[Adapter], Paths | None]) -> list[str]:
     paths: list[str] = []
     for path, module, adapter in adapted(modules):
-        if adapter.outputs is not None:
-            paths.extend(_join(path, name) for name in adapter.outputs(module))
+        names = which(adapter)
+        if names is not None:
+            paths.extend(_join(path, name) for name in names(module))
     return paths
 
 
@@ -249,15 +309,90 @@ def sizes_of(
         values = dict(adapter.sizes(module, kept))
     except Exception as error:  # an adapter is anybody's code
         raise AdapterError(f"{where} raised {type(error).__name__}: {error}") from error
-    missing = [name for name in values if not hasattr(module, name)]
+    missing = [name for name in values if not _has(module, name)]
     if missing:
         raise AdapterError(f"{where} gives {', '.join(missing)}, which the module does not have")
     return values
 
 
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether there is such an attribute, or such a one of an object that the module holds."""
+    try:
+        operator.attrgetter(name)(module)
+    except AttributeError:
+        return False
+    return True
+
+
+def sizes_of_many(
+    path: str, module: nn.Module, adapter: Adapter, times: Callable[[torch.Tensor, int], np.ndarray], most: int
+) -> dict[str, Any]:
+    """New values of the attributes that an adapter declares, where indices may be there several times.
+
+    An adapter is asked of what stays, and gives numbers of channels. Of what is there several times it is so asked
+    several times: of what is there once or more, twice or more, and so on; the numbers add up.
+
+    Args:
+        path, module, adapter: as for `sizes_of`.
+        times: (n,) for a tensor and a dim, how often each of its indices is there.
+        most: the most that any is.
+    """
+    first = sizes_of(path, module, adapter, lambda tensor, dim: times(tensor, dim) > 0)
+    if most < 2:
+        return first
+    none = sizes_of(path, module, adapter, lambda tensor, dim: np.zeros(tensor.shape[dim], dtype=bool))
+    total = first
+    for level in range(1, most):
+        further = sizes_of(path, module, adapter, lambda tensor, dim, level=level: times(tensor, dim) > level)  # type: ignore[misc]
+        total = {name: _plus(value, further[name], none[name]) for name, value in total.items()}
+    return total
+
+
+def _plus(total: Any, further: Any, none: Any) -> Any:
+    """`total + further - none`, entry by entry; a number beside several stands for as many alike."""
+    several = next((value for value in (total, further, none) if isinstance(value, (list, tuple))), None)
+    if several is None:
+        return total + further - none
+    each = [value if isinstance(value, (list, tuple)) else [value] * len(several) for value in (total, further, none)]
+    sums = [a + b - c for a, b, c in zip(*each, strict=True)]
+    alike = not all(isinstance(value, (list, tuple)) for value in (total, further)) and len(set(sums)) == 1
+    return sums[0] if alike else type(several)(sums)
+
+
 def how_to(module: nn.Module) -> str:
     """What to do where the forward of a module reads a size from where nothing tells what it follows."""
     return f"to let them go, say what follows: allocator.adapters.register({_name(type(module))!r}), docs/extending.md"
+
+
+def network_of(model: nn.Module) -> Any:
+    """The network in a wrapper, which need not be a module; any other model is its own."""
+    adapter = find(model)
+    return model if adapter is None or adapter.network is None else adapter.network(model)
+
+
+def wrapped_like(model: nn.Module, network: nn.Module) -> nn.Module:
+    """A network as the caller gave one: in a wrapper like `model` where that is one."""
+    adapter = find(model)
+    return network if adapter is None or adapter.wrap is None else adapter.wrap(model, network)
+
+
+def opened(model: nn.Module) -> nn.Module:
+    """A model that was read from a file, as its library would use it."""
+    adapter = find(model)
+    return model if adapter is None or adapter.opened is None else adapter.opened(model)
+
+
+def checkpoint(model: nn.Module) -> Any:
+    """What to pickle of a model so that its library reads the file; the model itself where there is no more to it."""
+    adapter = find(model)
+    return model if adapter is None or adapter.checkpoint is None else adapter.checkpoint(model)
+
+
+def note_rewritten(model: nn.Module) -> None:
+    """Let a model that was made smaller say so of itself, where its library would take it for what it was."""
+    adapter = find(model)
+    if adapter is not None and adapter.rewritten is not None:
+        adapter.rewritten(model)
 
 
 def example_inputs(model: nn.Module) -> tuple[Arguments, str] | None:
@@ -271,12 +406,24 @@ def example_inputs(model: nn.Module) -> tuple[Arguments, str] | None:
 @contextmanager
 def while_tracing() -> Iterator[None]:
     """What the libraries in use need while one of their forwards runs on tensors without values."""
+    _load_all()
+    with stand_ins.in_place():
+        yield
+
+
+@contextmanager
+def in_calls_that_are_followed() -> Iterator[None]:
+    """What the libraries in use compute by calls of their own is computed by those that can be followed and counted."""
+    _load_all()
+    with in_parts.in_place():
+        yield
+
+
+def _load_all() -> None:
     # The model itself need not be of a library whose functions it calls, so `find` may not have loaded its file.
     for library in _LIBRARIES:
         if library in sys.modules:
             _load(library)
-    with stand_ins.in_place():
-        yield
 
 
 # Cached, as it is asked for every class of every model, and a file is loaded only once anyway.

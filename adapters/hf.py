@@ -8,11 +8,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from allocator.adapters import Adapter, Kept, register, register_state
 from allocator.adapters.hf_config import configuration, recorded_class
+from allocator.adapters.hf_experts import aligned
 from allocator.adapters.hf_inputs import inputs
 from allocator.adapters.library import library
 from allocator.errors import FileError, UnknownNameError, UnsupportedModelError, unknown
@@ -106,7 +108,31 @@ def _transposed_linear(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
     return {name: size for name, size in sizes.items() if hasattr(module, name)}  # releases name one of them or both
 
 
-register("transformers.*", Adapter(inputs=inputs, configuration=configuration))
+def _joint_attention(module: Any, kept: Kept) -> Mapping[str, Any]:
+    """Phi-3's queries, keys and values are slices of one layer's output, by the configuration's numbers of heads."""
+    heads, width = _whole_heads(kept("o_proj.weight", 1), module.head_dim)
+    queries = module.o_proj.weight.shape[1]
+    keys = kept("qkv_proj.weight", 0)[queries : queries + module.num_key_value_heads * width]
+    groups, _ = _whole_heads(keys, width)
+    return {"config.num_attention_heads": heads, "num_key_value_heads": groups}
+
+
+def _t5_attention(module: Any, kept: Kept) -> Mapping[str, Any]:
+    """Where there is no bias of positions, zeros stand in for one, by the number of heads."""
+    heads, width = _whole_heads(kept("o.weight", 1), module.key_value_proj_dim)
+    return {"n_heads": heads, "inner_dim": heads * width}
+
+
+def _whole_heads(channels: np.ndarray, width: int) -> tuple[int, int]:
+    """How many heads of this width are left, and the width."""
+    return int(channels.reshape(-1, width).all(1).sum()), width
+
+
+for _name in ("phi3.modeling_phi3.Phi3Attention", "phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalAttention"):
+    register(f"transformers.models.{_name}", Adapter(sizes=_joint_attention))
+for _name in ("t5.modeling_t5.T5Attention", "mt5.modeling_mt5.MT5Attention", "umt5.modeling_umt5.UMT5Attention"):
+    register(f"transformers.models.{_name}", Adapter(sizes=_t5_attention))
+register("transformers.*", Adapter(inputs=inputs, configuration=configuration, multiples=aligned))
 register("transformers.pytorch_utils.Conv1D", Adapter(sizes=_transposed_linear))
 # Keys and values of the tokens so far.
 register_state(("transformers.cache_utils.Cache", "transformers.cache_utils.EncoderDecoderCache"))

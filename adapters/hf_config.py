@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -28,6 +29,8 @@ RECORD = "neuron_allocator"
 Field = tuple[str | int, ...]
 """Where a number lies in a configuration: names of fields, and the place in a list."""
 Shapes = dict[str, tuple[int, ...]]
+Effect = dict[tuple[str, int], float]
+"""By tensor and dim, by how much it grows with a field."""
 
 
 def configuration(model: nn.Module) -> Configured | None:
@@ -168,15 +171,15 @@ class _Search:
         """The fields that change, with their values, and what is built of them; None where none give the model."""
         if self.before.keys() != self.after.keys():
             return None
-        wanted: dict[Field, int] = {}
+        effects = {}
         for field, value in self._candidates():
-            new = self._value(field, value)
-            if new is not None:
-                wanted[field] = new
-        for count in range(len(wanted), 0, -1):
-            for some in itertools.combinations(wanted.items(), count):
-                fields = dict(some)
-                for extra in ({}, self.pinned) if self.pinned else ({},):
+            effect = self._effect(field, value)
+            if effect:
+                effects[field, value] = effect
+        for count in range(1, len(effects) + 1):
+            for some in itertools.combinations(effects.items(), count):
+                fields = self._values(dict(some))
+                for extra in ({}, self.pinned) if fields and self.pinned else ({},) if fields else ():
                     built = self.make({**fields, **extra})
                     if built is not None and _same(built, self.model):
                         return {**fields, **extra}, built
@@ -201,30 +204,41 @@ class _Search:
         built = self.make({field: size})
         return built is not None and _shapes(built) == self.before
 
-    def _value(self, field: Field, value: int) -> int | None:
-        """What a field would have to be for every size that hangs on it; None where there is no such number."""
+    def _effect(self, field: Field, value: int) -> Effect:
+        """By how much sizes change where a field changes by one."""
         for other in (value + 1, 2 * value):
             built = self.make({**self.pinned, field: other})
             if built is not None:
                 break
         else:
-            return None
+            return {}
         shapes = _shapes(built)
         if shapes.keys() != self.before.keys():
-            return None
-        wanted: set[float] = set()
-        dims: set[tuple[str, int]] = set()
+            return {}
+        effect: Effect = {}
         for name, shape in self.before.items():
-            for dim, (size, moved, new) in enumerate(zip(shape, shapes[name], self.after[name], strict=True)):
+            for dim, (size, moved) in enumerate(zip(shape, shapes[name], strict=True)):
                 if moved != size:
-                    wanted.add(value + (new - size) * (other - value) / (moved - size))
-                    dims.add((name, dim))
-        if len(wanted) > 1:
-            self._uneven[field] = dims
-        if len(wanted) != 1:
-            return None
-        fitting = wanted.pop()
-        return int(fitting) if fitting not in (0, value) and fitting == int(fitting) else None
+                    effect[name, dim] = (moved - size) / (other - value)
+        if len({self._change(at) / slope for at, slope in effect.items()}) > 1:
+            self._uneven[field] = set(effect)
+        return effect
+
+    def _change(self, at: tuple[str, int]) -> int:
+        name, dim = at
+        return self.after[name][dim] - self.before[name][dim]
+
+    def _values(self, effects: Mapping[tuple[Field, int], Effect]) -> dict[Field, int]:
+        """What these fields would have to be, together and all of them changed; empty where no numbers do it."""
+        places = [(name, dim) for name, shape in self.before.items() for dim in range(len(shape))]
+        matrix = np.array([[effect.get(at, 0.0) for effect in effects.values()] for at in places])
+        changes = np.array([self._change(at) for at in places], dtype=float)
+        steps = np.linalg.lstsq(matrix, changes, rcond=None)[0]
+        if not np.allclose(matrix @ steps, changes) or not np.allclose(steps, steps.round()):
+            return {}
+        values = {field: value + round(step) for (field, value), step in zip(effects, steps.tolist(), strict=True)}
+        changed = all(round(step) for step in steps.tolist())
+        return values if changed and min(values.values()) > 0 else {}
 
     def uneven_fields(self) -> list[Field]:
         """Fields that would have to have several values.

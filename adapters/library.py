@@ -7,7 +7,10 @@ from types import ModuleType
 
 from allocator.errors import UnsupportedModelError
 
-_INSTALL_HINTS = {"transformers": "pip install transformers"}
+_INSTALL_HINTS = {
+    "transformers": "pip install transformers",
+    "ultralytics": "pip install 'neuron-allocator[ultralytics]'",
+}
 _ZOO = "pip install 'neuron-allocator[zoo]'"
 
 

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 Function = Callable[..., Any]
@@ -24,9 +23,9 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class _Switch:
-    """What stands at a module's name while traces run."""
+    """What stands at a name of a module's, or of a class in it, while traces run."""
 
-    module: ModuleType
+    module: Any
     name: str
     original: Function
     function: Function
@@ -45,6 +44,11 @@ class StandIns:
 
     def add(self, module: str, name: str, stand_in: Function) -> None:
         """Let a function take the place of `module.name` in forwards that are traced.
+
+        Args:
+            module: its name.
+            name: of the function, or of a class's (`Interface.get`).
+            stand_in: takes its place.
 
         Raises:
             ValueError: that one has a stand-in already.
@@ -73,7 +77,10 @@ class StandIns:
                     self._put(place, stand_in)
 
     def _put(self, place: tuple[str, str], stand_in: Function) -> None:
-        module, name = sys.modules.get(place[0]), place[1]
+        owner, _, name = place[1].rpartition(".")
+        module: Any = sys.modules.get(place[0])
+        if owner:
+            module = getattr(module, owner, None)
         # Private names, which a release of the library may lack: what it does instead is traced as it is.
         if module is None or not hasattr(module, name):
             return
@@ -100,4 +107,6 @@ class StandIns:
 
 
 stand_ins = StandIns()
-"""Those of all libraries; each library's file adds its own."""
+"""For forwards on tensors without values; each library's file adds its own."""
+in_parts = StandIns()
+"""What does the same in calls that can be followed, and so may stand in any forward of ours, on values too."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from torch import nn
 
+from allocator import adapters
 from allocator.arguments import checked
 from allocator.clock import Progress
 from allocator.errors import DataError, InputError
@@ -21,6 +23,7 @@ from allocator.pipeline.recover import recover_result
 from allocator.pipeline.run import run
 from allocator.pipeline.sweep import Evaluate, Sweep, sweep_model
 from allocator.pipeline.verify import verify_model
+from allocator.pipeline.widen import by_flops, room_to_grow, widen_model
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.rewrite import rewrite as rewrite_model
@@ -45,6 +48,7 @@ from allocator.settings import (
     Weights,
     check_certify,
     check_choice,
+    method_of,
 )
 from allocator.tracing.isolation import as_usual
 from allocator.verifying.certificate import Certificate
@@ -74,6 +78,7 @@ def allocate(
     same: Any = DEFAULTS.same,
     at_least: Any = DEFAULTS.at_least,
     multiple: int = DEFAULTS.multiple,
+    grow: bool = False,
     weights: Weights = "keep",
     recover: bool | Method = RECOVERING.recover,
     certify: Certify = "small",
@@ -83,7 +88,8 @@ def allocate(
     """Make a smaller network under a budget, and prove it.
 
     Args:
-        model: the trained network; not changed. It is measured and proven in eval mode.
+        model: the trained network; not changed. It is measured and proven in eval mode. One in a wrapper that an
+            adapter knows (Ultralytics' `YOLO`) comes back in a wrapper of its kind.
         flops: the budget as fvcore counts it (one multiply-add is one FLOP): a number, text such as "4.2G", or a
             share such as "60%".
         params, activations, peak_activations: budgets of numbers in parameters, of numbers that convolutions and
@@ -115,6 +121,7 @@ def allocate(
             out, an "auto" policy that is "priced" keeps 40 % of each, or 25, 12.5 or 6.25 % where that would take more
             than half of a budget; 0 for any number.
         multiple: widths that change are multiples of this.
+        grow: where a budget in FLOPs is above the model's own, widen it evenly up to that, as `widen` does.
         weights: "keep", or "reset" to train the result from scratch.
         recover: refit what is left on `data`, by a method of the function `recover`; True for its "auto".
         certify: compare weights and float64 outputs too: outputs at the smallest size at which the forward takes the
@@ -134,11 +141,19 @@ def allocate(
     check_choice("weights", weights, get_args(Weights))
     settings = Settings(policy, criterion, scope, fill, groups, norms, exclude, include, same, at_least, multiple)
     method = _method(recover, data, weights)
+    limits = Limits(flops, params, activations, peak_activations, latency)
+    wider = room_to_grow(model, limits, example_inputs, settings) if grow else None
+    if wider is not None:
+        result = widen_model(
+            model, by_flops(wider), example_inputs, settings, weights=weights, numeric=certify, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+        return replace(result, model=adapters.wrapped_like(model, result.model))
     if method is not None:
         data = again_and_again(data)
     result = run(
         model,
-        Limits(flops, params, activations, peak_activations, latency),
+        limits,
         example_inputs,
         settings,
         data=None if data is None else Data(data, loss, seed, progress),
@@ -147,16 +162,16 @@ def allocate(
         seed=seed,
         progress=progress,
     )
-    if method is None:
-        return result
-    return recover_result(result, data, method, samples=RECOVERING.samples, seed=seed, progress=progress)
+    if method is not None:
+        result = recover_result(result, data, method, samples=RECOVERING.samples, seed=seed, progress=progress)
+    return replace(result, model=adapters.wrapped_like(model, result.model))
 
 
 def _method(recover: bool | Method, data: Any, weights: Weights) -> str | None:
     """The method that was asked for, None for none; raises where it cannot do anything."""
-    if recover is False:
+    method = method_of(recover)
+    if method is None:
         return None
-    method = "auto" if recover is True else recover
     check_choice("recover", method, METHODS)
     if data is None:
         raise DataError("recover needs data: a few hundred inputs without labels are enough")
@@ -351,7 +366,7 @@ def sweep(
     lists = {"flops": flops, "params": params, "activations": activations, "peak_activations": peak_activations}
     data = None if data is None else Data(data, loss, seed, progress)
     return sweep_model(
-        check_model(model), lists, example_inputs, Settings(**settings), data=data, evaluate=evaluate, progress=progress
+        model, lists, example_inputs, Settings(**settings), data=data, evaluate=evaluate, progress=progress
     )
 
 
@@ -367,6 +382,7 @@ def iterate(
     steps: int = 5,
     schedule: Sequence[float] | None = None,
     train: Callable[[nn.Module], Any],
+    grow: float | None = None,
     data: Any = None,
     loss: Loss | None = None,
     recover: bool | Method = RECOVERING.recover,
@@ -384,6 +400,9 @@ def iterate(
         steps: how many; every step takes the same factor off.
         schedule: instead, how far each step goes, from 0 for the model's own cost to 1 for the budget, rising.
         train: called with the network of every step, and trains it in place.
+        grow: instead of a schedule, MorphNet's loop: every step goes down to this share of the budget in FLOPs by
+            importance, then makes all layers wider by one factor up to the budget, and trains. Each is a step of its
+            own in what is returned.
         data, loss, example_inputs, certify, seed, progress: as for `allocate`, at every step.
         recover: refit the network of every step on `data` before it is trained, as for `allocate`.
         settings: how neurons are chosen, as for `sweep`; shares in `at_least` are of the widths of `model`.
@@ -394,7 +413,7 @@ def iterate(
     Raises:
         IterationError: `train` raised or changed shapes, or a step could not be made; `done` is what the steps before
             it came to.
-        InputError: a schedule that does not rise to 1.
+        InputError: a schedule that does not rise to 1; `grow` with another budget than FLOPs, or no share.
         BudgetError, NothingToAllocateError, CriterionError, DataError, UnsupportedModelError, InputError, TraceError:
             as for `allocate`, before anything was trained.
     """
@@ -406,6 +425,7 @@ def iterate(
         Settings(**settings),
         schedule=even_schedule(steps) if schedule is None else schedule,
         train=train,
+        grow=grow,
         data=None if data is None else Data(again_and_again(data), loss, seed, progress),
         recover=method,
         numeric=certify,

@@ -210,3 +210,10 @@ def a_kind(value: object) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says first, or its class where it says nothing; at most 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def plural(number: int, what: str) -> str:
+    """Such as "1 block", "1,024 branches"."""
+    if number != 1:
+        what += "es" if what.endswith("ch") else "s"
+    return f"{number:,} {what}"

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from allocator import adapters
 from allocator.errors import UnsupportedModelError
 from allocator.modules import modules_of, tensor_names
 from allocator.torch_private import FakeTensor
@@ -31,7 +32,7 @@ _WRAPPERS = {
 
 
 def check_model(model: object, *, values: bool = False) -> nn.Module:
-    """Return `model` if it can be traced as it is.
+    """Return `model`, or the network in a wrapper that an adapter knows, if it can be traced as it is.
 
     Args:
         model: what the caller gave.
@@ -43,6 +44,12 @@ def check_model(model: object, *, values: bool = False) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"the model is of type {type(model).__name__}: {_instead_of(model)}")
+    network = adapters.network_of(model)
+    if not isinstance(network, nn.Module):
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} holds no network but {network!r:.200}: pass one that holds the PyTorch model"
+        )
+    model = network
     modules = modules_of(model)
     first: dict[type, str] = {}
     for path, module in modules.items():

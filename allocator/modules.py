@@ -171,6 +171,8 @@ def _copy(value: Any, memo: Memo) -> Any:
         new = memo[id(value)] = kind.__new__(kind)
         _copy_fields(value, vars(new), memo)
         return new
+    if kind is torch.Size:
+        return torch.Size(map(int, value))  # while torch.jit traces, sizes are tensors, which nobody could copy
     if kind is tuple:
         return value if _ATOMS.issuperset(map(type, value)) else tuple(_copy(item, memo) for item in value)
     if kind in _MAPPINGS:
@@ -220,16 +222,25 @@ def _as_parameter(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
 
 
 def _tensor_attributes(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that modules keep as plain attributes, alone or in a list, tuple or dict."""
+    """Tensors that modules keep as plain attributes, alone or within lists, tuples and dicts."""
     for path, module in modules.items():
         for key, value in vars(module).items():
-            if type(value) in _ATOMS or key in _MODULE_FIELDS:
-                continue
-            items = value if isinstance(value, (list, tuple)) else (value,)
-            if isinstance(value, dict):
-                items = tuple(value.values())
-            if not _ATOMS.issuperset(map(type, items)):
-                yield from ((f"{path}.{key}".lstrip("."), item) for item in items if isinstance(item, torch.Tensor))
+            if type(value) not in _ATOMS and key not in _MODULE_FIELDS:
+                yield from ((f"{path}.{key}".lstrip("."), tensor) for tensor in _tensors_within(value))
+
+
+def _tensors_within(value: Any) -> list[torch.Tensor]:
+    """Tensors in containers within one another."""
+    found, waiting, seen = [], [value], set[int]()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        elif isinstance(item, (list, tuple, dict)) and id(item) not in seen:
+            seen.add(id(item))
+            inside = item.values() if isinstance(item, dict) else item
+            waiting += [each for each in inside if type(each) not in _ATOMS]
+    return found
 
 
 _MODULE_FIELDS = frozenset(vars(nn.Module()))

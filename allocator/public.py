@@ -35,6 +35,7 @@ from allocator.errors import (
 )
 from allocator.graph.blocks import Block, Branch
 from allocator.graph.channel_graph import ChannelGraph, Neuron
+from allocator.growing import restore, seed, widen
 from allocator.io.export import export
 from allocator.io.files import load_model, save_model
 from allocator.io.models import build
@@ -109,11 +110,14 @@ __all__ = [
     "plan",
     "recover",
     "policy",
+    "restore",
     "rewrite",
     "save",
     "save_model",
     "score",
+    "seed",
     "sweep",
     "trace",
     "verify",
+    "widen",
 ]

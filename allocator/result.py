@@ -23,7 +23,8 @@ class Result(Shown):
     """What `allocate` gives.
 
     Attributes:
-        model: the smaller network; same classes, same parameter names.
+        model: the smaller network; same classes, same parameter names. Where a wrapper was given (Ultralytics' `YOLO`),
+            one like it around the smaller network.
         allocation: which neurons it kept, as data.
         certificate: proof that it is the original minus the others.
         graph: the original's neurons and blocks.
@@ -51,7 +52,7 @@ class Result(Shown):
     recovery: Recovery | None = None
 
     def __repr__(self) -> str:
-        name, left = type(self.model).__name__, self.flops_after / self.flops_before
+        name, left = type(self.graph.model).__name__, self.flops_after / self.flops_before
         proof = "certificate passed" if self.certificate.ok else "certificate failed"
         return f"<Result: {name}, {self.flops_before:,} FLOPs before, {self.flops_after:,} after ({left:.1%}), {proof}>"
 

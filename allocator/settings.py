@@ -18,8 +18,12 @@ Groups = Literal["whole", "width"]
 Norms = Literal["exact", "loose"]
 Weights = Literal["keep", "reset"]
 Method = Literal["auto", "least_squares", "batch_norm", "fold", "distil"]
+Init = Literal["zero", "copy"]
 Certify = bool | Literal["small", "full"]
 Limit = float | str | None
+
+PREFIXES = ("torchvision", "timm", "recipe", "hf", "ultralytics")
+"""Libraries that name networks, in the order in which messages list them."""
 
 
 @dataclass(frozen=True)
@@ -174,12 +178,37 @@ class Recovering:
     samples: Annotated[int, Option("look at no more inputs than these", metavar="N")] = 1024
 
 
+@dataclass(frozen=True)
+class Widening:
+    """How a wider network is made."""
+
+    factor: Annotated[
+        float | None, Option("every layer so many times as wide, from 1 on, such as 1.5", metavar="N")
+    ] = None
+    init: Annotated[
+        Init,
+        Option(
+            "what is added: new neurons whose weights are drawn, and which nothing reads yet (zero), or copies that "
+            "share what read the first of them (copy)"
+        ),
+    ] = "zero"
+
+
+def method_of(recover: bool | Method) -> Method | None:
+    """The method that is asked for; None for none."""
+    if recover is False:
+        return None
+    return "auto" if recover is True else recover
+
+
 DEFAULTS = Settings()
+WIDENING = Widening()
 RECOVERING = Recovering()
 METHODS: tuple[str, ...] = get_args(Method)
 """Ways to recover."""
 OPTIONS: dict[str, Option] = {name: option for name, (_, option) in _declared(Settings).items()}
 RECOVERING_OPTIONS: dict[str, Option] = {name: option for name, (_, option) in _declared(Recovering).items()}
+WIDENING_OPTIONS: dict[str, Option] = {name: option for name, (_, option) in _declared(Widening).items()}
 BUDGETS: dict[str, Option] = {name: option for name, (_, option) in _declared(Limits).items()}
 CHOICES: dict[str, tuple[str, ...]] = {
     name: get_args(kind) for name, (kind, _) in _declared(Settings).items() if get_origin(kind) is Literal

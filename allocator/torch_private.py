@@ -36,7 +36,11 @@ try:
 except ImportError as error:
     raise _unexpected(f"lacks a name ({error})") from error
 
+FAKE_LOGGER = FakeTensorMode.__module__
+"""The logger to which fake tensors say what raised."""
+
 __all__ = [
+    "FAKE_LOGGER",
     "BatchNormBase",
     "ConvolutionBase",
     "FakeTensor",

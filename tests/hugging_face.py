@@ -188,9 +188,12 @@ def masked(model: nn.Module, kept: dict[str, list[Any]]) -> nn.Module:
         path, _, key = name.rpartition(".")
         layer: Any = model.get_submodule(path)
         reads = {"Linear": 1, "Conv1d": 1, "Conv1D": 0}.get(type(layer).__name__)
-        if key == "weight" and reads is not None and dims[reads] is not None:
-            gone = torch.ones(layer.weight.shape[reads], dtype=torch.bool)
+        if key == "down_proj":  # one parameter of all experts
+            reads = 2
+        if key in ("weight", "down_proj") and reads is not None and dims[reads] is not None:
+            weight = getattr(layer, key)
+            gone = torch.ones(weight.shape[reads], dtype=torch.bool)
             gone[dims[reads]] = False
             with torch.no_grad():
-                layer.weight.transpose(0, reads)[gone] = 0.0
+                weight.transpose(0, reads)[gone] = 0.0
     return model

@@ -7,8 +7,10 @@ import functools
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -397,3 +399,74 @@ def test_what_timm_says_of_its_stages_follows(name: str) -> None:
     assert {stage["module"]: stage["num_chs"] for stage in small.feature_info} == returned
     assert small.feature_info != before
     assert small.feature_info[-1]["num_chs"] < before[-1]["num_chs"]
+
+
+class Trainer(nn.Module):
+    """A wrapper whose `train` would start a training, and whose `eval` is no change of mode either."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def train(self, mode: bool = True) -> Trainer:
+        raise AssertionError("a training was started")
+
+    def eval(self) -> Trainer:
+        raise AssertionError("an evaluation was started")
+
+
+@pytest.fixture
+def _wrapper() -> Iterator[None]:
+    adapters.register(
+        Trainer, Adapter(network=lambda wrapper: wrapper.network, wrap=lambda _, network: Trainer(network))
+    )
+    yield
+    adapters.unregister(Trainer)
+
+
+@pytest.mark.usefixtures("_wrapper")
+def test_a_wrapper_is_never_run_and_comes_back_around_the_smaller_network(tmp_path: Path) -> None:
+    given = Trainer(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1)))
+    data = torch.rand(8, 3, 8, 8)
+    result = allocator.allocate(given, "50%", data=data, example_inputs=data[:1], recover=True)
+    assert isinstance(result.model, Trainer)
+    assert result.model is not given
+    assert result.model.network[0].out_channels < given.network[0].out_channels == 16  # type: ignore[index]
+    assert allocator.verify(given, result.model, result.allocation, example_inputs=data[:1]).ok
+    assert isinstance(allocator.recover(result, data).model, Trainer)
+    assert isinstance(allocator.apply(given, result.allocation), Trainer)
+    assert allocator.latency(given, data[:1], threads=1).seconds > 0
+    allocator.save(result, tmp_path / "small.safetensors")
+    loaded = allocator.load(tmp_path / "small.safetensors", model=given)
+    assert isinstance(loaded, Trainer)
+    assert torch.equal(loaded.network(data), result.model.network(data))
+    seen: list[nn.Module] = []
+    done = allocator.iterate(given, "50%", steps=2, example_inputs=data[:1], train=seen.append)
+    assert [type(each) for each in (*seen, done.model)] == [Trainer] * 3
+
+
+class Halves(nn.Module):
+    """One attribute stands twice in the list of sizes, as in Ultralytics' blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = 8
+        self.write, self.norm, self.read = nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.Conv2d(16, 4, 1)
+        nn.init.uniform_(self.norm.weight, 0.1, 1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.norm(self.write(x)).split((self.c, self.c), dim=1)
+        return self.read(torch.cat([a.sigmoid(), b.relu()], 1))
+
+
+def test_parts_that_an_adapter_gives_one_number_for_stay_equal() -> None:
+    adapters.register(Halves)(lambda _, kept: {"c": int(kept("write.weight", 0).sum()) // 2})
+    try:
+        result = allocator.allocate(Halves(), "60%", example_inputs=IMAGE)
+    finally:
+        adapters.unregister(Halves)
+    rows = np.array(result.allocation.kept["write.weight"][0])
+    first = int((rows < 8).sum())
+    assert 0 < first == int((rows >= 8).sum()) == result.model.c
+    assert first < 8
+    assert not any("stay equal" in note for note in result.notes)  # known before anything was tried

@@ -22,11 +22,11 @@ from allocator.graph.channel_graph import ChannelGraph
 from allocator.tracing.inputs import as_inputs
 from allocator.verifying.certificate import (
     Certificate,
-    _same_bits,
     certify,
     names_and_shapes_match,
     no_certificate,
     require,
+    same_bits,
     weights_match,
 )
 from allocator.verifying.comparison import TOLERANCE, _silenced, _zeroed_rows, compare_outputs
@@ -204,21 +204,21 @@ def test_other_indices_of_the_same_number_are_seen(graph: ChannelGraph) -> None:
 def test_bits_of_every_dtype(dtype: torch.dtype) -> None:
     a = torch.tensor([[0, 1], [1, 0]]).to(dtype)
     b = a.clone()
-    assert _same_bits(a, b)
-    assert _same_bits(a.t(), b.t().contiguous())
+    assert same_bits(a, b)
+    assert same_bits(a.t(), b.t().contiguous())
     b[0, 0] = 1
-    assert not _same_bits(a, b)
-    assert not _same_bits(a, a.reshape(-1))
-    assert not _same_bits(a, a.to(torch.float16))
+    assert not same_bits(a, b)
+    assert not same_bits(a, a.reshape(-1))
+    assert not same_bits(a, a.to(torch.float16))
 
 
 def test_bits_are_no_values() -> None:
     zero, nan = torch.tensor([0.0, 1.0]), torch.tensor([float("nan"), 1.0])
-    assert not _same_bits(zero, -zero)
-    assert _same_bits(nan, nan.clone())
-    assert not _same_bits(zero, zero.to_sparse())
-    assert _same_bits(zero.to_sparse(), zero.to_sparse())
-    assert not _same_bits(zero.to_sparse(), (2 * zero).to_sparse())
+    assert not same_bits(zero, -zero)
+    assert same_bits(nan, nan.clone())
+    assert not same_bits(zero, zero.to_sparse())
+    assert same_bits(zero.to_sparse(), zero.to_sparse())
+    assert not same_bits(zero.to_sparse(), (2 * zero).to_sparse())
 
 
 # Outputs --------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from allocator.cli import main
 from allocator.cli.arguments import parse_budget, parse_setting, parse_size
 from allocator.io.files import load_allocation, load_model, save_model
 
-COMMANDS = ("report", "allocate", "apply", "verify", "compare", "export", "recipes", "sweep", "train")
+COMMANDS = ("report", "allocate", "apply", "verify", "compare", "export", "recipes", "sweep", "train", "widen")
 NET = """
 import torch
 from torch import nn
@@ -131,7 +131,6 @@ def test_the_main_help_names_every_command(capsys: pytest.CaptureFixture[str]) -
         (["alocate"], "invalid choice"),
         (["allocate", "m.pt", "-o", "s.pt"], "no budget is given, such as --flops 60%"),
         (["allocate", "m.pt", "--flops", "many", "-o", "s.pt"], "not a budget"),
-        (["allocate", "m.pt", "--flops", "60%"], "nothing to write"),
         (["allocate", "m.pt", "--flops", "60%", "-o", "s.txt"], "must end in"),
         (["allocate", "m.pt", "--flops", "60%", "--allocation", "a.yaml"], "must end in .json"),
         (["allocate", "m.pt", "--flops", "60%", "-o", "s.pt", "--policy", "best"], "invalid choice"),

@@ -133,7 +133,7 @@ def test_a_report_by_pictures(pictures: Path, capsys: pytest.CaptureFixture[str]
         (["--data", "broken"], 1, "a.png cannot be read"),
         (["--data", "data_nets.py"], 1, "data_nets.py cannot be read as a tensor"),
         (["--criterion", "taylor", "--data", "pictures"], 1, "needs labels: pass loss=function beside the data"),
-        (["--criterion", "fisher"], 1, "criterion 'fisher' looks at data: pass data=loader"),
+        (["--criterion", "fisher"], 1, "criterion 'fisher' looks at data: give --data FOLDER"),
         (["--criterion", "fishr"], 1, "no criterion 'fishr'; did you mean 'fisher'?"),
     ],
 )

@@ -241,3 +241,33 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "did you mean onnx" in capsys.readouterr().err
     assert main(["export", "ein Netz ü.pt"]) == 2
     assert "-o FILE" in capsys.readouterr().err
+
+
+class Remembers(nn.Module):
+    """Keeps what it computed, as detectors keep their anchors: by the image's size, and deep within containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.shape: torch.Size | None = None
+        self.kept: dict[str, list[torch.Tensor]] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        if self.shape != x.shape[1:]:
+            self.shape, self.kept = x.shape[1:], {"seen": [x, x.new_ones(1)]}
+        return x * self.kept["seen"][1]
+
+
+def test_a_network_that_keeps_what_it_computed_is_exported_and_allocated(tmp_path: Path) -> None:
+    from fvcore.nn import FlopCountAnalysis
+
+    model, image = Remembers(), torch.rand(1, 3, 4, 4)
+    for count in (lambda: None, lambda: model(image), lambda: FlopCountAnalysis(model, image).total()):
+        count()  # leaves results that have a history, then sizes that are tensors
+        before = model.shape
+        exported = allocator.export(model, tmp_path / "remembers.pt2", example_inputs=image)
+        assert exported.difference <= 1e-6
+        assert model.shape is before
+        with pytest.raises(allocator.NothingToAllocateError):
+            allocator.allocate(model, "50%", example_inputs=image)

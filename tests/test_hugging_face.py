@@ -6,18 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hugging_face import GENERATORS, TRANSFORMERS, masked, tiny
+from hugging_face import DIFFUSERS, GENERATORS, TRANSFORMERS, masked, tiny, tokens
 from torch import nn
 
 import allocator
+from allocator.cli import main
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-QUICK = ("Llama", "GPT2", "Phi3")
+QUICK = ("Llama", "GPT2", "Phi3", "Mixtral", "T5")
+SWEEP = pytest.mark.sweep
 EVEN: dict[str, Any] = {"policy": "uniform", "fill": False}
 
 
@@ -59,7 +62,9 @@ def test_every_language_model_generates_as_its_original_masked(name: str) -> Non
     ("name", "fields"),
     [
         ("Llama", {"intermediate_size", "num_attention_heads", "num_key_value_heads"}),
-        ("Qwen2", {"intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"}),
+        ("Phi3", {"intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"}),
+        ("Mixtral", {"intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"}),
+        ("T5", {"d_ff", "num_heads"}),
         ("ViT", {"intermediate_size", "num_attention_heads", "head_dim"}),
     ],
 )
@@ -154,3 +159,113 @@ def test_a_damaged_record_of_widths_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(allocator.errors.FileError, match=r"config\.json of this LlamaForCausalLM is damaged"):
         allocator.load(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_experts_narrow_alike_however_they_are_run(implementation: str) -> None:
+    """The fused product of all experts takes widths of whole sixteen bytes, and is not counted by fvcore."""
+    model, inputs = tiny("Qwen3Moe")
+    model.set_experts_implementation(implementation)  # type: ignore[operator]
+    result = allocator.allocate(model, "60%", example_inputs=inputs, at_least=0)
+    experts: Any = result.allocation.kept["model.layers.0.mlp.experts.down_proj"][2]
+    assert len(experts) < 48
+    assert len(experts) % 8 == 0
+    torch.testing.assert_close(outputs(result.model, inputs), outputs(masked(model, result.allocation.kept), inputs))
+
+
+def test_rotary_embeddings_are_no_place_where_branches_meet() -> None:
+    model, inputs = tiny("Llama")
+    graph = allocator.trace(model, inputs)
+    assert not [block for block in graph.blocks if block.name.endswith("self_attn")]
+
+
+def test_criteria_look_at_data_and_what_is_left_is_refitted() -> None:
+    model, _ = tiny("Llama")
+    data = [{"input_ids": (torch.arange(12) * step)[None] % 96} for step in range(1, 25)]
+    result = allocator.allocate(model, "70%", data=data, recover=True)
+    assert result.allocation.criterion == "fisher"
+    assert result.recovery is not None
+    assert result.recovery.after <= result.recovery.before
+
+
+def test_the_trainer_trains_a_result(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model, inputs = tiny("Llama")
+    small: Any = allocator.allocate(model, "60%", example_inputs=inputs).model
+    before = small.lm_head.weight.detach().clone()
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    rows = [{"input_ids": tokens()[0], "labels": tokens()[0]} for _ in range(4)]
+    transformers.Trainer(small, arguments, train_dataset=rows).train()
+    assert not torch.equal(small.lm_head.weight, before)
+    assert list(tmp_path.glob("checkpoint-2/*.safetensors"))
+    again: Any = allocator.load(f"hf:{tmp_path / 'checkpoint-2'}")
+    assert torch.equal(again.lm_head.weight, small.lm_head.weight)
+
+
+def adapted(model: Any) -> Any:
+    """With low-rank adapters that do something."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model, config).eval()
+
+
+def test_low_rank_adapters_follow_and_keep_their_rank() -> None:
+    model, inputs = tiny("Llama")
+    result = allocator.allocate(adapted(model), "60%", example_inputs=inputs, at_least=0)
+    small: Any = result.model
+    layer = small.base_model.model.model.layers[0].mlp.down_proj
+    assert layer.lora_A["default"].weight.shape == (8, layer.in_features)
+    assert layer.in_features == layer.base_layer.in_features < 96
+    expected = outputs(small, inputs)
+    torch.testing.assert_close(outputs(small.merge_and_unload(), inputs), expected)
+
+
+def test_low_rank_adapters_are_cut_where_they_are_named() -> None:
+    model, inputs = tiny("Llama")
+    result = allocator.allocate(adapted(model), "99%", example_inputs=inputs, include="*.lora_A.*", at_least=0)
+    small: Any = result.model
+    layers = [module for module in small.modules() if hasattr(module, "lora_A")]
+    assert any(layer.r["default"] == layer.lora_A["default"].out_features < 8 for layer in layers)
+    assert outputs(small, inputs).shape == (1, 12, 96)
+
+
+def test_adapters_are_put_on_a_result_and_trained() -> None:
+    model, inputs = tiny("Llama")
+    small = adapted(allocator.allocate(model, "60%", example_inputs=inputs).model)
+    small.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(p.grad is not None for n, p in small.named_parameters() if "lora_" in n)
+
+
+@pytest.mark.parametrize("name", [name if name == "DiT" else pytest.param(name, marks=SWEEP) for name in DIFFUSERS])
+def test_models_of_diffusers_are_cut_as_built(name: str) -> None:
+    pytest.importorskip("diffusers")
+    model, inputs = tiny(name)
+    result = allocator.allocate(model, "60%")
+    assert result.certificate.ok
+    assert 0.59 < result.flops_after / result.flops_before <= 0.6
+    assert outputs(result.model, inputs).shape == outputs(model, inputs).shape
+
+
+def test_a_folder_in_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model: Any = tiny("Llama")[0]
+    model.save_pretrained(tmp_path)
+    choice = tmp_path / "choice.json"
+    arguments = [f"hf:{tmp_path}", "--flops", "70%", "--input-size", "1x20", "--allocation", str(choice)]
+    assert main(["allocate", *arguments, "-o", str(tmp_path / "small.safetensors")]) == 0
+    assert allocator.Allocation.load(choice).input_shapes == [[1, 20]]
+    assert main(["verify", f"hf:{tmp_path}", str(tmp_path / "small.safetensors"), str(choice)]) == 0
+    assert "the original minus the removed neurons" in capsys.readouterr().out
+
+
+def test_an_eight_billion_network_is_planned_without_its_weights() -> None:
+    """A thirty-second of its depth; benchmarks/large.py takes all of it."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config = transformers.LlamaConfig(vocab_size=128256, num_hidden_layers=1, **sizes)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).eval()
+    graph = allocator.trace(model)
+    scores = allocator.score(graph, np.random.default_rng(0).random(graph.size))
+    plan = allocator.plan(graph, scores, "80%", policy="uniform", scope="all")
+    assert plan.flops_after <= 0.8 * graph.flops

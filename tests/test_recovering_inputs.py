@@ -388,7 +388,7 @@ def test_the_command_line_recovers_and_verifies(tmp_path: Path, capsys: pytest.C
     assert "weights refitted on 18 inputs" in " ".join(capsys.readouterr().out.split())
     assert recovery_of(allocator.load(small)) is not None
     assert main(["allocate", name, "--flops", "60%", "--recover", "-o", str(tmp_path / "b.pt"), *size]) != 0
-    assert "recover needs data" in " ".join(capsys.readouterr().err.split())
+    assert "--recover needs --data" in " ".join(capsys.readouterr().err.split())
 
 
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ WORDS = {
     "all": "a scope",
     "batch_norm": "a way to recover",
     "concat": "a kind of aggregation point",
+    "copy": "what is added to a wider network",
     "full": "how large the inputs are that a certificate compares outputs on",
     "inner": "a scope",
     "mean": "how entries make a score",
@@ -24,6 +25,7 @@ WORDS = {
     "stack": "a kind of aggregation point",
     "sum": "a kind of aggregation point, or how entries make a score",
     "uniform": "a policy",
+    "zero": "what is added to a wider network",
 }
 # Files that speak of other things than the calls of a forward: words and charts of reports, the shell, fvcore's names,
 # functions that draw from a generator, and the language of TorchScript's files, whose arithmetic on numbers is called

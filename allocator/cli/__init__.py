@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 # A command imports what it works with (torch, and the rooms of this package that need it) once its arguments were found
 # to fit, so that help and complaints come at once.
 from allocator import __version__
-from allocator.cli import allocate, apply, compare, export, recipes, report, sweep, train, verify
+from allocator.cli import allocate, apply, compare, export, recipes, report, sweep, train, verify, widen
 from allocator.cli.arguments import UsageError
+from allocator.cli.words import in_shell
 from allocator.errors import AllocatorError, BudgetError
 
 _DESCRIPTION = """\
@@ -89,8 +90,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (report, allocate, sweep, apply, verify, compare, export, recipes, train):
+    for module in (report, allocate, sweep, widen, apply, verify, compare, export, recipes, train):
         module.register(commands)
+    parser.set_defaults(parsers=commands.choices)  # so that a command can name the one that comes next
     return parser
 
 
@@ -104,14 +106,14 @@ def _failed(args: argparse.Namespace, error: Exception) -> int:
     """Report an error on stderr, and for machines on stdout as well."""
     if args.debug:
         traceback.print_exc()
-    message = str(error)
+    message = in_shell(str(error))
     if not isinstance(error, AllocatorError):
         message = f"unexpected {type(error).__name__}: {error}"
         if not args.debug:
             message += " (run again with --debug for the traceback)"
     print(f"allocator-cli {args.command}: {message}", file=sys.stderr)
     if args.json:
-        facts: dict[str, Any] = {"error": type(error).__name__, "message": str(error)}
+        facts: dict[str, Any] = {"error": type(error).__name__, "message": message}
         if isinstance(error, BudgetError):
             facts |= {"asked": error.asked, "reachable": error.reachable}
         print(json.dumps(facts, indent=2))

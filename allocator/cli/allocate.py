@@ -10,6 +10,7 @@ from allocator.cli.arguments import (
     add_budget_options,
     add_command,
     add_input_options,
+    add_layers_option,
     add_model_options,
     add_output_options,
     add_plan_options,
@@ -17,9 +18,11 @@ from allocator.cli.arguments import (
     plan_options,
 )
 from allocator.cli.data import add_data_options, data_options
+from allocator.cli.next_step import command
 from allocator.cli.opening import example_inputs, open_model
 from allocator.cli.outputs import MODEL_SUFFIXES, check_outputs, check_report, check_suffix, write_model
 from allocator.cli.talk import Talk
+from allocator.cli.words import in_shell
 from allocator.settings import METHODS, RECOVERING_OPTIONS, SIZES
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from allocator.result import Result
 
 _EXAMPLE = """\
+  allocator-cli allocate torchvision:resnet50 --flops 60% --layers
   allocator-cli allocate torchvision:resnet50 --flops 60% -o small.pt
   allocator-cli allocate model.pt --flops 4.2e9 -o small.safetensors --allocation alloc.json
   allocator-cli allocate model.pt --flops 60% --data photographs/ -o small.pt
@@ -46,6 +50,7 @@ def register(commands: Any) -> None:
     add_output_options(parser)
     parser.add_argument("--allocation", metavar="FILE", help="also write the allocation, as .json")
     plan = parser.add_argument_group("plan")
+    add_layers_option(parser)
     add_plan_options(plan)
     add_data_options(parser)
     _add_result_options(plan)
@@ -82,11 +87,6 @@ def run(args: argparse.Namespace) -> int:
     """Allocate, write the files, print the report."""
     if not budgets(args):
         raise UsageError("no budget is given, such as --flops 60%")
-    if args.output is None and args.allocation is None:
-        raise UsageError(
-            "nothing to write: give -o OUT, --allocation FILE or both; allocator-cli report takes the same budgets and "
-            "only looks"
-        )
     check_suffix(args.output, MODEL_SUFFIXES, "the model (-o)")
     check_suffix(args.allocation, (".json",), "the allocation (--allocation)")
     check_report(args.report, args.plot)
@@ -94,12 +94,12 @@ def run(args: argparse.Namespace) -> int:
     talk = Talk(args)
     model = open_model(args.model, args, talk)
     result = _allocate(model, args, talk)
-    written = _write_files(args, talk, result)
-    _show(args, talk, result, written)
+    written = write_files(args, talk, result)
+    show(args, talk, result, written)
     return 0
 
 
-def _write_files(args: argparse.Namespace, talk: Talk, result: Result) -> dict[str, str]:
+def write_files(args: argparse.Namespace, talk: Talk, result: Result) -> dict[str, str]:
     """Write the files that were asked for; paths by what they hold."""
     written = {}
     if args.output is not None:
@@ -130,7 +130,7 @@ def _allocate(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
             model,
             **budgets(args),
             **data_options(args, model),
-            example_inputs=example_inputs(args),
+            example_inputs=example_inputs(args, model),
             **plan_options(args),
             weights=args.weights,
             recover=args.recover,
@@ -139,13 +139,23 @@ def _allocate(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
             progress=update,
         )
     talk.times(result.timings)
+    result.notes = list(map(in_shell, result.notes))
     return result
 
 
-def _show(args: argparse.Namespace, talk: Talk, result: Result, written: dict[str, str]) -> None:
-    from rich.console import Group
+def show(args: argparse.Namespace, talk: Talk, result: Result, written: dict[str, str]) -> None:
+    """Print the report, and what was written where."""
+    from rich.console import Group, RenderableType
     from rich.text import Text
 
     report = result.report()
-    lines = [Text(f"{kind} written to {path}") for kind, path in written.items()]
-    talk.result(Group(report, *lines), {"model": args.model, **report.to_dict(), "files": written})
+    lines: list[RenderableType] = [Text(f"{kind} written to {path}") for kind, path in written.items()]
+    facts = {"model": args.model, **report.to_dict(), "files": written}
+    if args.layers:
+        lines = [Text(), report.layers(), *lines]
+        facts["layers"] = report.layers().to_dict()
+    talk.result(Group(report, *lines), facts)
+    if not written:
+        talk.announce(
+            f"nothing was written; to write the smaller model: {command('allocate', args, output='small.pt')}"
+        )

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from allocator.cli.words import flag_of
 from allocator.settings import BUDGETS, CHOICES, DEFAULTS, KNOWN_POLICIES, OPTIONS
 
 _UNIT_LETTERS = "kKmMgGbBtTuµnsS "
@@ -66,6 +67,13 @@ def add_latency_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=_positive, metavar="N", help="for --latency (default: as torch has it)")
 
 
+def add_layers_option(parser: argparse.ArgumentParser) -> None:
+    """The option to list every layer."""
+    parser.add_argument(
+        "--layers", action="store_true", help="also list every layer: channels it gives and FLOPs, before and after"
+    )
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
@@ -88,11 +96,12 @@ def add_report_options(parser: argparse.ArgumentParser, *, output: str, plot: st
     parser.add_argument("--force", action="store_true", help="overwrite files that exist")
 
 
-def add_plan_options(group: Any) -> None:
-    """A flag for every option of `allocator.settings`."""
-    for name, option in OPTIONS.items():
+def add_plan_options(group: Any, *names: str) -> None:
+    """A flag for every option of `allocator.settings`, or for those that are named."""
+    for name in names or OPTIONS:
+        option = OPTIONS[name]
         default = getattr(DEFAULTS, name)
-        flag = f"--{(option.flag or name).replace('_', '-')}"
+        flag = flag_of(name)
         facts: dict[str, Any] = {"dest": name, "help": option.help.replace("%", "%%")}
         if isinstance(default, bool):
             facts["action"] = "store_false" if default else "store_true"
@@ -118,8 +127,8 @@ def add_budget_options(group: Any, *, several: bool = False, without: Sequence[s
     for name, option in BUDGETS.items():
         if name not in without:
             facts: dict[str, Any] = {"nargs": "+"} if several else {}
-            flag, text = f"--{name.replace('_', '-')}", option.help.replace("%", "%%")
-            group.add_argument(flag, dest=name, type=parse_budget, metavar=option.metavar, help=text, **facts)
+            text = option.help.replace("%", "%%")
+            group.add_argument(flag_of(name), dest=name, type=parse_budget, metavar=option.metavar, help=text, **facts)
 
 
 def budgets(args: argparse.Namespace) -> dict[str, Any]:

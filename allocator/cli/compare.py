@@ -94,7 +94,8 @@ def _side_of_file(path: str, args: argparse.Namespace, talk: Talk) -> Side:
         allocation = load_allocation(path)
     time = None
     if args.latency:
-        time = measured(open_model(path, args, talk), path, example_inputs(args, allocation), args, talk)
+        model = open_model(path, args, talk)
+        time = measured(model, path, example_inputs(args, model, allocation), args, talk)
     return side_of_allocation(path, allocation, time)
 
 
@@ -105,7 +106,7 @@ def _side_of_model(spec: str, args: argparse.Namespace, talk: Talk) -> Side:
 
     model = open_model(spec, args, talk)
     with talk.stage(f"tracing {spec}"):
-        graph = trace(model, example_inputs(args))
+        graph = trace(model, example_inputs(args, model))
         summary = summarise(graph, spec)
     return side_of_summary(replace(summary, latency=measured(model, spec, graph.inputs, args, talk)))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocator.cli.arguments import UsageError
+from allocator.cli.opening import find_local_modules
 from allocator.errors import DataError, FileError, MissingPackageError, UnknownNameError, a_kind
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def data_options(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
         return {}
     if args.samples < 1:
         raise UsageError(f"--samples {args.samples} is not above zero")
+    find_local_modules(args, args.data, args.loss)
     return {"data": _opened(args, model), "loss": None if args.loss is None else _named(args.loss)}
 
 
@@ -132,7 +134,7 @@ def _preparation(args: argparse.Namespace, model: nn.Module) -> Callable[[Any], 
         from torchvision.transforms import v2
     except ImportError as error:
         raise MissingPackageError("pictures need torchvision: pip install 'neuron-allocator[zoo]'") from error
-    (side, *_) = as_inputs(example_inputs(args), model).tensors()[0].shape[-2:]
+    (side, *_) = as_inputs(example_inputs(args, model), model).tensors()[0].shape[-2:]
     steps = [v2.ToImage(), v2.Resize(side), v2.CenterCrop(side), v2.ToDtype(torch.float32, scale=True)]
     prepare: Callable[[Any], Tensor] = v2.Compose([*steps, v2.Normalize(_MEAN, _STD)])
     return prepare

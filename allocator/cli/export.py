@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     talk = Talk(args)
     model = open_model(args.model, args, talk)
     with talk.stage("exporting and comparing"):
-        exported = export(model, args.output, to=to, example_inputs=example_inputs(args))
+        exported = export(model, args.output, to=to, example_inputs=example_inputs(args, model))
     for note in exported.notes:
         talk.note(note)
     talk.result(_text(exported), {"model": args.model, **exported.to_dict()})

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from allocator.cli.arguments import UsageError
 from allocator.cli.talk import Talk
+from allocator.disk import existing
 from allocator.errors import FileError
+from allocator.settings import PREFIXES
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from allocator.cost.latency import Latency
@@ -21,11 +22,20 @@ if TYPE_CHECKING:
 
 def open_model(spec: str, args: argparse.Namespace, talk: Talk) -> nn.Module:
     """The model a MODEL argument stands for: a file if there is one of that name, else a named network."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # so that package.module:factory finds the user's own code
+    find_local_modules(args, spec, args.arch)
     if os.path.exists(spec) or not _is_name(spec):
         return _model_in_file(spec, args, talk)
     return _named_model(spec, args, talk)
+
+
+def find_local_modules(args: argparse.Namespace, *names: str | None) -> None:
+    """Let modules of the folder we are in be found, where --trust or a function's name says that they are meant."""
+    if (args.trust or any(_is_factory(name) for name in names if name)) and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def _is_factory(name: str) -> bool:
+    return _is_name(name) and name.partition(":")[0] not in PREFIXES and not os.path.exists(name)
 
 
 def _is_name(spec: str) -> bool:
@@ -36,16 +46,17 @@ def _is_name(spec: str) -> bool:
 def _model_in_file(path: str, args: argparse.Namespace, talk: Talk) -> nn.Module:
     if args.set:
         raise UsageError("--set goes with a named model, not with a file")
-    from allocator.io.files import load_model
-
     try:
-        with talk.stage(f"reading {path}"):
-            return load_model(path, arch=args.arch, trust=args.trust)
+        existing(path)  # said before torch is loaded, which takes seconds
     except FileError as error:
         # "resnet18" alone is more likely meant as a network's name than as a file's.
         if os.path.exists(path) or os.sep in path or "." in path:
             raise
         raise FileError(f"{error}; a named model has a prefix, as in torchvision:{path}") from error
+    from allocator.io.files import load_model
+
+    with talk.stage(f"reading {path}"):
+        return load_model(path, arch=args.arch, trust=args.trust)
 
 
 def _named_model(name: str, args: argparse.Namespace, talk: Talk) -> nn.Module:
@@ -60,17 +71,16 @@ def _named_model(name: str, args: argparse.Namespace, talk: Talk) -> nn.Module:
         return build(name, **dict(args.set))
 
 
-def example_inputs(args: argparse.Namespace, allocation: Allocation | None = None) -> tuple[torch.Tensor, ...] | None:
-    """Random inputs of the sizes asked for, else of those an allocation was made with, else None."""
+def example_inputs(args: argparse.Namespace, model: nn.Module, allocation: Allocation | None = None) -> Any:
+    """Inputs of the sizes asked for, else of those an allocation was made with, else None."""
     sizes = args.input_size
     if not sizes and allocation is not None:
         sizes = allocation.input_shapes
     if not sizes:
         return None
-    import torch
+    from allocator.tracing.inputs import inputs_of_sizes
 
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(tuple(size), generator=generator) for size in sizes)
+    return inputs_of_sizes(sizes, model)
 
 
 def measured(model: nn.Module, name: str, inputs: Any, args: argparse.Namespace, talk: Talk) -> Latency | None:

@@ -34,16 +34,20 @@ def check_suffix(path: str | None, suffixes: tuple[str, ...], what: str) -> None
 
 def write_model(result: Any, path: str) -> None:
     """Write a model that came out of an allocation, or a result, as pickle or as safetensors by the path's suffix."""
+    from torch import nn
+
     from allocator.io.files import RESULT_SUFFIX, save_model, save_result
 
     if Path(path).suffix == RESULT_SUFFIX:
         save_result(result, path)
     else:
-        save_model(getattr(result, "model", result), path)
+        save_model(result if isinstance(result, nn.Module) else result.model, path)
 
 
 def check_report(report: str | None, plot: str | None) -> None:
     """Usage error, before any work is done, where the name of a report or a picture does not say its format."""
+    if report is None and plot is None:
+        return
     from allocator.reporting import format_of
     from allocator.reporting.pictures import picture_format
 
@@ -70,10 +74,8 @@ def asked_format(args: argparse.Namespace) -> str:
 
 
 def _named_format(name: str | None, path: str | None) -> str:
+    if name is None and path is None:
+        return "rich"
     from allocator.reporting.render import check_format, format_of
 
-    if name is not None:
-        return check_format(name)
-    if path is not None:
-        return format_of(path)
-    return "rich"
+    return format_of(path) if name is None and path is not None else check_format(str(name))

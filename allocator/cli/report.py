@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocator.cli.arguments import (
+    UsageError,
     add_budget_options,
     add_command,
     add_input_options,
     add_latency_options,
+    add_layers_option,
     add_model_options,
     add_plan_options,
     add_report_options,
@@ -19,9 +21,11 @@ from allocator.cli.arguments import (
     plan_options,
 )
 from allocator.cli.data import add_data_options, data_options
+from allocator.cli.next_step import command
 from allocator.cli.opening import example_inputs, measured, open_model
 from allocator.cli.outputs import asked_format, check_outputs, check_report
 from allocator.cli.talk import Talk
+from allocator.cli.words import in_shell
 from allocator.errors import CriterionError
 
 if TYPE_CHECKING:
@@ -55,6 +59,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--blocks", type=_limit, default=None, metavar="N", help="list at most N blocks, 0 for all (default: 64)"
     )
+    add_layers_option(parser)
     add_plan_options(parser.add_argument_group("plan"))
     add_data_options(parser)
     add_latency_options(parser)
@@ -72,6 +77,8 @@ def _limit(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Trace the model, plan if there is a budget, and print or write the report."""
     format = asked_format(args)
+    if args.layers and format not in ("rich", "json"):
+        raise UsageError(f"--layers lists them as text, and --json holds them; {format} does not")
     check_report(None, args.plot)
     check_outputs(args, args.output, args.plot)
     talk = Talk(args)
@@ -86,17 +93,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _summary(args: argparse.Namespace, talk: Talk, format: str) -> Summary:
+    model = open_model(args.model, args, talk)
     from allocator.io.files import RESULT_SUFFIX, load_allocation
     from allocator.model_checks import check_model
     from allocator.pipeline.model import trace_model
     from allocator.reporting import with_origin
     from allocator.settings import Settings
 
-    model = open_model(args.model, args, talk)
     settings = Settings(**plan_options(args))
     seen = data_options(args, model)
     with talk.stage("tracing"):
-        graph = trace_model(check_model(model), example_inputs(args), settings, seen.get("data"))
+        graph = trace_model(check_model(model), example_inputs(args, model), settings, seen.get("data"))
     summary = _collected(args, talk, graph, settings, seen, format)
     if Path(args.model).suffix == RESULT_SUFFIX and Path(args.model).exists():
         summary = with_origin(summary, load_allocation(args.model))
@@ -128,7 +135,7 @@ def _collected(
             kept=found.plan.kept,
             optimality=found.plan.optimality(),
             curve=curve,
-            notes=[*notes, *found.notes],
+            notes=[*notes, *map(in_shell, found.notes)],
             latency=latency,
             latency_kept=_latency_kept(args, talk, found),
         )
@@ -164,7 +171,7 @@ def _scores(
     except CriterionError as error:
         if budgets(args):
             raise
-        notes.append(str(error))
+        notes.append(in_shell(str(error)))
         return None
 
 
@@ -178,20 +185,34 @@ def _latency_kept(args: argparse.Namespace, talk: Talk, found: Fitted) -> Latenc
 
 
 def _show(args: argparse.Namespace, talk: Talk, summary: Summary, format: str) -> None:
+    from rich.console import Group, RenderableType
+    from rich.text import Text
+
     from allocator.reporting import as_text, write
+    from allocator.reporting.layers import LayersText
     from allocator.reporting.rows import LIMIT
     from allocator.reporting.text import SummaryText
 
     limit: int | None = LIMIT
     if args.blocks is not None:
         limit = args.blocks or None  # 0 stands for all
+    layers: list[RenderableType] = []
+    if args.layers:
+        layers = [Text(), LayersText(summary.layers, summary.totals.flops, _left(summary))]
     if args.output is not None:
         with talk.stage(f"writing {args.output}"):
             write(summary, args.output, format, limit)
         talk.announce(f"report written to {args.output}")
     elif format == "rich":
-        talk.result(SummaryText(summary, limit), {})
+        talk.result(Group(SummaryText(summary, limit), *layers), {})
     else:
         with talk.stage(f"rendering {format}"):
             text = as_text(summary, format, limit)
         sys.stdout.write(text)
+    if format == "rich" and summary.neurons:
+        budget = {} if budgets(args) else {"flops": "60%"}
+        talk.announce(f"next: {command('allocate', args, **budget, output='small.pt', plot=None)}")
+
+
+def _left(summary: Summary) -> int:
+    return summary.totals.flops if summary.budget is None else summary.budget.totals.flops

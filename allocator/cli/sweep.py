@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             model,
             **budgets(args),
             **data_options(args, model),
-            example_inputs=example_inputs(args),
+            example_inputs=example_inputs(args, model),
             **plan_options(args),
             progress=update,
         )

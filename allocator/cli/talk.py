@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from allocator.cli.words import in_shell
 from allocator.errors import AllocatorWarning
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Talk:
 
     def note(self, text: str) -> None:
         """Something worth knowing, once, on stderr."""
+        text = in_shell(text)
         if text in self.notes:
             return
         self.notes.append(text)

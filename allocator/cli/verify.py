@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     with talk.stage(f"reading {args.small}"):
         small = _small(args, model)
     with talk.stage("verifying"):
-        certificate = verify(model, small, allocation, example_inputs=example_inputs(args, allocation))
+        certificate = verify(model, small, allocation, example_inputs=example_inputs(args, model, allocation))
     facts = {"model": args.model, "small": args.small, **certificate.to_dict()}
     talk.result(_text(certificate), facts)
     return 0 if certificate.ok else 1

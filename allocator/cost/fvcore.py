@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
 
 from allocator.errors import TraceError
+from allocator.logs import hidden
 from allocator.modules import set_training, skeleton
 from allocator.tracing.inputs import Inputs
 from allocator.tracing.isolation import undisturbed
@@ -78,7 +76,7 @@ def _analyse(model: nn.Module, inputs: Inputs, *, plain: bool) -> tuple[dict[str
     copied = set_training(skeleton(model, lambda _, t: t.detach().clone()), False)
     inputs = inputs.map(torch.clone)  # a forward may write into its inputs
     called = copied if plain and not inputs.kwargs else _Bound(copied, inputs.kwargs, plain)
-    with torch.no_grad(), undisturbed(model), _quiet():
+    with torch.no_grad(), undisturbed(model), hidden("fvcore.nn.jit_analysis", logging.WARNING):
         analysis = FlopCountAnalysis(called, tuple(inputs.args))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         analysis.set_op_handle("aten::matmul", _matmul_flops, "aten::_convolution_mode", _convolution_flops)
@@ -109,22 +107,3 @@ class _Bound(nn.Module):
     def forward(self, *args: object) -> object:
         output = self.model(*args, **self.kwargs)
         return output if self.plain else tuple(tensors_in(output))
-
-
-_counting: ContextVar[bool] = ContextVar("counting", default=False)
-
-
-def _is_said(record: logging.LogRecord) -> bool:
-    """Whether a message is an error's, or of a count that somebody else makes."""
-    return record.levelno >= logging.ERROR or not _counting.get()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """fvcore logs what it skips; the report lists it instead. Other threads' counts log as ever."""
-    logging.getLogger("fvcore.nn.jit_analysis").addFilter(_is_said)  # once, however often it is added
-    token = _counting.set(True)
-    try:
-        yield
-    finally:
-        _counting.reset(token)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from allocator import adapters
-from allocator.errors import NothingToAllocateError, RewriteError
+from allocator.errors import NothingToAllocateError, RewriteError, first_line
 from allocator.fitting.repair import Mends, repair
+from allocator.graph.build import elsewhere, without_forward
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.planning.plan import Plan
 from allocator.rewriting.allocation import Allocation
@@ -18,6 +21,8 @@ from allocator.verifying.structure import Mismatch, find_mismatch
 
 MAX_ROUNDS = 24
 Planner = Callable[[ChannelGraph], Plan]
+Hold = Callable[[np.ndarray], bool]
+"""Told of slots that stand in other places than they should: whether the next plan is another for that."""
 
 
 @dataclass
@@ -39,7 +44,7 @@ class Fitted:
     notes: list[str]
 
 
-def fit(graph: ChannelGraph, planner: Planner) -> Fitted:
+def fit(graph: ChannelGraph, planner: Planner, hold: Hold | None = None) -> Fitted:
     """Plan, trace the rewritten model on meta tensors, repair, until the structural check passes.
 
     Where the forward no longer fits, a module attribute that equals the old size is set to the new one for
@@ -49,14 +54,17 @@ def fit(graph: ChannelGraph, planner: Planner) -> Fitted:
     Args:
         graph: the model's neurons.
         planner: chooses neurons of a graph, of this one or of one in which fewer can go.
+        hold: of a planner that can leave single neurons as they are; asked before anything is repaired.
 
     Raises:
         RewriteError: no plan was found that runs.
     """
+    graph = elsewhere(graph)
     mends = Mends()
     notes: list[str] = []
     mismatch: Mismatch | None = None
-    for _ in range(MAX_ROUNDS):
+    rounds = 0
+    while rounds < MAX_ROUNDS:
         try:
             plan = planner(graph)
         except NothingToAllocateError as error:
@@ -68,16 +76,31 @@ def fit(graph: ChannelGraph, planner: Planner) -> Fitted:
         if mismatch is None:
             allocation = complete(_leave_alone(graph, plan, maps, mends, allocation), graph, plan)
             return Fitted(graph, plan, maps, with_configuration(graph, maps, allocation, notes), notes)
-        graph = repair(graph, plan, mismatch, mends, notes)
+        if hold is None or not hold(mismatch.misplaced):
+            graph, rounds = _repair(graph, plan, mismatch, mends, notes), rounds + 1
     raise RewriteError(
         f"the rewritten forward did not fit after {MAX_ROUNDS} plans; the last time at {mismatch}: "
         "exclude this module with exclude=[...], or register an adapter for its class (docs/extending.md)"
     )
 
 
+def _repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, notes: list[str]) -> ChannelGraph:
+    """As `repair`; in another mode or size than the example's, a forward that cannot fit is left out, and said so."""
+    which = mismatch.forward
+    if not which:
+        return repair(graph, plan, mismatch, mends, notes)
+    again = find_mismatch(graph, {}, graph.model)
+    if again is not None and again.forward == which:
+        return without_forward(graph, which, f"the original itself does not repeat its calls: {again}")
+    try:
+        return repair(graph, plan, mismatch, mends, notes)
+    except RewriteError as error:
+        return without_forward(graph, which, first_line(error))
+
+
 def check_structure(graph: ChannelGraph, maps: Maps, allocation: Allocation) -> Mismatch | None:
     """Trace the rewritten model on meta tensors and compare; None where it is the image of the original."""
-    on_meta = graph.flow.trace.mode == "meta"
+    on_meta = all(flow.trace.mode == "meta" for flow in graph.flows)
     small = materialise(graph.model, allocation, take_on_meta if on_meta else take)
     return find_mismatch(graph, maps, small, copied=on_meta)
 

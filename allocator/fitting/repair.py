@@ -15,7 +15,7 @@ from allocator.flow.facts import Attribute
 from allocator.flow.flow import Flow
 from allocator.flow.labels import FROZEN
 from allocator.flow.options import Options, Place
-from allocator.graph.build import build_graph
+from allocator.graph.build import rebuilt
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import lies_within
 from allocator.planning.plan import Plan
@@ -34,13 +34,13 @@ class Mends:
 
     Attributes:
         pieces: per attribute the labels whose kept count is its value; several arrays for one that holds several.
-        trial: the last ones, and the place (train mode, index) of the call that they are for.
+        trial: the last ones, and the place (forward, index) of the call that they are for.
         wrong: those that did not help there.
         notes: what was said of them, each with those that it is about.
     """
 
     pieces: dict[AttributeKey, tuple[np.ndarray, ...]] = field(default_factory=dict)
-    trial: tuple[tuple[bool, int], list[AttributeKey]] | None = None
+    trial: tuple[tuple[int, int], list[AttributeKey]] | None = None
     wrong: set[AttributeKey] = field(default_factory=set)
     notes: dict[str, list[AttributeKey]] = field(default_factory=dict)
 
@@ -48,7 +48,7 @@ class Mends:
         """All of them."""
         return [Attribute(path, name, pieces) for (path, name), pieces in self.pieces.items()]
 
-    def judge(self, place: tuple[bool, int]) -> None:
+    def judge(self, place: tuple[int, int]) -> None:
         """Take the last ones back if the forward got no further with them."""
         if self.trial is not None and place <= self.trial[0]:
             for key in self.trial[1]:
@@ -82,8 +82,8 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
     op = mismatch.op
     if op is None:
         raise RewriteError(f"the rewritten forward does not fit: {mismatch}")
-    flow = next(flow for flow in graph.flows if any(op is other for other in flow.trace.ops))
-    mends.judge((flow.trace.training, op.index))
+    flow = graph.flows[mismatch.forward]
+    mends.judge((mismatch.forward, op.index))
     mends.retract(notes)
     alike = _alike_modules(graph.modules, op.module)
     scene = _Scene(graph, flow, plan, mends)
@@ -106,7 +106,7 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
         options = _freeze(graph, flow, op, plan)
     mends.forget(alike)
     mends.retract(notes)
-    return build_graph(graph.model, graph.inputs, options)
+    return rebuilt(graph, options)
 
 
 # Attributes that follow -----------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def _mend(scene: _Scene, op: Op, owner: str) -> str | None:
         if again is not None:
             scene.mends.pieces[path, name] = again[1]
             fresh.append((path, name))
-    scene.mends.trial = (scene.flow.trace.training, op.index), fresh
+    scene.mends.trial = (scene.graph.flows.index(scene.flow), op.index), fresh
     return name
 
 
@@ -161,7 +161,7 @@ def _attribute_of_size(
     stays = scene.graph.stays(scene.plan.kept)
     taken = _taken(scene, owner, module)
     for label in _labels_of(scene.flow, op):
-        if stays[label].all():
+        if (stays[label] == 1).all():
             continue
         for name, current in vars(module).items():
             if name in taken or (only is not None and name != only):
@@ -171,7 +171,7 @@ def _attribute_of_size(
                 return name, (label,)
     for name, current in vars(module).items():
         pieces = None if name in taken or only not in (None, name) else _dims_of_sizes(scene.flow, op, current)
-        if pieces is not None and not all(stays[piece].all() for piece in pieces):
+        if pieces is not None and not all((stays[piece] == 1).all() for piece in pieces):
             return name, pieces
     return None
 
@@ -211,12 +211,15 @@ def _labels_of(flow: Flow, op: Op) -> Iterable[np.ndarray]:
 def _freeze(graph: ChannelGraph, flow: Flow, op: Op, plan: Plan) -> Options:
     """Keep the neurons at a call; where it loses none (a number in it changed), those at the last before it.
 
+    What its module does comes first, also what it would do next: a module may check its sizes before it does anything.
     The same call is meant in all modules of the class; where one of them is named a second time, all its calls.
     """
     stays = graph.stays(plan.kept)
     ops = flow.trace.ops
-    for culprit in (op, *ops[: op.index][::-1], *ops[op.index :]):
-        if any(not stays[label].all() for label in _labels_of(flow, culprit)):
+    nearest = [*ops[: op.index][::-1], *ops[op.index :]]
+    within = [other for other in nearest if not op.module or lies_within(other.module, [op.module])]
+    for culprit in (op, *within, *nearest):
+        if any((stays[label] != 1).any() for label in _labels_of(flow, culprit)):
             break
     else:
         raise RewriteError(f"the rewritten forward does not fit at {op}, though all its neurons stay")

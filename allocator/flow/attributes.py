@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -64,13 +66,35 @@ def attributes_of_sizes(
     return [Attribute(path, name, (piece,)) for name, piece in zip(singles, pieces, strict=True)]
 
 
+def not_told_apart(
+    module: nn.Module, sizes: object, pieces: Sequence[np.ndarray]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of parts of a split that have to stay equal, as the adapter gives one number where the call lists two."""
+    if not isinstance(sizes, (list, tuple)):
+        return []  # one number may become a list of them
+    known = Counter(_known(module))
+    pairs, alike = [], dict[int, list[np.ndarray]]()
+    for piece in pieces:
+        alike.setdefault(len(piece), []).append(piece)
+    for size, parts in alike.items():
+        if 0 < known[size] < len(parts):
+            pairs += [(part, parts[0]) for part in parts[1:]]
+    return pairs
+
+
 def _declared(module: nn.Module, sizes: object) -> bool:
     """Whether the module's adapter says how these sizes follow the channels."""
+    known = set(_known(module))
+    return bool(known) and known.issuperset(sizes if isinstance(sizes, (list, tuple)) else [sizes])
+
+
+def _known(module: nn.Module) -> list[Any]:
+    """The numbers that the module's adapter gives."""
     adapter = adapters.find(module)
     if adapter is None or adapter.sizes is None:
-        return False
-    known = set(tree_flatten(adapters.sizes_of("", module, adapter))[0])
-    return known.issuperset(sizes if isinstance(sizes, (list, tuple)) else [sizes])
+        return []
+    numbers: list[Any] = tree_flatten(adapters.sizes_of("", module, adapter))[0]
+    return numbers
 
 
 def _same_sizes(value: object, sizes: object) -> bool:

@@ -1,15 +1,18 @@
 """What the operator rules note of a model: what goes together, what must stay, what writes and reads its neurons.
 
-`Tie`, `Frozen` and `AtLeast` are the constraints of a plan. Whatever forbids something says so with one of these,
-whether a rule found it, a repair, or the caller asked for it.
+`Tie`, `Frozen`, `AtLeast` and `Multiple` are the constraints of a plan. Whatever forbids something says so with one of
+these, whether a rule found it, a repair, or the caller asked for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+
+from allocator.flow.labels import FROZEN
 
 
 class Tie(NamedTuple):
@@ -34,6 +37,14 @@ class AtLeast(NamedTuple):
     label: np.ndarray
     module: str
     minimum: int = 1
+
+
+class Multiple(NamedTuple):
+    """How many of these slots stay is a multiple of `of`, because of what runs in a module."""
+
+    label: np.ndarray
+    module: str
+    of: int
 
 
 class Written(NamedTuple):
@@ -76,6 +87,7 @@ class Facts:
         computed_ties: those of them that lie in weights which the forward computes from others.
         frozen: what must stay.
         at_least: of what some must stay.
+        multiples: of what a multiple of a number must stay, or all.
         written: neurons, by the parameters that write them; only these can be removed.
         read: slots of parameters along which they are contracted with an activation.
         multiplied: slots of activations that are contracted with one another, where no weight reads them.
@@ -90,6 +102,7 @@ class Facts:
     computed_ties: list[Tie] = field(default_factory=list)
     frozen: list[Frozen] = field(default_factory=list)
     at_least: list[AtLeast] = field(default_factory=list)
+    multiples: list[Multiple] = field(default_factory=list)
     written: list[Written] = field(default_factory=list)
     read: list[np.ndarray] = field(default_factory=list)
     multiplied: list[np.ndarray] = field(default_factory=list)
@@ -98,3 +111,60 @@ class Facts:
     groups: dict[str, np.ndarray] = field(default_factory=dict)
     refused: dict[str, list[str]] = field(default_factory=dict)
     advice: dict[str, str] = field(default_factory=dict)
+
+    def with_others(self, others: Iterable[Facts], component: np.ndarray) -> Facts:
+        """These facts and what other forwards of the model ask for beyond them; these themselves where that is nothing.
+
+        Args:
+            others: what was noted of the other forwards.
+            component: (slots,) which of them go together by these facts, that of `FROZEN` for those that must stay.
+        """
+        added = [self._beyond(other, component) for other in others]
+        if not any(any(vars(each).values()) for each in added):
+            return self
+        merged: dict[str, Any] = {name: value.copy() for name, value in vars(self).items()}
+        for each in added:
+            for name, value in vars(each).items():
+                merged[name] = {**value, **merged[name]} if isinstance(value, dict) else [*merged[name], *value]
+        return Facts(**merged)
+
+    def _beyond(self, other: Facts, component: np.ndarray) -> Facts:
+        """What another forward asks for beyond these facts."""
+        loose = [tie for tie in other.ties if not np.array_equal(component[tie.a], component[tie.b])]
+        computed = {id(tie) for tie in other.computed_ties}
+        must_stay, attributes = component[FROZEN], {(each.module, each.name) for each in self.attributes}
+        return Facts(
+            ties=[tie._replace(op=-1) for tie in loose],  # a tie's call is one of the first forward's
+            computed_ties=[tie._replace(op=-1) for tie in loose if id(tie) in computed],
+            frozen=[each for each in other.frozen if (component[each.label] != must_stay).any()],
+            at_least=_unknown(self.at_least, other.at_least),
+            written=_unknown(self.written, other.written),
+            read=_beyond_slots(self.read, other.read, len(component)),
+            multiplied=_beyond_slots(self.multiplied, other.multiplied, len(component)),
+            gammas=_unknown(self.gammas, other.gammas),
+            attributes=[each for each in other.attributes if (each.module, each.name) not in attributes],
+            groups={name: label for name, label in other.groups.items() if name not in self.groups},
+            refused={name: paths for name, paths in other.refused.items() if name not in self.refused},
+            advice={kind: text for kind, text in other.advice.items() if kind not in self.advice},
+        )
+
+
+F = TypeVar("F", AtLeast, Written, Gamma)
+
+
+def _unknown(own: list[F], further: list[F]) -> list[F]:
+    """Those that one does not have oneself."""
+    known = {_key(each) for each in own}
+    return [each for each in further if _key(each) not in known]
+
+
+def _key(fact: AtLeast | Written | Gamma) -> tuple[object, ...]:
+    return (np.unique(fact.label).tobytes(), *fact[1:])  # of a batch, heads are told as often as there are samples
+
+
+def _beyond_slots(own: list[np.ndarray], further: list[np.ndarray], total: int) -> list[np.ndarray]:
+    """Those of these arrays of slots that hold one that is in none of one's own."""
+    known = np.zeros(total, dtype=bool)
+    for label in own:
+        known[label] = True
+    return [label for label in further if not known[label].all()]

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from allocator.adapters import how_to
-from allocator.flow.attributes import attributes_of_groups, attributes_of_sizes
+from allocator.flow.attributes import attributes_of_groups, attributes_of_sizes, not_told_apart
 from allocator.flow.facts import AtLeast, Facts, Frozen, Gamma, Tie, Written
 from allocator.flow.labels import Label, Labels, Slots
 from allocator.flow.options import Options, Place, places_of
@@ -42,6 +42,8 @@ class Flow:
         facts: what must stay or go together.
         options: how channels are followed.
         active: values that depend on the model's inputs.
+        picked: those of them that are parts of parameters, where only which of them depends on the inputs (the matrices
+            of a token's experts).
         uniform: values that are the same everywhere, so that they fit any channels.
         joins: where branches meet, in order.
         grouped: per call of a grouped convolution or norm whose groups come and go whole, one slot per group.
@@ -56,6 +58,7 @@ class Flow:
                 written_down.update(op.reads)
         unnamed = {i for i, value in enumerate(trace.values) if value.name is None}
         self.active = unnamed - produced - written_down
+        self.picked: set[int] = set()
         self.uniform: set[int] = set()
         self.joins: list[Join] = []
         self.grouped: dict[int, np.ndarray] = {}
@@ -81,9 +84,18 @@ class Flow:
             self._labels[index] = labels
         return labels
 
+    def is_activation(self, index: int) -> bool:
+        """Whether a value's numbers depend on the model's inputs."""
+        return index in self.active and index not in self.picked
+
     def statistics_from_batch(self, op: Op) -> bool:
         """Whether a batch norm runs in training mode outside a model in train mode (weight standardisation)."""
         return bool(op.arg("training")) and not self.trace.training
+
+    def is_one_stream(self, join: Join) -> bool:
+        """Whether all that is summed is the same channels (a rotary embedding turns them): no branches meet there."""
+        first, *others = (self.labels(value)[join.dim] for value in join.inputs)
+        return all(first is not None and label is not None and np.array_equal(first, label) for label in others)
 
     @cached_property
     def places(self) -> list[Place]:
@@ -171,12 +183,11 @@ class Flow:
         self._note_use(x, op)
         self._note_use(weight, op)
         if weight is not None:
-            activation = weight_value in self.active
-            (self.facts.multiplied if activation else self.facts.read).append(weight)
+            (self.facts.multiplied if self.is_activation(weight_value) else self.facts.read).append(weight)
 
     def multiply(self, *values: int) -> None:
         """A matrix product of two activations."""
-        if self.active.issuperset(values):
+        if all(map(self.is_activation, values)):
             for value in values:
                 for label in self.labels(value):
                     if label is not None:
@@ -198,7 +209,7 @@ class Flow:
         """Labels of neurons that a parameter writes; they are what can be removed."""
         if not self.active.isdisjoint(op.inputs()):
             self._note_use(label, op)
-        if label is not None and weight_value not in self.active:
+        if label is not None and not self.is_activation(weight_value):
             self.facts.written.append(Written(label, op.module))
             self.floor(label, op)
 
@@ -278,6 +289,8 @@ class Flow:
             return False
         attributes = attributes_of_sizes(op.module, module, literal, pieces)
         self.facts.attributes += attributes or ()
+        for part, first in not_told_apart(module, literal, pieces):
+            self.tie(part, first, op)
         return attributes is not None
 
     def fix_sizes(self, label: np.ndarray, op: Op, sizes: Sequence[int]) -> None:

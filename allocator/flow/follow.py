@@ -41,6 +41,8 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
         frozen = len(facts.frozen)
         if not flow.active.isdisjoint(op.inputs()):
             flow.active.update(op.outputs)
+        if op.operator.gives_views and flow.picked.issuperset(op.inputs()):
+            flow.picked.update(op.outputs)
         rule = op.declared.rule
         if rule is None:
             flow.refuse(op, "no rule for this operator")
@@ -54,7 +56,7 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
         if op.index in unused:
             del facts.frozen[frozen:]
     flow.freeze_computed_weights()
-    for index in trace.outputs:
+    for index in _unread(trace) if trace.unfinished else trace.outputs:
         flow.freeze_output(index)
     return flow
 
@@ -64,9 +66,15 @@ def _unused(trace: Trace) -> set[int]:
 
     They may come to anything. Where a forward reads values, these may decide its path: then all calls count.
     """
-    if trace.mode != "meta" or not trace.outputs:
+    if trace.mode != "meta" or trace.unfinished or not trace.outputs:
         return set()
     return {op.index for op in trace.ops}.difference(op.index for op in trace.live())
+
+
+def _unread(trace: Trace) -> set[int]:
+    """What a forward that raised had made and not read yet: what it would have returned is among it."""
+    made = {i for op in trace.ops for i in (op.outputs if op.takes_apart() or op.declared.splits else op.outputs[:1])}
+    return made.difference(*(op.reads for op in trace.ops))
 
 
 def value_dependent(trace: Trace) -> set[int]:

@@ -350,7 +350,11 @@ Input = tuple[int, int]
 def _merged(flow: Flow, calls: nx.DiGraph) -> Iterator[tuple[Join, list[Input]]]:
     """Joins with their inputs; one that only feeds another of its kind is part of it."""
     writers = {(data["value"], target): source for source, target, data in calls.edges(data=True)}
-    joins = {join.op: join for join in flow.joins if join.kind != "groups"}
+    joins = {
+        join.op: join
+        for join in flow.joins
+        if join.kind != "groups" and not (join.kind == "sum" and flow.is_one_stream(join))
+    }
     inputs: dict[int, list[Input]] = {}
     for index, join in joins.items():
         inputs[index] = [(value, writers[value, index]) for value in join.inputs if (value, index) in writers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,64 +11,60 @@ from torch import nn
 import allocator.operators  # noqa: F401  (declares the operators)
 from allocator import adapters
 from allocator.errors import InputError
-from allocator.flow.facts import Attribute, Facts, Frozen, Gamma, Tie
+from allocator.flow.facts import Attribute, Facts, Frozen, Gamma, Multiple, Tie
 from allocator.flow.flow import Flow
 from allocator.flow.follow import run_rules
 from allocator.flow.labels import Slots
 from allocator.flow.options import Options
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.graph.fixed_maps import freeze_beyond_fixed_maps
 from allocator.graph.neurons import number_neurons
 from allocator.graph.selection import as_items, selected
 from allocator.modules import attribute_of, tensor_names
 from allocator.tracing.calls import Trace
+from allocator.tracing.forwards import Forwards, more_forwards, usual_forwards
 from allocator.tracing.inputs import Inputs
-from allocator.tracing.record import ForwardError, record, trace_forward
-from allocator.tracing.value_sized import value_sized
 
 
-def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None) -> ChannelGraph:
+def build_graph(
+    model: nn.Module, inputs: Inputs, options: Options | None = None, forwards: Forwards | None = None
+) -> ChannelGraph:
     """Trace `model` and follow its channels.
 
     Args:
         model: any module that can be traced; it is not changed.
         inputs: example inputs.
         options: how channels are followed.
+        forwards: what was recorded of it before.
 
     Raises:
         TraceError: the forward raised.
     """
-    trace = trace_forward(model, inputs)
-    tensors = tensor_names(model)
+    forwards = usual_forwards(model, inputs) if forwards is None else forwards
+    trace, *others = forwards.traces
+    tensors = tensor_names(model, trace.modules)
     slots = Slots.of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    notes = [inputs.assumed] if inputs.assumed else []
     flow, facts, options = _follow(trace, slots, options or Options())
-    training_flow = None
-    # A buffer without dims (a counter) has no channels to lose.
-    learned = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter) or tensor.dim()}
-    unused = learned - {value.name for value in trace.values}
-    if unused and trace.mode == "meta":
-        try:
-            training = record(model, inputs, training=True)
-            training_flow = run_rules(training, slots, facts, options)
-        except ForwardError as error:
-            notes.append(f"parameters and buffers used in train mode only stay as they are: {error}")
-    by_value = sorted({op.name for op in value_sized(trace)})
-    if by_value:
-        notes.append(f"results whose size depends on values count at their largest ({', '.join(by_value)})")
-    notes += facts.advice.values()
+    _freeze_misfits(flow, options)
+    _freeze_for_unseen(flow, forwards.unseen)
     facts.attributes += _declared_widths(flow)
+    flows = _follow_others(others, slots, options)
+    if flows:
+        facts = facts.with_others([other.facts for other in flows], number_neurons(slots, facts)[0])
+    notes = [*forwards.notes, *facts.advice.values()]
     for name in adapters.norm_scales(trace.modules):
         facts.gammas.append(Gamma(slots.labels(name)[0], name))
+    for path, name, dim, of in adapters.multiples(trace.modules):
+        facts.multiples.append(Multiple(slots.labels(name)[dim], path, of))
     _heed_the_caller(model, options, slots, facts)
     _freeze_answers(trace.modules, slots, facts)
-    for each in (flow, training_flow):
-        if each is not None and options.frozen:
-            _freeze_misfits(each, options)
+    _spare(model, trace.modules, options, slots, facts)
+    freeze_beyond_fixed_maps(tensors, slots, facts)
     component, unit_of_slot, size = number_neurons(slots, facts)
     return ChannelGraph(
         model,
         flow,
-        training_flow,
+        tuple(flows),
         slots,
         facts,
         inputs,
@@ -78,7 +74,45 @@ def build_graph(model: nn.Module, inputs: Inputs, options: Options | None = None
         unit_of_slot,
         size,
         notes,
+        forwards,
     )
+
+
+def elsewhere(graph: ChannelGraph) -> ChannelGraph:
+    """The graph with forwards in other modes, batches and sizes, so that what is planned on it holds there too."""
+    if graph.wider is None:
+        forwards = more_forwards(graph.model, graph.forwards)
+        flows = _follow_others(forwards.traces[len(graph.flows) :], graph.slots, graph.options)
+        if graph.facts.with_others([flow.facts for flow in flows], graph.component) is graph.facts:
+            wider = replace(graph, others=(*graph.others, *flows), forwards=forwards)
+        else:
+            wider = build_graph(graph.model, graph.inputs, graph.options, forwards)
+            wider.notes[:] = dict.fromkeys([*graph.notes, *wider.notes])
+            wider.speed = graph.speed
+        graph.wider = wider.wider = wider
+    return graph.wider
+
+
+def without_forward(graph: ChannelGraph, which: int, why: str) -> ChannelGraph:
+    """The graph without one of its flows, in whose mode or size a result need not work."""
+    others = [*graph.others[: which - 1], *graph.others[which:]]
+    forwards = graph.forwards.without(graph.flows[which].trace, why)
+    narrower = replace(graph, others=tuple(others), forwards=forwards)
+    narrower.wider = narrower
+    return narrower
+
+
+def rebuilt(graph: ChannelGraph, options: Options) -> ChannelGraph:
+    """The graph of the same forwards with other options."""
+    return build_graph(graph.model, graph.inputs, options, graph.forwards)
+
+
+def _follow_others(traces: Iterable[Trace], slots: Slots, options: Options) -> list[Flow]:
+    """The flows of further forwards, each with facts of its own, as the views of each split dims."""
+    flows = [_follow(trace, slots, replace(options, heads=None, channels={}))[0] for trace in traces]
+    for flow in flows:
+        _freeze_misfits(flow, options)
+    return flows
 
 
 def _follow(trace: Trace, slots: Slots, options: Options) -> tuple[Flow, Facts, Options]:
@@ -149,9 +183,31 @@ def _freeze_answers(modules: Mapping[str, nn.Module], slots: Slots, facts: Facts
             facts.frozen.append(Frozen(slots.labels(name)[0], path, "a head of the model"))
 
 
+def _spare(model: nn.Module, modules: Mapping[str, nn.Module], options: Options, slots: Slots, facts: Facts) -> None:
+    """Layers that are none of the model's own (an adapter's rank) keep their outputs, unless the caller means them."""
+    spared = [f"{path}.weight" for path in adapters.spared_layers(modules)]
+    included = selected(model, options.include) if spared else set()
+    for name in spared:
+        if name in slots.shapes and name not in included:
+            facts.frozen.append(Frozen(slots.labels(name)[0], "", "part of an adapter, and not included by name"))
+
+
+def _freeze_for_unseen(flow: Flow, names: Collection[str]) -> None:
+    """What a layer could read that runs in train mode only, where no forward could be recorded: dims of its size."""
+    for name in names:
+        shape = flow.slots.shapes[name]
+        if len(shape) < 2 or not name.endswith("weight"):
+            continue
+        for value in range(len(flow.trace.values)) if len(shape) > 1 else ():
+            for label in flow.labels(value):
+                if value in flow.active and label is not None and len(label) == shape[1]:
+                    reason = f"{name} may read them in train mode, which could not be traced"
+                    flow.facts.frozen.append(Frozen(label, "", reason))
+
+
 def _freeze_misfits(flow: Flow, options: Options) -> None:
     """What a repair found: calls at which the rewritten forward does not fit unless their neurons stay."""
-    for op, place in zip(flow.trace.ops, flow.places, strict=True):
+    for op, place in zip(flow.trace.ops, flow.places, strict=True) if options.frozen else ():
         if options.freezes(place):
             for value in (*op.inputs(), *op.outputs):
                 for label in flow.labels(value):

@@ -16,16 +16,18 @@ from allocator.cost.metric import Metric
 from allocator.cost.peak import PeakMetric, live_terms
 from allocator.cost.size import activation_terms, parameter_terms
 from allocator.cost.speed import LatencyMetric, Speed, speed_terms
-from allocator.errors import UnknownNameError, none_of
+from allocator.errors import UnknownNameError, none_of, plural
 from allocator.flow.facts import Facts
-from allocator.flow.flow import Flow, Join
+from allocator.flow.flow import Flow
 from allocator.flow.follow import value_dependent
-from allocator.flow.labels import Slots
+from allocator.flow.labels import FROZEN, Slots
 from allocator.flow.options import Options
 from allocator.graph.blocks import Block, call_graph, find_blocks, mean_gamma
+from allocator.graph.neurons import components
 from allocator.model_checks import undone_by
 from allocator.modules import modules_of, tensor_names
 from allocator.shown import Shown
+from allocator.tracing.forwards import Forwards
 from allocator.tracing.inputs import Inputs
 
 BRANCHES, INNER, ALL = 0, 1, 2
@@ -62,7 +64,7 @@ class ChannelGraph(Shown):
     Attributes:
         model: the model it was made for, by reference.
         flow: labels of the eval-mode forward.
-        training_flow: labels of the train-mode forward, where parts of the model run only there.
+        others: labels of the forwards in other modes, batches and sizes.
         slots: numbers of all parameters' indices.
         facts: what the operator rules noted.
         inputs: the inputs it was traced with.
@@ -72,12 +74,14 @@ class ChannelGraph(Shown):
         unit_of_slot: neuron of each slot, or -1 where it must stay.
         size: number of neurons.
         notes: what was assumed.
+        forwards: what was recorded.
         speed: how long the model's modules take, where that was measured.
+        wider: the graph with forwards in other modes and sizes too, once it was made.
     """
 
     model: nn.Module = field(repr=False)
     flow: Flow
-    training_flow: Flow | None
+    others: tuple[Flow, ...]
     slots: Slots
     facts: Facts
     inputs: Inputs
@@ -87,7 +91,9 @@ class ChannelGraph(Shown):
     unit_of_slot: np.ndarray = field(repr=False)
     size: int
     notes: list[str]
+    forwards: Forwards = field(repr=False)
     speed: Speed | None = None
+    wider: ChannelGraph | None = field(default=None, repr=False)
     _metrics: dict[str, Metric] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
@@ -125,8 +131,13 @@ class ChannelGraph(Shown):
 
     @cached_property
     def flows(self) -> list[Flow]:
-        """The labels of every forward that was traced: in eval mode, and in train mode where that is another."""
-        return [self.flow] if self.training_flow is None else [self.flow, self.training_flow]
+        """The labels of every forward that was traced, in eval mode with the example inputs first."""
+        return [self.flow, *self.others]
+
+    @property
+    def training_flow(self) -> Flow | None:
+        """Labels of a train-mode forward, where one was traced to its end."""
+        return next((flow for flow in self.others if flow.trace.training and not flow.trace.unfinished), None)
 
     # Cost ---------------------------------------------------------------------------------------
 
@@ -197,9 +208,27 @@ class ChannelGraph(Shown):
         return units[units >= 0]
 
     def stays(self, kept: np.ndarray) -> np.ndarray:
-        """(slots,) bool: which slots stay when the neurons with `kept` true, (neurons,) bool, are kept."""
+        """(slots,) bool: which slots stay when the neurons with `kept` true, (neurons,) bool, are kept.
+
+        Of a wider network, where `kept` is (neurons,) int: how many there are of each slot.
+        """
         # A slot that is no neuron's has -1 for one, and so takes the last entry.
         return np.append(kept, True)[self.unit_of_slot]
+
+    @cached_property
+    def reads(self) -> np.ndarray:
+        """(slots,) bool: those along which a weight is contracted with an activation, and so reads a neuron.
+
+        Of a weight that the forward adds up from several (W + B @ A), those of all of them.
+        """
+        slots = np.zeros(self.slots.total, dtype=bool)
+        for label in self.facts.read:
+            slots[label] = True
+        if self.facts.computed_ties:
+            together = components(self.slots.total, [(tie.a, tie.b) for tie in self.facts.computed_ties])
+            slots = np.isin(together, np.unique(together[slots]))
+        slots[FROZEN] = False
+        return slots
 
     @property
     def everything(self) -> np.ndarray:
@@ -225,17 +254,12 @@ class ChannelGraph(Shown):
         scope = np.full(self.size, INNER)
         for kinds, level in ((("sum",), ALL), (("concat", "groups"), BRANCHES)):
             for join in self.flow.joins:
-                if join.kind not in kinds or (join.kind == "sum" and self._is_one_stream(join)):
+                if join.kind not in kinds or (join.kind == "sum" and self.flow.is_one_stream(join)):
                     continue
                 given = self.flow.trace.ops[join.op].outputs if join.kind == "groups" else ()
                 for value in (*join.inputs, *given):
                     scope[self.units(self.flow.labels(value)[join.dim])] = level
         return scope
-
-    def _is_one_stream(self, join: Join) -> bool:
-        """Whether all that is summed is the same channels (a rotary embedding turns them): no residual stream."""
-        first, *others = (self.flow.labels(value)[join.dim] for value in join.inputs)
-        return all(first is not None and label is not None and np.array_equal(first, label) for label in others)
 
     @cached_property
     def pool_of(self) -> np.ndarray:
@@ -286,13 +310,21 @@ class ChannelGraph(Shown):
             undone = undone_by(module, self.modules)
             hint = f"; {undone} undoes it" if undone and undone not in said else ""
             said.add(undone)
-            lines.append(f"{reason}{f' in {module}' if module else ''} ({count} channels{hint})")
+            lines.append(f"{reason}{f' in {module}' if module else ''} ({plural(count, 'channel')}{hint})")
         return lines
 
     def _frozen(self) -> Counter[tuple[str, str]]:
-        count: Counter[tuple[str, str]] = Counter()
+        """Channels per reason and module: those among its slots that are written; where none is, those of one dim."""
+        written = np.zeros(self.slots.total, dtype=bool)
+        for each in self.facts.written:
+            written[each.label] = True
+        labels: dict[tuple[str, str], list[np.ndarray]] = {}
         for label, module, reason in self.facts.frozen:
-            count[reason, module] += len(label)
+            labels.setdefault((reason, module), []).append(label)
+        count: Counter[tuple[str, str]] = Counter()
+        for key, found in labels.items():
+            slots = np.unique(np.concatenate([label.reshape(-1) for label in found]))
+            count[key] = int(written[slots].sum()) or max(len(np.unique(label)) for label in found)
         return count
 
     def share(self) -> float:

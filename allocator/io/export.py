@@ -118,7 +118,8 @@ def export(
     inputs = _example(network, example_inputs).map(lambda t: t.cpu())
     network = skeleton(network, lambda _, t: t.detach().cpu()).eval()
     with _quiet(), write_atomically(path) as temporary:
-        program, fixed = _exported(network, inputs)
+        # A copy is exported, as a forward may keep what it computed in its modules: there that has no values.
+        program, fixed = _exported(skeleton(network, lambda _, t: t), inputs)
         sizes = (1,) if fixed else tuple(batches)
         named = temporary.with_name(temporary.name + FORMATS[to])  # the writers go by the suffix
         try:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from allocator import adapters
 from allocator.arguments import checked
 from allocator.disk import PathLike, check_writable, existing, shorten, write_atomically, write_text
 from allocator.errors import FileError, a_kind
@@ -55,7 +56,7 @@ PROGRAM_SUFFIXES = (".pt2", ".onnx", ".torchscript", ".ts")
 
 @checked
 def save_model(model: nn.Module, path: PathLike) -> None:
-    """Write a model as a pickled module, the way ``torch.save(model, path)`` does.
+    """Write a model as a pickled module, the way ``torch.save(model, path)`` does, or as its library does.
 
     Raises:
         FileError: the suffix is not ``.pt`` or ``.pth``, the place cannot be written to, or the model holds
@@ -65,7 +66,7 @@ def save_model(model: nn.Module, path: PathLike) -> None:
         raise FileError(f"cannot save a model as {path}: use .pt or .pth, or .safetensors for a result")
     with write_atomically(path) as temporary:
         try:
-            torch.save(model, temporary)
+            torch.save(adapters.checkpoint(adapters.network_of(model)), temporary)
         except OSError:
             raise
         except pickle.PicklingError as error:
@@ -121,9 +122,13 @@ def _load_safetensors(file: Path, arch: str | None, trust: bool) -> nn.Module:
 
 def _unwrap(found: Any) -> Any:
     """A module out of a checkpoint dictionary or a DataParallel wrapper, where there is one."""
-    if isinstance(found, dict) and isinstance(found.get("model"), nn.Module):
-        found = found["model"]
-    return found.module if isinstance(found, nn.DataParallel) else found
+    if isinstance(found, dict):
+        for key in ("ema", "model"):  # the averaged weights are those that are used
+            if isinstance(found.get(key), nn.Module):
+                found = found[key]
+                break
+    found = found.module if isinstance(found, nn.DataParallel) else found
+    return adapters.opened(found) if isinstance(found, nn.Module) else found
 
 
 def _state_dict(found: Any) -> dict[str, torch.Tensor] | None:

@@ -1,4 +1,4 @@
-"""Build any model by name: ``torchvision:``, ``timm:``, ``recipe:``, ``hf:``, ``package.module:factory``."""
+"""Build any model by name: with a library's prefix, such as ``torchvision:``, or ``package.module:factory``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from torch import nn
 
 from allocator.arguments import checked
 from allocator.errors import UnknownNameError, UnsupportedModelError, a_kind, unknown
+from allocator.settings import PREFIXES
 
 BUILD_ATTRIBUTE = "_allocator_build"
 """Attribute of a built model: ``{"name": str, "kwargs": dict}``, how to build its like."""
 
 # They say which weights to load, not how the network looks: its like is built without them.
 _FETCHING_KWARGS = ("pretrained", "weights", "weights_backbone", "checkpoint_path")
-# In the order in which messages list them.
-_PREFIXES = ("torchvision", "timm", "recipe", "hf")
 # What rooms above this one build; what has another prefix is built by the adapter of that name.
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 
@@ -34,8 +33,8 @@ def register_builder(prefix: str, builder: Callable[..., nn.Module]) -> None:
     Raises:
         ValueError: the prefix has a builder already, or is none that messages list.
     """
-    if prefix in _BUILDERS or prefix not in _PREFIXES:
-        raise ValueError(f"{prefix}: has a builder already, or is not one of {', '.join(_PREFIXES)}")
+    if prefix in _BUILDERS or prefix not in PREFIXES:
+        raise ValueError(f"{prefix}: has a builder already, or is not one of {', '.join(PREFIXES)}")
     _BUILDERS[prefix] = builder
 
 
@@ -45,8 +44,9 @@ def build(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: ``torchvision:resnet50``, ``timm:res2net50_26w_4s``, ``recipe:scalenet50``,
-            ``hf:ResNetConfig`` or ``hf:./folder``, or ``package.module:factory``. Of a folder that transformers wrote
-            the class and the weights are read that lie there, and the widths where the model was allocated.
+            ``hf:ResNetConfig`` or ``hf:./folder``, ``ultralytics:yolo11n``, or ``package.module:factory``. Of a folder
+            that transformers wrote the class and the weights are read that lie there, and the widths where the model
+            was allocated.
         **kwargs: passed to the library's own constructor. Weights are random, but for those of a folder, unless one
             of these asks for pretrained ones (``weights="DEFAULT"`` for torchvision, ``pretrained=True`` for timm).
 
@@ -64,7 +64,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     model: Any
     if prefix in _BUILDERS:
         model = _BUILDERS[prefix](what, **kwargs)
-    elif prefix in _PREFIXES:
+    elif prefix in PREFIXES:
         model = importlib.import_module(f"allocator.adapters.{prefix}").build(what, kwargs)
     else:
         model = _build_from_factory(prefix, what, kwargs)
@@ -101,7 +101,7 @@ def _build_from_factory(module_name: str, attribute: str, kwargs: dict[str, Any]
 
 
 def _imported(module_name: str) -> ModuleType:
-    unknown_name = UnknownNameError(unknown("prefix or module", module_name, _PREFIXES))
+    unknown_name = UnknownNameError(unknown("prefix or module", module_name, PREFIXES))
     if module_name.startswith("."):  # relative to nothing
         raise unknown_name
     try:
@@ -115,5 +115,5 @@ def _imported(module_name: str) -> ModuleType:
 
 
 def _no_prefix(name: str) -> str:
-    prefixes = ", ".join(f"{prefix}:" for prefix in _PREFIXES)
+    prefixes = ", ".join(f"{prefix}:" for prefix in PREFIXES)
     return f"{name!r} is not a model name: it needs a prefix ({prefixes} or package.module:factory)"

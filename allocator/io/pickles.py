@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
+from allocator import adapters
 from allocator.errors import FileError, UnsafeFileError, UnsupportedModelError, first_line
 from allocator.io.archives import check_archive, damaged, inner_names, is_zip
 from allocator.io.pickle_rehearsal import LEGACY_PICKLES, LEGACY_START, refused_calls
@@ -257,6 +258,9 @@ def _is_trusted_module_class(found: Any) -> bool:
     return home.startswith(_TRUSTED_MODULES) and not home.startswith(_DISTRUSTED_MODULES)
 
 
+_OF_A_SCRIPT = "a class of the script that was run, which lies in __main__ and not in a module"
+
+
 def _load(path: Path, *, weights_only: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=weights_only)
@@ -265,9 +269,10 @@ def _load(path: Path, *, weights_only: bool) -> Any:
             raise UnsafeFileError(_unsafe(path, [_refusal(error)])) from error
         raise FileError(damaged(path)) from error
     except (ModuleNotFoundError, AttributeError) as error:
+        why = first_line(error)
         raise FileError(
-            f"{path} was pickled with code that is not here ({first_line(error)}): make that code "
-            "importable, or save the model's state_dict where it is and load that with an architecture name"
+            f"{path} was pickled with code that is not here ({_OF_A_SCRIPT if '__main__' in why else why}): make that "
+            "code importable, or save the model's state_dict where it is and load that with an architecture name"
         ) from error
     except Exception as error:  # a damaged file makes torch raise nearly anything
         raise FileError(f"{damaged(path)} ({first_line(error)})") from error
@@ -298,8 +303,10 @@ def _refuse_legacy_modules(path: Path) -> None:
 
 def _unsafe(path: Path, names: list[str]) -> str:
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    words = adapters.pickles_explained(names)
     return (
-        f"{path} asks for code that is not on the allow-list: {shown}. It was not opened. If you trust where "
+        f"{path} asks for code that is not on the allow-list: {shown}. It was not opened"
+        f"{words and '; ' + words}. If you trust where "
         "it came from, pass --trust (trust=True), which runs what it asks for; otherwise ask for a "
         "state_dict or a .safetensors file"
     )

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from allocator import adapters
 from allocator.arguments import checked
 from allocator.disk import PathLike, existing, shorten, write_atomically
 from allocator.errors import AllocationMismatchError, AllocatorError, FileError, a_kind
@@ -87,9 +88,11 @@ def save_result(result: Any, path: PathLike) -> None:
 def _parts(result: Any) -> tuple[nn.Module, Allocation, dict[str, Any] | None]:
     """The model, the allocation that leads to it from a fresh build, and the certificate as data if there is one."""
     if isinstance(result, tuple):
-        return (*result, None)
+        return adapters.network_of(result[0]), result[1], None
     if not isinstance(result, nn.Module):
-        return result.model, led_to(result.model) or result.allocation, result.certificate.to_dict()
+        model = adapters.network_of(result.model)
+        return model, led_to(model) or result.allocation, result.certificate.to_dict()
+    result = adapters.network_of(result)
     allocation = led_to(result)
     if allocation is None:
         raise FileError(
@@ -108,7 +111,8 @@ def load_result(
     Args:
         path: a ``.safetensors`` file; or ``hf:folder`` for what ``save_pretrained`` of transformers wrote there.
         model: a fresh build of the original architecture, or a function that makes one; needed where the file
-            neither names it nor holds it as a program. It is not changed.
+            neither names it nor holds it as a program. It is not changed. In a wrapper that an adapter knows, the
+            result is in its like.
         trust: let the file name any ``package.module:factory`` to import and call.
 
     Returns:
@@ -126,8 +130,9 @@ def load_result(
     _add_aliases(tensors, _parse(metadata, "aliases", path, dict), path)
     recorded = _parse(metadata, "build", path, (dict, type(None)))
     training = _parse(metadata, "training", path, bool)
-    if model is not None:
-        loaded = _fill(model if isinstance(model, nn.Module) else model(), allocation, tensors, path)
+    fresh = model if model is None or isinstance(model, nn.Module) else model()
+    if fresh is not None:
+        loaded = _fill(adapters.network_of(fresh), allocation, tensors, path)
     elif "program" in metadata:
         loaded = _program(_parse(metadata, "program", path, dict), allocation, tensors, path)
     elif recorded is None:
@@ -145,7 +150,8 @@ def load_result(
             )
     if "recovery" in metadata:
         remember_recovery(loaded, Recovery.from_dict(_parse(metadata, "recovery", path, dict)))
-    return loaded.train(training)
+    loaded.train(training)
+    return loaded if fresh is None else adapters.wrapped_like(fresh, loaded)
 
 
 def _add_aliases(tensors: dict[str, torch.Tensor], aliases: dict[str, Any], path: PathLike) -> None:

@@ -189,7 +189,7 @@ def _product(flow: Flow, op: Op, a: int, b: int) -> None:
 
 def _contract(flow: Flow, op: Op, a: tuple[int, Label], b: tuple[int, Label]) -> None:
     """Sum over one dim of two operands, on either side of which a parameter may stand and read neurons."""
-    (_, x), (weight_value, weight) = (b, a) if b[0] in flow.active else (a, b)
+    (_, x), (weight_value, weight) = (b, a) if flow.is_activation(b[0]) else (a, b)
     flow.contract(x, weight, op, weight_value)
 
 

@@ -56,10 +56,25 @@ def pointwise(flow: Flow, op: Op) -> None:
         result.append(flow.unify_all([label for _, label in present], op))
         _note_join(flow, op, dim - len(out), present)
     uniform = bool(inputs) and flow.uniform.issuperset(inputs)
+    if not uniform:
+        for i in flow.uniform.intersection(inputs):
+            for memory in {i, flow.trace.root(i)} & flow.uniform:
+                _adopt(flow, memory, result)
     for index in op.outputs:
         flow.set(index, result)
     if uniform:
         flow.uniform.update(op.outputs)
+
+
+def _adopt(flow: Flow, index: int, labels: list[Label]) -> None:
+    """A tensor that is the same everywhere has the channels that it meets: as many as these are left with."""
+    own, shape = list(flow.labels(index)), flow.shape(index)
+    for back in range(1, min(len(shape), len(labels)) + 1):
+        label = labels[-back]
+        if own[-back] is None and label is not None and len(label) == shape[-back]:
+            own[-back] = label
+    flow.set(index, own)
+    flow.uniform.add(index)
 
 
 def _note_join(flow: Flow, op: Op, dim: int, present: list[tuple[int, Label]]) -> None:

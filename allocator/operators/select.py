@@ -160,6 +160,8 @@ def _pick(flow: Flow, op: Op, named: list[int]) -> None:
             flow.freeze(label, op, "channels are picked by several index tensors")
     at = named[0] if named[-1] - named[0] + 1 == len(named) else 0
     flow.set(op.outputs[0], [*rest[:at], *picked, *rest[at:]])
+    if active and source not in flow.active and len(rest) > 1:  # a matrix; a row of a table is an embedding
+        flow.picked.update(op.outputs)
 
 
 @operator("index_put", largest=_index_everywhere)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from allocator import adapters
 from allocator.clock import Clock, Progress
 from allocator.recovering.recover import recover
 from allocator.result import Result
@@ -19,7 +20,7 @@ def recover_result(
         model, recovery = recover(
             result.graph,
             result.plan.kept,
-            result.model,
+            adapters.network_of(result.model),
             data,
             method,
             samples=samples,
@@ -29,7 +30,7 @@ def recover_result(
     refitted = recovery.inputs if recovery.tensors else None
     return replace(
         result,
-        model=model,
+        model=adapters.wrapped_like(result.model, model),
         certificate=replace(result.certificate, refitted=refitted),
         notes=[*result.notes, f"recovery: {recovery}"],
         timings={**result.timings, **clock.seconds},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from allocator.rewriting.lineage import remember
 from allocator.rewriting.materialise import materialise, reset_parameters
 from allocator.scoring.registry import Data, check_criterion, score
 from allocator.settings import Certify, Limits, Settings, check_certify
-from allocator.verifying.certificate import certify, require
+from allocator.verifying.certificate import Certificate, certify, require
 
 
 def run(
@@ -51,7 +52,7 @@ def run(
         progress: called with the name of each stage.
     """
     check_certify(numeric)
-    check_model(model, values=True)
+    model = check_model(model, values=True)
     clock = Clock(progress)
     with clock("trace"):
         graph = trace_model(model, example_inputs, settings, None if data is None else data.loader)
@@ -71,10 +72,15 @@ def run(
             floor = problem.widths.at_least
             but = ", but those that a block can do without" if graph.optional else ""
             notes.append(f"every layer keeps at least {floor} of its channels{but} (at_least=0: any number)")
+        notes.append(fitted.graph.forwards.holds())
     with clock("rewrite"):
         small = materialise(model, fitted.allocation)
         remember(small, model, fitted.allocation)
-    return _finish(small, fitted, notes, weights, numeric, seed, clock)
+
+    def prove() -> Certificate:
+        return certify(fitted.graph, fitted.plan.kept, fitted.maps, small, seed=seed, numeric=numeric)
+
+    return finish(small, fitted, notes, weights, prove, clock)
 
 
 def _count(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, planned: int, notes: list[str]) -> dict[str, int]:
@@ -112,15 +118,23 @@ def _count(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, planned: int
     return uncounted
 
 
-def _finish(
-    small: nn.Module, fitted: Fitted, notes: list[str], weights: str, numeric: Certify, seed: int, clock: Clock
+def finish(
+    small: nn.Module, fitted: Fitted, notes: list[str], weights: str, prove: Callable[[], Certificate], clock: Clock
 ) -> Result:
-    """Prove and count what was rewritten."""
+    """Prove and count what was rewritten.
+
+    Args:
+        small: the rewritten model.
+        fitted: the plan that it was rewritten by.
+        notes: what was assumed, set or frozen so far; added to.
+        weights: "keep" or "reset".
+        prove: makes the certificate.
+        clock: of the stages.
+    """
     graph, plan, allocation = fitted.graph, fitted.plan, fitted.allocation
     planned = graph.metric("flops").value(plan.kept)
     with clock("certificate"):
-        made = certify(graph, plan.kept, fitted.maps, small, seed=seed, numeric=numeric)
-        certificate = require(made, "the result")
+        certificate = require(prove(), "the result")
     with clock("fvcore"):
         uncounted = _count(graph, plan.kept, small, planned, notes)
     if weights == "reset":

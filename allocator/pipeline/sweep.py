@@ -20,6 +20,7 @@ from allocator.disk import PathLike, write_text
 from allocator.errors import InputError
 from allocator.fitting.fit import Fitted
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.model_checks import check_model
 from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.model import trace_model
 from allocator.reporting.charts import lines
@@ -154,7 +155,7 @@ def sweep_model(
     ((name, figures),) = given.items()
     if not isinstance(figures, Sequence) or isinstance(figures, str) or not figures:
         raise InputError(f"{name}={figures!r} is no list of budgets: pass several, such as ['80%', '60%', '40%']")
-    graph = trace_model(model, example_inputs, settings, None if data is None else data.loader)
+    graph = trace_model(check_model(model), example_inputs, settings, None if data is None else data.loader)
     budgets = [budgets_of(graph, Limits(**{name: figure})) for figure in figures]
     budgets.sort(key=lambda each: each.first.limit, reverse=True)
     scores = score(graph, settings.criterion, data)

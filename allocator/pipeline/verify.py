@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from allocator.errors import AllocationMismatchError
+from allocator.graph.build import elsewhere
 from allocator.model_checks import check_model
 from allocator.modules import shapes_of
 from allocator.pipeline.model import trace_model
@@ -22,6 +23,7 @@ from allocator.rewriting.rewrite import rewrite
 from allocator.settings import Certify, Settings
 from allocator.tracing.inputs import inputs_like
 from allocator.verifying.certificate import Certificate, certify, names_and_shapes_match, no_certificate
+from allocator.verifying.growth import verify_growth
 from allocator.verifying.structure import find_mismatch
 
 
@@ -30,8 +32,7 @@ def verify_model(
 ) -> Certificate:
     """As `allocator.verify`, whose arguments these are."""
     values = bool(numeric) and not allocation.parts
-    check_model(model, values=values)
-    check_model(small, values=values)
+    model, small = check_model(model, values=values), check_model(small, values=values)
     _check_order(model, small, allocation)
     recovery = recovery_of(small)
     if recovery is not None and recovery.tensors and not allocation.parts:
@@ -43,7 +44,9 @@ def verify_model(
     if example_inputs is None:
         example_inputs = inputs_like(allocation.input_shapes, model)
     settings = Settings(groups=allocation.groups, norms=allocation.norms)  # type: ignore[arg-type]
-    graph = trace_model(model, example_inputs, settings)
+    graph = elsewhere(trace_model(model, example_inputs, settings))
+    if allocation.added:
+        return verify_growth(graph, allocation, small, seed=seed, numeric=numeric)
     kept = kept_by(graph, allocation)
     if kept is None:
         return no_certificate(graph, seed)

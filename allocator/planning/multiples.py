@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 
 import numpy as np
 
@@ -24,9 +25,10 @@ def to_multiples(problem: Problem, kept: np.ndarray, scope: str = DEFAULTS.scope
     Raises:
         BudgetError: the budgets cannot be met by such widths.
     """
-    if problem.widths.multiple == 1:
+    if problem.widths.multiple == 1 and not problem.graph.facts.multiples:
         return kept
-    layers = [_Layer(problem, units) for units in _layers(problem)]
+    asked = _asked(problem)
+    layers = [_Layer(problem, units, asked[number]) for number, units in _layers(problem).items()]
     kept = kept.copy()
     for layer in layers:
         layer.take(kept, layer.at_or_below(int(kept[layer.order].sum())))
@@ -34,10 +36,23 @@ def to_multiples(problem: Problem, kept: np.ndarray, scope: str = DEFAULTS.scope
     return _widened(problem, layers, kept) if problem.fill else kept
 
 
-def _layers(problem: Problem) -> list[np.ndarray]:
+def _layers(problem: Problem) -> dict[int, np.ndarray]:
     """Neurons by the layer that writes them."""
     branch = problem.graph.branch_of
-    return [np.flatnonzero(branch == number) for number in np.unique(branch[branch >= 0])]
+    return {int(number): np.flatnonzero(branch == number) for number in np.unique(branch[branch >= 0])}
+
+
+def _asked(problem: Problem) -> dict[int, int]:
+    """By layer what its width is a multiple of: what the caller asks for, and what its readers need."""
+    graph = problem.graph
+    asked = dict.fromkeys(_layers(problem), problem.widths.multiple)
+    for label, _, of in graph.facts.multiples:
+        units, times = np.unique(graph.units(label), return_counts=True)
+        for number in np.unique(graph.branch_of[units]).tolist():
+            # A layer whose halves are multiplied has two channels for each that is read.
+            of_layer = np.isin(graph.unit_of_slot[graph.facts.written[number].label], units[:1]).sum()
+            asked[number] = math.lcm(asked[number], of * max(int(of_layer) // int(times[0]), 1))
+    return asked
 
 
 class _Layer:
@@ -48,7 +63,7 @@ class _Layer:
         stops: how many of these may be kept, in ascending order.
     """
 
-    def __init__(self, problem: Problem, units: np.ndarray) -> None:
+    def __init__(self, problem: Problem, units: np.ndarray, multiple: int) -> None:
         graph = problem.graph
         values = np.where(problem.forced[units], np.inf, np.nan_to_num(problem.scores.values[units]))
         values = np.where(problem.open[units], values, -np.inf)
@@ -57,7 +72,7 @@ class _Layer:
         held = np.bincount(slots[slots >= 0], minlength=graph.size)[self.order]
         widths = int((slots < 0).sum()) + np.append(0, np.cumsum(held))
         least = int(problem.forced[units].sum())
-        allowed = widths % problem.widths.multiple == 0
+        allowed = widths % multiple == 0
         allowed[-1] = True
         most = int(problem.open[units].sum())
         self.stops = np.flatnonzero(allowed & (np.arange(len(widths)) >= least) & (np.arange(len(widths)) <= most))

@@ -17,6 +17,7 @@ from allocator.modules import count_parameters
 from allocator.planning.optimality import Optimality
 from allocator.planning.plan import Plan
 from allocator.planning.problem import least
+from allocator.recovering.record import Recovery
 from allocator.reporting.block_facts import BlockCollector
 from allocator.reporting.facts import (
     BlockChange,
@@ -31,6 +32,7 @@ from allocator.reporting.facts import (
     Totals,
 )
 from allocator.reporting.lanes import lanes
+from allocator.reporting.layers import layers_of
 from allocator.rewriting.allocation import Allocation
 from allocator.scoring.scores import Scores
 from allocator.verifying.certificate import Certificate
@@ -48,6 +50,7 @@ def summarise(
     kept: np.ndarray | None = None,
     optimality: Optimality | None = None,
     certificate: str | None = None,
+    recovery: str | None = None,
     curve: Sequence[Point] = (),
     uncounted: dict[str, int] | None = None,
     notes: Sequence[str] = (),
@@ -63,6 +66,7 @@ def summarise(
         allocation: what a budget keeps, with `kept`, (neurons,) bool, its choice among the graph's neurons.
         optimality: what the choice keeps of the scores, and what no other exceeds.
         certificate: verdict on the rewritten model.
+        recovery: what was done to make it accurate again.
         curve: from `pareto`.
         uncounted: operators that fvcore does not count.
         notes: further remarks.
@@ -74,9 +78,10 @@ def summarise(
     budget = None
     if allocation is not None and kept is not None:
         budget = _budget(graph, allocation, kept, scores)
-        budget = replace(budget, certificate=certificate, latency=latency_kept)
+        budget = replace(budget, certificate=certificate, recovery=recovery, latency=latency_kept)
         if optimality is not None:
             budget = replace(budget, bound=optimality.bound, gap=optimality.gap)
+    layers = list(layers_of(graph, everything if kept is None else kept))
     return Summary(
         model=name,
         kind=type(graph.model).__name__,
@@ -98,7 +103,8 @@ def summarise(
         assumptions=tuple(graph.assumptions),
         notes=tuple(notes),
         latency=latency,
-        lanes=lanes(graph, collector.owner, collector.parents, everything if kept is None else kept),
+        layers=tuple(layer for _, layer in layers),
+        lanes=lanes(layers, graph.blocks, collector.owner, collector.parents),
     )
 
 
@@ -175,6 +181,7 @@ class Allocated(Protocol):
     model: nn.Module
     allocation: Allocation
     certificate: Certificate
+    recovery: Recovery | None
     graph: ChannelGraph
     plan: Plan
     flops_before: int
@@ -192,7 +199,7 @@ def outcome_of(result: Allocated) -> Outcome:
     """Collect what is said of an allocation."""
     allocation = result.allocation
     return Outcome(
-        model=type(result.model).__name__,
+        model=type(result.graph.model).__name__,
         budgets=_limited(allocation, result.plan.next_costs),
         flops_before=result.flops_before,
         flops_after=result.flops_after,
@@ -205,6 +212,7 @@ def outcome_of(result: Allocated) -> Outcome:
         optimality=result.optimality,
         blocks=_changes(allocation),
         certificate=result.certificate,
+        recovery=None if result.recovery is None else str(result.recovery),
         uncounted=result.uncounted,
         unsupported=result.graph.unsupported,
         free_share=result.graph.share(),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from allocator.errors import plural
 from allocator.reporting.compare import BlockRows, Comparison, Row
 from allocator.reporting.compare_words import cell, difference_cell, flops_difference, latencies
 from allocator.reporting.html_parts import asset, filled, text
-from allocator.reporting.words import plural, share_of, short
+from allocator.reporting.words import share_of, short
 
 
 def to_html(comparison: Comparison) -> str:

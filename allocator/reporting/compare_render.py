@@ -7,12 +7,12 @@ import io
 import json
 from collections.abc import Callable
 
+from allocator.errors import plural
 from allocator.reporting.compare import Comparison
 from allocator.reporting.compare_page import to_html
 from allocator.reporting.compare_text import ComparisonText
 from allocator.reporting.compare_words import cell, difference_cell, latencies
 from allocator.reporting.tables import csv_cell, escaped, markdown_table
-from allocator.reporting.words import plural
 from allocator.shown import as_plain_text
 
 

@@ -8,11 +8,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from allocator.errors import plural
 from allocator.reporting.compare import BlockRows, Comparison
 from allocator.reporting.compare_words import cell, difference_cell, flops_difference, latencies
 from allocator.reporting.facts import SHARED
 from allocator.reporting.terminal import heading, table_without_lines
-from allocator.reporting.words import plural, printable, short
+from allocator.reporting.words import printable, short
 
 
 class ComparisonText:

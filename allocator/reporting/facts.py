@@ -116,12 +116,14 @@ class BlockFacts:
 
 @dataclass(frozen=True)
 class Layer:
-    """A call worth drawing: what it is, where, and its channels before and after."""
+    """A call worth drawing: what it is, where, the channels it gives and its FLOPs, before and after."""
 
     name: str
     what: str
     channels: int
     kept: int
+    flops: int = 0
+    flops_kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ class Budget:
         bound: share of all scores that no plan under this budget exceeds; None where none is known.
         gap: by how much a better plan could exceed this one, as a share of the bound.
         certificate: verdict on the rewritten model; None where there is only a plan.
+        recovery: what was done to make it accurate again, in words; None where nothing was.
         latency: of the rewritten model, where it was measured.
     """
 
@@ -159,6 +162,7 @@ class Budget:
     bound: float | None = None
     gap: float | None = None
     certificate: str | None = None
+    recovery: str | None = None
     latency: Latency | None = None
 
 
@@ -195,6 +199,7 @@ class Summary:
         assumptions: what was inferred because the caller left it out.
         notes: further remarks.
         latency: where it was measured.
+        layers: calls worth drawing, as they run.
         lanes: per (block, branch), and (-1, -1) for what is in no block: layers (as `Layer`) and the indices
             of the blocks within, in the order that they run.
     """
@@ -219,6 +224,7 @@ class Summary:
     assumptions: tuple[str, ...]
     notes: tuple[str, ...]
     latency: Latency | None = None
+    layers: tuple[Layer, ...] = ()
     lanes: dict[tuple[int, int], list[Layer | int]] = field(repr=False, compare=False, default_factory=dict)
 
     @property
@@ -322,6 +328,7 @@ class Outcome:
         optimality: the importance that is kept, and what no plan exceeds; None where nothing was chosen by scores.
         blocks: in the order of their aggregation.
         certificate: what was checked.
+        recovery: what was done to make it accurate again, in words; None where nothing was.
         uncounted: operators that fvcore does not count, with the number of their calls.
         unsupported: operators without a rule, with the modules that call them.
         free_share: of the channels that layers write, those that can go.
@@ -342,6 +349,7 @@ class Outcome:
     optimality: Optimality | None
     blocks: tuple[BlockChange, ...]
     certificate: Certificate
+    recovery: str | None
     uncounted: dict[str, int]
     unsupported: dict[str, list[str]]
     free_share: float

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from allocator.errors import plural
 from allocator.graph.blocks import Block
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.reporting.collect import summarise
@@ -15,7 +16,7 @@ from allocator.reporting.facts import BlockChange, BranchChange
 from allocator.reporting.outcome_text import changes_table
 from allocator.reporting.terminal import heading, table_without_lines
 from allocator.reporting.text import SummaryText
-from allocator.reporting.words import cost_of, percent, plural, printable, share_of, size, spread
+from allocator.reporting.words import cost_of, percent, printable, share_of, size, spread
 from allocator.rewriting.allocation import Allocation
 from allocator.shown import form
 

@@ -1,17 +1,11 @@
-"""Which block a call belongs to, how blocks lie within one another, and what a branch does, layer by layer."""
+"""Which block a call belongs to, how blocks lie within one another, and which layers a branch has."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from allocator.flow.flow import Flow
-from allocator.graph.blocks import Block, is_convolution
-from allocator.graph.channel_graph import ChannelGraph
+from allocator.graph.blocks import Block
 from allocator.reporting.facts import Layer
-from allocator.reporting.words import size
-from allocator.tracing.calls import Op
 
 Place = tuple[int, int]
 """(block, branch) as indices."""
@@ -40,45 +34,22 @@ def places(blocks: Sequence[Block]) -> tuple[dict[int, Place], list[Place | None
 
 
 def lanes(
-    graph: ChannelGraph, owner: dict[int, Place], parents: Sequence[Place | None], kept: np.ndarray
+    layers: Sequence[tuple[int, Layer]],
+    blocks: Sequence[Block],
+    owner: dict[int, Place],
+    parents: Sequence[Place | None],
 ) -> dict[Place, list[Layer | int]]:
-    """Per branch, and at the top, its layers and the indices of the blocks within, as they run."""
-    stays = graph.stays(kept)
-    events: list[tuple[int, Place, Layer | int]] = []
-    for op in graph.flow.trace.ops:
-        what = _what(graph.flow, op)
-        if what is not None:
-            channels = _channels(graph.flow, op, stays)
-            events.append((op.index, owner.get(op.index, TOP), Layer(op.module, what, *channels)))
-    for i, (block, parent) in enumerate(zip(graph.blocks, parents, strict=True)):
+    """Per branch, and at the top, its layers and the indices of the blocks within, as they run.
+
+    Args:
+        layers: with the indices of their calls.
+        blocks: of the graph.
+        owner, parents: from `places`.
+    """
+    events: list[tuple[int, Place, Layer | int]] = [(call, owner.get(call, TOP), layer) for call, layer in layers]
+    for i, (block, parent) in enumerate(zip(blocks, parents, strict=True)):
         events.append((block.call, parent or TOP, i))
     found: dict[Place, list[Layer | int]] = {}
     for _, place, item in sorted(events, key=lambda event: event[0]):
         found.setdefault(place, []).append(item)
     return found
-
-
-def _what(flow: Flow, op: Op) -> str | None:
-    """A few words for calls that are worth drawing; None for the others."""
-    drawn = op.declared.drawn_as
-    if not is_convolution(op):
-        return drawn or None
-    said = f"{drawn} {size(flow.shape(op.inputs()[1])[2:])}"
-    if op.arg("transposed"):
-        said = f"transposed {said}"
-    stride = max(op.arg("stride"), default=1)
-    if stride > 1:
-        said += f" / {stride}"
-    if op.arg("groups") > 1:
-        said += f", {op.arg('groups')} groups"
-    return said
-
-
-def _channels(flow: Flow, op: Op, stays: np.ndarray) -> tuple[int, int]:
-    """Channels that a call gives, before and after."""
-    value = op.outputs[0]
-    shape, labels = flow.shape(value), flow.labels(value)
-    dim = 1 if len(shape) >= 4 or (len(shape) == 3 and is_convolution(op)) else len(shape) - 1
-    label = labels[dim]
-    before = int(shape[dim])
-    return before, before if label is None else int(stays[label].sum())

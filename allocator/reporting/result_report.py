@@ -13,6 +13,7 @@ from allocator.disk import PathLike
 from allocator.reporting.collect import Allocated, outcome_of, summarise
 from allocator.reporting.curve import pareto
 from allocator.reporting.facts import Outcome, Point, Summary
+from allocator.reporting.layers import LayersText, layers_of
 from allocator.reporting.outcome_text import OutcomeText
 from allocator.reporting.render import format_of, write
 from allocator.shown import Shown
@@ -41,6 +42,12 @@ class Report(Shown):
         """JSON-ready form: FLOPs (fvcore's), parameters, blocks, certificate, notes, seconds per stage."""
         return self.outcome.to_dict()
 
+    def layers(self) -> LayersText:
+        """Every layer: the channels it gives and its FLOPs, before and after; printable, `to_dict()` for machines."""
+        result = self.result
+        layers = [layer for _, layer in layers_of(result.graph, result.plan.kept)]
+        return LayersText(layers, result.flops_before, result.flops_after)
+
     def summary(self, name: str | None = None, *, curve: bool = False) -> Summary:
         """The original network with what was kept of it, as the reports of `allocator-cli report` show it.
 
@@ -62,6 +69,7 @@ class Report(Shown):
             kept=result.plan.kept,
             optimality=result.optimality,
             certificate=str(result.certificate),
+            recovery=None if result.recovery is None else str(result.recovery),
             curve=points,
             uncounted=result.uncounted,
             notes=notes,

@@ -7,9 +7,10 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from allocator.errors import plural
 from allocator.reporting.facts import BlockFacts, BranchFacts, Budget, Summary
 from allocator.reporting.rows import LIMIT, condensed, select
-from allocator.reporting.words import change, percent, plural, printable, share_of, short, size, spread, timed
+from allocator.reporting.words import change, percent, printable, share_of, short, size, spread, timed
 
 COLUMNS = (
     "block",

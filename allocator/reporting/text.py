@@ -10,10 +10,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from allocator.errors import plural
 from allocator.reporting.facts import BlockFacts, BranchFacts, Budget, Fixed, Histogram, Summary
 from allocator.reporting.rows import LIMIT, condensed, select
 from allocator.reporting.terminal import bar, heading, table_without_lines
-from allocator.reporting.words import change, counted, percent, plural, printable, share_of, short, size, spread, timed
+from allocator.reporting.words import change, counted, percent, printable, share_of, short, size, spread, timed
 
 NARROW = 60
 _LONGEST_NAME = 44
@@ -214,6 +215,8 @@ def _budget(budget: Budget) -> Iterator[Text]:
         yield Text(bound)
     if budget.certificate:
         yield Text(f"certificate: {budget.certificate}")
+    if budget.recovery:
+        yield Text(f"recovered: {budget.recovery}")
 
 
 def _where(fixed: Fixed) -> str:

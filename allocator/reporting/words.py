@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from allocator.cost.latency import Latency
+from allocator.errors import plural
 from allocator.graph.channel_graph import METRICS
 
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
@@ -16,13 +17,6 @@ def short(number: float) -> str:
         if abs(number) >= 0.9995 * factor:  # from here on, three digits round up to the next unit
             return f"{number / factor:#.3g}".rstrip(".") + f" {unit}"
     return f"{number:,.0f}"
-
-
-def plural(number: int, what: str) -> str:
-    """Such as "1 block", "1,024 branches"."""
-    if number != 1:
-        what += "es" if what.endswith("ch") else "s"
-    return f"{number:,} {what}"
 
 
 def size(numbers: Iterable[int]) -> str:

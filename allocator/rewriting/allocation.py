@@ -18,9 +18,9 @@ from allocator.modules import lies_within
 from allocator.rewriting import allocation_checks as checks
 from allocator.shown import Shown
 
-FORMAT = 3
-READABLE = (1, 2, FORMAT)
-"""Formats 1 and 2 knew one budget, of FLOPs, in fields of its own."""
+FORMAT = 4
+READABLE = (1, 2, 3, FORMAT)
+"""Formats 1 and 2 knew one budget, of FLOPs, in fields of its own; 3 knew no wider networks."""
 Indices = list[Any]
 """Original indices kept of one dim, in order; one row per output for a grouped weight's dim 1."""
 
@@ -32,7 +32,7 @@ class Allocation(Shown):
     Attributes:
         kept: per parameter or buffer that changes, one entry per dim: the original indices that stay, or
             None where the dim is untouched. Dim 1 of a grouped weight that loses columns has one row of
-            indices per output that stays.
+            indices per output that stays. In a wider network, an index that comes again is one that was added.
         attributes: per module path, attributes and their new values.
         absent: paths of layers that are gone.
         architecture: hash of the names and shapes of the model it was made for.
@@ -42,6 +42,8 @@ class Allocation(Shown):
         blocks: per aggregation block its name, kind and branches with channels before and after.
         input_shapes: the shapes that the FLOPs hold for.
         parts: the allocations that it was composed of, first to last; none for one that was planned as a whole.
+        added: of a wider network, what added indices are filled with: "init" ("zero" or "copy"), "seed", and "reads",
+            per tensor and dim the added indices that read a neuron. Empty where nothing was added.
     """
 
     kept: dict[str, list[Indices | None]] = field(default_factory=dict, repr=False)
@@ -57,6 +59,7 @@ class Allocation(Shown):
     blocks: list[dict[str, Any]] = field(default_factory=list, repr=False)
     input_shapes: list[list[int]] = field(default_factory=list)
     parts: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    added: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         flops = f"{self.flops_before:,} FLOPs before, {self.flops_after:,} after"
@@ -67,6 +70,11 @@ class Allocation(Shown):
     def flops_asked(self) -> float:
         """The budget in FLOPs, as fvcore counts them; 0 where there was none."""
         return float(self.costs.get("flops", {}).get("asked") or 0)
+
+    @property
+    def widens(self) -> bool:
+        """Whether it adds neurons, as a whole or in one of its parts."""
+        return bool(self.added) or any(part.get("added") for part in self.parts)
 
     @property
     def flops_before(self) -> int:
@@ -98,7 +106,7 @@ class Allocation(Shown):
                 "install the version of neuron-allocator that wrote it"
             )
         checks.check_plain(data)
-        if written_as < FORMAT:
+        if written_as < 3:
             data = _from_one_budget(data)
         return cls(**_fields_in(data))
 
@@ -184,6 +192,7 @@ class Allocation(Shown):
             "costs": _compose_costs(self.costs, second.costs),
             "blocks": _compose_blocks(self.blocks, second.blocks),
             "parts": parts,
+            "added": {},  # its parts say what they added
         }
         return Allocation.from_dict(composed)
 
@@ -212,6 +221,7 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "costs": checks.check_costs,
     "blocks": checks.check_blocks,
     "input_shapes": checks.check_input_shapes,
+    "added": checks.check_added,
 }
 
 

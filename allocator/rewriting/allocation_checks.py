@@ -53,6 +53,16 @@ def check_kept(kept: Mapping[str, Any]) -> None:
             raise FileError(f"the allocation's entry for {name} is not a list of index lists")
 
 
+def check_added(added: Mapping[str, Any]) -> None:
+    """Nothing, or how added indices are filled."""
+    if not added:
+        return
+    reads = added.get("reads")
+    if added.get("init") not in ("zero", "copy") or type(added.get("seed")) is not int or not isinstance(reads, dict):
+        raise FileError("the allocation's added indices are not said to be filled by 'init', 'seed' and 'reads'")
+    check_kept(reads)
+
+
 def check_attributes(attributes: Mapping[str, Any]) -> None:
     """Per module a mapping; whether the module has these attributes is found when the allocation is applied."""
     for path, values in attributes.items():

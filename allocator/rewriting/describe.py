@@ -80,7 +80,7 @@ def describe_maps(
     Args:
         graph: the model's neurons.
         maps: where each index comes from.
-        stays: (slots,) bool, whether a slot is the source of any.
+        stays: (slots,) bool or int, of how many a slot is the source.
         mends, alone: as for `describe`.
     """
     shapes = {name: mapped_shape(graph.slots.shapes[name], dims) for name, dims in maps.items()}
@@ -106,7 +106,7 @@ def _following(
 ) -> Iterator[tuple[str, str, Any]]:
     """(module, attribute, new value) of attributes that are numbers of channels, which no tensor of theirs tells."""
     for path, name, label in norms_without_tensors(graph.flow):
-        if not stays[label].all():
+        if (stays[label] != 1).any():
             yield path, name, int(stays[label].sum())
     for attribute in (*graph.facts.attributes, *mends):
         if (attribute.module, attribute.name) in alone:
@@ -128,15 +128,16 @@ def _declared(graph: ChannelGraph, stays: np.ndarray) -> Iterator[tuple[str, str
     """(module, attribute, new value) of attributes that an adapter knows, where the value changes."""
     name_of = {id(tensor): name for name, tensor in graph.tensors.items()}
 
-    def keep(tensor: torch.Tensor, dim: int) -> np.ndarray:
+    def times(tensor: torch.Tensor, dim: int) -> np.ndarray:
         start = graph.slots.base[name_of[id(tensor)]][dim]
         return stays[start : start + tensor.shape[dim]]
 
+    most = int(stays.max())
     for path, module, adapter in adapters.adapted(graph.modules):
         if adapter.sizes is None:
             continue
         whole = adapters.sizes_of(path, module, adapter)
-        for name, value in adapters.sizes_of(path, module, adapter, keep).items():
+        for name, value in adapters.sizes_of_many(path, module, adapter, times, most).items():
             if value != whole.get(name):
                 yield path, name, list(value) if isinstance(value, tuple) else value
 

@@ -1,7 +1,8 @@
-"""Index maps: where each index of a dim of the smaller network comes from.
+"""Index maps: where each index of a dim of the rewritten network comes from.
 
 A dim that loses channels keeps a subset of its indices, in order. That is one kind of map; one that puts them in
-another order is another, and so is one that repeats an index.
+another order is another, and so is one that repeats an index. What a wider network adds is modelled on a neuron that
+is there: each of its indices is a repetition, whatever values it is given.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ class IndexMap:
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def added(self) -> np.ndarray:
+        """The new indices whose source has come before."""
+        return added_places(self.source)
+
     def tolist(self) -> list[int]:
         """The source indices, for a file."""
         indices: list[int] = self.source.tolist()
@@ -47,14 +53,48 @@ Maps = dict[str, list[IndexMap | None]]
 """Per parameter or buffer that changes, one map per dim; None for a dim that stays as it is."""
 
 
+def added_places(source: np.ndarray) -> np.ndarray:
+    """The places of an array of source indices where one stands that has come before."""
+    again = np.ones(len(source), dtype=bool)
+    again[np.unique(source, return_index=True)[1]] = False
+    return np.flatnonzero(again)
+
+
 def maps_of(graph: ChannelGraph, kept: np.ndarray) -> Maps:
     """The maps of a choice of neurons.
 
     Args:
         graph: the model's neurons.
-        kept: (neurons,) bool, which neurons stay.
+        kept: (neurons,) bool, which neurons stay; or (neurons,) int, how many there are of each, one at least.
     """
     stays = graph.stays(kept)
+    return _subsets(graph, stays) if stays.dtype == bool else _repetitions(graph, stays)
+
+
+def _repetitions(graph: ChannelGraph, times: np.ndarray) -> Maps:
+    """The maps by which every slot is there as often as `times`, (slots,), says.
+
+    Neighbours that go together (the channels of a group, the pixels of a channel that was flattened) are repeated as
+    one, right after themselves: so what was added lies in the same place wherever its neuron is.
+    """
+    maps: Maps = {}
+    starts, more = graph.slots.starts, np.flatnonzero(times != 1)
+    for i in np.unique(np.searchsorted(starts, more, side="right") - 1).tolist():
+        start, name, dim = graph.slots.names[i]
+        slots = np.arange(start, start + graph.slots.shapes[name][dim])
+        units = graph.unit_of_slot[slots]
+        first = np.append(True, (units[1:] != units[:-1]) | (units[1:] < 0))
+        begins = np.flatnonzero(first)
+        lengths, count = np.diff(np.append(begins, len(units))), times[slots][begins]
+        begins, lengths = np.repeat(begins, count), np.repeat(lengths, count)
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        source = np.repeat(begins, lengths) + within
+        maps.setdefault(name, [None] * len(graph.slots.shapes[name]))[dim] = IndexMap.of(source)
+    return maps
+
+
+def _subsets(graph: ChannelGraph, stays: np.ndarray) -> Maps:
+    """The maps by which the slots with `stays` true, (slots,) bool, are left."""
     starts, left = graph.slots.starts, np.flatnonzero(stays)
     losing = np.unique(np.searchsorted(starts, np.flatnonzero(~stays), side="right") - 1).tolist()
     ends = np.searchsorted(left, [*starts.tolist(), len(stays)]).tolist()

@@ -1,11 +1,12 @@
-"""Which neurons of a graph an allocation keeps."""
+"""Which neurons of a graph an allocation keeps, and how many of each a wider network has."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.rewriting.allocation import Allocation
+from allocator.rewriting.allocation import Allocation, Indices
+from allocator.rewriting.index_map import maps_of
 
 
 def kept_by(graph: ChannelGraph, allocation: Allocation) -> np.ndarray | None:
@@ -38,3 +39,39 @@ def kept_by(graph: ChannelGraph, allocation: Allocation) -> np.ndarray | None:
     if ((kept != 0) & (kept != count)).any() or not stays[fixed].all():
         return None
     return kept > 0
+
+
+def times_by(graph: ChannelGraph, allocation: Allocation) -> np.ndarray | None:
+    """(neurons,) int, how many of each an allocation has that adds some; None where it adds to one in part.
+
+    Or where it puts what it adds elsewhere than `maps_of` does.
+    """
+    times = np.ones(graph.slots.total, dtype=np.int64)
+    for name, dims in allocation.kept.items():
+        for start, size, indices in zip(graph.slots.base[name], graph.slots.shapes[name], dims, strict=True):
+            if indices is not None:
+                times[start : start + size] = np.bincount(_row(indices), minlength=size)
+    free = graph.unit_of_slot >= 0
+    of_unit = np.ones(graph.size, dtype=np.int64)
+    of_unit[graph.unit_of_slot[free]] = times[free]
+    if (graph.stays(of_unit) != times).any() or not times.all():
+        return None
+    maps = maps_of(graph, of_unit)
+    for name in maps.keys() | allocation.kept.keys():
+        expected = [None if index_map is None else index_map.source for index_map in maps.get(name, ())]
+        found = allocation.kept.get(name, [])
+        if len(expected) != len(found) or not all(map(_same, expected, found)):
+            return None
+    return of_unit
+
+
+def _row(indices: Indices) -> np.ndarray:
+    """Source indices, where there is a row of them per output the first: in a wider network all are alike."""
+    array = np.asarray(indices, dtype=np.int64)
+    return array if array.ndim == 1 else array[0]
+
+
+def _same(expected: np.ndarray | None, found: Indices | None) -> bool:
+    if expected is None or found is None:
+        return expected is None and found is None
+    return bool((np.atleast_2d(np.asarray(found, dtype=np.int64)) == expected).all())

@@ -12,6 +12,7 @@ from torch import nn
 from allocator import adapters
 from allocator.errors import AllocationMismatchError
 from allocator.modules import attribute_of, lies_within, set_attribute, shapes_of, skeleton
+from allocator.rewriting.added import Filling
 from allocator.rewriting.allocation import Allocation, Indices, architecture_hash
 from allocator.rewriting.index_map import length, take
 
@@ -22,11 +23,17 @@ Slice = Callable[[torch.Tensor, Sequence[Indices | None] | None], torch.Tensor]
 def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> nn.Module:
     """Copy `model` with every tensor cut as the allocation says, and the modules' attributes set.
 
-    Untouched tensors are copied too, so that training the result leaves the original as it is.
+    Untouched tensors are copied too, so that training the result leaves the original as it is. What a wider network
+    adds is filled so that it computes the same.
     """
+    filling = Filling.of(allocation.added)
 
     def replace(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return cut(tensor, allocation.kept.get(name))
+        sources = allocation.kept.get(name)
+        taken = cut(tensor, sources)
+        if filling is None or sources is None or cut is not take:
+            return taken
+        return filling.fill(name, taken, sources, like=tensor)
 
     small = skeleton(model, replace)
     for path in allocation.absent:
@@ -39,6 +46,7 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
         for name, value in values.items():
             # What the whole model holds is of this copy alone, and meant for all that share it.
             set_attribute(module, name, value, shared=path != "")
+    adapters.note_rewritten(small)
     return small
 
 
@@ -68,10 +76,20 @@ def _check_attributes(model: nn.Module, allocation: Allocation) -> None:
             raise AllocationMismatchError(message) from None
         for name, value in allocation.attributes.get(path, {}).items():
             current = attribute_of(module, name)
-            if not (_is_plain(current) and _is_plain(value)):  # one number may become a list of them
+            if not _may_be_set(module, name, current, value):
                 raise AllocationMismatchError(
                     f"the allocation sets {path}.{name} to {value!r:.80}, where the model has {current!r:.80}"
                 )
+
+
+def _may_be_set(module: nn.Module, name: str, current: Any, value: Any) -> bool:
+    """Numbers may take the place of numbers; in an object that a module holds, also be added or taken away."""
+    held = name.rpartition(".")[0]
+    if not held:
+        return _is_plain(current) and _is_plain(value)  # one number may become a list of them
+    if any(part.startswith("_") for part in name.split(".")) or attribute_of(module, held) is None:
+        return False
+    return all(each is None or _is_plain(each) for each in (current, value))
 
 
 def _is_plain(value: Any) -> bool:

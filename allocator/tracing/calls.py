@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from allocator.tracing.inputs import Inputs
 from allocator.tracing.operators import FUNCTIONS, Declaration, Operator, operator_of
 
 
@@ -117,6 +118,8 @@ class Trace:
         modules: by path those of the model that was given; a copy of them ran, and is gone.
         mode: "meta", "fake" or "real": what the tensors were.
         training: whether the model was in train mode.
+        inputs: what it was given.
+        unfinished: the forward raised after these calls.
     """
 
     ops: list[Op]
@@ -126,6 +129,8 @@ class Trace:
     modules: dict[str, nn.Module] = field(repr=False)
     mode: str
     training: bool = False
+    inputs: Inputs = field(default_factory=lambda: Inputs(()), repr=False)
+    unfinished: bool = False
 
     def live(self, gone: Collection[int] = frozenset()) -> list[Op]:
         """Calls that the outputs depend on, in order; those that only serve values in `gone` do not count.

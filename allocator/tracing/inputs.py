@@ -40,6 +40,10 @@ class Inputs:
         shapes = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in self.tensors()]
         return "inputs of " + (", ".join(shapes) or "no tensors")
 
+    def sizes(self) -> str:
+        """The shapes of all tensors, as `1x3x224x224`."""
+        return " and ".join("x".join(map(str, t.shape)) or "()" for t in self.tensors())
+
     def batch(self, times: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with every tensor's first dim repeated `times` times."""
 
@@ -166,8 +170,32 @@ def infer_inputs(model: nn.Module) -> Inputs:
         known = (torch.zeros(1, *shape),), source
     inputs = Inputs((), known[0]) if isinstance(known[0], dict) else Inputs(known[0])
     inputs = inputs.map(lambda t: t.to(device_of(model), dtype_of(model) if t.is_floating_point() else t.dtype))
-    text = " and ".join("x".join(map(str, t.shape)) for t in inputs.tensors())
-    return Inputs(inputs.args, inputs.kwargs, f"input {text}, from {known[1]}")
+    return Inputs(inputs.args, inputs.kwargs, f"input {inputs.sizes()}, from {known[1]}")
+
+
+def inputs_of_sizes(sizes: Sequence[Sequence[int]], model: nn.Module) -> tuple[torch.Tensor, ...] | dict[str, Any]:
+    """Arguments of these sizes, the same every time; of the kinds and by the names that the model's adapter says.
+
+    Args:
+        sizes: of the first arguments or of all; those that follow are as large as the adapter has them.
+        model: the model they are for.
+
+    Returns:
+        Standard normal tensors on the CPU, and ids that the model knows in place of whole numbers; a tuple, or a dict
+        where the model takes its arguments by name.
+    """
+    generator = torch.Generator().manual_seed(0)
+    known = adapters.example_inputs(model)
+    usual = [] if known is None else list(known[0].values() if isinstance(known[0], dict) else known[0])
+    given = [torch.randn(tuple(size), generator=generator) for size in sizes]
+    if known is None or len(sizes) > len(usual):
+        return tuple(given)
+    for i, (size, pattern) in enumerate(zip(sizes, usual)):
+        if not pattern.is_floating_point():
+            count = int(torch.Size(size).numel())
+            given[i] = (torch.arange(count) % (int(pattern.max()) + 1)).reshape(tuple(size)).to(pattern.dtype)
+    arguments = [*given, *usual[len(given) :]]
+    return dict(zip(known[0], arguments)) if isinstance(known[0], dict) else tuple(arguments)
 
 
 def is_size_known(model: nn.Module) -> bool:

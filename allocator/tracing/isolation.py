@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from allocator import adapters
 from allocator.errors import UnsupportedModelError
 from allocator.modules import modules_of, tensor_names
 from allocator.torch_private import without_dispatch_modes
@@ -52,7 +53,7 @@ def undisturbed(model: nn.Module, *, itself: bool = False) -> Iterator[None]:
         memory, restore_states = _Memory(model), _states()
         watch, watched = _Watch(), _has_to_be_watched(model)
         try:
-            with watch if watched else contextlib.nullcontext():
+            with watch if watched else contextlib.nullcontext(), adapters.in_calls_that_are_followed():
                 yield
         finally:
             restore_states(watch.drew or not watched)
@@ -127,7 +128,7 @@ def _states() -> Callable[[bool], None]:
                 torch.cuda.set_rng_state_all(on_gpus)
         if random.getstate() != python:
             random.setstate(python)
-        if repr(np.random.get_state()) != repr(of_numpy):
+        if not all(map(np.array_equal, np.random.get_state(), of_numpy)):
             np.random.set_state(of_numpy)
 
     return restore

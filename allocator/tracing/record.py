@@ -14,8 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 from allocator import adapters
 from allocator.errors import TraceError
+from allocator.logs import hidden
 from allocator.modules import modules_of, set_training, skeleton, tensor_names
 from allocator.torch_private import (
+    FAKE_LOGGER,
     FakeTensorMode,
     TorchDispatchMode,
     call_as_usual,
@@ -26,7 +28,7 @@ from allocator.torch_private import (
 )
 from allocator.tracing import meta_kernels
 from allocator.tracing.calls import Call, Op, Ref, Trace, Value
-from allocator.tracing.inputs import Inputs
+from allocator.tracing.inputs import Inputs, device_of
 from allocator.tracing.isolation import undisturbed
 from allocator.tracing.operators import AS_ONE_CALL, FUNCTIONS, operator_of
 from allocator.tracing.value_sized import without_values
@@ -79,13 +81,13 @@ def record(
         copied: run `model` itself.
     """
     with contextlib.ExitStack() as stack:
-        convert = _converter(mode, stack)
+        convert = _converter(model, mode, stack)
         running = model if copied else skeleton(model, convert)
         args, kwargs = tree_map(
             lambda leaf: convert("", leaf) if isinstance(leaf, torch.Tensor) else leaf,
-            (inputs.batch(2 if training else 1)),
+            (inputs.args, inputs.kwargs),
         )
-        recorder = _Recorder(running)
+        recorder = _Recorder(running, inputs)
         adapters.take_any_width(recorder.modules)
         if any(module.training is not training for module in recorder.modules.values()):
             set_training(running, training)
@@ -104,18 +106,26 @@ def record(
             raised = error
     if raised is not None:
         recorder.drop_unfinished()
-        partial = recorder.compact(None, given, mode, training)
+        partial = recorder.compact(None, given, mode, training, unfinished=True)
         raise ForwardError(raised, recorder.path, partial) from raised
     return recorder.compact(output, given, mode, training)
 
 
-def _converter(mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.Tensor], torch.Tensor]:
+def _converter(model: nn.Module, mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.Tensor], torch.Tensor]:
     if mode == "meta":
         return lambda _, t: torch.empty_like(t, device="meta")
     if mode == "fake":
         fake = FakeTensorMode(allow_non_fake_inputs=True)
+        stack.enter_context(hidden(FAKE_LOGGER))  # what raises is said by us
         stack.enter_context(fake)
-        return lambda _, t: fake.from_tensor(t.data)  # `detach` would share its count of writes
+        device = device_of(model)
+
+        def convert(_: str, t: torch.Tensor) -> torch.Tensor:
+            if t.is_meta and device.type != "meta":  # a size without values
+                return torch.empty(t.shape, dtype=t.dtype, device=device)
+            return fake.from_tensor(t.data)  # `detach` would share its count of writes
+
+        return convert
     return lambda _, t: t.detach().clone()
 
 
@@ -132,9 +142,9 @@ _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 class _Recorder(TorchDispatchMode):
     """Collects raw calls; `compact` turns them into a `Trace` once the forward is over."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.inputs = model, inputs
         self.raw: list[tuple[Any, Any, Any, Any, str, Call | None]] = []
         self.before: dict[int, list[tuple[int, ...]]] = {}
         self.literals: dict[int, tuple[torch.Tensor, tuple[Any, ...]]] = {}
@@ -197,7 +207,9 @@ class _Recorder(TorchDispatchMode):
 
         return call
 
-    def compact(self, output: Any, modules: dict[str, nn.Module], mode: str, training: bool) -> Trace:
+    def compact(
+        self, output: Any, modules: dict[str, nn.Module], mode: str, training: bool, *, unfinished: bool = False
+    ) -> Trace:
         names = {id(tensor): name for name, tensor in tensor_names(self.model, self.modules).items()}
         values: list[Value] = []
         index: dict[int, int] = {}
@@ -235,7 +247,7 @@ class _Recorder(TorchDispatchMode):
             ops.append(Op(i, func, args, kwargs, reads, outputs(out), module, call))
             _note_views(ops[-1], values)
         returned = list(outputs(tensors_in(output)))
-        return Trace(ops, values, returned, self.calls, modules, mode, training)
+        return Trace(ops, values, returned, self.calls, modules, mode, training, self.inputs, unfinished)
 
 
 def _numbers(tensor: torch.Tensor, mode: str) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,6 +49,8 @@ class Certificate:
             pixels where the forward takes the same steps; none if not measured.
         refitted: of a model that was recovered, how many inputs its weights were refitted on after the cut; then
             `weights` and `relative_error` are of the cut. None where they were not.
+        widens: of a wider network. It computes what the original does, and the original is what is left of it without
+            the neurons that were added: these are the dropped ones above.
     """
 
     structural: bool
@@ -64,6 +67,7 @@ class Certificate:
     dtype: str = "float64"
     compared_shapes: tuple[tuple[int, ...], ...] = ()
     refitted: int | None = None
+    widens: bool = False
 
     @property
     def tolerance(self) -> float:
@@ -89,7 +93,7 @@ class Certificate:
     def __str__(self) -> str:
         if not self.structural:
             return "FAILED: an index, a call or a number of the forward is not the image of the original's"
-        said = ["every index accounted for"]
+        said = ["every index accounted for, both ways" if self.widens else "every index accounted for"]
         if self.weights is not None:
             said.append("weights the original's bit for bit" if self.weights else "weights NOT the original's")
         if self.relative_error is None:
@@ -99,7 +103,8 @@ class Certificate:
             drawn = " on drawn weights too" if self.drawn else ""
             said.append(f"{self.dtype} outputs within {self.relative_error:.1e}{self._where()}{drawn}{nature}")
         if not self.shown:
-            said.append("but none of them was seen to depend on the dropped neurons")
+            neurons = "added" if self.widens else "dropped"
+            said.append(f"but none of them was seen to depend on the {neurons} neurons")
         verdict = "passed" if self.ok else "NOT SHOWN" if self.agrees else "FAILED"
         after = "" if self.refitted is None else f"; structure proven, weights refitted on {self.refitted} inputs"
         return f"{verdict}: {', '.join(said)}{after}"
@@ -124,16 +129,37 @@ def certify(
         numeric: compare weights and float64 outputs too, these on the smallest inputs that the forward takes in the
             same steps ("small", which True is too), or on those of the graph ("full").
     """
+    return certificate_of(graph, kept, maps, small, weights_match, seed=seed, numeric=numeric)
+
+
+def certificate_of(
+    graph: ChannelGraph,
+    kept: np.ndarray,
+    maps: Maps,
+    small: nn.Module,
+    same_weights: Callable[[ChannelGraph, Maps, nn.Module], bool],
+    *,
+    seed: int,
+    numeric: Certify,
+    widens: bool = False,
+) -> Certificate:
+    """The certificate of two models of which the smaller passed the structural check.
+
+    Args:
+        graph, kept, maps, small, seed, numeric: as for `certify`.
+        same_weights: whether the weights are those that there should be.
+        widens: the smaller one came first, and the two compute the same.
+    """
     shapes = _shapes(graph.inputs)
     if not numeric:
-        return Certificate(True, None, graph.exact, seed, shapes, 0)
-    same = weights_match(graph, maps, small)
+        return Certificate(True, None, graph.exact, seed, shapes, 0, widens=widens)
+    same = same_weights(graph, maps, small)
     fewer = None if numeric == "full" else smaller_inputs(graph)
     like = [graph.inputs] if fewer is None else [fewer, graph.inputs]
-    found = compare_outputs(graph, kept, maps, small, seed, like)
+    found = compare_outputs(graph, kept, maps, small, seed, like, uncut=widens)
     shown = found.shows or bool(kept.all())
     numbers = (found.outputs, same, found.effect, found.drawn, shown, found.compared, found.dtype, _shapes(like[0]))
-    return Certificate(True, found.error, graph.exact, seed, shapes, *numbers)
+    return Certificate(True, found.error, graph.exact, seed, shapes, *numbers, widens=widens)
 
 
 def no_certificate(graph: ChannelGraph, seed: int = 0) -> Certificate:
@@ -173,12 +199,12 @@ def weights_match(graph: ChannelGraph, maps: Maps, small: nn.Module) -> bool:
     """
     found = tensor_names(small)
     for name, tensor in graph.tensors.items():
-        if name in found and not _same_bits(part_of(tensor.detach(), maps.get(name, ())), found[name].detach()):
+        if name in found and not same_bits(part_of(tensor.detach(), maps.get(name, ())), found[name].detach()):
             return False
     return True
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equality that tells +0 from -0 and holds for NaN."""
     if a.dtype != b.dtype or a.shape != b.shape or a.layout != b.layout:
         return False
@@ -188,13 +214,17 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(flat_a, flat_b)
 
 
+_CLAIM = "the original minus the dropped neurons"
+
+
 def require(certificate: Certificate, what: str) -> Certificate:
     """Return the certificate, or raise CertificateError where a check failed, or showed nothing."""
+    claim = "the original with neurons that change nothing" if certificate.widens else _CLAIM
     if certificate.agrees and not certificate.shown:
         raise CertificateError(
-            f"{what} was not shown to be the original minus the dropped neurons: {certificate}; pass example_inputs "
+            f"{what} was not shown to be {claim}: {certificate}; pass example_inputs "
             "that reach the outputs, or certify=False for the structural check alone"
         )
     if not certificate.ok:
-        raise CertificateError(f"{what} is not the original minus the dropped neurons: {certificate}")
+        raise CertificateError(f"{what} is not {claim}: {certificate}")
     return certificate

@@ -12,7 +12,6 @@ from torch import nn
 from allocator.errors import AllocatorError, CertificateError, first_line
 from allocator.flow.labels import FROZEN
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.graph.neurons import components
 from allocator.rewriting.index_map import Maps
 from allocator.tracing.inputs import Inputs, device_of
 from allocator.verifying.difference import Difference, difference, noise_floors
@@ -69,7 +68,14 @@ class Comparison:
 
 
 def compare_outputs(
-    graph: ChannelGraph, kept: np.ndarray, maps: Maps, small: nn.Module, seed: int, like: Sequence[Inputs] = ()
+    graph: ChannelGraph,
+    kept: np.ndarray,
+    maps: Maps,
+    small: nn.Module,
+    seed: int,
+    like: Sequence[Inputs] = (),
+    *,
+    uncut: bool = False,
 ) -> Comparison:
     """Compare the two models on inputs drawn from the seed, in float64 or, where the forward refuses that, in float32.
 
@@ -85,6 +91,8 @@ def compare_outputs(
         seed: of the input, and of the weights where they are drawn.
         like: what inputs are drawn like, the next where those like the first show too little; the graph's own where
             there are none.
+        uncut: with its own weights the original computes what the rewritten model does, though it has more neurons; it
+            is compared as it is.
 
     Raises:
         CertificateError: the forward runs in neither dtype.
@@ -92,7 +100,7 @@ def compare_outputs(
     said = []
     for dtype in (torch.float64, torch.float32):
         try:
-            return _compare(_Pair(graph, kept, maps, small, seed, like or (graph.inputs,), dtype))
+            return _compare(_Pair(graph, kept, maps, small, seed, like or (graph.inputs,), dtype, uncut))
         except AllocatorError:
             raise
         except Exception as error:  # whatever the model's own code raises
@@ -135,6 +143,7 @@ class _Pair:
     seed: int
     like: Sequence[Inputs]
     dtype: torch.dtype
+    uncut: bool
 
     def inputs(self) -> Iterator[Inputs]:
         """Those to compare on, the ones that say most first."""
@@ -175,16 +184,17 @@ class _Pair:
         self, original: tuple[list[torch.Tensor], list[torch.Tensor]], inputs: Inputs, drawn: bool
     ) -> Comparison:
         cut, whole = original
+        reference = whole if self.uncut and not drawn else cut
         result = run_float64(
             self.small, inputs, draw=Draw(self.graph, self.seed, self.maps) if drawn else None, dtype=self.dtype
         )
-        found, floors = difference(cut, result), None
+        found, floors = difference(reference, result), None
         tolerance = TOLERANCES[_name(self.dtype)]
         if tolerance < found.worst < float("inf") and self.graph.exact:
             draw = Draw(self.graph, self.seed) if drawn else None
             nudged = [self._cut(inputs, draw, nudge) for nudge in range(1, NUDGES + 1)]
             floors = noise_floors(cut, nudged, tolerance)
-            found = difference(cut, result, floors)
+            found = difference(reference, result, floors)
         effect = difference(whole, cut, floors, patterns=False).worst if whole is not cut else 0.0
         return self._comparison(found, effect, len(cut), drawn)
 
@@ -214,12 +224,7 @@ def _zeroed_rows(graph: ChannelGraph, kept: np.ndarray) -> Rows:
     multiplied and summed no weight reads the neuron; then its writers are zeroed.
     """
     dropped = ~graph.stays(kept)
-    slots = np.zeros(graph.slots.total, dtype=bool)
-    for label in graph.facts.read:
-        slots[label] = True
-    if graph.facts.computed_ties:
-        together = components(graph.slots.total, [(tie.a, tie.b) for tie in graph.facts.computed_ties])
-        slots = np.isin(together, np.unique(together[slots]))
+    slots = graph.reads.copy()
     for label in graph.facts.multiplied:
         units = np.unique(graph.units(label))
         slots |= np.isin(graph.unit_of_slot, units)

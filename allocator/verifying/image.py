@@ -23,6 +23,11 @@ class Image:
 
     def __init__(self, graph: ChannelGraph, maps: Maps, slots: Slots) -> None:
         self.old = graph.slots
+        emptied = {
+            name.rpartition(".")[0] for name, dims in maps.items() if any(d is not None and not len(d) for d in dims)
+        }
+        missing = graph.slots.shapes.keys() - slots.shapes.keys()
+        self.absent = {name for name in missing if name.rpartition(".")[0] in emptied}
         self.copies = np.ones(self.old.total, dtype=np.int64)
         self._sources: dict[int, np.ndarray] = {}  # of dims whose indices change their order, by their first slot
         for name, dims in maps.items():
@@ -49,6 +54,8 @@ class Image:
         # What was asked about by identity is held, so that no other array has its id.
         self._sizes: dict[int, tuple[np.ndarray, int]] = {}
         self._same: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self.misplaced = np.zeros(0, dtype=np.int64)
+        """Of the original's slots, those that were last found in other places than they should be."""
 
     def size(self, label: np.ndarray) -> int:
         """How many indices these labels of the original become."""
@@ -65,6 +72,7 @@ class Image:
         if key not in self._same:
             image = old[self.positions(old)] if self._sources else old[self.copies[old] > 0]
             if not np.array_equal(image, self.origin[new]):
+                self.misplaced = _differing(image, self.origin[new])
                 return False
             self._same[key] = old, new
         return True
@@ -84,8 +92,11 @@ class Image:
                 parts.append(run[self.copies[label[run]] > 0])
                 continue
             first, indices = source
-            within = label[run] - first
-            parts += [run[within == index] for index in indices.tolist()]
+            within = label[run] - first  # ascending, so that the places of an index follow one another
+            begins, ends = (np.searchsorted(within, indices, side=side) for side in ("left", "right"))
+            lengths = ends - begins
+            offset = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            parts.append(run[np.repeat(begins, lengths) + offset])
         return np.concatenate(parts)
 
     def keep_together(self, ties: Iterable[Tie]) -> Tie | None:
@@ -98,8 +109,11 @@ class Image:
             return None
         for tie in ties:
             a, b = tie.a.reshape(-1), tie.b.reshape(-1)
-            moves = self._reorders(a) or self._reorders(b)
-            if moves and not np.array_equal(self.positions(a), self.positions(b)):
+            if not (self._reorders(a) or self._reorders(b)):
+                continue
+            here, there = self.positions(a), self.positions(b)
+            if not np.array_equal(here, there):
+                self.misplaced = a[_differing(here, there)]
                 return tie
         return None
 
@@ -125,3 +139,10 @@ class Image:
         dims = np.searchsorted(self.old.starts, label, side="right")
         breaks = (np.diff(dims) != 0) | (np.diff(label) < 0)
         return np.split(np.arange(len(label)), np.flatnonzero(breaks) + 1)
+
+
+def _differing(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """What stands in either where they differ; nothing where they are not as long."""
+    if len(a) != len(b):
+        return np.zeros(0, dtype=np.int64)
+    return np.concatenate([a[a != b], b[a != b]])

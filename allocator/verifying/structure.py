@@ -9,7 +9,7 @@ that changed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,18 +35,22 @@ class Mismatch:
         op: the original call; None where the original makes none.
         what: what differs, with got and expected.
         module: path of the module whose forward raised; None where none did.
+        forward: which of the graph's flows it is in.
+        misplaced: slots of the original that are there, in other places than they should be.
     """
 
     op: Op | None
     what: str
     module: str | None = None
+    forward: int = 0
+    misplaced: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64), repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.op or 'a forward without calls'}: {self.what}"
 
 
 def find_mismatch(graph: ChannelGraph, maps: Maps, small: nn.Module, *, copied: bool = False) -> Mismatch | None:
-    """Trace a rewritten model and compare it with the original, in eval and, where it differs, train mode.
+    """Trace a rewritten model and compare it with the original, with all inputs and in all modes of the graph's flows.
 
     Args:
         graph: of the original.
@@ -58,23 +62,24 @@ def find_mismatch(graph: ChannelGraph, maps: Maps, small: nn.Module, *, copied: 
     image = Image(graph, maps, slots)
     torn = image.keep_together(graph.facts.ties)
     if torn is not None:
-        return Mismatch(graph.flow.trace.ops[torn.op], "what meets here is put into different orders")
-    for flow in graph.flows:
+        what = "what meets here is put into different orders"
+        return Mismatch(graph.flow.trace.ops[torn.op], what, misplaced=image.misplaced)
+    for which, flow in enumerate(graph.flows):
         error: Exception | None = None
         where: str | None = None
         last = copied and flow is graph.flows[-1]
         try:
             mode, training = flow.trace.mode, flow.trace.training
-            trace = record(small, graph.inputs, mode, training=training, copied=last)
+            trace = record(small, flow.trace.inputs, mode, training=training, copied=last)
         except ForwardError as raised:
             trace, error, where = raised.partial, raised.cause, raised.module
         try:
-            new = run_rules(trace, slots, Facts(), graph.options)
+            new = run_rules(trace, slots, Facts(), flow.options)
         except RuleError as failed:
             new, error = failed.flow, failed
         mismatch = compare(flow, new, image, error)
         if mismatch is not None:
-            return replace(mismatch, module=where)
+            return replace(mismatch, module=where, forward=which)
     return None
 
 
@@ -88,14 +93,15 @@ def compare(old: Flow, new: Flow, image: Image, raised: Exception | None = None)
         raised: what ended the rewritten forward early, so that there is only its beginning.
     """
     gone = _gone(old, image)
-    before, returned = _without_copies(old.trace, gone, raised is None)
-    after, returned_now = _without_copies(new.trace, set(), raised is None)
+    whole = raised is None and not old.trace.unfinished
+    before, returned = _without_copies(old.trace, gone, whole)
+    after, returned_now = _without_copies(new.trace, set(), whole)
     values = _Pairs()
     for a, b in zip(before, after, strict=False):
         what = _compare_call(old, new, a, b, values, gone, image)
         if what:
-            return Mismatch(old.trace.ops[a.index], what)
-    if raised is not None:
+            return Mismatch(old.trace.ops[a.index], what, misplaced=image.misplaced)
+    if raised is not None and not (old.trace.unfinished and len(before) == len(after)):
         return _first_not_made(old, before, len(after), raised)
     if len(before) != len(after):
         nearest = _last_of(old, before[: len(after)] or before)
@@ -162,9 +168,10 @@ def _restrides(trace: Trace, op: Op) -> bool:
 
 
 def _gone(flow: Flow, image: Image) -> set[int]:
-    """Values of the original with a dim that lost all its indices."""
+    """Values of the original with a dim that lost all its indices, and counters of layers that are gone with theirs."""
     values = range(len(flow.trace.values))
-    return {i for i in values if any(lab is not None and len(lab) and not image.size(lab) for lab in flow.labels(i))}
+    emptied = [any(lab is not None and len(lab) and not image.size(lab) for lab in flow.labels(i)) for i in values]
+    return {i for i, value in enumerate(flow.trace.values) if emptied[i] or value.name in image.absent}
 
 
 def _compare_call(

@@ -1,0 +1,306 @@
+"""The flow from a model to a wider, proven one: the same rooms, the other way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from allocator.clock import Clock, Progress
+from allocator.cost.budget import Budget, Budgets, parse_limit
+from allocator.errors import BudgetError, InputError, NothingToAllocateError
+from allocator.fitting.fit import fit
+from allocator.graph.blocks import Block
+from allocator.graph.channel_graph import ChannelGraph
+from allocator.model_checks import check_model
+from allocator.pipeline.model import trace_model
+from allocator.pipeline.run import finish
+from allocator.planning.plan import Plan
+from allocator.planning.widths import Layers, cheapest_next, widest_within
+from allocator.result import Result
+from allocator.rewriting.added import Filling
+from allocator.rewriting.allocation import Allocation
+from allocator.rewriting.index_map import length
+from allocator.rewriting.lineage import remember
+from allocator.rewriting.materialise import materialise
+from allocator.settings import Certify, Limits, Settings, check_certify
+from allocator.verifying.certificate import Certificate
+from allocator.verifying.growth import certify_growth
+
+Widths = Callable[[Layers], tuple[np.ndarray, float | None]]
+"""How wide a network becomes: (layers,) how many neurons to add to each, and the budget in FLOPs, if there is any."""
+_NO_REASONS = (
+    "excluded by the caller",
+    "not included by the caller",
+    "an output of the model",
+    "meets a dim that must keep its size (convolution)",
+    "meets a dim that must keep its size (linear)",
+)
+"""What the caller asked for, what the network gives, and what reads its input."""
+_MOST_REASONS = 5
+
+
+def widen_model(
+    model: nn.Module,
+    widths: Widths,
+    example_inputs: Any,
+    settings: Settings,
+    *,
+    init: str = "zero",
+    weights: str = "keep",
+    numeric: Certify = "small",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """See `allocator.widen`.
+
+    Args:
+        model: the network; not changed.
+        widths: how wide it becomes.
+        example_inputs: as the caller gave them.
+        settings: which layers may grow.
+        init: what added neurons are filled with.
+        weights: "keep" or "reset".
+        numeric: compare weights and outputs too, at which size.
+        seed: of what is drawn.
+        progress: called with the name of each stage.
+    """
+    check_certify(numeric)
+    model = check_model(model, values=True)
+    clock = Clock(progress)
+    with clock("trace"):
+        traced = trace_model(model, example_inputs, replace(settings, norms="exact"))
+    with clock("plan"):
+        planner = _Planner(settings.scope, widths)
+        fitted = fit(traced, planner, planner.hold)
+        graph, maps = fitted.graph, fitted.maps
+        notes = [*traced.notes, *fitted.notes]
+        notes += [f"not widened, as it would not be exact: {why}" for why in _why_not(graph)[:_MOST_REASONS]]
+    with clock("rewrite"):
+        reads = {name: [graph.reads[label] for label in graph.slots.labels(name)] for name in maps}
+        filling = Filling.by(init, seed, maps, reads)
+        fitted.allocation = replace(fitted.allocation, added=filling.to_dict())
+        if not planner.has_budget:
+            fitted.allocation.costs["flops"]["asked"] = None
+        wide = materialise(model, fitted.allocation)
+        remember(wide, model, fitted.allocation)
+
+    def prove() -> Certificate:
+        return certify_growth(graph, maps, wide, filling, seed=seed, numeric=numeric)
+
+    return finish(wide, fitted, notes, weights, prove, clock)
+
+
+def room_to_grow(model: nn.Module, limits: Limits, example_inputs: Any, settings: Settings) -> float | None:
+    """The budget in FLOPs, where it is above the model's own; None where it is not.
+
+    Raises:
+        InputError: another budget, which says nothing of how wide a network may become.
+    """
+    if limits.flops is None or len(limits.given()) > 1:
+        raise InputError(f"grow=True goes with a budget in flops alone, not {' and '.join(limits.given()) or 'none'}")
+    metric = trace_model(check_model(model), example_inputs, settings).metric("flops")
+    limit = parse_limit("flops", limits.flops, metric)
+    return limit if limit > metric.whole else None
+
+
+def by_factor(factor: Any) -> Widths:
+    """Every layer so many times as wide.
+
+    Raises:
+        InputError: no number from 1 on.
+    """
+    if not isinstance(factor, (int, float)) or not factor < float("inf"):
+        raise InputError(f"factor={factor!r} is no number such as 1.5")
+    if factor < 1:
+        raise InputError(
+            f"factor={factor!r} would make layers narrower: pass 1.5, for example; allocate takes neurons away"
+        )
+
+    def widths(layers: Layers) -> tuple[np.ndarray, None]:
+        more = layers.evenly(factor)
+        if not more.any():
+            widest = int(layers.widths.max())
+            raise NothingToAllocateError(
+                f"factor={factor!r} adds no whole neuron to any layer: the widest that can grow has {widest}, and "
+                f"{1 + 0.5 / widest:.3g} adds one to it"
+            )
+        return more, None
+
+    return widths
+
+
+def by_flops(asked: float | str) -> Widths:
+    """As many neurons as a budget allows, every layer the same factor, what is left one by one.
+
+    Raises:
+        BudgetError: no number, the model's own or less, or less than the cheapest neuron more.
+    """
+
+    def widths(layers: Layers) -> tuple[np.ndarray, float]:
+        metric = layers.graph.metric("flops")
+        limit = parse_limit("flops", asked, metric)
+        if limit < metric.whole:
+            raise BudgetError(
+                f"{metric.show(limit)} are below the model's own {metric.show(metric.whole)}: widen adds neurons, "
+                "allocate(model, flops=...) takes some away",
+                asked=limit,
+                reachable=metric.whole,
+            )
+        more = widest_within(layers, metric, limit)
+        if not more.any():
+            cheapest = cheapest_next(layers, metric, more)
+            reachable = metric.whole + (cheapest or 0)
+            raise BudgetError(
+                f"{metric.show(limit)} leave no room for another neuron beside the model's own "
+                f"{metric.show(metric.whole)}: the least that adds one is {metric.show(reachable)}",
+                asked=limit,
+                reachable=reachable,
+            )
+        return more, limit
+
+    return widths
+
+
+def by_allocation(allocation: Allocation) -> Widths:
+    """Every layer as wide as an allocation leaves the layer of this name."""
+    target: dict[tuple[str, int], int] = {}
+    for name, dims in allocation.kept.items():
+        target.update({(name, dim): length(kept) for dim, kept in enumerate(dims) if kept is not None})
+
+    def widths(layers: Layers) -> tuple[np.ndarray, None]:
+        more = np.zeros(len(layers.units), dtype=np.int64)
+        narrower = []
+        for i, (name, dim, channels, units) in enumerate(layers):
+            wanted = target.get((name, dim), channels)
+            more[i] = round(len(units) * wanted / channels) - len(units)
+            if wanted < channels:
+                narrower.append(f"{name} has {channels} channels, and {wanted} there")
+        if narrower:
+            raise InputError(
+                f"the allocation makes layers narrower than they are ({'; '.join(narrower[:3])}): widen only adds, "
+                "apply(model, allocation) and allocate take away"
+            )
+        if not more.any():
+            raise NothingToAllocateError(
+                "no layer is wider in the allocation: its layers are as narrow, or none of them is the model's"
+            )
+        return more, None
+
+    return widths
+
+
+def by_branches(neurons: int | str) -> Widths:
+    """Every branch of a block the same number of channels: this one, or a share of the block's widest branch.
+
+    Raises:
+        InputError: neither a number above zero nor a share; fewer than some branch has; nothing that it adds to.
+    """
+    share = _share(neurons)
+
+    def widths(layers: Layers) -> tuple[np.ndarray, None]:
+        graph, more = layers.graph, np.zeros(len(layers.units), dtype=np.int64)
+        wider = []
+        for block in _competing(graph):
+            widest = max(branch.channels for branch in block.branches)
+            wanted = neurons if isinstance(neurons, int) else math.ceil(share * widest)
+            for branch in block.branches:
+                units = graph.units(branch.label)
+                own = [i for i, of_layer in enumerate(layers.units) if np.isin(of_layer, units).any()]
+                if own and branch.channels > wanted:
+                    wider.append(f"{block.name}.{branch.name} has {branch.channels}")
+                for i in own:  # a layer whose parts are branches grows as they do
+                    width = len(layers.units[i])
+                    more[i] = max(more[i], round(width * wanted / branch.channels) - width)
+        if wider:
+            raise InputError(
+                f"neurons={neurons!r} are fewer than branches have ({'; '.join(wider[:3])}): pass more, or a share of "
+                "each block's widest branch, such as '100%'"
+            )
+        if not more.any():
+            raise NothingToAllocateError(f"neurons={neurons!r} adds to no branch: {_no_branches(graph)}")
+        return more, None
+
+    return widths
+
+
+def _competing(graph: ChannelGraph) -> list[Block]:
+    """Blocks whose branches have neurons of their own; where there are none, those whose branches are added up."""
+    for kinds in (("concat", "split"), ("sum",)):
+        blocks = [block for block in graph.blocks if block.kind in kinds]
+        if blocks:
+            return blocks
+    return []
+
+
+def _share(neurons: int | str) -> float:
+    """A share as a number; 0 where it is a number of neurons that was given."""
+    if isinstance(neurons, int) and not isinstance(neurons, bool) and neurons > 0:
+        return 0.0
+    text = neurons.strip() if isinstance(neurons, str) else ""
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError:
+        share = 0.0
+    if not text.endswith("%") or not 0 < share < math.inf:
+        raise InputError(f"neurons={neurons!r} is neither a number of neurons nor a share such as '100%'")
+    return share
+
+
+def _no_branches(graph: ChannelGraph) -> str:
+    if not _competing(graph):
+        return "the model has no block in which branches meet; widen makes all layers wider"
+    return "all branches have as many, or cannot grow exactly; widen makes all layers wider"
+
+
+class _Planner:
+    """Plans a wider network, in which single neurons may be held to what they are.
+
+    These are ones whose copies would not stand where they belong, as where a tensor is cut between two channels that a
+    shuffle keeps together.
+    """
+
+    def __init__(self, scope: str, widths: Widths) -> None:
+        self.scope, self.widths = scope, widths
+        self.has_budget = False
+        self.held = np.zeros(0, dtype=np.int64)  # slots, as a repair may change what a neuron is
+
+    def hold(self, slots: np.ndarray) -> bool:
+        """Add nothing to the neurons of these slots; whether there are any that were not held."""
+        fresh = np.setdiff1d(slots, self.held)
+        self.held = np.append(self.held, fresh)
+        return bool(len(fresh))
+
+    def __call__(self, graph: ChannelGraph) -> Plan:
+        layers = Layers.of(graph, self.scope).without(graph.units(self.held))
+        if not layers.units:
+            reasons = _why_not(graph)
+            listed = "; ".join(reasons[:_MOST_REASONS]) or "it has no layer whose outputs are read inside it"
+            raise NothingToAllocateError(f"no neuron can be added to the model exactly: {listed}", reasons=reasons)
+        metric = graph.metric("flops")
+        more, asked = self.widths(layers)
+        self.has_budget = asked is not None
+        times, cheapest = layers.times(more), cheapest_next(layers, metric, more)
+        costs = {} if cheapest is None else {metric.name: cheapest}
+        budget = Budget(metric, metric.value(times) if asked is None else asked)
+        return Plan(times, Budgets([budget]), self.scope, "even", "none", costs)
+
+
+def _why_not(graph: ChannelGraph) -> list[str]:
+    """What can't be added to without changing what is computed: a line per reason, that with most channels first."""
+    channels: dict[str, int] = {}
+    modules: dict[str, list[str]] = {}
+    for label, module, reason in graph.facts.frozen:
+        if not reason.startswith(_NO_REASONS):
+            channels[reason] = channels.get(reason, 0) + len(label)
+            modules.setdefault(reason, []).append(module)
+    lines = []
+    for reason in sorted(channels, key=lambda each: -channels[each]):
+        first, *others = dict.fromkeys(modules[reason])
+        more = f" and {len(others)} more" if others else ""
+        lines.append(f"{reason} in {first or 'the model'}{more} ({channels[reason]:,} channels)")
+    return lines
