@@ -39,7 +39,7 @@ def register(commands: Any) -> None:
     parser = add_command(commands, "widen", "make a model wider without changing what it computes", _EXAMPLE)
     parser.add_argument("model", metavar="MODEL", help="a file or a name")
     how = parser.add_argument_group("how wide, one of these")
-    how.add_argument("--flops", type=parse_budget, metavar="N", help="FLOPs above its own, as fvcore counts them: 4.2e9, 4.2G or 150%%")
+    how.add_argument("--flops", type=parse_budget, metavar="N", help="FLOPs above its own: 4.2e9, 4.2G or 150%%")
     how.add_argument("--factor", type=float, metavar="N", help=WIDENING_OPTIONS["factor"].help)
     how.add_argument("--like", metavar="FILE", help="every layer as wide as this allocation, .json, leaves it")
     how.add_argument(
@@ -92,7 +92,7 @@ def _widen(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
     with talk.stage("widening") as update:
         options: dict[str, Any] = {
             "init": args.init,
-            "example_inputs": example_inputs(args),
+            "example_inputs": example_inputs(args, model),
             "exclude": plan["exclude"],
             "include": plan["include"],
             "weights": args.weights,
