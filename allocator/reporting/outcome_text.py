@@ -52,6 +52,8 @@ class OutcomeText:
             yield Text(f"{outcome.optimality}{_about_gap(outcome) if outcome.optimality.gap else ''}")
         style = "green" if outcome.certificate.ok else "bold red"
         yield Text(f"certificate: {outcome.certificate}", style=style)
+        if outcome.recovery is not None:
+            yield Text(f"recovered: {outcome.recovery}")
 
     def _foot(self) -> Iterator[Text]:
         outcome = self.outcome
