@@ -10,6 +10,7 @@ from allocator.cli.arguments import (
     UsageError,
     add_command,
     add_input_options,
+    add_layers_option,
     add_model_options,
     add_output_options,
     add_plan_options,
@@ -60,6 +61,7 @@ def register(commands: Any) -> None:
     plan.add_argument("--seed", type=int, default=0, help="of what is drawn, and of the certificate's input")
     parser.add_argument("--report", metavar="FILE", help="also write the report: .html, .md, .csv, .json or .txt")
     parser.add_argument("--plot", metavar="FILE", help="also draw each block's neurons per scale: .png, .svg or .pdf")
+    add_layers_option(parser)
     add_input_options(parser)
     add_model_options(parser)
     parser.set_defaults(run=run)
