@@ -44,7 +44,7 @@ def certify_growth(
         numeric: compare weights and float64 outputs too, at which size, as for `certify`.
     """
     options = replace(graph.options, include=(), exclude=(), same=())  # modules of the original are none of this one
-    back = build_graph(wide, graph.inputs, options)
+    back = build_graph(wide, graph.inputs, options, graph.forwards.of(wide))
     kept = _originals(back, maps)
     if kept is None:
         return no_certificate(graph, seed)
