@@ -69,11 +69,13 @@ class Attribute:
         module: path of the module.
         name: attribute name.
         pieces: label arrays whose kept counts are the attribute's new value; one piece, or one per part.
+        declared: an adapter says what it counts; it follows whether the forward reads it or not.
     """
 
     module: str
     name: str
     pieces: tuple[np.ndarray, ...]
+    declared: bool = False
 
 
 @dataclass
