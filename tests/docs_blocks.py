@@ -5,7 +5,8 @@
 - A `text` block right after one of these is what it printed; `...` stands for anything,
   and rounding errors such as 2.8e-16 for each other.
 - A block with `title="NAME"` is a file of that name.
-- `<!-- skip: next "reason" -->` leaves the next block out; `next if(quick, reason="...")` where it is run quickly.
+- `<!-- skip: next "reason" -->` leaves the next block out; `next if(quick, reason="...")` where it is run quickly, and
+  `start if(lacks("PACKAGE"), reason="...")` up to `skip: end` where a package is not installed.
 - `<!-- quick: OLD -> NEW -->` changes a later block where the page is run quickly. What follows rests on training or
   is changed, so that figures in printed text may differ; words may not.
 """
@@ -19,6 +20,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from importlib.metadata import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import SkipTest
 
@@ -60,6 +62,7 @@ class Page:
         self.python = PythonEvaluator()
         self.document = Document.parse(str(path), SkipParser(), self._parse, self._quick_changes)
         self.document.namespace["quick"] = quick
+        self.document.namespace["lacks"] = lambda package: find_spec(package) is None
 
     def run(self) -> None:
         """Run every block; the first that fails ends the page."""
