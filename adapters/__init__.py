@@ -33,6 +33,8 @@ Sizes = Callable[[nn.Module, Kept], Mapping[str, Any]]
 Arguments = tuple[Any, ...] | dict[str, Any]
 """Of one forward: by their places, or by their names."""
 Paths = Callable[[nn.Module], Iterable[str]]
+Places = tuple[str, int, Any]
+"""Of a module's tensor, by its name: a dim, and which of its indices, as numpy takes them."""
 OptionalBranches = Callable[[nn.Module], dict[str, tuple[str, ...]]]
 
 S = TypeVar("S", bound=Sizes)
@@ -66,9 +68,17 @@ class Adapter:
         spared: gives the paths of layers whose output channels stay unless the caller includes them by name.
         optional_branches: gives, for a module, the paths (relative to it) of layers that the forward can
             do without, each with all the paths that must be set to None together with it.
+        together: gives places in the tensors of a module that keep the same indices, one by one, for what its forward
+            reads of their number; or with None in place of the second those that stay.
+        narrow_heads: whether the heads of an attention get narrower, all alike, instead of going whole: where what it
+            multiplies its scores with does not follow their width.
         norm_scale: for a norm that torch does not know as one, the name of the vector that scales its channels.
         inputs: gives example arguments of a whole model (on the CPU) and where their size comes from, or
             None where the model does not tell.
+        any_width: changes a module of a copy so that it computes the same by a forward that takes any widths, where
+            that of its class takes only some.
+        widths: gives, for a module, its attributes that count the channels of what a module within it returns, each
+            with the path of that one (relative to the module).
         multiples: gives, for a module, the dims of its tensors along which a multiple of a number has to stay, each
             with that number: {("down_proj", 2): 8}.
         network: for a wrapper that is not to be run itself (one whose `train` starts a training), the module in it.
@@ -84,8 +94,12 @@ class Adapter:
     outputs: Paths | None = None
     spared: Paths | None = None
     optional_branches: OptionalBranches | None = None
+    together: Callable[[nn.Module], Iterable[tuple[Places, Places | None]]] | None = None
+    narrow_heads: bool = False
     norm_scale: str | None = None
     inputs: Callable[[nn.Module], tuple[Arguments, str] | None] | None = None
+    any_width: Callable[[nn.Module], None] | None = None
+    widths: Callable[[nn.Module], Mapping[str, str]] | None = None
     multiples: Callable[[nn.Module], Mapping[tuple[str, int], int]] | None = None
     network: Callable[[nn.Module], Any] | None = None
     wrap: Callable[[nn.Module, nn.Module], nn.Module] | None = None
@@ -100,6 +114,7 @@ _STATES: set[str] = set()
 _PICKLES: dict[str, str] = {}
 # The package of a class, and the file here that knows it.
 _LIBRARIES = {
+    "torch": "torch_attention",
     "timm": "timm",
     "torchvision": "torchvision",
     "transformers": "hf",
@@ -198,6 +213,31 @@ def adapted(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, 
             yield path, module, adapter
 
 
+def take_any_width(modules: Mapping[str, nn.Module], changed: Iterable[str] | None = None) -> None:
+    """Let modules of a copy compute by forwards that take any widths.
+
+    Args:
+        modules: all of the copy, by path.
+        changed: names of tensors; where no such module itself holds any of them, all stay as they are. None for in any
+            case.
+    """
+    concerned = [(path, module, each.any_width) for path, module, each in adapted(modules) if each.any_width]
+    owners = None if changed is None else {name.rpartition(".")[0] for name in changed}
+    if owners is not None and owners.isdisjoint(path for path, _, _ in concerned):
+        return
+    for _, module, take in concerned:
+        take(module)
+
+
+def widths(modules: Mapping[str, nn.Module]) -> list[tuple[str, str, str]]:
+    """(path of a module, its attribute, path of the module whose output's channels it counts)."""
+    found = []
+    for path, module, adapter in adapted(modules):
+        if adapter.widths is not None:
+            found += [(path, name, _join(path, inner)) for name, inner in adapter.widths(module).items()]
+    return found
+
+
 def optional_branches(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
     """Full paths of all layers of a model that may be absent, each with what goes with it."""
     optional: dict[str, tuple[str, ...]] = {}
@@ -214,6 +254,31 @@ def multiples(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, int,
         if adapter.multiples is not None:
             for (name, dim), of in adapter.multiples(module).items():
                 yield path, _join(path, name), dim, of
+
+
+def places_together(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Places, Places | None]]:
+    """(path of a module, places, places) that keep the same indices, with full names; None for ones that stay.
+
+    Raises:
+        AdapterError: an adapter names a tensor that the module does not have.
+    """
+    for path, module, adapter in adapted(modules):
+        if adapter.together is None:
+            continue
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        for one, other in adapter.together(module):
+            missing = [each[0] for each in (one, other) if each is not None and each[0] not in tensors]
+            if missing:
+                where = f"the adapter of {_name(type(module))}, asked about {path or 'the model'},"
+                raise AdapterError(f"{where} names the tensor {missing[0]}, which the module does not have")
+            first = (_join(path, one[0]), *one[1:])
+            yield path, first, None if other is None else (_join(path, other[0]), *other[1:])
+
+
+def narrows_heads(module: nn.Module | None) -> bool:
+    """Whether the heads of this attention get narrower instead of going whole."""
+    adapter = None if module is None else find(module)
+    return adapter is not None and adapter.narrow_heads
 
 
 def norm_scales(modules: Mapping[str, nn.Module]) -> list[str]:

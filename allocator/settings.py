@@ -194,6 +194,13 @@ class Widening:
     ] = "zero"
 
 
+def method_of(recover: bool | Method) -> Method | None:
+    """The method that is asked for; None for none."""
+    if recover is False:
+        return None
+    return "auto" if recover is True else recover
+
+
 DEFAULTS = Settings()
 WIDENING = Widening()
 RECOVERING = Recovering()

@@ -23,7 +23,20 @@ from allocator.errors import (
 from allocator.planning.problem import Widths
 from allocator.recipes.parsing import parse
 from allocator.scoring.registry import AUTO, find_criterion
-from allocator.settings import BUDGETS, KNOWN_POLICIES, OPTIONS, Limits, Scope, Settings, Weights
+from allocator.settings import (
+    BUDGETS,
+    KNOWN_POLICIES,
+    METHODS,
+    OPTIONS,
+    RECOVERING,
+    Limits,
+    Method,
+    Scope,
+    Settings,
+    Weights,
+    check_choice,
+    method_of,
+)
 from allocator.settings import CHOICES as ALLOCATION_CHOICES
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -165,6 +178,8 @@ class AllocationPlan(Settings, Limits):
         criterion: one name, or several, whose rankings are averaged; one that looks at data gets training images.
         samples: how many training images such a criterion looks at, over all processes.
         weights: `reset` to train from scratch, `keep` to fine-tune.
+        recover: refit the weights that are kept on training images, without their labels, before what is left is
+            trained: a method of `allocator.recover`, or true for its `auto`.
         file: an allocation to apply, instead of one learned here.
     """
 
@@ -172,6 +187,7 @@ class AllocationPlan(Settings, Limits):
     scope: Scope = "narrowest"
     samples: int = 256
     weights: Weights = "reset"
+    recover: bool | Method = RECOVERING.recover
     file: str | None = None
 
     def budgets(self) -> dict[str, float | str]:
@@ -430,8 +446,25 @@ def _allocation_problems(plan: AllocationPlan, task: str) -> list[str]:
         problems.append("expected allocation.multiple and allocation.samples above zero")
     for name in plan.criteria():
         problems += [] if name == AUTO else _problem(UnknownNameError, find_criterion, name)
+    problems += _recovery_problems(plan, task)
     if not problems and task == "detection" and plan.looks_at_data():
         problems.append(f"allocation.criterion={plan.criterion!r} looks at data, which is not for detectors yet")
+    return problems
+
+
+def _recovery_problems(plan: AllocationPlan, task: str) -> list[str]:
+    method = method_of(plan.recover)
+    if method is None:
+        return []
+    problems = _problem(UnknownNameError, check_choice, "recover", method, METHODS)
+    if plan.weights == "reset":
+        problems.append(
+            "allocation.recover refits the weights that are kept: set allocation.weights=keep, or leave it out"
+        )
+    if plan.file is not None:
+        problems.append("allocation.recover refits what is chosen here: leave out allocation.file, or recover")
+    if task == "detection":
+        problems.append("allocation.recover looks at data, which is not for detectors yet")
     return problems
 
 

@@ -27,7 +27,9 @@ from allocator.recipes.configuration import AllocationPlan, Config, Training, lo
 from allocator.recipes.data import Batches, TestBatches, number, unreadable
 from allocator.recipes.tasks import Classification, Task, classification_loss
 from allocator.recipes.training import Fit, as_text, training_bar
+from allocator.recovering.record import forget_recovery
 from allocator.rewriting.allocation import architecture_hash
+from allocator.settings import RECOVERING, Method, method_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -274,12 +276,16 @@ class _Run:
             seed = network
             self._agree(lambda: self._save_network(seed, None, "seed.safetensors"))
         if config.allocation is not None:
+            result = None
             if not in_final:
-                self.allocation = self._allocate(network)
+                self.allocation, result = self._allocate(network)
             assert self.allocation is not None
             # Set anew, so that fresh weights are the same whether the run has trained the seed before or goes on here.
             torch.manual_seed(number(config.random_seed, 1))
             network = allocator.apply(network, self.allocation, config.allocation.weights)
+            method = method_of(config.allocation.recover)
+            if result is not None and method is not None:
+                network = self._recovered(result, method)
         if config.final is not None:
             network = self._fit("final", network, config.final, saved if in_final else None)
         return network
@@ -359,19 +365,32 @@ class _Run:
         batches = TestBatches(self.data.test, size, self.config.data.workers, rank, world, self.limit)
         return self.task.evaluate(network, batches, self.accelerator, self.corrupt)
 
-    def _allocate(self, network: nn.Module) -> allocator.Allocation:
-        """The allocation, made on the main process and handed to the others."""
+    def _allocate(self, network: nn.Module) -> tuple[allocator.Allocation, allocator.Result | None]:
+        """The allocation, the same on all processes; and what came of it where that is to be recovered."""
         plan = self.config.allocation
         assert plan is not None
         file = plan.file
         if file is not None:
-            return self._agree(lambda: allocator.Allocation.load(file))
-        if not plan.looks_at_data():
-            return self._agree(lambda: self._chosen(network, plan, {}))
+            return self._agree(lambda: allocator.Allocation.load(file)), None
+        if not plan.looks_at_data() and method_of(plan.recover) is None:
+            return self._agree(lambda: self._chosen(network, plan, {}).allocation), None
         # Every process looks at images of its own and gets what all have found, so that all choose alike.
-        return self._chosen(network, plan, {"data": self._looked_at(plan.samples), "loss": classification_loss})
+        data = {}
+        if plan.looks_at_data():
+            data = {"data": self._looked_at(plan.samples), "loss": classification_loss}
+        result = self._chosen(network, plan, data)
+        return result.allocation, result
 
-    def _chosen(self, network: nn.Module, plan: AllocationPlan, data: dict[str, Any]) -> allocator.Allocation:
+    def _recovered(self, result: allocator.Result, method: Method) -> nn.Module:
+        """What is left, refitted on training images, over all processes."""
+        images = (images for images, _ in self._looked_at(RECOVERING.samples))
+        recovered = allocator.recover(result, images, method)
+        self._say(f"recovered: {recovered.recovery}")
+        if self.config.final is not None:
+            forget_recovery(recovered.model)  # trained on, it is no longer the cut one but for some weights
+        return recovered.model
+
+    def _chosen(self, network: nn.Module, plan: AllocationPlan, data: dict[str, Any]) -> allocator.Result:
         options: dict[str, Any] = {**plan.budgets(), **plan.options(), **data}
         options["exclude"] = [*plan.exclude, *self.task.protected]
         # Shown where the run's other lines are: on stderr they would tear the bars. The weights are decided when the
@@ -385,7 +404,7 @@ class _Run:
             f"allocated: {result.flops_before:,} FLOPs before, {result.flops_after:,} after; certificate "
             f"{'passed' if result.certificate.ok else 'failed'}"
         )
-        return result.allocation
+        return result
 
     def _looked_at(self, samples: int) -> Iterator[tuple[Any, Any]]:
         """Training images for criteria, with their labels, in the order of an epoch."""

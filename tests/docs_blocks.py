@@ -6,7 +6,7 @@
   and rounding errors such as 2.8e-16 for each other.
 - A block with `title="NAME"` is a file of that name.
 - `<!-- skip: next "reason" -->` leaves the next block out; `next if(quick, reason="...")` where it is run quickly, and
-  `start if(lacks("PACKAGE"), reason="...")` up to `skip: end` where a package is not installed.
+  `start if(not installed("NAME"), reason="...")` all up to `<!-- skip: end -->` where a package is missing.
 - `<!-- quick: OLD -> NEW -->` changes a later block where the page is run quickly. What follows rests on training or
   is changed, so that figures in printed text may differ; words may not.
 """
@@ -62,7 +62,7 @@ class Page:
         self.python = PythonEvaluator()
         self.document = Document.parse(str(path), SkipParser(), self._parse, self._quick_changes)
         self.document.namespace["quick"] = quick
-        self.document.namespace["lacks"] = lambda package: find_spec(package) is None
+        self.document.namespace["installed"] = lambda name: find_spec(name) is not None
 
     def run(self) -> None:
         """Run every block; the first that fails ends the page."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import subprocess
 import sys
@@ -113,10 +114,10 @@ files = lambda: {m.rpartition(".")[2] for m in sys.modules.keys() - ours if m.st
 assert not files() and not {"timm", "torchvision", "transformers", "monai"} & sys.modules.keys(), files()
 model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 3, 1))
 allocator.allocate(model, "50%", criterion="magnitude", example_inputs=torch.zeros(1, 3, 4, 4))
-assert not files() and not {"timm", "torchvision"} & sys.modules.keys(), files()
+assert files() == {"torch_attention"} and not {"timm", "torchvision"} & sys.modules.keys(), files()
 with torch.device("meta"):
     allocator.trace(allocator.build("torchvision:resnet18"))
-assert files() == {"torchvision"} and "timm" not in sys.modules, files()
+assert files() == {"torch_attention", "torchvision"} and "timm" not in sys.modules, files()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -380,6 +381,26 @@ def test_a_library_knows_what_its_models_take(name: str, shapes: list[tuple[int,
     assert all(t.is_meta for t in inputs.tensors())
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "densenet121", "efficientnet_b0"])
+def test_what_timm_says_of_its_stages_follows(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name)
+    before = copy.deepcopy(model.feature_info)
+    small: Any = allocator.allocate(model, "50%", certify=False, criterion="random", policy="global").model
+    assert model.feature_info == before
+    returned: dict[str, int] = {}
+    for stage in small.feature_info:
+        path = stage["module"]
+        small.get_submodule(path).register_forward_hook(
+            lambda _, __, output, path=path: returned.__setitem__(path, output.shape[1])
+        )
+    with torch.no_grad():
+        small(torch.zeros(1, 3, 64, 64))
+    assert {stage["module"]: stage["num_chs"] for stage in small.feature_info} == returned
+    assert small.feature_info != before
+    assert small.feature_info[-1]["num_chs"] < before[-1]["num_chs"]
+
+
 class Trainer(nn.Module):
     """A wrapper whose `train` would start a training, and whose `eval` is no change of mode either."""
 
@@ -449,3 +470,57 @@ def test_parts_that_an_adapter_gives_one_number_for_stay_equal() -> None:
     assert 0 < first == int((rows >= 8).sum()) == result.model.c
     assert first < 8
     assert not any("stay equal" in note for note in result.notes)  # known before anything was tried
+
+
+class Attention(nn.Module):
+    """Views what its heads gave as if it had the channels of its input, as Ultralytics' does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.keys, self.values = 2, 4, 8
+        self.qkv, self.proj = nn.Conv2d(16, 2 * (2 * 4 + 8), 1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = x.shape
+        parts = self.qkv(x).view(batch, self.heads, 2 * self.keys + self.values, height * width)
+        q, k, v = parts.split([self.keys, self.keys, self.values], dim=2)
+        scores = (q.transpose(-2, -1) @ k / 2).softmax(-1)
+        return self.proj((v @ scores.transpose(-2, -1)).view(batch, channels, height, width))
+
+
+def attention_sizes(module: nn.Module, kept: Kept) -> Mapping[str, object]:
+    """Values alone get fewer."""
+    return {"values": int(kept("proj.weight", 1).sum()) // 2, "keys": 4}
+
+
+QUERIES_AND_KEYS = np.arange(32).reshape(2, 16)[:, :8].reshape(-1)
+WIDTH = ("qkv.weight", 1, slice(None)), ("proj.weight", 1, slice(None))
+
+
+def test_heads_get_narrower_with_what_they_read_where_an_adapter_says_so() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), Attention(), nn.Conv2d(16, 4, 1))
+    constraints = [WIDTH, (("qkv.weight", 0, QUERIES_AND_KEYS), None)]
+    adapters.register(Attention, Adapter(sizes=attention_sizes, together=lambda _: constraints, narrow_heads=True))
+    try:
+        result = allocator.allocate(model, "60%", example_inputs=IMAGE)
+    finally:
+        adapters.unregister(Attention)
+    small: Any = result.model[1]  # type: ignore[index]
+    assert small.qkv.in_channels == small.proj.in_channels == 2 * small.values < 16
+    assert small.qkv.out_channels == 2 * (2 * 4 + small.values)
+    rows = result.allocation.kept["1.qkv.weight"][0]
+    assert rows is not None
+    assert set(QUERIES_AND_KEYS) <= set(rows)
+    assert result.certificate.relative_error is not None
+    assert not [note for note in result.notes if "stay" in note]
+
+
+def test_places_in_a_tensor_that_is_not_there_are_refused() -> None:
+    model = nn.Sequential(Attention())
+    said = r"asked about 0, names the tensor query\.weight, which the module does not have"
+    adapters.register(Attention, Adapter(together=lambda _: [(("query.weight", 0, slice(None)), None)]))
+    try:
+        with pytest.raises(allocator.AdapterError, match=said):
+            allocator.trace(model, torch.rand(1, 16, 4, 4))
+    finally:
+        adapters.unregister(Attention)

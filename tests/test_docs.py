@@ -23,6 +23,7 @@ from allocator.planning.policies.registry import POLICIES
 from allocator.scoring.registry import CRITERIA
 from allocator.tracing.operators import DECLARATIONS, operator_of
 
+LOADED_BY_USE = ("allocator.", "timm.", "torchvision.", "transformers.", "ultralytics.")
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 SLOW = [name for name, path in zip(NAMES, PAGES) if re.search(r"<!--.*\bquick\b", path.read_text(encoding="utf-8"))]
 
@@ -44,7 +45,7 @@ def _registries() -> Iterator[None]:
     yield
     for registry, old in zip(known, before):
         for name in registry.keys() - old.keys():
-            if not name.startswith(("allocator.", "timm.", "torchvision.", "transformers.")):  # loaded by use
+            if not name.startswith(LOADED_BY_USE):  # loaded by use
                 del registry[name]
     operator_of.cache_clear()
 

@@ -22,6 +22,7 @@ from allocator.recipes.data import Batches, Samples, Tensors, TestBatches
 from allocator.recipes.engine import OneProcess
 from allocator.recipes.tasks import accuracy_on
 from allocator.recipes.training import Fit, rate_share
+from allocator.recovering.record import recovery_of
 
 CPU = OneProcess(torch.device("cpu"))
 
@@ -298,6 +299,20 @@ def test_fine_tuning_starts_from_the_seed_and_reset_does_not(tmp_path: Path) -> 
         trained, start = (each.get_parameter("fc.weight") for each in (result.model, kept))
         found[weights] = torch.allclose(trained, start, atol=1e-6)
     assert found == {"keep": True, "reset": False}
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_is_left_is_recovered_before_it_is_trained(tmp_path: Path, trained: bool) -> None:
+    config = tiny_config(tmp_path, allocation={"flops": "50%", "weights": "keep", "recover": "least_squares"})
+    config["final"] = {"epochs": 1, "lr": 1e-9, "batch_size": 96, "weight_decay": 0.0} if trained else None
+    train(config, progress=False)
+    seed, left = (allocator.load(tmp_path / f"{name}.safetensors", trust=True) for name in ("seed", "model"))
+    cut = allocator.apply(seed, tmp_path / "allocation.json")
+    images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, before, after = (network.eval()(images) for network in (seed, cut, left))
+    assert (after - wanted).square().mean() < 0.9 * (before - wanted).square().mean()
+    assert (recovery_of(left) is None) == trained
 
 
 def test_an_allocation_from_a_file(tmp_path: Path) -> None:

@@ -110,6 +110,13 @@ def test_all_problems_are_listed_at_once() -> None:
         ("allocation=null", "seed and final without an allocation"),
         ("data.side=null", "data.augment=shift needs data.side"),
         ("data.mean=[0.5]", "data.mean has 1 values, data.std 0"),
+        ("allocation.recover=magic", "allocation: no recover 'magic'"),
+        ("allocation.recover=3", "allocation.recover: expected true or false or text, got 3"),
+        ("allocation.recover=true", "allocation.recover refits the weights that are kept: set allocation.weights=keep"),
+        (
+            "allocation={file: a.json, weights: keep, recover: fold}",
+            "refits what is chosen here: leave out allocation.file",
+        ),
         ("seed.lr", "'seed.lr' is not of the form section.key=value"),
     ],
 )

@@ -43,10 +43,11 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
 def test_two_processes_choose_what_one_does(tmp_path: Path) -> None:
     done = on_two(tmp_path / "two", "looks")
     assert done.returncode == 0, done.stderr[-3000:]
-    kept = [json.loads((tmp_path / "two" / f"rank{rank}.json").read_text())["kept"] for rank in (0, 1)]
+    facts = [json.loads((tmp_path / "two" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     one = train(looking_config(tmp_path / "one"), progress=False)
     assert one.allocation is not None
-    assert kept == [one.allocation.kept] * 2
+    assert [fact["kept"] for fact in facts] == [one.allocation.kept] * 2
+    assert facts[0]["stages"] == facts[1]["stages"]
 
 
 def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:

@@ -68,8 +68,9 @@ def tiny_config(folder: Path | str, **changes: Any) -> dict[str, Any]:
 
 
 def looking_config(folder: Path) -> dict[str, Any]:
-    """A network that is not trained before, and allocated by a criterion that looks at the training images."""
-    return tiny_config(folder, seed=None, allocation={"criterion": "fisher", "policy": "priced", "samples": 64})
+    """A network that is not trained before; training images are looked at to choose from it and to recover the rest."""
+    plan = {"criterion": "fisher", "policy": "priced", "samples": 64, "weights": "keep", "recover": True}
+    return tiny_config(folder, seed=None, allocation=plan)
 
 
 UPDATES = 2 * 3 * (96 // 16)

@@ -11,7 +11,7 @@ from torch import nn
 import allocator.operators  # noqa: F401  (declares the operators)
 from allocator import adapters
 from allocator.errors import InputError
-from allocator.flow.facts import Facts, Frozen, Gamma, Multiple, Tie
+from allocator.flow.facts import Attribute, Facts, Frozen, Gamma, Multiple, Tie
 from allocator.flow.flow import Flow
 from allocator.flow.follow import run_rules
 from allocator.flow.labels import Slots
@@ -20,7 +20,7 @@ from allocator.graph.channel_graph import ChannelGraph
 from allocator.graph.fixed_maps import freeze_beyond_fixed_maps
 from allocator.graph.neurons import number_neurons
 from allocator.graph.selection import as_items, selected
-from allocator.modules import tensor_names
+from allocator.modules import attribute_of, tensor_names
 from allocator.tracing.calls import Trace
 from allocator.tracing.forwards import Forwards, more_forwards, usual_forwards
 from allocator.tracing.inputs import Inputs
@@ -47,6 +47,7 @@ def build_graph(
     flow, facts, options = _follow(trace, slots, options or Options())
     _freeze_misfits(flow, options)
     _freeze_for_unseen(flow, forwards.unseen)
+    facts.attributes += _declared_widths(flow)
     flows = _follow_others(others, slots, options)
     if flows:
         facts = facts.with_others([other.facts for other in flows], number_neurons(slots, facts)[0])
@@ -56,7 +57,7 @@ def build_graph(
     for path, name, dim, of in adapters.multiples(trace.modules):
         facts.multiples.append(Multiple(slots.labels(name)[dim], path, of))
     _heed_the_caller(model, options, slots, facts)
-    _freeze_answers(trace.modules, slots, facts)
+    _heed_the_adapters(trace.modules, slots, facts)
     _spare(model, trace.modules, options, slots, facts)
     freeze_beyond_fixed_maps(tensors, slots, facts)
     component, unit_of_slot, size = number_neurons(slots, facts)
@@ -126,6 +127,25 @@ def _follow(trace: Trace, slots: Slots, options: Options) -> tuple[Flow, Facts, 
     return flow, facts, options
 
 
+def _declared_widths(flow: Flow) -> list[Attribute]:
+    """Attributes that, by an adapter, count the channels of what some module returns."""
+    declared = adapters.widths(flow.trace.modules)
+    last: dict[str, int] = {}
+    if declared:
+        for op in flow.trace.ops:
+            path = op.module
+            while path:
+                last[path] = op.outputs[-1] if op.outputs else last.get(path, -1)
+                path = path.rpartition(".")[0]
+    found = []
+    for path, name, inner in declared:
+        labels = flow.labels(last[inner]) if inner in last else ()
+        width = attribute_of(flow.trace.modules[path], name)
+        counted = [label for label in labels if label is not None and len(label) == width]
+        found += [Attribute(path, name, (counted[0],), declared=True)] if counted else []
+    return found
+
+
 def _heed_the_caller(model: nn.Module, options: Options, slots: Slots, facts: Facts) -> None:
     """Freeze what is excluded or not included, and tie what is to stay alike."""
     for name in selected(model, options.exclude):
@@ -155,8 +175,14 @@ def _tie_alike(model: nn.Module, group: tuple[Any, ...], slots: Slots, facts: Fa
         facts.ties.append(Tie(label, labels[0]))
 
 
-def _freeze_answers(modules: Mapping[str, nn.Module], slots: Slots, facts: Facts) -> None:
-    """Layers that make the model's answer keep their outputs, whatever is done with them afterwards."""
+def _heed_the_adapters(modules: Mapping[str, nn.Module], slots: Slots, facts: Facts) -> None:
+    """Layers that make the model's answer keep their outputs; and places that adapters know of go together, or stay."""
+    for path, one, other in adapters.places_together(modules):
+        label = slots.labels(one[0])[one[1]][one[2]]
+        if other is None:
+            facts.frozen.append(Frozen(label, path, "its module's adapter says so"))
+        else:
+            facts.ties.append(Tie(label, slots.labels(other[0])[other[1]][other[2]]))
     for path in adapters.output_layers(modules):
         name = f"{path}.weight"
         if name in slots.shapes:

@@ -101,3 +101,8 @@ def recovery_of(model: nn.Module) -> Recovery | None:
     """What was done to this model; None for one that was not refitted."""
     text = getattr(model, RECOVERY_ATTRIBUTE, None)
     return Recovery.from_dict(json.loads(text)) if isinstance(text, str) else None
+
+
+def forget_recovery(model: nn.Module) -> None:
+    """Take the note off a model whose weights have changed again since."""
+    vars(model).pop(RECOVERY_ATTRIBUTE, None)

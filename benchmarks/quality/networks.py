@@ -128,11 +128,11 @@ def scalenet() -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Self-attention and an MLP, each behind a LayerNorm."""
+    """Self-attention, `causal` where no token may see a later one, and an MLP, each behind a LayerNorm."""
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, *, causal: bool = False) -> None:
         super().__init__()
-        self.heads, self.head_dim = heads, width // heads
+        self.heads, self.head_dim, self.causal = heads, width // heads, causal
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
@@ -140,7 +140,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, n, _ = x.shape
         q, k, v = self.qkv(self.norm1(x)).reshape(b, n, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).reshape(b, n, -1)
         x = x + self.proj(y)
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 

@@ -1,0 +1,130 @@
+"""Networks of attention, cut and recovered: `python -m benchmarks.quality.attention`.
+
+A vision transformer on cluttered digits, and a language model of letters on Python's documentation, both trained
+here, lose hidden units of their MLPs and heads, chosen by the default with data; residual streams stay, as they run
+under norms over channels. Recovered without labels. Every row is written as soon as it is there; a run that was stopped
+goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import allocator
+from benchmarks.common import RESULTS, table  # sets one thread before torch is imported
+
+from . import language, task
+from .measure import errors
+from .run import read_rows, trained
+
+ROWS = RESULTS / "quality_attention.jsonl"
+"""One line per network, seed and share."""
+PAGE = RESULTS / "recovery_attention.md"
+SHARES = (0.8, 0.6, 0.5)
+CALIBRATION = 512
+WHAT = {"vit": "test error in percent", "language": "perplexity per letter"}
+STATES = ("full", "cut", "recovered")
+Judge = Callable[[nn.Module], float]
+
+
+def vision(seed: int, folder: Path) -> tuple[nn.Module, Tensor, Judge]:
+    """Network, inputs for calibration, and what is measured."""
+    parts = task.load()
+    model = trained("vit", seed, parts, folder)
+    return model, parts["calibration"].images[:CALIBRATION], lambda net: 100 * errors(net, parts["test"])["error"]
+
+
+def words(seed: int, folder: Path) -> tuple[nn.Module, Tensor, Judge]:
+    """The same of the language model, which is trained once and kept in a folder."""
+    text, path = language.Text.load(), folder / f"language-{seed}.pt"
+    model: nn.Module = language.Decoder(text.letters).eval()
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        model = language.train(text, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), path)
+    data = language.windows(text.calibration, CALIBRATION, torch.Generator().manual_seed(0))
+    return model, data, lambda net: language.perplexity(net, text.test)
+
+
+NETWORKS: dict[str, Callable[[int, Path], tuple[nn.Module, Tensor, Judge]]] = {"vit": vision, "language": words}
+
+
+def row(model: nn.Module, share: float, data: Tensor, judge: Judge) -> dict[str, Any]:
+    """Figures of one cut."""
+    result = allocator.allocate(model, f"{100 * share}%", data=data[:256], example_inputs=data[:1], certify=False)
+    recovered = allocator.recover(result, data)
+    assert recovered.recovery is not None
+    layers = dict(result.model.named_modules())
+    return {
+        "full": judge(model),
+        "cut": judge(result.model),
+        "recovered": judge(recovered.model),
+        "hidden": [layer.out_features for name, layer in layers.items() if name.endswith(".up")],
+        "heads": [
+            layer.out_features // 3 // layers[name[:-4]].head_dim
+            for name, layer in layers.items()
+            if name.endswith(".qkv")
+        ],
+        "method": recovered.recovery.method,
+        "share": result.flops_after / result.flops_before,
+    }
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Means over random seeds."""
+    lines = []
+    for name, what in WHAT.items():
+        for share in sorted({row["asked"] for row in rows if row["network"] == name}, reverse=True):
+            own = [row for row in rows if row["network"] == name and row["asked"] == share]
+            means = (f"{np.mean([row[state] for row in own]):.2f}" for state in STATES)
+            first = own[0]
+            lines.append([f"{name}: {what}", len(own), f"{share:.0%}", *means, first["hidden"], first["heads"]])
+    heads = ["network", "seeds", "FLOPs", *STATES, "hidden units left (first seed)", "heads left"]
+    return "\n".join(
+        [
+            "# Attention, cut and recovered",
+            "",
+            "Made by `python -m benchmarks.quality.attention`: see its first lines. Nothing is trained after the cut.",
+            "",
+            table(heads, lines),
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """See --help."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="for trained networks")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    known = {(row["network"], row["seed"], row["asked"]) for row in read_rows(ROWS)}
+    for seed in args.seeds:
+        for name in args.networks:
+            todo = [share for share in SHARES if (name, seed, share) not in known]
+            if not todo:
+                continue
+            model, data, judge = NETWORKS[name](seed, args.folder)
+            for share in todo:
+                found = row(model, share, data, judge)
+                with ROWS.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"network": name, "seed": seed, "asked": share, **found}) + "\n")
+                print(name, seed, share, found, flush=True)
+    PAGE.write_text(markdown(read_rows(ROWS)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
