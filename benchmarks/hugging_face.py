@@ -90,8 +90,8 @@ def markdown(data: dict[str, Any]) -> str:
         "",
         "Made by `python -m benchmarks.hugging_face`. Random weights, small configurations, two layers, as built, with "
         "cache and fused attention. *Can go*: share of all written channels; those under a norm over channels stay. "
-        "*Least FLOPs*: the smallest share that `at_least=0` reaches. *Configuration says*: the fields that follow with "
-        "`policy='uniform', fill=False`, so that `from_pretrained` rebuilds the result; elsewhere "
+        "*Least FLOPs*: the smallest share that `at_least=0` reaches. *Configuration says*: the fields that follow "
+        "with `policy='uniform', fill=False`, so that `from_pretrained` rebuilds the result; elsewhere "
         "`allocator.load('hf:folder')` does. Seconds of the CPU, for three results.",
         "",
         table(header, lines),
