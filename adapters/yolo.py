@@ -165,7 +165,8 @@ def _change_classes(network: Any, classes: int) -> None:
     head.no += classes - head.nc
     head.nc = classes
     branches = [branch for name in ("cv3", "one2one_cv3") for branch in getattr(head, name, None) or ()]
-    whole_image = getattr(getattr(head, "proto", None), "semseg", None)  # YOLO26 learns its masks beside a map of classes
+    # YOLO26 learns its masks beside a map of classes.
+    whole_image = getattr(getattr(head, "proto", None), "semseg", None)
     for branch in [*branches, *([] if whole_image is None else [whole_image])]:
         branch[-1] = nn.Conv2d(branch[-1].in_channels, classes, 1)
     head.bias_init()  # of the new layers; the boxes' are put back

@@ -290,7 +290,19 @@ def test_the_librarys_own_training_is_stopped_with_words(small: Any, tmp_path: P
     assert own.model.model[0].conv.out_channels == small.model.model[0].conv.out_channels
 
 
-@pytest.mark.filterwarnings("ignore")
+def test_the_trainer_reaches_other_processes() -> None:
+    cloudpickle = pytest.importorskip("cloudpickle")  # as the library sends its trainers to several GPUs
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    from allocator.adapters.yolo import keeping_widths
+
+    trainer = keeping_widths(DetectionTrainer)
+    assert keeping_widths(trainer) is trainer
+    again = cloudpickle.loads(cloudpickle.dumps(trainer))
+    assert issubclass(again, DetectionTrainer)
+    assert again.get_model.__qualname__ == trainer.get_model.__qualname__ != DetectionTrainer.get_model.__qualname__
+
+
 def test_save_model_writes_what_the_library_reads(small: Any, tmp_path: Path) -> None:
     save_model(small.model, tmp_path / "a.pt")
     save_model(small, tmp_path / "b.pt")
