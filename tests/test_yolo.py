@@ -241,15 +241,15 @@ def test_training_keeps_the_widths(small: Any, tmp_path: Path, monkeypatch: Any)
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("-cls")])
 def test_every_generation_trains_with_its_widths(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    small = allocator.allocate(yolo(name, mixed=True), "50%", example_inputs=IMAGE, certify=False).model
-    before: Any = shapes(small.model)
-    data = boxes(tmp_path / "data", task=small.task)  # type: ignore[arg-type]
-    small.train(data=str(data), **TRAINING)  # type: ignore[arg-type]
-    after: Any = shapes(small.model)
+    small: Any = allocator.allocate(yolo(name, mixed=True), "50%", example_inputs=IMAGE, certify=False).model
+    before = shapes(small.model)
+    data = boxes(tmp_path / "data", task=small.task)
+    small.train(data=str(data), **TRAINING)
+    after = shapes(small.model)
     changed = {each for each in before if before[each] != after[each]}
     assert changed
     assert all(any(part in each for part in (".cv3.", ".one2one_cv3.", ".semseg.")) for each in changed)
-    assert small.predict(str(tmp_path / "data/images/0.png"), imgsz=64, verbose=False)  # type: ignore[operator]
+    assert small.predict(str(tmp_path / "data/images/0.png"), imgsz=64, verbose=False)
 
 
 @pytest.mark.sweep
