@@ -33,6 +33,8 @@ Sizes = Callable[[nn.Module, Kept], Mapping[str, Any]]
 Arguments = tuple[Any, ...] | dict[str, Any]
 """Of one forward: by their places, or by their names."""
 Paths = Callable[[nn.Module], Iterable[str]]
+Places = tuple[str, int, Any]
+"""Of a module's tensor, by its name: a dim, and which of its indices, as numpy takes them."""
 OptionalBranches = Callable[[nn.Module], dict[str, tuple[str, ...]]]
 
 S = TypeVar("S", bound=Sizes)
@@ -66,6 +68,10 @@ class Adapter:
         spared: gives the paths of layers whose output channels stay unless the caller includes them by name.
         optional_branches: gives, for a module, the paths (relative to it) of layers that the forward can
             do without, each with all the paths that must be set to None together with it.
+        together: gives places in the tensors of a module that keep the same indices, one by one, for what its forward
+            reads of their number; or with None in place of the second those that stay.
+        narrow_heads: whether the heads of an attention get narrower, all alike, instead of going whole: where what it
+            multiplies its scores with does not follow their width.
         norm_scale: for a norm that torch does not know as one, the name of the vector that scales its channels.
         inputs: gives example arguments of a whole model (on the CPU) and where their size comes from, or
             None where the model does not tell.
@@ -84,6 +90,8 @@ class Adapter:
     outputs: Paths | None = None
     spared: Paths | None = None
     optional_branches: OptionalBranches | None = None
+    together: Callable[[nn.Module], Iterable[tuple[Places, Places | None]]] | None = None
+    narrow_heads: bool = False
     norm_scale: str | None = None
     inputs: Callable[[nn.Module], tuple[Arguments, str] | None] | None = None
     multiples: Callable[[nn.Module], Mapping[tuple[str, int], int]] | None = None
@@ -214,6 +222,31 @@ def multiples(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, int,
         if adapter.multiples is not None:
             for (name, dim), of in adapter.multiples(module).items():
                 yield path, _join(path, name), dim, of
+
+
+def places_together(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Places, Places | None]]:
+    """(path of a module, places, places) that keep the same indices, with full names; None for ones that stay.
+
+    Raises:
+        AdapterError: an adapter names a tensor that the module does not have.
+    """
+    for path, module, adapter in adapted(modules):
+        if adapter.together is None:
+            continue
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        for one, other in adapter.together(module):
+            missing = [each[0] for each in (one, other) if each is not None and each[0] not in tensors]
+            if missing:
+                where = f"the adapter of {_name(type(module))}, asked about {path or 'the model'},"
+                raise AdapterError(f"{where} names the tensor {missing[0]}, which the module does not have")
+            first = (_join(path, one[0]), *one[1:])
+            yield path, first, None if other is None else (_join(path, other[0]), *other[1:])
+
+
+def narrows_heads(module: nn.Module | None) -> bool:
+    """Whether the heads of this attention get narrower instead of going whole."""
+    adapter = None if module is None else find(module)
+    return adapter is not None and adapter.narrow_heads
 
 
 def norm_scales(modules: Mapping[str, nn.Module]) -> list[str]:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from allocator.adapters import Adapter, Kept, explain_pickles, register
+from allocator.adapters import Adapter, Kept, Places, explain_pickles, register
 from allocator.adapters.library import library
 from allocator.adapters.stand_ins import stand_ins
 from allocator.adapters.yolo import note_allocated, wrap
@@ -76,6 +77,24 @@ def _first(_: nn.Module, kept: Kept) -> Mapping[str, Any]:
     return {"c": int(kept("cv1.conv.weight", 0).sum())}
 
 
+def _attention(module: Any, kept: Kept) -> Mapping[str, Any]:
+    """All heads alike have as many values as the projection reads of each; their scale is a number of its own."""
+    return {"head_dim": int(kept("proj.conv.weight", 1).sum()) // module.num_heads, "key_dim": module.key_dim}
+
+
+def _of_one_width(module: Any) -> list[tuple[Places, Places | None]]:
+    """What the heads gave is viewed as if it had the channels of the input. Queries and keys stay: of the formats that
+    are exported to, one scales by their number.
+    """
+    width = 2 * module.key_dim + module.head_dim
+    rows = np.arange(module.num_heads * width).reshape(module.num_heads, width)[:, : 2 * module.key_dim]
+    everything = slice(None)
+    return [
+        (("qkv.conv.weight", 1, everything), ("proj.conv.weight", 1, everything)),
+        (("qkv.conv.weight", 0, rows.reshape(-1)), None),
+    ]
+
+
 def _repeated(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
     """Read where three branches are fused into one convolution."""
     if module.g != 1:
@@ -108,4 +127,5 @@ register(
     [f"{_BLOCKS}.{name}" for name in ("C2", "C2f", "C2fAttn", "PSA", "C2PSA", "RepNCSPELAN4")], Adapter(sizes=_halves)
 )
 register([f"{_BLOCKS}.{name}" for name in ("ADown", "SPPELAN")], Adapter(sizes=_first))
+register(f"{_BLOCKS}.Attention", Adapter(sizes=_attention, together=_of_one_width, narrow_heads=True))
 register("ultralytics.nn.modules.conv.RepConv", Adapter(sizes=_repeated))

@@ -23,7 +23,7 @@ from allocator.pipeline.recover import recover_result
 from allocator.pipeline.run import run
 from allocator.pipeline.sweep import Evaluate, Sweep, sweep_model
 from allocator.pipeline.verify import verify_model
-from allocator.pipeline.widen import Widths, by_allocation, by_factor, by_flops, widen_model
+from allocator.pipeline.widen import by_flops, room_to_grow, widen_model
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.rewrite import rewrite as rewrite_model
@@ -36,10 +36,8 @@ from allocator.settings import (
     DEFAULTS,
     METHODS,
     RECOVERING,
-    WIDENING,
     Certify,
     Groups,
-    Init,
     Limit,
     Limits,
     Method,
@@ -80,6 +78,7 @@ def allocate(
     same: Any = DEFAULTS.same,
     at_least: Any = DEFAULTS.at_least,
     multiple: int = DEFAULTS.multiple,
+    grow: bool = False,
     weights: Weights = "keep",
     recover: bool | Method = RECOVERING.recover,
     certify: Certify = "small",
@@ -122,6 +121,7 @@ def allocate(
             out, an "auto" policy that is "priced" keeps 40 % of each, or 25, 12.5 or 6.25 % where that would take more
             than half of a budget; 0 for any number.
         multiple: widths that change are multiples of this.
+        grow: where a budget in FLOPs is above the model's own, widen it evenly up to that, as `widen` does.
         weights: "keep", or "reset" to train the result from scratch.
         recover: refit what is left on `data`, by a method of the function `recover`; True for its "auto".
         certify: compare weights and float64 outputs too: outputs at the smallest size at which the forward takes the
@@ -141,11 +141,19 @@ def allocate(
     check_choice("weights", weights, get_args(Weights))
     settings = Settings(policy, criterion, scope, fill, groups, norms, exclude, include, same, at_least, multiple)
     method = _method(recover, data, weights)
+    limits = Limits(flops, params, activations, peak_activations, latency)
+    wider = room_to_grow(model, limits, example_inputs, settings) if grow else None
+    if wider is not None:
+        result = widen_model(
+            model, by_flops(wider), example_inputs, settings, weights=weights, numeric=certify, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+        return replace(result, model=adapters.wrapped_like(model, result.model))
     if method is not None:
         data = again_and_again(data)
     result = run(
         model,
-        Limits(flops, params, activations, peak_activations, latency),
+        limits,
         example_inputs,
         settings,
         data=None if data is None else Data(data, loss, seed, progress),
@@ -173,85 +181,6 @@ def _method(recover: bool | Method, data: Any, weights: Weights) -> str | None:
 
 
 @checked
-@as_usual
-def widen(
-    model: nn.Module,
-    flops: Limit = None,
-    *,
-    factor: float | None = WIDENING.factor,
-    like: Allocation | Result | str | Path | None = None,
-    init: Init = WIDENING.init,
-    example_inputs: Any = None,
-    scope: Scope = DEFAULTS.scope,
-    groups: Groups = DEFAULTS.groups,
-    exclude: Any = DEFAULTS.exclude,
-    include: Any = DEFAULTS.include,
-    weights: Weights = "keep",
-    certify: Certify = "small",
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Result:
-    """Make a wider network that computes the same, and prove it.
-
-    What is added are neurons like those that are there, with all that goes with them: whole groups of a grouped
-    convolution or a group norm, whole heads. `allocate` takes them away again.
-
-    Args:
-        model: the network; not changed.
-        flops: a budget above the model's own, as for `allocate`; all layers become wider by the same factor, and what
-            is left goes to single neurons.
-        factor: instead, every layer so many times as wide, rounded to whole neurons.
-        like: instead, an allocation, a result or the path of its file: every layer becomes as wide as it leaves the
-            layer of this name; those that it does not name stay.
-        init: "zero" adds neurons whose weights are drawn with the mean and deviation of others in their layer, and
-            which nothing reads yet: what would read them is zero. "copy" adds copies (Net2Wider), and those that read
-            the first share it: in unequal parts, so that training tells them apart.
-        scope, groups, exclude: as for `allocate`, of what may grow.
-        include: what alone may grow, in the words of `exclude`.
-        weights: "keep", or "reset" to train the result from scratch.
-        example_inputs, certify, progress: as for `allocate`.
-        seed: of what is drawn, and of the certificate's input.
-
-    Returns:
-        A result whose `certificate` holds both ways: the wider network computes what the original does, and without
-        what was added it is the original bit for bit. Its `notes` name what could not be widened exactly.
-
-    Raises:
-        InputError: none of `flops`, `factor` and `like`, or several; a factor below 1; a width below the layer's own.
-        BudgetError: the budget is no number, below the model's own, or leaves no room for a neuron; says what does.
-        NothingToAllocateError: no neuron can be added exactly; says what would be inexact.
-        FileError: the file cannot be read.
-        UnsupportedModelError, InputError, TraceError: as for `allocate`.
-        CertificateError, CostMismatchError: the result failed its own checks, and is not returned.
-    """
-    check_choice("weights", weights, get_args(Weights))
-    check_choice("init", init, get_args(Init))
-    return widen_model(
-        model,
-        _widths(flops, factor, like),
-        example_inputs,
-        Settings(scope=scope, groups=groups, exclude=exclude, include=include),
-        init=init,
-        weights=weights,
-        numeric=certify,
-        seed=seed,
-        progress=progress,
-    )
-
-
-def _widths(flops: Limit, factor: float | None, like: Allocation | Result | str | Path | None) -> Widths:
-    given = {name: value for name, value in (("flops", flops), ("factor", factor), ("like", like)) if value is not None}
-    if len(given) != 1:
-        said = " and ".join(given) or "none of flops, factor and like"
-        raise InputError(f"{said} given: pass one of them, such as flops='150%' or factor=1.5")
-    if flops is not None:
-        return by_flops(flops)
-    if factor is not None:
-        return by_factor(factor)
-    assert like is not None
-    return by_allocation(like.allocation if isinstance(like, Result) else _allocation(like))
-
-
 @as_usual
 def recover(
     result: Result,
@@ -453,6 +382,7 @@ def iterate(
     steps: int = 5,
     schedule: Sequence[float] | None = None,
     train: Callable[[nn.Module], Any],
+    grow: float | None = None,
     data: Any = None,
     loss: Loss | None = None,
     recover: bool | Method = RECOVERING.recover,
@@ -470,6 +400,9 @@ def iterate(
         steps: how many; every step takes the same factor off.
         schedule: instead, how far each step goes, from 0 for the model's own cost to 1 for the budget, rising.
         train: called with the network of every step, and trains it in place.
+        grow: instead of a schedule, MorphNet's loop: every step goes down to this share of the budget in FLOPs by
+            importance, then makes all layers wider by one factor up to the budget, and trains. Each is a step of its
+            own in what is returned.
         data, loss, example_inputs, certify, seed, progress: as for `allocate`, at every step.
         recover: refit the network of every step on `data` before it is trained, as for `allocate`.
         settings: how neurons are chosen, as for `sweep`; shares in `at_least` are of the widths of `model`.
@@ -480,7 +413,7 @@ def iterate(
     Raises:
         IterationError: `train` raised or changed shapes, or a step could not be made; `done` is what the steps before
             it came to.
-        InputError: a schedule that does not rise to 1.
+        InputError: a schedule that does not rise to 1; `grow` with another budget than FLOPs, or no share.
         BudgetError, NothingToAllocateError, CriterionError, DataError, UnsupportedModelError, InputError, TraceError:
             as for `allocate`, before anything was trained.
     """
@@ -492,6 +425,7 @@ def iterate(
         Settings(**settings),
         schedule=even_schedule(steps) if schedule is None else schedule,
         train=train,
+        grow=grow,
         data=None if data is None else Data(again_and_again(data), loss, seed, progress),
         recover=method,
         numeric=certify,

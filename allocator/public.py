@@ -2,7 +2,7 @@
 
 import allocator.recipes  # noqa: F401 - makes their names known to `build`
 from allocator import __version__
-from allocator.api import allocate, apply, iterate, plan, recover, rewrite, score, sweep, trace, verify, widen
+from allocator.api import allocate, apply, iterate, plan, recover, rewrite, score, sweep, trace, verify
 from allocator.cost.latency import Latency, latency
 from allocator.errors import (
     AdapterError,
@@ -35,6 +35,7 @@ from allocator.errors import (
 )
 from allocator.graph.blocks import Block, Branch
 from allocator.graph.channel_graph import ChannelGraph, Neuron
+from allocator.growing import restore, seed, widen
 from allocator.io.export import export
 from allocator.io.files import load_model, save_model
 from allocator.io.models import build
@@ -109,10 +110,12 @@ __all__ = [
     "plan",
     "recover",
     "policy",
+    "restore",
     "rewrite",
     "save",
     "save_model",
     "score",
+    "seed",
     "sweep",
     "trace",
     "verify",

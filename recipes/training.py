@@ -296,6 +296,25 @@ def training_bar(
         yield update
 
 
+@contextlib.contextmanager
+def training_lines(fit: Fit, description: str, console: Console) -> Iterator[Callable[[Fit], None]]:
+    """For a log: a line at the end of every epoch with figures, seconds, and how many are left at this pace."""
+    per_epoch, start, began = len(fit.batches), time.perf_counter(), fit.step
+
+    def update(current: Fit) -> None:
+        if current.step % per_epoch:
+            return
+        passed = time.perf_counter() - start
+        left = passed / max(1, current.step - began) * (current.total - current.step)
+        said = f"{description}: epoch {current.step // per_epoch} of {current.options.epochs}, "
+        said += f"{as_text(current.figures())}, {passed:.0f} s"
+        if left:
+            said += f", about {left:.0f} s left"
+        console.print(said, highlight=False, soft_wrap=True)
+
+    yield update
+
+
 def as_text(figures: Mapping[str, float]) -> str:
     """`loss 0.123  accuracy 45.6%`: a loss as it is, all else as a share."""
     texts = []
@@ -341,7 +360,7 @@ def train_network(
         seed: decides the order of the images, and dropout.
         progress: show a bar with loss, accuracy and time left.
         description: what the bar says in front.
-        console: where the bar goes; the terminal by default.
+        console: where the bar goes; the terminal by default. One that is no terminal gets a line per epoch instead.
 
     Raises:
         InputError: no images, or as many labels as images are not given, or epochs is below 1.
@@ -364,7 +383,10 @@ def train_network(
     )
     batches = Batches(Samples(Tensors(data.images, data.labels)), batch_size, seed=seed)
     fit = Fit(model, batches, options, OneProcess(next(model.parameters()).device), seed)
-    with training_bar(fit, description, progress, console) as show:
+    shown = training_bar(fit, description, progress, console)
+    if progress and console is not None and not console.is_terminal:
+        shown = training_lines(fit, description, console)
+    with shown as show:
         fit.run(show, show)
     return fit.history
 

@@ -449,3 +449,57 @@ def test_parts_that_an_adapter_gives_one_number_for_stay_equal() -> None:
     assert 0 < first == int((rows >= 8).sum()) == result.model.c
     assert first < 8
     assert not any("stay equal" in note for note in result.notes)  # known before anything was tried
+
+
+class Attention(nn.Module):
+    """Views what its heads gave as if it had the channels of its input, as Ultralytics' does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.keys, self.values = 2, 4, 8
+        self.qkv, self.proj = nn.Conv2d(16, 2 * (2 * 4 + 8), 1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = x.shape
+        parts = self.qkv(x).view(batch, self.heads, 2 * self.keys + self.values, height * width)
+        q, k, v = parts.split([self.keys, self.keys, self.values], dim=2)
+        scores = (q.transpose(-2, -1) @ k / 2).softmax(-1)
+        return self.proj((v @ scores.transpose(-2, -1)).view(batch, channels, height, width))
+
+
+def attention_sizes(module: nn.Module, kept: Kept) -> Mapping[str, object]:
+    """Values alone get fewer."""
+    return {"values": int(kept("proj.weight", 1).sum()) // 2, "keys": 4}
+
+
+QUERIES_AND_KEYS = np.arange(32).reshape(2, 16)[:, :8].reshape(-1)
+WIDTH = ("qkv.weight", 1, slice(None)), ("proj.weight", 1, slice(None))
+
+
+def test_heads_get_narrower_with_what_they_read_where_an_adapter_says_so() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), Attention(), nn.Conv2d(16, 4, 1))
+    constraints = [WIDTH, (("qkv.weight", 0, QUERIES_AND_KEYS), None)]
+    adapters.register(Attention, Adapter(sizes=attention_sizes, together=lambda _: constraints, narrow_heads=True))
+    try:
+        result = allocator.allocate(model, "60%", example_inputs=IMAGE)
+    finally:
+        adapters.unregister(Attention)
+    small: Any = result.model[1]  # type: ignore[index]
+    assert small.qkv.in_channels == small.proj.in_channels == 2 * small.values < 16
+    assert small.qkv.out_channels == 2 * (2 * 4 + small.values)
+    rows = result.allocation.kept["1.qkv.weight"][0]
+    assert rows is not None
+    assert set(QUERIES_AND_KEYS) <= set(rows)
+    assert result.certificate.relative_error is not None
+    assert not [note for note in result.notes if "stay" in note]
+
+
+def test_places_in_a_tensor_that_is_not_there_are_refused() -> None:
+    model = nn.Sequential(Attention())
+    said = r"asked about 0, names the tensor query\.weight, which the module does not have"
+    adapters.register(Attention, Adapter(together=lambda _: [(("query.weight", 0, slice(None)), None)]))
+    try:
+        with pytest.raises(allocator.AdapterError, match=said):
+            allocator.trace(model, torch.rand(1, 16, 4, 4))
+    finally:
+        adapters.unregister(Attention)

@@ -20,7 +20,7 @@ from allocator.cli import main
 from allocator.cli.arguments import parse_budget, parse_setting, parse_size
 from allocator.io.files import load_allocation, load_model, save_model
 
-COMMANDS = ("report", "allocate", "apply", "verify", "compare", "export", "recipes", "sweep", "train")
+COMMANDS = ("report", "allocate", "apply", "verify", "compare", "export", "recipes", "sweep", "train", "widen")
 NET = """
 import torch
 from torch import nn

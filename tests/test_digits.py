@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,8 @@ def test_the_demo_does_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     for part in ("seed", "learned, fine-tuned", "even, fine-tuned", "6,919,428,096", "under the budget"):
         assert part in printed
+    assert re.search(r"^seed network: epoch 1 of 3, loss .*, about \d+ s left$", printed, re.MULTILINE)
+    assert "Training, allocating and comparing take about half a minute" in printed
     names = {"scalenet-digits.safetensors", "allocation.json", "shares.png"}
     assert {path.name for path in (tmp_path / "new").iterdir()} == names
     assert all(name in printed for name in names)

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from report_subjects import deep, summary
 
+import allocator
 from allocator.errors import InputError, MissingPackageError
-from allocator.reporting import Summary, as_text
+from allocator.reporting import Summary, as_text, summarise
 from allocator.reporting.charts import COLOURS, bins, part_names, parts_of, share_rows
+from allocator.reporting.page import page_data
 from allocator.reporting.pictures import Panel, draw_shares
 
 FLAGS = (
@@ -71,9 +73,9 @@ def test_the_page_works_and_is_quiet(browser: Any, tmp_path: Path) -> None:
     visit(browser, tmp_path / "report.html", summary("60%", True))
     run = browser.execute_script
     assert run("return [...document.querySelectorAll('#charts h2')].map(e => e.textContent)") == [
+        "FLOPs per block",
         "Neurons per scale",
         "What the budget leaves",
-        "FLOPs per block",
         "Budget against importance",
     ]
     # the stacked bars: two parts in the concatenation, one scale of the groups
@@ -120,6 +122,37 @@ def test_blocks_show_histograms_with_the_cut(browser: Any, tmp_path: Path) -> No
     assert f"all above {scores.cut:.5g} are kept" in run(
         "return document.querySelector('#block-0 figcaption').textContent"
     )
+
+
+def test_a_phone_shows_all_of_it(browser: Any, tmp_path: Path) -> None:
+    """At 390 pixels nothing is wider than the screen, blocks opened; at 1200 bars of few blocks are not stretched."""
+    of = summary("60%", True)
+    visit(browser, tmp_path / "report.html", of)
+    run = browser.execute_script
+    wide = run("return document.querySelector('#chart-flops .chart').clientWidth")
+    assert wide <= 16 * (9 + 5 * (len(of.blocks) + 1))
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        visit(browser, tmp_path / "report.html", of)
+        run("for (const e of document.querySelectorAll('details')) e.open = true")
+        drawn = "return document.querySelectorAll('#network figure svg').length > 0"
+        wait(browser, 20).until(lambda _: run(drawn))
+        assert run("return document.documentElement.scrollWidth") <= 390
+        ends = "[...document.querySelectorAll('summary, #charts svg')].map(e => e.getBoundingClientRect().right)"
+        assert run(f"return Math.max(...{ends})") <= 390
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_closed_rows_say_what_changes(browser: Any, tmp_path: Path) -> None:
+    of = summary("60%", True)
+    visit(browser, tmp_path / "report.html", of)
+    said = browser.execute_script("return document.querySelector('#block-0 > summary').textContent")
+    block = of.blocks[0]
+    assert f"{block.channels} → {block.kept} channels" in said
+    assert re.search(r"[\d.]+ k → [\d.]+ k FLOPs", said)
+    assert browser.get_log("browser") == []
 
 
 def test_both_colour_schemes(browser: Any, tmp_path: Path) -> None:
@@ -184,6 +217,39 @@ def test_five_thousand_blocks_stay_usable(browser: Any, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ without a browser
+
+
+def test_bars_of_one_colour_are_left_out_and_charts_name_the_network() -> None:
+    graph = allocator.trace(allocator.build("recipe:resnet-small"))
+    data = page_data(summarise(graph, "a network"))
+    assert list(data["charts"]) == ["flops"]
+    assert data["charts"]["flops"]["title"]["text"] == "a network"
+    both = page_data(summary("60%", True))
+    assert list(both["charts"]) == ["flops", "shares", "kept", "curve"]
+    assert both["cut"]
+
+
+def test_a_branch_tells_the_kernels_of_all_its_layers() -> None:
+    graph = allocator.trace(allocator.build("torchvision:resnet50", num_classes=10))
+    first = page_data(summarise(graph, "resnet50"))["blocks"][0]
+    assert first[7][0][0] == "conv3"
+    assert first[7][0][6] == "1x1, 3x3, 1x1"
+
+
+def test_policies_are_told_apart_in_words() -> None:
+    said = page_data(summary("60%", True))["policies"]
+    assert re.fullmatch(r"At this budget's FLOPs: (\w+ [\d.]+%, ){3}\w+ [\d.]+%\.", said)
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", said)]
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_the_gap_and_a_recovery_are_shown() -> None:
+    of = summary("60%", True)
+    assert of.budget is not None
+    budget = replace(of.budget, importance=0.8, bound=0.9, gap=0.111, recovery="batch norm on 8 inputs")
+    page = as_text(replace(of, budget=budget), "html")
+    assert "no plan keeps more than 90.00%, so the gap is 11.10%" in page
+    assert "Recovered: batch norm on 8 inputs" in page
 
 
 def test_the_page_refers_to_nothing_outside() -> None:

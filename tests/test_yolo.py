@@ -137,6 +137,16 @@ def test_every_generation_is_allocated_and_fused(name: str) -> None:
     torch.testing.assert_close(predictions(fused), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_attention_gets_narrower_with_what_it_reads() -> None:
+    result = allocator.allocate(yolo("yolo11n", mixed=True), "40%", example_inputs=IMAGE, at_least=0)
+    network: Any = result.model.model
+    attention = network.model[10].m[0].attn
+    assert attention.num_heads * attention.head_dim == attention.proj.conv.in_channels < 128
+    assert attention.qkv.conv.in_channels == attention.proj.conv.in_channels
+    assert (attention.num_heads, attention.key_dim, attention.scale) == (2, 32, 32**-0.5)
+    assert not [note for note in result.notes if "stay" in note]
+
+
 @pytest.mark.parametrize("name", [n if n == "yolov8n" else pytest.param(n, marks=pytest.mark.sweep) for n in NAMES])
 def test_export_works_after_a_count_by_fvcore(name: str, tmp_path: Path) -> None:
     from fvcore.nn import FlopCountAnalysis

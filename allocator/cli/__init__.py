@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 # A command imports what it works with (torch, and the rooms of this package that need it) once its arguments were found
 # to fit, so that help and complaints come at once.
 from allocator import __version__
-from allocator.cli import allocate, apply, compare, export, recipes, report, sweep, train, verify
+from allocator.cli import allocate, apply, compare, export, recipes, report, sweep, train, verify, widen
 from allocator.cli.arguments import UsageError
 from allocator.cli.words import in_shell
 from allocator.errors import AllocatorError, BudgetError
@@ -90,7 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (report, allocate, sweep, apply, verify, compare, export, recipes, train):
+    for module in (report, allocate, sweep, widen, apply, verify, compare, export, recipes, train):
         module.register(commands)
     parser.set_defaults(parsers=commands.choices)  # so that a command can name the one that comes next
     return parser

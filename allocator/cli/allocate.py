@@ -94,12 +94,12 @@ def run(args: argparse.Namespace) -> int:
     talk = Talk(args)
     model = open_model(args.model, args, talk)
     result = _allocate(model, args, talk)
-    written = _write_files(args, talk, result)
-    _show(args, talk, result, written)
+    written = write_files(args, talk, result)
+    show(args, talk, result, written)
     return 0
 
 
-def _write_files(args: argparse.Namespace, talk: Talk, result: Result) -> dict[str, str]:
+def write_files(args: argparse.Namespace, talk: Talk, result: Result) -> dict[str, str]:
     """Write the files that were asked for; paths by what they hold."""
     written = {}
     if args.output is not None:
@@ -143,7 +143,8 @@ def _allocate(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
     return result
 
 
-def _show(args: argparse.Namespace, talk: Talk, result: Result, written: dict[str, str]) -> None:
+def show(args: argparse.Namespace, talk: Talk, result: Result, written: dict[str, str]) -> None:
+    """Print the report, and what was written where."""
     from rich.console import Group, RenderableType
     from rich.text import Text
 

@@ -96,9 +96,10 @@ def add_report_options(parser: argparse.ArgumentParser, *, output: str, plot: st
     parser.add_argument("--force", action="store_true", help="overwrite files that exist")
 
 
-def add_plan_options(group: Any) -> None:
-    """A flag for every option of `allocator.settings`."""
-    for name, option in OPTIONS.items():
+def add_plan_options(group: Any, *names: str) -> None:
+    """A flag for every option of `allocator.settings`, or for those that are named."""
+    for name in names or OPTIONS:
+        option = OPTIONS[name]
         default = getattr(DEFAULTS, name)
         flag = flag_of(name)
         facts: dict[str, Any] = {"dest": name, "help": option.help.replace("%", "%%")}

@@ -211,11 +211,14 @@ def _labels_of(flow: Flow, op: Op) -> Iterable[np.ndarray]:
 def _freeze(graph: ChannelGraph, flow: Flow, op: Op, plan: Plan) -> Options:
     """Keep the neurons at a call; where it loses none (a number in it changed), those at the last before it.
 
+    What its module does comes first, also what it would do next: a module may check its sizes before it does anything.
     The same call is meant in all modules of the class; where one of them is named a second time, all its calls.
     """
     stays = graph.stays(plan.kept)
     ops = flow.trace.ops
-    for culprit in (op, *ops[: op.index][::-1], *ops[op.index :]):
+    nearest = [*ops[: op.index][::-1], *ops[op.index :]]
+    within = [other for other in nearest if not op.module or lies_within(other.module, [op.module])]
+    for culprit in (op, *within, *nearest):
         if any((stays[label] != 1).any() for label in _labels_of(flow, culprit)):
             break
     else:

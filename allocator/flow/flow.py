@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from allocator.adapters import how_to
+from allocator.adapters import how_to, narrows_heads
 from allocator.flow.attributes import attributes_of_groups, attributes_of_sizes, not_told_apart
 from allocator.flow.facts import AtLeast, Facts, Frozen, Gamma, Tie, Written
 from allocator.flow.labels import Label, Labels, Slots
@@ -121,8 +121,11 @@ class Flow:
 
     def found_heads(self) -> dict[Place, int]:
         """Views that split a dim into (heads, width) whose width is multiplied by another activation's (q·k, a·v)."""
-        divided = self._divided
-        return {self.places[op.index]: dims[-2] for op, dims, label in divided if self._multiplied[label].all()}
+        found = {}
+        for op, dims, label in self._divided:
+            if self._multiplied[label].all() and not narrows_heads(self.trace.modules.get(op.module)):
+                found[self.places[op.index]] = dims[-2]
+        return found
 
     def found_channels(self) -> dict[Place, int]:
         """Views that split a dim into (channels, pixels), as a generator's first layer does: the last dim must stay."""

@@ -56,7 +56,7 @@ def build_graph(
     for path, name, dim, of in adapters.multiples(trace.modules):
         facts.multiples.append(Multiple(slots.labels(name)[dim], path, of))
     _heed_the_caller(model, options, slots, facts)
-    _freeze_answers(trace.modules, slots, facts)
+    _heed_the_adapters(trace.modules, slots, facts)
     _spare(model, trace.modules, options, slots, facts)
     freeze_beyond_fixed_maps(tensors, slots, facts)
     component, unit_of_slot, size = number_neurons(slots, facts)
@@ -155,8 +155,14 @@ def _tie_alike(model: nn.Module, group: tuple[Any, ...], slots: Slots, facts: Fa
         facts.ties.append(Tie(label, labels[0]))
 
 
-def _freeze_answers(modules: Mapping[str, nn.Module], slots: Slots, facts: Facts) -> None:
-    """Layers that make the model's answer keep their outputs, whatever is done with them afterwards."""
+def _heed_the_adapters(modules: Mapping[str, nn.Module], slots: Slots, facts: Facts) -> None:
+    """Layers that make the model's answer keep their outputs; and places that adapters know of go together, or stay."""
+    for path, one, other in adapters.places_together(modules):
+        label = slots.labels(one[0])[one[1]][one[2]]
+        if other is None:
+            facts.frozen.append(Frozen(label, path, "its module's adapter says so"))
+        else:
+            facts.ties.append(Tie(label, slots.labels(other[0])[other[1]][other[2]]))
     for path in adapters.output_layers(modules):
         name = f"{path}.weight"
         if name in slots.shapes:

@@ -1,4 +1,4 @@
-"""Smaller step by step, with training in between."""
+"""Smaller step by step, or smaller and wider again, with training in between."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.model import trace_model
 from allocator.pipeline.recover import recover_result
 from allocator.pipeline.run import run
+from allocator.pipeline.widen import by_flops, widen_model
 from allocator.planning.problem import Widths
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
@@ -39,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True, repr=False)
 class Iterated:
-    """A network that became smaller in steps.
+    """A network that became smaller in steps, or smaller and wider again.
 
     Attributes:
         model: of the last step, trained.
@@ -76,6 +77,7 @@ def iterate_model(
     *,
     schedule: Sequence[float],
     train: Train,
+    grow: float | None = None,
     data: Data | None = None,
     recover: str | None = None,
     numeric: Certify = "small",
@@ -91,11 +93,14 @@ def iterate_model(
         settings: how neurons are chosen.
         schedule: how far each step goes, from 0 for the model's own cost to 1 for the budgets.
         train: called with the network of every step.
+        grow: instead, of every step alike, the share of the FLOPs that it first goes down to by importance, before all
+            layers become evenly wider up to the budget (MorphNet: Gordon et al., CVPR 2018).
         data: what criteria may look at.
         recover: how the network of every step is refitted on the data before it is trained; None for not at all.
         numeric, seed, progress: as for `run`.
     """
     schedule = _checked(schedule)
+    _check_grow(grow, limits)
     seen = None if data is None else data.loader
     graph = trace_model(check_model(model, values=True), example_inputs, settings, seen)
     last = budgets_of(graph, limits)
@@ -106,6 +111,8 @@ def iterate_model(
     done: Iterated | None = None
     for number, far in enumerate(schedule, start=1):
         budgets = {name: whole * min(limit / whole, 1.0) ** far for name, (whole, limit) in ends.items()}
+        if grow is not None:
+            budgets = {name: limit * grow for name, (_, limit) in ends.items()}
         source = model if done is None else done.model
         step = f"step {number} of {len(schedule)}"
         try:
@@ -121,12 +128,17 @@ def iterate_model(
             )
             if recover is not None and data is not None:
                 result = recover_result(result, data.loader, recover, samples=RECOVERING.samples, seed=seed)
+            results = [result]
+            if grow is not None:
+                wider = by_flops(ends["flops"][1])
+                result = widen_model(result.model, wider, graph.inputs, settings, numeric=numeric, seed=seed + number)
+                results.append(result)
         except AllocatorError as error:
             if done is None:
                 raise
             raise IterationError(f"{step}: {error}", done) from error
         shapes = shapes_of(result.model)
-        result = replace(result, model=adapters.wrapped_like(model, result.model))
+        results[-1] = result = replace(result, model=adapters.wrapped_like(model, result.model))
         try:
             train(result.model)
         except Exception as error:
@@ -134,9 +146,19 @@ def iterate_model(
         other = sorted(name for name, _ in shapes.items() ^ shapes_of(check_model(result.model)).items())
         if other:
             raise IterationError(f"{step}: training gave the network other tensors ({', '.join(other[:3])})", done)
-        done = _after(done, result)
+        for result in results:
+            done = _after(done, result)
     assert done is not None
     return done
+
+
+def _check_grow(grow: Any, limits: Limits) -> None:
+    if grow is None:
+        return
+    if isinstance(grow, bool) or not isinstance(grow, (int, float)) or not 0 < grow < 1:
+        raise InputError(f"grow={grow!r} is no share between 0 and 1, such as 0.7, that a step keeps before it widens")
+    if list(limits.given()) != ["flops"]:
+        raise InputError(f"with grow the budget is one of flops, not {' and '.join(limits.given()) or 'none'}")
 
 
 def _say(progress: Progress, step: str, said: str) -> None:

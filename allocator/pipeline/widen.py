@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from allocator.clock import Clock, Progress
 from allocator.cost.budget import Budget, Budgets, parse_limit
 from allocator.errors import BudgetError, InputError, NothingToAllocateError
 from allocator.fitting.fit import fit
+from allocator.graph.blocks import Block
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.model_checks import check_model
 from allocator.pipeline.model import trace_model
@@ -25,7 +27,7 @@ from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.index_map import length
 from allocator.rewriting.lineage import remember
 from allocator.rewriting.materialise import materialise
-from allocator.settings import Certify, Settings, check_certify
+from allocator.settings import Certify, Limits, Settings, check_certify
 from allocator.verifying.certificate import Certificate
 from allocator.verifying.growth import certify_growth
 
@@ -82,6 +84,8 @@ def widen_model(
         reads = {name: [graph.reads[label] for label in graph.slots.labels(name)] for name in maps}
         filling = Filling.by(init, seed, maps, reads)
         fitted.allocation = replace(fitted.allocation, added=filling.to_dict())
+        if not planner.has_budget:
+            fitted.allocation.costs["flops"]["asked"] = None
         wide = materialise(model, fitted.allocation)
         remember(wide, model, fitted.allocation)
 
@@ -89,6 +93,19 @@ def widen_model(
         return certify_growth(graph, maps, wide, filling, seed=seed, numeric=numeric)
 
     return finish(wide, fitted, notes, weights, prove, clock)
+
+
+def room_to_grow(model: nn.Module, limits: Limits, example_inputs: Any, settings: Settings) -> float | None:
+    """The budget in FLOPs, where it is above the model's own; None where it is not.
+
+    Raises:
+        InputError: another budget, which says nothing of how wide a network may become.
+    """
+    if limits.flops is None or len(limits.given()) > 1:
+        raise InputError(f"grow=True goes with a budget in flops alone, not {' and '.join(limits.given()) or 'none'}")
+    metric = trace_model(check_model(model), example_inputs, settings).metric("flops")
+    limit = parse_limit("flops", limits.flops, metric)
+    return limit if limit > metric.whole else None
 
 
 def by_factor(factor: Any) -> Widths:
@@ -177,6 +194,69 @@ def by_allocation(allocation: Allocation) -> Widths:
     return widths
 
 
+def by_branches(neurons: int | str) -> Widths:
+    """Every branch of a block the same number of channels: this one, or a share of the block's widest branch.
+
+    Raises:
+        InputError: neither a number above zero nor a share; fewer than some branch has; nothing that it adds to.
+    """
+    share = _share(neurons)
+
+    def widths(layers: Layers) -> tuple[np.ndarray, None]:
+        graph, more = layers.graph, np.zeros(len(layers.units), dtype=np.int64)
+        wider = []
+        for block in _competing(graph):
+            widest = max(branch.channels for branch in block.branches)
+            wanted = neurons if isinstance(neurons, int) else math.ceil(share * widest)
+            for branch in block.branches:
+                units = graph.units(branch.label)
+                own = [i for i, of_layer in enumerate(layers.units) if np.isin(of_layer, units).any()]
+                if own and branch.channels > wanted:
+                    wider.append(f"{block.name}.{branch.name} has {branch.channels}")
+                for i in own:  # a layer whose parts are branches grows as they do
+                    width = len(layers.units[i])
+                    more[i] = max(more[i], round(width * wanted / branch.channels) - width)
+        if wider:
+            raise InputError(
+                f"neurons={neurons!r} are fewer than branches have ({'; '.join(wider[:3])}): pass more, or a share of "
+                "each block's widest branch, such as '100%'"
+            )
+        if not more.any():
+            raise NothingToAllocateError(f"neurons={neurons!r} adds to no branch: {_no_branches(graph)}")
+        return more, None
+
+    return widths
+
+
+def _competing(graph: ChannelGraph) -> list[Block]:
+    """Blocks whose branches have neurons of their own; where there are none, those whose branches are added up."""
+    for kinds in (("concat", "split"), ("sum",)):
+        blocks = [block for block in graph.blocks if block.kind in kinds]
+        if blocks:
+            return blocks
+    return []
+
+
+def _share(neurons: int | str) -> float:
+    """A share as a number; 0 where it is a number of neurons that was given."""
+    if isinstance(neurons, int) and not isinstance(neurons, bool) and neurons > 0:
+        return 0.0
+    text = neurons.strip() if isinstance(neurons, str) else ""
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError:
+        share = 0.0
+    if not text.endswith("%") or not 0 < share < math.inf:
+        raise InputError(f"neurons={neurons!r} is neither a number of neurons nor a share such as '100%'")
+    return share
+
+
+def _no_branches(graph: ChannelGraph) -> str:
+    if not _competing(graph):
+        return "the model has no block in which branches meet; widen makes all layers wider"
+    return "all branches have as many, or cannot grow exactly; widen makes all layers wider"
+
+
 class _Planner:
     """Plans a wider network, in which single neurons may be held to what they are.
 
@@ -186,6 +266,7 @@ class _Planner:
 
     def __init__(self, scope: str, widths: Widths) -> None:
         self.scope, self.widths = scope, widths
+        self.has_budget = False
         self.held = np.zeros(0, dtype=np.int64)  # slots, as a repair may change what a neuron is
 
     def hold(self, slots: np.ndarray) -> bool:
@@ -195,23 +276,31 @@ class _Planner:
         return bool(len(fresh))
 
     def __call__(self, graph: ChannelGraph) -> Plan:
-        return _plan(graph, Layers.of(graph, self.scope).without(graph.units(self.held)), self.scope, self.widths)
-
-
-def _plan(graph: ChannelGraph, layers: Layers, scope: str, widths: Widths) -> Plan:
-    """How many there are of each neuron."""
-    if not layers.units:
-        reasons = _why_not(graph)
-        listed = "; ".join(reasons[:_MOST_REASONS]) or "it has no layer whose outputs are read inside it"
-        raise NothingToAllocateError(f"no neuron can be added to the model exactly: {listed}", reasons=reasons)
-    metric = graph.metric("flops")
-    more, asked = widths(layers)
-    times, cheapest = layers.times(more), cheapest_next(layers, metric, more)
-    costs = {} if cheapest is None else {metric.name: cheapest}
-    budget = Budget(metric, metric.value(times) if asked is None else asked)
-    return Plan(times, Budgets([budget]), scope, "even", "none", costs)
+        layers = Layers.of(graph, self.scope).without(graph.units(self.held))
+        if not layers.units:
+            reasons = _why_not(graph)
+            listed = "; ".join(reasons[:_MOST_REASONS]) or "it has no layer whose outputs are read inside it"
+            raise NothingToAllocateError(f"no neuron can be added to the model exactly: {listed}", reasons=reasons)
+        metric = graph.metric("flops")
+        more, asked = self.widths(layers)
+        self.has_budget = asked is not None
+        times, cheapest = layers.times(more), cheapest_next(layers, metric, more)
+        costs = {} if cheapest is None else {metric.name: cheapest}
+        budget = Budget(metric, metric.value(times) if asked is None else asked)
+        return Plan(times, Budgets([budget]), self.scope, "even", "none", costs)
 
 
 def _why_not(graph: ChannelGraph) -> list[str]:
-    """What can't be added to without changing what is computed, and why: as lines, most channels first."""
-    return [line for line in graph.why() if not line.startswith(_NO_REASONS)]
+    """What can't be added to without changing what is computed: a line per reason, that with most channels first."""
+    channels: dict[str, int] = {}
+    modules: dict[str, list[str]] = {}
+    for label, module, reason in graph.facts.frozen:
+        if not reason.startswith(_NO_REASONS):
+            channels[reason] = channels.get(reason, 0) + len(label)
+            modules.setdefault(reason, []).append(module)
+    lines = []
+    for reason in sorted(channels, key=lambda each: -channels[each]):
+        first, *others = dict.fromkeys(modules[reason])
+        more = f" and {len(others)} more" if others else ""
+        lines.append(f"{reason} in {first or 'the model'}{more} ({channels[reason]:,} channels)")
+    return lines

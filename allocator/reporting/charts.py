@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from allocator.errors import InputError
 from allocator.reporting.facts import SHARED, BranchFacts, Summary
 from allocator.reporting.words import printable, share_of, size
@@ -48,13 +50,20 @@ def parts_of(summary: Summary, *, kept: bool) -> Parts:
         for branch in block.branches:
             part = _part(branch, by_scale=len(scales) > 1)
             row[part] = row.get(part, 0) + _neurons(branch, inside=inside, kept=kept)
-    return _few_parts(table)
+    return _few_parts(_without_empty(table))
 
 
 def _part(branch: BranchFacts, *, by_scale: bool) -> str:
+    """A branch by its scale, or by the largest of its kernels."""
     if by_scale:
         return f"scale {branch.scale:g}"
     return size(branch.kernel) or "no kernel"
+
+
+def _without_empty(table: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """Without parts that have neurons in no block, such as shortcuts that only hand on."""
+    some = {part for row in table.values() for part, count in row.items() if count}
+    return {block: {part: count for part, count in row.items() if part in some} for block, row in table.items()}
 
 
 def _neurons(branch: BranchFacts, *, inside: bool, kept: bool) -> int:
@@ -205,10 +214,11 @@ def curve(summary: Summary, *, title: str) -> Spec:
     """Budget against importance kept, a line per policy; a diamond marks the budget at hand."""
     policies = list(dict.fromkeys(point.policy for point in summary.curve))
     rows = [{"policy": p.policy, "flops": p.flops, "importance": p.importance} for p in summary.curve]
-    legend = {"title": None, "orient": "top"}
+    legend = {"title": None, "orient": "top", "columns": 2, "symbolType": "stroke", "symbolStrokeWidth": 3}
     colours = {"domain": policies, "range": list(COLOURS[: len(policies)])}
-    # So that the lines are told apart without colour too.
+    # So that the lines are told apart without colour too, and where one lies upon another.
     dashes = {"domain": policies, "range": [[1, 0], [6, 3], [2, 3], [8, 3, 2, 3]]}
+    widths = {"domain": policies, "range": [7, 5, 3.5, 2]}
     encoding: Spec = {
         "x": {"field": "flops", "type": "quantitative", "axis": {"format": "%", "title": "share of FLOPs kept"}},
         "y": {
@@ -229,6 +239,7 @@ def curve(summary: Summary, *, title: str) -> Spec:
             **encoding,
             "color": {"field": "policy", "type": "nominal", "scale": colours, "legend": legend},
             "strokeDash": {"field": "policy", "legend": legend, "scale": dashes},
+            "strokeWidth": {"field": "policy", "type": "ordinal", "sort": policies, "legend": legend, "scale": widths},
         },
     }
     layers: list[Spec] = [lines]
@@ -242,6 +253,19 @@ def curve(summary: Summary, *, title: str) -> Spec:
         mark = {"type": "point", "shape": "diamond", "size": 220, "filled": True, "color": COLOURS[6]}
         layers.append({"data": {"values": [point]}, "mark": mark, "encoding": encoding})
     return {"title": {"text": title, "anchor": "start"}, "layer": layers}
+
+
+def policies_at(summary: Summary) -> list[tuple[str, float]]:
+    """At the budget's share of FLOPs, the importance that each policy on the curve keeps, the most first."""
+    if summary.budget is None:
+        return []
+    share = share_of(summary.budget.totals.flops, summary.totals.flops)
+    found = []
+    for policy in dict.fromkeys(point.policy for point in summary.curve):
+        points = sorted((point.flops, point.importance) for point in summary.curve if point.policy == policy)
+        flops, importance = zip(*points, strict=True)
+        found.append((policy, float(np.interp(share, flops, importance))))
+    return sorted(found, key=lambda pair: -pair[1])
 
 
 def lines(rows: list[dict[str, Any]], *, title: str, x: str, y: str) -> Spec:

@@ -17,6 +17,7 @@ from allocator.modules import count_parameters
 from allocator.planning.optimality import Optimality
 from allocator.planning.plan import Plan
 from allocator.planning.problem import least
+from allocator.recovering.record import Recovery
 from allocator.reporting.block_facts import BlockCollector
 from allocator.reporting.facts import (
     BlockChange,
@@ -49,6 +50,7 @@ def summarise(
     kept: np.ndarray | None = None,
     optimality: Optimality | None = None,
     certificate: str | None = None,
+    recovery: str | None = None,
     curve: Sequence[Point] = (),
     uncounted: dict[str, int] | None = None,
     notes: Sequence[str] = (),
@@ -64,6 +66,7 @@ def summarise(
         allocation: what a budget keeps, with `kept`, (neurons,) bool, its choice among the graph's neurons.
         optimality: what the choice keeps of the scores, and what no other exceeds.
         certificate: verdict on the rewritten model.
+        recovery: what was done to make it accurate again.
         curve: from `pareto`.
         uncounted: operators that fvcore does not count.
         notes: further remarks.
@@ -75,7 +78,7 @@ def summarise(
     budget = None
     if allocation is not None and kept is not None:
         budget = _budget(graph, allocation, kept, scores)
-        budget = replace(budget, certificate=certificate, latency=latency_kept)
+        budget = replace(budget, certificate=certificate, recovery=recovery, latency=latency_kept)
         if optimality is not None:
             budget = replace(budget, bound=optimality.bound, gap=optimality.gap)
     layers = list(layers_of(graph, everything if kept is None else kept))
@@ -178,6 +181,7 @@ class Allocated(Protocol):
     model: nn.Module
     allocation: Allocation
     certificate: Certificate
+    recovery: Recovery | None
     graph: ChannelGraph
     plan: Plan
     flops_before: int
@@ -208,6 +212,7 @@ def outcome_of(result: Allocated) -> Outcome:
         optimality=result.optimality,
         blocks=_changes(allocation),
         certificate=result.certificate,
+        recovery=None if result.recovery is None else str(result.recovery),
         uncounted=result.uncounted,
         unsupported=result.graph.unsupported,
         free_share=result.graph.share(),

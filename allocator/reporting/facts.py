@@ -148,6 +148,7 @@ class Budget:
         bound: share of all scores that no plan under this budget exceeds; None where none is known.
         gap: by how much a better plan could exceed this one, as a share of the bound.
         certificate: verdict on the rewritten model; None where there is only a plan.
+        recovery: what was done to make it accurate again, in words; None where nothing was.
         latency: of the rewritten model, where it was measured.
     """
 
@@ -161,6 +162,7 @@ class Budget:
     bound: float | None = None
     gap: float | None = None
     certificate: str | None = None
+    recovery: str | None = None
     latency: Latency | None = None
 
 
@@ -326,6 +328,7 @@ class Outcome:
         optimality: the importance that is kept, and what no plan exceeds; None where nothing was chosen by scores.
         blocks: in the order of their aggregation.
         certificate: what was checked.
+        recovery: what was done to make it accurate again, in words; None where nothing was.
         uncounted: operators that fvcore does not count, with the number of their calls.
         unsupported: operators without a rule, with the modules that call them.
         free_share: of the channels that layers write, those that can go.
@@ -346,6 +349,7 @@ class Outcome:
     optimality: Optimality | None
     blocks: tuple[BlockChange, ...]
     certificate: Certificate
+    recovery: str | None
     uncounted: dict[str, int]
     unsupported: dict[str, list[str]]
     free_share: float

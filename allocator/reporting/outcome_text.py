@@ -52,6 +52,8 @@ class OutcomeText:
             yield Text(f"{outcome.optimality}{_about_gap(outcome) if outcome.optimality.gap else ''}")
         style = "green" if outcome.certificate.ok else "bold red"
         yield Text(f"certificate: {outcome.certificate}", style=style)
+        if outcome.recovery is not None:
+            yield Text(f"recovered: {outcome.recovery}")
 
     def _foot(self) -> Iterator[Text]:
         outcome = self.outcome
@@ -100,11 +102,15 @@ def changes_table(blocks: Sequence[BlockChange]) -> Table:
     table.add_column("kernel", no_wrap=True)
     table.add_column("channels", justify="right", no_wrap=True)
     table.add_column("inside", justify="right", no_wrap=True)
-    table.add_column("kept", no_wrap=True)
+    # In a wider network bars are as long as its widest branch's.
+    most = max(
+        (branch.after / branch.before for block in blocks for branch in _rows(block) if branch.before), default=1
+    )
+    table.add_column("kept" if most <= 1 else "width", no_wrap=True)
     for block in blocks:
         table.add_row(heading(block.name, f" ({block.kind})"), "", "", _block_channels(block), "", "")
         for branch in _rows(block):
-            table.add_row(*_cells(branch))
+            table.add_row(*_cells(branch, max(most, 1)))
     return table
 
 
@@ -114,11 +120,11 @@ def _block_channels(block: BlockChange) -> str:
     return change(sum(branch.before for branch in branches), sum(branch.after for branch in branches))
 
 
-def _cells(branch: BranchChange) -> tuple[Text, str, str, str, str, Text]:
+def _cells(branch: BranchChange, most: float) -> tuple[Text, str, str, str, str, Text]:
     inside = ""
     if branch.inner_before:
         inside = change(branch.inner_before, branch.inner_after)
-    kept = Text.assemble(bar(branch.after, branch.before), f" {share_of(branch.after, branch.before):4.0%}")
+    kept = Text.assemble(bar(branch.after, branch.before * most), f" {share_of(branch.after, branch.before):4.0%}")
     channels = change(branch.before, branch.after)
     return Text(f"  {printable(branch.name)}"), f"{branch.scale:g}", size(branch.kernel), channels, inside, kept
 

@@ -14,6 +14,12 @@ function make(tag, attributes, ...children) {
 }
 const number = (n) => n.toLocaleString("en-US");
 const percent = (share) => (100 * share).toFixed(1) + "%";
+const short = (n) => {
+  for (const [size, unit] of [[1e12, " T"], [1e9, " G"], [1e6, " M"], [1e3, " k"]])
+    if (n >= size) return (n / size).toPrecision(3) + unit;
+  return number(n);
+};
+const cost = (before, after) => (after === null || before === after ? short(before) : short(before) + " → " + short(after)) + " FLOPs";
 const change = (before, after) => after === null || before === after ? number(before) : number(before) + " → " + number(after);
 
 // ---------------------------------------------------------------- colours
@@ -23,7 +29,7 @@ function colours() {
   const of = (name) => style.getPropertyValue(name).trim();
   const [ink, soft, line, card] = ["--ink", "--soft", "--line", "--card"].map(of);
   return {
-    background: null, font: "system-ui, sans-serif", view: {stroke: null},
+    background: null, font: "system-ui, sans-serif", view: {stroke: null}, title: {color: ink, subtitleColor: soft, subtitleFontSize: 12},
     axis: {labelColor: ink, titleColor: ink, domainColor: soft, tickColor: soft, gridColor: line, titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 12},
     legend: {labelColor: ink, titleColor: ink, labelFontSize: 12}, bar: {stroke: card},
   };
@@ -65,11 +71,12 @@ function asTable(rows, columns, said) {
 }
 const PART = [["block", (r) => r.block], ["part", (r) => r.part], ["neurons", (r) => number(r.neurons)], ["share", (r) => percent(r.share)]];
 const SECTIONS = [
-  ["shares", "Neurons per scale", "Share of each block's neurons that each scale or kernel has, as the network is.", PART],
-  ["kept", "What the budget leaves", "Neurons that stay, as shares of what each block had.", PART],
   ["flops", "FLOPs per block", "FLOPs of each block's own calls" + (data.planned ? ", now and kept." : "."),
     [["block", (r) => r.block], ["when", (r) => r.when], ["FLOPs", (r) => number(r.flops)]]],
-  ["curve", "Budget against importance", "Share of all scores that plans keep at each share of the FLOPs, per policy; a diamond marks this budget.",
+  ["shares", "Neurons per " + data.parts, "Share of each block's neurons that each " + data.parts + " has, as the network is.", PART],
+  ["kept", "What the budget leaves", "Neurons that stay, as shares of what each block had.", PART],
+  ["curve", "Budget against importance", ("Share of all scores that plans keep at each share of the FLOPs, per policy" +
+    (data.planned ? "; a diamond marks this budget. " : ". ") + data.policies).trim(),
     [["policy", (r) => r.policy], ["FLOPs kept", (r) => percent(r.flops)], ["importance kept", (r) => percent(r.importance)]]],
 ];
 function drawCharts() {
@@ -82,6 +89,8 @@ function drawCharts() {
     const section = make("section", {"aria-labelledby": "h-" + key, id: "chart-" + key}, heading);
     place.append(section);
     section.append(chart(spec, said, rows, columns));
+    const blocks = new Set(rows.map((row) => row.block)).size;
+    if (key !== "curve") section.querySelector(".chart").style.maxWidth = 9 + 5 * blocks + "rem";  // bars not too wide
   }
 }
 
@@ -95,15 +104,17 @@ function bar(before, after) {
 }
 function item(entry, level) {
   if (typeof entry === "number") return make("li", {class: "block"}, block(entry, level));
-  const [what, name, before, after] = entry;
-  return make("li", {class: "layer"}, what + " ", name ? make("code", {}, name) : null, " " + change(before, after));
+  const [what, name, before, after, flops, left] = entry;
+  return make("li", {class: "layer"}, what + " ", name ? make("code", {}, name) : null, " " + change(before, after),
+    flops ? make("span", {class: "soft"}, " " + cost(flops, left)) : null);
 }
 function block(i, level) {
-  const [name, kind, channels, kept, flops, share, adds, branches] = data.blocks[i];
+  const [name, kind, channels, kept, flops, share, adds, branches, , left, inner, innerKept] = data.blocks[i];
   const summary = make("summary", {}, make("span", {class: "name"}, name), make("span", {class: "tag"}, kind),
     make("span", {}, branches.length + (branches.length === 1 ? " row" : " branches")),
-    make("span", {}, change(channels, kept) + " channels"), data.planned ? bar(channels, kept) : null,
-    make("span", {class: "soft"}, percent(share) + " of FLOPs"));
+    make("span", {}, change(channels, kept) + " channels" + (inner ? ", " + change(inner, innerKept) + " inside" : "")),
+    data.planned && flops ? bar(flops, left) : null,
+    make("span", {class: "soft"}, flops ? cost(flops, left) + ", " + percent(share) + " of all" : "no FLOPs of its own"));
   const details = make("details", {id: "block-" + i}, summary);
   details.addEventListener("toggle", () => {
     if (details.open && details.childElementCount === 1) fill(details, i, level);
@@ -113,11 +124,11 @@ function block(i, level) {
 function fill(details, i, level) {
   const [name, , , , , , , branches, scores] = data.blocks[i];
   const lanes = make("div", {class: "lanes", tabindex: "0", role: "group", "aria-label": "branches of " + name});
-  for (const [title, channels, kept, inner, innerKept, scale, kernel, flops, gamma, lane] of branches) {
+  for (const [title, channels, kept, inner, innerKept, scale, kernel, flops, gamma, lane, left] of branches) {
     const facts = [change(channels, kept) + " channels", "scale " + scale];
-    if (kernel) facts.push("kernel " + kernel);
+    if (kernel) facts.push((kernel.includes(",") ? "kernels " : "kernel ") + kernel);
     if (inner) facts.push(change(inner, innerKept) + " inside");
-    facts.push(number(flops) + " FLOPs");
+    if (flops) facts.push(cost(flops, left));
     if (gamma) facts.push("|γ| " + gamma[1] + " to " + gamma[2] + ", mean " + gamma[0]);
     const heading = make("div", {role: "heading", "aria-level": Math.min(level, 6)}, title);
     heading.className = "name";
@@ -139,7 +150,8 @@ function histogram(name, [low, high, cut, kept, dropped]) {
   spec.layer[0].encoding.x.axis.title = data.criterion === "bn_scale" ? "|γ|" : "score (" + data.criterion + ")";
   spec.width = "container";
   spec.height = 140;
-  const said = "Scores of the neurons in " + name + (cut === null ? "." : "; all above " + cut + " are kept.");
+  const said = "Scores of the neurons in " + name + (cut === null ? "." : "; all above " + cut + " are kept" +
+    (data.cut ? ": " + data.cut + "." : "."));
   return chart(spec, said, rows, [["from", (r) => r.from.toFixed(3)], ["to", (r) => r.to.toFixed(3)],
     ["state", (r) => r.state], ["neurons", (r) => number(r.neurons)]]);
 }

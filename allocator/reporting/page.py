@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from allocator.reporting import charts
-from allocator.reporting.facts import SHARED, BlockFacts, Fixed, Histogram, Layer, Summary
+from allocator.reporting.facts import SHARED, BlockFacts, BranchFacts, Budget, Fixed, Histogram, Layer, Summary
 from allocator.reporting.html_parts import asset, filled, text
 from allocator.reporting.lanes import TOP, Place
 from allocator.reporting.pictures import library
@@ -16,6 +16,7 @@ from allocator.reporting.rows import condensed
 from allocator.reporting.words import percent, printable, share_of, short, size, timed
 
 _MOST_MODULES = 3
+_MOST_KERNELS = 6
 
 
 def to_html(summary: Summary) -> str:
@@ -57,13 +58,29 @@ def _head(summary: Summary) -> str:
             f"Under a budget of {budget.asked:,.0f} FLOPs: policy {text(budget.policy)}, criterion "
             f"{text(budget.criterion)}, scope {text(budget.scope)}."
         )
-        if budget.certificate:
-            head += f"</p><p>Certificate: {text(budget.certificate)}."
+        for title, said in _findings(budget).items():
+            head += f"</p><p>{title}: {text(said)}."
     return f"{head}</p>"
 
 
+def _findings(budget: Budget) -> dict[str, str]:
+    """How good a choice is, whether it was proven, and what was done after it."""
+    found: dict[str, str] = {}
+    if budget.importance is not None:
+        bound = "no bound is known for other plans"
+        if budget.bound is not None and budget.gap is not None:
+            bound = f"no plan keeps more than {budget.bound:.2%}, so the gap is {budget.gap:.2%}"
+        found["Importance kept"] = f"{budget.importance:.2%} of all scores; {bound}"
+    if budget.certificate:
+        found["Certificate"] = budget.certificate
+    if budget.recovery:
+        found["Recovered"] = budget.recovery
+    return found
+
+
 def _totals(summary: Summary) -> str:
-    table = "<table class='totals'><caption>What it costs</caption><thead><tr><td></td><th scope=col>now</th>"
+    table = "<div class=scroll tabindex=0 role=region aria-label='What it costs'><table class='totals'>"
+    table += "<caption>What it costs</caption><thead><tr><td></td><th scope=col>now</th>"
     if summary.budget is None:
         table += "</tr></thead>"
     else:
@@ -74,7 +91,7 @@ def _totals(summary: Summary) -> str:
         if cost.after is not None:
             table += f"<td>{cost.after:,}</td><td>{percent(share_of(cost.after, cost.before))}</td>"
         table += "</tr>"
-    return f"{table}</tbody></table>"
+    return f"{table}</tbody></table></div>"
 
 
 def _latency(summary: Summary) -> str:
@@ -109,6 +126,10 @@ def page_data(summary: Summary) -> dict[str, Any]:
     return {
         "planned": summary.budget is not None,
         "criterion": summary.criterion or "",
+        "model": printable(summary.model),
+        "cut": "" if summary.budget is None else _CUTS.get(summary.budget.policy, ""),
+        "policies": _policies(summary),
+        "parts": "scale" if _by_scale(summary) else "largest kernel",
         "charts": _charts(summary),
         "histogram": charts.histogram(),
         "top": _lane(summary, TOP),
@@ -116,33 +137,66 @@ def page_data(summary: Summary) -> dict[str, Any]:
     }
 
 
+_CUTS = {
+    "global": "all neurons stand in one ranking, so the line is at one score in every block, but where floors hold",
+    "isomorphic": "layers that are alike share a ranking, so blocks of one kind share a line",
+    "per_block": "the branches of this block compete with one another, so every block has a line of its own",
+    "priced": "a score is weighed against what the neuron costs: below the line cheap ones stay, and dear ones go",
+    "uniform": "every branch keeps the same share of its own best; the line is the highest score that went",
+}
+"""What the line in a block's histogram means, by policy."""
+
+
+def _by_scale(summary: Summary) -> bool:
+    return any(part.startswith("scale ") for row in charts.parts_of(summary, kept=False).values() for part in row)
+
+
+def _policies(summary: Summary) -> str:
+    """What the policies on the curve keep at the budget at hand, in words."""
+    kept = [f"{policy} {percent(importance)}" for policy, importance in charts.policies_at(summary)]
+    return f"At this budget's FLOPs: {', '.join(kept)}." if kept else ""
+
+
 def _charts(summary: Summary) -> dict[str, Any]:
     axis = "share of the block's neurons"
-    specs: dict[str, Any] = {"flops": charts.flops(charts.flops_rows(summary), title="")}
+    specs: dict[str, Any] = {"flops": charts.flops(charts.flops_rows(summary), title="FLOPs per block")}
     now = charts.parts_of(summary, kept=False)
-    if now:
-        names = charts.part_names([now])
-        specs["shares"] = charts.shares(charts.share_rows(now), names, title="", axis=axis)
+    names = charts.part_names([now])
+    if len(names) > 1:  # bars of one colour say nothing that the FLOPs do not
+        specs["shares"] = charts.shares(charts.share_rows(now), names, title="neurons, as it is", axis=axis)
         if summary.budget is not None:
             rows = charts.share_rows(charts.parts_of(summary, kept=True), now)
-            specs["kept"] = charts.shares(rows, names, title="", axis=axis)
+            specs["kept"] = charts.shares(rows, names, title="neurons that stay", axis=axis)
     if summary.curve:
-        specs["curve"] = charts.curve(summary, title="")
+        specs["curve"] = charts.curve(summary, title="budget against importance")
     for spec in specs.values():
-        del spec["title"]  # the page has headings of its own
+        # A chart that is taken out of the page still says whose it is.
+        named = {"text": printable(summary.model), "subtitle": spec["title"]["text"], "fontSize": 12, "limit": 280}
+        spec["title"] = {**spec["title"], **named}
         spec |= {"width": "container", "height": 280}
     return specs
 
 
 def _block(summary: Summary, number: int, block: BlockFacts) -> list[Any]:
-    """Name, kind, channels, kept, FLOPs, share, whether its branches add up, branches, scores."""
+    """Name, kind, channels, kept, FLOPs, share, whether its branches add up, branches, scores, FLOPs kept, inside."""
     branches = []
     for j, row in enumerate(condensed(block)):
-        facts = [printable(row.name), row.channels, row.kept, row.inner, row.inner_kept, row.scale, size(row.kernel)]
-        branches.append([*facts, row.own_flops, _gamma(row.gamma), _lane(summary, (number, j))])
+        facts = [printable(row.name), row.channels, row.kept, row.inner, row.inner_kept, row.scale, _kernels(row)]
+        lane = _lane(summary, (number, j))
+        branches.append([*facts, row.own_flops, _gamma(row.gamma), lane, row.own_flops_kept])
     name, share, adds_up = printable(block.name), round(block.share, 6), block.kind not in SHARED
-    scores = _scores(block.scores)
-    return [name, block.kind, block.channels, block.kept, block.flops, share, adds_up, branches, scores]
+    inner = sum(branch.inner for branch in block.branches)
+    inner_kept = sum(branch.inner_kept or 0 for branch in block.branches) if block.kept is not None else None
+    facts = [name, block.kind, block.channels, block.kept, block.flops, share, adds_up, branches, _scores(block.scores)]
+    return [*facts, block.flops_kept, inner, inner_kept]
+
+
+def _kernels(branch: BranchFacts) -> str:
+    """Of all its convolutions, in order, such as "1x1, 3x3, 1x1": the largest alone may not be the named layer's."""
+    sizes = [size(kernel) for kernel in branch.kernels]
+    return ", ".join(sizes[:_MOST_KERNELS]) + (
+        f" and {len(sizes) - _MOST_KERNELS} more" if len(sizes) > _MOST_KERNELS else ""
+    )
 
 
 def _gamma(gamma: tuple[float, float, float] | None) -> list[float] | None:
@@ -165,11 +219,11 @@ def _rounded(number: float, digits: int) -> float:
 
 
 def _lane(summary: Summary, place: Place) -> list[Any]:
-    """Layers as [what, name, before, after], blocks as their number."""
+    """Layers as [what, name, before, after, FLOPs, FLOPs kept], blocks as their number."""
     lane: list[Any] = []
     for item in summary.lanes.get(place, []):
         if isinstance(item, Layer):
-            lane.append([item.what, printable(item.name), item.channels, item.kept])
+            lane.append([item.what, printable(item.name), item.channels, item.kept, item.flops, item.flops_kept])
         else:
             lane.append(item)
     return lane

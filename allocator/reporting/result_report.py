@@ -69,6 +69,7 @@ class Report(Shown):
             kept=result.plan.kept,
             optimality=result.optimality,
             certificate=str(result.certificate),
+            recovery=None if result.recovery is None else str(result.recovery),
             curve=points,
             uncounted=result.uncounted,
             notes=notes,

@@ -20,7 +20,7 @@ def heading(name: str, kind: str) -> Text:
     return Text.assemble((printable(name), "bold"), kind)
 
 
-def bar(after: int, before: int) -> Text:
+def bar(after: float, before: float) -> Text:
     """How much of something stays, drawn."""
     share = after / before if before else 0.0
     filled = round(share * _BAR)

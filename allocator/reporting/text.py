@@ -215,6 +215,8 @@ def _budget(budget: Budget) -> Iterator[Text]:
         yield Text(bound)
     if budget.certificate:
         yield Text(f"certificate: {budget.certificate}")
+    if budget.recovery:
+        yield Text(f"recovered: {budget.recovery}")
 
 
 def _where(fixed: Fixed) -> str:

@@ -1,0 +1,110 @@
+"""``allocator-cli widen``: a wider model that computes the same."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any, get_args
+
+from allocator.cli.allocate import show, write_files
+from allocator.cli.arguments import (
+    UsageError,
+    add_command,
+    add_input_options,
+    add_model_options,
+    add_output_options,
+    add_plan_options,
+    parse_budget,
+    plan_options,
+)
+from allocator.cli.opening import example_inputs, open_model
+from allocator.cli.outputs import MODEL_SUFFIXES, check_outputs, check_report, check_suffix
+from allocator.cli.talk import Talk
+from allocator.settings import WIDENING_OPTIONS, Init
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from allocator.result import Result
+
+_EXAMPLE = """\
+  allocator-cli widen torchvision:resnet50 --flops 150% -o wide.pt
+  allocator-cli widen model.pt --factor 1.5 --init copy -o wide.safetensors --allocation wide.json
+  allocator-cli widen model.pt --like learned.json --include 'layer3.*' -o wide.pt
+  allocator-cli widen torchvision:googlenet --neurons 100% --weights reset -o seed.pt"""
+_PLAN = ("scope", "groups", "exclude", "include")
+
+
+def register(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = add_command(commands, "widen", "make a model wider without changing what it computes", _EXAMPLE)
+    parser.add_argument("model", metavar="MODEL", help="a file or a name")
+    how = parser.add_argument_group("how wide, one of these")
+    how.add_argument("--flops", type=parse_budget, metavar="N", help="FLOPs above its own, as fvcore counts them: 4.2e9, 4.2G or 150%%")
+    how.add_argument("--factor", type=float, metavar="N", help=WIDENING_OPTIONS["factor"].help)
+    how.add_argument("--like", metavar="FILE", help="every layer as wide as this allocation, .json, leaves it")
+    how.add_argument(
+        "--neurons", metavar="N", help="make a seed: every branch of a block as many, or a share of its widest branch"
+    )
+    add_output_options(parser)
+    parser.add_argument("--allocation", metavar="FILE", help="also write what was added, as .json")
+    plan = parser.add_argument_group("plan")
+    add_plan_options(plan, *_PLAN)
+    plan.add_argument("--init", default="zero", choices=get_args(Init), help=WIDENING_OPTIONS["init"].help)
+    plan.add_argument(
+        "--weights",
+        default="keep",
+        choices=("keep", "reset"),
+        help="keep them, or start afresh to train the result from scratch (default: keep)",
+    )
+    plan.add_argument("--no-certificate", action="store_true", help="leave out the numeric certificate")
+    plan.add_argument("--seed", type=int, default=0, help="of what is drawn, and of the certificate's input")
+    parser.add_argument("--report", metavar="FILE", help="also write the report: .html, .md, .csv, .json or .txt")
+    parser.add_argument("--plot", metavar="FILE", help="also draw each block's neurons per scale: .png, .svg or .pdf")
+    add_input_options(parser)
+    add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Widen, write the files, print the report."""
+    asked = [name for name in ("flops", "factor", "like", "neurons") if getattr(args, name) is not None]
+    if len(asked) != 1:
+        raise UsageError("one of --flops, --factor, --like and --neurons is needed, such as --flops 150%")
+    if args.output is None and args.allocation is None:
+        raise UsageError("nothing to write: give -o OUT, --allocation FILE or both")
+    if args.neurons is not None and (args.scope, args.groups) != ("auto", "whole"):
+        raise UsageError("--scope and --groups do not go with --neurons, which names the branches itself")
+    check_suffix(args.output, MODEL_SUFFIXES, "the model (-o)")
+    check_suffix(args.allocation, (".json",), "the allocation (--allocation)")
+    check_report(args.report, args.plot)
+    check_outputs(args, args.output, args.allocation, args.report, args.plot)
+    talk = Talk(args)
+    model = open_model(args.model, args, talk)
+    result = _widen(model, args, talk)
+    show(args, talk, result, write_files(args, talk, result))
+    return 0
+
+
+def _widen(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
+    from allocator.growing import seed, widen
+
+    plan = plan_options(args, *_PLAN)
+    with talk.stage("widening") as update:
+        options: dict[str, Any] = {
+            "init": args.init,
+            "example_inputs": example_inputs(args),
+            "exclude": plan["exclude"],
+            "include": plan["include"],
+            "weights": args.weights,
+            "certify": not args.no_certificate,
+            "seed": args.seed,
+            "progress": update,
+        }
+        if args.neurons is not None:
+            neurons = int(args.neurons) if args.neurons.isdecimal() else args.neurons
+            result = seed(model, neurons, **options)
+        else:
+            options |= {"scope": plan["scope"], "groups": plan["groups"]}
+            result = widen(model, args.flops, factor=args.factor, like=args.like, **options)
+    talk.times(result.timings)
+    return result

@@ -1,0 +1,262 @@
+"""Around wider networks: seeds, the original's shape again, budgets above, MorphNet's loop, transformers, the shell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from subjects import IMAGE, Branches, Nested, trained, untouched
+from test_widening import INITS, check_widened
+from torch import Tensor, nn
+
+import allocator
+from allocator import BudgetNotBindingWarning, InputError, NothingToAllocateError, UnknownNameError
+from allocator.cli import main
+
+IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+
+
+# Seeds ------------------------------------------------------------------------------------------------
+
+
+def widths(result: allocator.Result) -> list[list[int]]:
+    """Per block, channels of its branches."""
+    return [[branch["after"] for branch in block["branches"]] for block in result.allocation.blocks]
+
+
+def test_each_branch_of_a_seed_has_as_many_neurons() -> None:
+    model = trained()
+    for neurons, expected in (("100%", 32), ("150%", 48), (40, 40)):
+        result = allocator.seed(model, neurons, example_inputs=IMAGE)
+        assert widths(result) == [[expected, expected]]
+        assert result.model.stem.out_channels == 16  # type: ignore[union-attr]
+        check_widened(model, result, IMAGE)
+
+
+def test_a_seed_is_reset_to_train_from_scratch() -> None:
+    result = allocator.seed(trained(), 64, weights="reset", example_inputs=IMAGE)
+    assert result.certificate.ok
+    assert result.model.norm.weight.eq(1).all()  # type: ignore[union-attr]
+    assert result.model.wide.weight[:, -1].any()  # type: ignore[union-attr,index]
+
+
+class Resolutions(nn.Module):
+    """Two streams, at two resolutions, that are added to one another: no branch has neurons of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(3, 10, 3, stride=2, padding=1)
+        self.up, self.down = nn.Conv2d(10, 6, 1), nn.Conv2d(6, 10, 3, stride=2, padding=1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine, coarse = self.fine(x).relu(), self.coarse(x).relu()
+        up = nn.functional.interpolate(self.up(coarse), scale_factor=2)
+        added, down = (fine + up).relu(), (coarse + self.down(fine)).relu()
+        return self.head(torch.cat([added.mean((2, 3)), down.mean((2, 3))], 1))
+
+
+def test_streams_of_a_seed_have_as_many_neurons() -> None:
+    model = trained(Resolutions())
+    result = allocator.seed(model, 12, example_inputs=IMAGE)
+    wide: Any = result.model
+    assert [wide.fine.out_channels, wide.coarse.out_channels, wide.head.in_features] == [12, 12, 24]
+    check_widened(model, result, IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("neurons", "error", "message"),
+    [
+        (20, InputError, r"neurons=20 are fewer than branches have \(model.wide has 32\)"),
+        ("many", InputError, "neurons='many' is neither a number of neurons nor a share such as '100%'"),
+        (0, InputError, "neurons=0 is neither"),
+        ("-5%", InputError, "neurons='-5%' is neither"),
+        ("inf%", InputError, "neurons='inf%' is neither"),
+    ],
+)
+def test_a_seed_has_no_fewer_neurons(neurons: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        allocator.seed(trained(), neurons, example_inputs=IMAGE)
+
+
+def test_a_network_without_branches_has_no_seed() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    with pytest.raises(NothingToAllocateError, match="has no block in which branches meet; widen makes all layers"):
+        allocator.seed(model, example_inputs=IMAGE)
+
+
+# The original's shape again ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropped", ["zero", "original"])
+@pytest.mark.parametrize("make", [Branches, Nested])
+def test_a_smaller_network_in_the_originals_shape(make: type[nn.Module], dropped: Any) -> None:
+    model = trained(make())
+    result = allocator.allocate(model, flops="50%", example_inputs=IMAGE)
+    with torch.no_grad():
+        for parameter in result.model.parameters():
+            parameter += 0.01  # as if trained
+    with untouched(model), untouched(result.model):
+        restored = allocator.restore(result, dropped)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert {name: tuple(tensor.shape) for name, tensor in restored.state_dict().items()} == shapes
+    with torch.no_grad():
+        torch.testing.assert_close(restored(IMAGES), result.model(IMAGES))
+    gone = torch.tensor(
+        [i not in (result.allocation.kept["head.weight"][1] or []) for i in range(shapes["head.weight"][1])]
+    )
+    assert gone.any()
+    assert not restored.head.weight[:, gone].any()  # type: ignore[union-attr,index]
+    again = allocator.allocate(restored, flops="50%", example_inputs=IMAGE, criterion="magnitude", at_least=0)
+    assert again.certificate.ok
+
+
+def test_what_was_dropped_comes_back_unread() -> None:
+    model = trained()
+    result = allocator.allocate(model, flops="50%", example_inputs=IMAGE)
+    restored = allocator.restore(result, "original")
+    assert torch.equal(restored.stem.weight, model.stem.weight)  # type: ignore[union-attr,arg-type]
+    assert not torch.equal(restored.wide.weight, model.wide.weight)  # type: ignore[union-attr,arg-type]
+
+
+def test_what_cannot_be_restored() -> None:
+    model = trained()
+    wide = allocator.widen(model, factor=1.5, example_inputs=IMAGE)
+    with pytest.raises(InputError, match="wider than its original"):
+        allocator.restore(wide)
+    small = allocator.allocate(model, flops="50%", example_inputs=IMAGE)
+    with pytest.raises(UnknownNameError, match="no dropped 'ones'"):
+        allocator.restore(small, "ones")  # type: ignore[arg-type]
+    mixed = nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.Linear(16, 3)).eval()
+    loose = allocator.allocate(mixed, params="60%", norms="loose", example_inputs=torch.zeros(1, 6))
+    with pytest.raises(InputError, match='norms="loose": under its norms, zeros would change what is computed'):
+        allocator.restore(loose)
+
+
+# Budgets above the model's own ------------------------------------------------------------------------
+
+
+def test_a_budget_above_the_models_own_widens_it_where_that_is_asked_for() -> None:
+    model = trained()
+    result = allocator.allocate(model, flops="150%", grow=True, example_inputs=IMAGE)
+    check_widened(model, result, IMAGE, at_most=1.5 * result.flops_before)
+    small = allocator.allocate(model, flops="50%", grow=True, example_inputs=IMAGE)
+    assert small.flops_after < small.flops_before
+    with pytest.warns(BudgetNotBindingWarning):
+        allocator.allocate(model, flops="150%", example_inputs=IMAGE)
+    with pytest.raises(InputError, match="grow=True goes with a budget in flops alone, not flops and params"):
+        allocator.allocate(model, flops="150%", params="150%", grow=True, example_inputs=IMAGE)
+
+
+def test_smaller_by_importance_and_wider_again() -> None:
+    model = trained(Nested())
+    asked: list[int] = []
+
+    def train(network: nn.Module) -> None:
+        asked.append(allocator.trace(network, IMAGE).flops)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter *= 1.01
+
+    own = allocator.trace(model, IMAGE).flops
+    with untouched(model):
+        done = allocator.iterate(model, flops="100%", grow=0.6, steps=2, train=train, example_inputs=IMAGE)
+    assert len(asked) == 2
+    assert all(0.95 * own < flops <= own for flops in asked)
+    assert len(done.steps) == 4
+    assert all(step.certificate.ok for step in done.steps)
+    assert [step.allocation.widens for step in done.steps] == [False, True, False, True]
+    shapes = {name: tensor.shape for name, tensor in allocator.apply(model, done.allocation).state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in done.model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"flops": "100%", "grow": 1.2}, "grow=1.2 is no share between 0 and 1, such as 0.7"),
+        ({"flops": "100%", "grow": True}, "grow"),
+        ({"params": "100%", "grow": 0.7}, "with grow the budget is one of flops, not params"),
+    ],
+)
+def test_a_loop_needs_a_share_and_flops(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        allocator.iterate(trained(), **asked, train=lambda network: None, example_inputs=IMAGE)
+
+
+# Transformers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_attention_grows_by_whole_heads(init: Any) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    kind = timm.models.vision_transformer.VisionTransformer
+    model = kind(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=4, num_classes=6).eval()
+    result = allocator.widen(model, factor=1.5, init=init, example_inputs=IMAGE)
+    check_widened(model, result, IMAGE)
+    block: Any = result.model.blocks[0]  # type: ignore[index,union-attr]
+    assert (block.attn.num_heads, block.attn.qkv.out_features, block.mlp.fc1.out_features) == (6, 144, 192)
+    assert block.attn.qkv.in_features == 32
+    assert any("a norm over the channels mixes them all (native_layer_norm)" in note for note in result.notes)
+
+
+def test_what_follows_an_attention_grows_though_its_heads_cannot() -> None:
+    """torch's own attention holds its width to that of the stream, and says so before it does anything."""
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
+    model = torchvision.models.VisionTransformer(**sizes, num_classes=6).eval()
+    nn.init.normal_(model.heads.head.weight)
+    result = allocator.widen(model, factor=1.5, example_inputs=IMAGE)
+    assert result.certificate.ok
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(IMAGES), model(IMAGES), rtol=1e-3, atol=1e-5)
+    layers: Any = result.model.encoder.layers  # type: ignore[union-attr]
+    assert [layer.mlp[0].out_features for layer in layers] == [96, 96]
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_a_language_model(init: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    tokens = torch.arange(9).reshape(1, 9)
+    result = allocator.widen(model, factor=1.5, init=init, example_inputs=tokens)
+    assert result.certificate.ok
+    assert result.certificate.widens
+    assert (result.certificate.relative_error or 0) <= 1e-9
+    layer: Any = result.model.model.layers[0]  # type: ignore[index,union-attr]
+    assert layer.mlp.gate_proj.out_features == 72
+    assert (layer.self_attn.q_proj.out_features, layer.self_attn.k_proj.out_features) == (48, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(tokens).logits, model(tokens).logits, rtol=1e-3, atol=1e-5)
+
+
+# In a shell -------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_widens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide, allocation = tmp_path / "wide.safetensors", tmp_path / "wide.json"
+    size = ("--input-size", "1x1x32x32", "--json", "-q")
+    arguments = ["widen", "recipe:resnet-small", *size, "-o", str(wide), "--allocation", str(allocation)]
+    assert main([*arguments, "--flops", "150%"]) == 0
+    flops = json.loads(capsys.readouterr().out)["flops"]
+    assert flops["before"] < flops["after"] <= 1.5 * flops["before"]
+    assert main(["verify", "recipe:resnet-small", str(wide), str(allocation), *size]) == 0
+    assert '"widens": true' in capsys.readouterr().out
+    seed = ["widen", "recipe:scalenet-small-seed", "--neurons", "200%", "-q", "-o", str(tmp_path / "seed.pt")]
+    assert main([*seed, "--no-certificate"]) == 0
+    for wrong in ((), ("--flops", "150%", "--factor", "2"), ("--neurons", "100%", "--scope", "inner")):
+        assert main([*arguments, "--force", *wrong]) == 2
