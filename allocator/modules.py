@@ -49,11 +49,27 @@ def set_training(model: nn.Module, training: bool) -> nn.Module:
 
 
 def attribute_of(module: nn.Module, name: str) -> Any:
-    """An attribute, or one of an object that the module holds (`config.num_heads`); None where there is none."""
+    """An attribute, or one of what the module holds (`config.heads`, `stages.2.channels`); None where there is none."""
     value: Any = module
     for part in name.split("."):
-        value = getattr(value, part, None)
+        value = _part_of(value, part)
     return value
+
+
+def _part_of(holder: Any, name: str) -> Any:
+    """An entry of a list by its number, or of a mapping by its key; an attribute of anything else."""
+    if isinstance(holder, list):
+        return holder[int(name)] if name.isdigit() and int(name) < len(holder) else None
+    return holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
+
+
+def _set_part(holder: Any, name: str, value: Any) -> None:
+    if isinstance(holder, list):
+        holder[int(name)] = value
+    elif isinstance(holder, dict):
+        holder[name] = value
+    else:
+        setattr(holder, name, value)
 
 
 def set_attribute(module: nn.Module, name: str, value: Any, *, shared: bool = False) -> None:
@@ -70,12 +86,12 @@ def set_attribute(module: nn.Module, name: str, value: Any, *, shared: bool = Fa
     *held, last = name.split(".")
     holder: Any = module
     for part in held:
-        inner = getattr(holder, part)
+        inner = _part_of(holder, part)
         if shared:
             inner = copy.copy(inner)
-            setattr(holder, part, inner)
+            _set_part(holder, part, inner)
         holder = inner
-    setattr(holder, last, value)
+    _set_part(holder, last, value)
 
 
 def lies_within(path: str, modules: Iterable[str]) -> bool:

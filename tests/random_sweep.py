@@ -109,7 +109,7 @@ def report(tally: Tally, seconds: float, command: str, broken: list[str] | None 
     return "\n".join(lines) + "\n"
 
 
-def sweep(minutes: float, first: int, size: int = 40) -> tuple[Tally, list[str], float]:
+def sweep(minutes: float, first: int, size: int = 10) -> tuple[Tally, list[str], float]:
     """Networks of one seed after the other for so long; what was checked, what broke, and the seconds it took."""
     tally, broken, start = Tally(), [], time.perf_counter()
     number = first

@@ -39,8 +39,9 @@ def test_each_branch_of_a_seed_has_as_many_neurons() -> None:
 def test_a_seed_is_reset_to_train_from_scratch() -> None:
     result = allocator.seed(trained(), 64, weights="reset", example_inputs=IMAGE)
     assert result.certificate.ok
-    assert result.model.norm.weight.eq(1).all()  # type: ignore[union-attr]
-    assert result.model.wide.weight[:, -1].any()  # type: ignore[union-attr,index]
+    wide: Any = result.model
+    assert wide.norm.weight.eq(1).all()
+    assert wide.wide.weight[:, -1].any()
 
 
 class Resolutions(nn.Module):
@@ -98,7 +99,7 @@ def test_a_smaller_network_in_the_originals_shape(make: type[nn.Module], dropped
     result = allocator.allocate(model, flops="50%", example_inputs=IMAGE)
     with torch.no_grad():
         for parameter in result.model.parameters():
-            parameter += 0.01  # as if trained
+            parameter.add_(0.01)  # as if trained
     with untouched(model), untouched(result.model):
         restored = allocator.restore(result, dropped)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -159,7 +160,7 @@ def test_smaller_by_importance_and_wider_again() -> None:
         asked.append(allocator.trace(network, IMAGE).flops)
         with torch.no_grad():
             for parameter in network.parameters():
-                parameter *= 1.01
+                parameter.mul_(1.01)
 
     own = allocator.trace(model, IMAGE).flops
     with untouched(model):
@@ -197,7 +198,7 @@ def test_attention_grows_by_whole_heads(init: Any) -> None:
     model = kind(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=4, num_classes=6).eval()
     result = allocator.widen(model, factor=1.5, init=init, example_inputs=IMAGE)
     check_widened(model, result, IMAGE)
-    block: Any = result.model.blocks[0]  # type: ignore[index,union-attr]
+    block: Any = result.model.get_submodule("blocks.0")
     assert (block.attn.num_heads, block.attn.qkv.out_features, block.mlp.fc1.out_features) == (6, 144, 192)
     assert block.attn.qkv.in_features == 32
     assert any("a norm over the channels mixes them all (native_layer_norm)" in note for note in result.notes)
@@ -214,7 +215,7 @@ def test_what_follows_an_attention_grows_though_its_heads_cannot() -> None:
     assert result.certificate.ok
     with torch.no_grad():
         torch.testing.assert_close(result.model(IMAGES), model(IMAGES), rtol=1e-3, atol=1e-5)
-    layers: Any = result.model.encoder.layers  # type: ignore[union-attr]
+    layers: Any = result.model.get_submodule("encoder.layers")
     assert [layer.mlp[0].out_features for layer in layers] == [96, 96]
 
 
@@ -237,7 +238,7 @@ def test_a_language_model(init: Any) -> None:
     assert result.certificate.ok
     assert result.certificate.widens
     assert (result.certificate.relative_error or 0) <= 1e-9
-    layer: Any = result.model.model.layers[0]  # type: ignore[index,union-attr]
+    layer: Any = result.model.get_submodule("model.layers.0")
     assert layer.mlp.gate_proj.out_features == 72
     assert (layer.self_attn.q_proj.out_features, layer.self_attn.k_proj.out_features) == (48, 24)
     with torch.no_grad():

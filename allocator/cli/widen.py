@@ -10,6 +10,7 @@ from allocator.cli.arguments import (
     UsageError,
     add_command,
     add_input_options,
+    add_layers_option,
     add_model_options,
     add_output_options,
     add_plan_options,
@@ -39,7 +40,7 @@ def register(commands: Any) -> None:
     parser = add_command(commands, "widen", "make a model wider without changing what it computes", _EXAMPLE)
     parser.add_argument("model", metavar="MODEL", help="a file or a name")
     how = parser.add_argument_group("how wide, one of these")
-    how.add_argument("--flops", type=parse_budget, metavar="N", help="FLOPs above its own, as fvcore counts them: 4.2e9, 4.2G or 150%%")
+    how.add_argument("--flops", type=parse_budget, metavar="N", help="FLOPs above its own: 4.2e9, 4.2G or 150%%")
     how.add_argument("--factor", type=float, metavar="N", help=WIDENING_OPTIONS["factor"].help)
     how.add_argument("--like", metavar="FILE", help="every layer as wide as this allocation, .json, leaves it")
     how.add_argument(
@@ -60,6 +61,7 @@ def register(commands: Any) -> None:
     plan.add_argument("--seed", type=int, default=0, help="of what is drawn, and of the certificate's input")
     parser.add_argument("--report", metavar="FILE", help="also write the report: .html, .md, .csv, .json or .txt")
     parser.add_argument("--plot", metavar="FILE", help="also draw each block's neurons per scale: .png, .svg or .pdf")
+    add_layers_option(parser)
     add_input_options(parser)
     add_model_options(parser)
     parser.set_defaults(run=run)
@@ -92,7 +94,7 @@ def _widen(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
     with talk.stage("widening") as update:
         options: dict[str, Any] = {
             "init": args.init,
-            "example_inputs": example_inputs(args),
+            "example_inputs": example_inputs(args, model),
             "exclude": plan["exclude"],
             "include": plan["include"],
             "weights": args.weights,

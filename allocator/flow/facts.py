@@ -69,11 +69,13 @@ class Attribute:
         module: path of the module.
         name: attribute name.
         pieces: label arrays whose kept counts are the attribute's new value; one piece, or one per part.
+        declared: an adapter says what it counts; it follows whether the forward reads it or not.
     """
 
     module: str
     name: str
     pieces: tuple[np.ndarray, ...]
+    declared: bool = False
 
 
 @dataclass
@@ -128,13 +130,13 @@ class Facts:
 
     def _beyond(self, other: Facts, component: np.ndarray) -> Facts:
         """What another forward asks for beyond these facts."""
-        loose = [tie for tie in other.ties if not np.array_equal(component[tie.a], component[tie.b])]
+        loose = _apart(other.ties, component)
         computed = {id(tie) for tie in other.computed_ties}
-        must_stay, attributes = component[FROZEN], {(each.module, each.name) for each in self.attributes}
+        attributes = {(each.module, each.name) for each in self.attributes}
         return Facts(
             ties=[tie._replace(op=-1) for tie in loose],  # a tie's call is one of the first forward's
             computed_ties=[tie._replace(op=-1) for tie in loose if id(tie) in computed],
-            frozen=[each for each in other.frozen if (component[each.label] != must_stay).any()],
+            frozen=[each for each in other.frozen if (component[each.label] != component[FROZEN]).any()],
             at_least=_unknown(self.at_least, other.at_least),
             written=_unknown(self.written, other.written),
             read=_beyond_slots(self.read, other.read, len(component)),
@@ -150,14 +152,29 @@ class Facts:
 F = TypeVar("F", AtLeast, Written, Gamma)
 
 
+def _apart(ties: list[Tie], component: np.ndarray) -> list[Tie]:
+    """Ties of what does not go together yet."""
+    if not ties:
+        return []
+    a, b = (
+        np.concatenate([side.reshape(-1) for side in sides]) for sides in zip(*(tie[:2] for tie in ties), strict=True)
+    )
+    if np.array_equal(component[a], component[b]):
+        return []
+    return [tie for tie in ties if not np.array_equal(component[tie.a], component[tie.b])]
+
+
 def _unknown(own: list[F], further: list[F]) -> list[F]:
-    """Those that one does not have oneself."""
-    known = {_key(each) for each in own}
-    return [each for each in further if _key(each) not in known]
+    """Those that one does not have oneself; of a batch, heads are told as often as there are samples."""
+    known = {_key(fact, fact.label) for fact in own}
+    fresh = [fact for fact in further if _key(fact, fact.label) not in known]
+    if fresh:
+        known = {_key(fact, np.unique(fact.label)) for fact in own}
+    return [fact for fact in fresh if _key(fact, np.unique(fact.label)) not in known]
 
 
-def _key(fact: AtLeast | Written | Gamma) -> tuple[object, ...]:
-    return (np.unique(fact.label).tobytes(), *fact[1:])  # of a batch, heads are told as often as there are samples
+def _key(fact: AtLeast | Written | Gamma, label: np.ndarray) -> tuple[object, ...]:
+    return (label.tobytes(), *fact[1:])
 
 
 def _beyond_slots(own: list[np.ndarray], further: list[np.ndarray], total: int) -> list[np.ndarray]:

@@ -44,9 +44,10 @@ def _batch_norm_as_one_call(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> tuple[Any, tuple[Any, ...]] | None:
-    """`torch.nn.functional.batch_norm`; None on values, in train mode, and where sizes differ."""
+    """`torch.nn.functional.batch_norm`; None on values, where sizes differ, and in train mode on one number each."""
     statistics = (weight, bias, running_mean, running_var)
-    plain = input.is_meta and not training and running_mean is not None and running_var is not None
+    plain = input.is_meta and running_mean is not None and running_var is not None
+    plain = plain and input.dim() > 1 and not (training and input.numel() == input.shape[1])
     if not plain or any(t is not None and t.shape != input.shape[1:2] for t in statistics):
         return None
     return torch.ops.aten.batch_norm.default, (input, *statistics, training, momentum, eps, False)

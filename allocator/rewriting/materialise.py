@@ -40,6 +40,7 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
         owner, _, name = path.rpartition(".")
         small.get_submodule(owner)._modules[name] = None
     modules = dict(small.named_modules(remove_duplicate=False))
+    adapters.take_any_width(modules, allocation.kept)
     for path, values in allocation.attributes.items():
         module = modules[path]
         for name, value in values.items():

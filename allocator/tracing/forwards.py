@@ -51,11 +51,22 @@ class Forwards:
         not_run = f"; not so {'; '.join(self.refused)}" if self.refused else ""
         return f"held against the original {', '.join(said)}{not_run}"
 
+    def of(self, model: nn.Module) -> Forwards:
+        """The same forwards of another model."""
+        return replace(self, traces=tuple(_again(model, trace) for trace in self.traces))
+
     def without(self, trace: Trace, why: str) -> Forwards:
         """The others, where results do not fit this one."""
         traces = tuple(each for each in self.traces if each is not trace)
         mode = "in train mode " if trace.training else ""
         return replace(self, traces=traces, refused=(*self.refused, f"{mode}with {trace.inputs.sizes()} ({why})"))
+
+
+def _again(model: nn.Module, trace: Trace) -> Trace:
+    try:
+        return record(model, trace.inputs, trace.mode, training=trace.training)
+    except ForwardError as error:
+        return error.partial
 
 
 def _listed(items: list[str]) -> str:

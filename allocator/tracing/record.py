@@ -88,6 +88,7 @@ def record(
             (inputs.args, inputs.kwargs),
         )
         recorder = _Recorder(running, inputs)
+        adapters.take_any_width(recorder.modules)
         if any(module.training is not training for module in recorder.modules.values()):
             set_training(running, training)
         given = recorder.modules if copied else modules_of(model)
@@ -112,7 +113,7 @@ def record(
 
 def _converter(model: nn.Module, mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.Tensor], torch.Tensor]:
     if mode == "meta":
-        return lambda _, t: torch.empty_like(t, device="meta")
+        return lambda _, t: _without_values(t)
     if mode == "fake":
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         stack.enter_context(hidden(FAKE_LOGGER))  # what raises is said by us
@@ -126,6 +127,12 @@ def _converter(model: nn.Module, mode: str, stack: contextlib.ExitStack) -> Call
 
         return convert
     return lambda _, t: t.detach().clone()
+
+
+def _without_values(t: torch.Tensor) -> torch.Tensor:
+    if t.is_meta and t.layout is torch.strided:
+        return meta_kernels.like(t, t.dtype)  # torch's own way takes several times as long
+    return torch.empty_like(t, device="meta")
 
 
 # Fake tensors ask each other where they lie; that reads no values.

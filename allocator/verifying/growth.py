@@ -27,8 +27,7 @@ from allocator.verifying.certificate import (
     same_bits,
 )
 from allocator.verifying.float64 import part_of
-from allocator.verifying.image import Image
-from allocator.verifying.structure import compare, find_mismatch
+from allocator.verifying.structure import find_mismatch
 
 
 def certify_growth(
@@ -45,15 +44,12 @@ def certify_growth(
         numeric: compare weights and float64 outputs too, at which size, as for `certify`.
     """
     options = replace(graph.options, include=(), exclude=(), same=())  # modules of the original are none of this one
-    back = build_graph(wide, graph.inputs, options)
+    back = build_graph(wide, graph.inputs, options, graph.forwards.of(wide))
     kept = _originals(back, maps)
     if kept is None:
         return no_certificate(graph, seed)
     back_maps = maps_of(back, kept)
-    image = Image(back, back_maps, graph.slots)
-    if len(back.flows) != len(graph.flows) or any(
-        compare(old, new, image) is not None for old, new in zip(back.flows, graph.flows, strict=True)
-    ):
+    if find_mismatch(back, back_maps, graph.model) is not None:
         return no_certificate(graph, seed)
 
     def same_weights(_: ChannelGraph, back_maps: Maps, __: nn.Module) -> bool:
