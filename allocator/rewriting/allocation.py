@@ -86,6 +86,19 @@ class Allocation(Shown):
         """FLOPs of what it leaves."""
         return int(self.costs.get("flops", {}).get("after") or 0)
 
+    def shares(self) -> dict[str, float]:
+        """Per branch of an aggregation block, as "BLOCK/BRANCH", the share of its channels that is kept; for loggers.
+
+        Of a branch whose channels all stay because they meet others', the channels inside it.
+        """
+        found = {}
+        for block in self.blocks:
+            for branch in block["branches"]:
+                inside = branch["before"] == branch["after"] and branch.get("inner_before")
+                before, after = ("inner_before", "inner_after") if inside else ("before", "after")
+                found[f"{block['name']}/{branch['name']}"] = branch[after] / branch[before] if branch[before] else 0.0
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, with the format version."""
         return {"format": FORMAT, **asdict(self)}
