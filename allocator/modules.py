@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -102,6 +103,18 @@ def lies_within(path: str, modules: Iterable[str]) -> bool:
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Sizes of every parameter and buffer by its first name."""
     return {name: tuple(tensor.shape) for name, tensor in tensor_names(model).items()}
+
+
+def numbers_of(model: nn.Module) -> dict[str, np.ndarray]:
+    """Vectors of whole numbers among the buffers, by their first names; none of those without values."""
+    found = {}
+    for name, tensor in tensor_names(model).items():
+        whole = (
+            tensor.dim() == 1 and tensor.dtype in (torch.int64, torch.int32) and not isinstance(tensor, nn.Parameter)
+        )
+        if whole and type(tensor) is torch.Tensor and not tensor.is_meta:
+            found[name] = tensor.detach().cpu().numpy()
+    return found
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -20,7 +20,7 @@ from allocator.graph.channel_graph import ChannelGraph
 from allocator.graph.fixed_maps import freeze_beyond_fixed_maps
 from allocator.graph.neurons import number_neurons
 from allocator.graph.selection import as_items, selected
-from allocator.modules import attribute_of, tensor_names
+from allocator.modules import attribute_of, numbers_of, tensor_names
 from allocator.tracing.calls import Trace
 from allocator.tracing.forwards import Forwards, more_forwards, usual_forwards
 from allocator.tracing.inputs import Inputs
@@ -43,7 +43,7 @@ def build_graph(
     forwards = usual_forwards(model, inputs) if forwards is None else forwards
     trace, *others = forwards.traces
     tensors = tensor_names(model, trace.modules)
-    slots = Slots.of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    slots = Slots.of({name: tuple(tensor.shape) for name, tensor in tensors.items()}, numbers_of(model))
     flow, facts, options = _follow(trace, slots, options or Options())
     _freeze_misfits(flow, options)
     _freeze_for_unseen(flow, forwards.unseen)

@@ -46,6 +46,7 @@ def describe(
         kept=kept,
         attributes=attributes,
         absent=absent,
+        renumbered=sorted(name for name in graph.facts.picks if name in kept),
         architecture=architecture_hash(graph.slots.shapes),
         policy=plan.policy,
         criterion=plan.criterion,
