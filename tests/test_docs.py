@@ -91,8 +91,9 @@ def _prints(statement: ast.Expr) -> bool:
 
 
 def _words(page: str) -> set[str]:
-    """What a table is about: its words, without figures, bars and notes that depend on them."""
-    return set(re.findall(r"[a-z_]{4,}", html.unescape(re.sub(r"<[^>]+>", " ", page))))
+    """What it begins with, in three lines: their words, without figures; notes at the end depend on what was found."""
+    lines = html.unescape(re.sub(r"<[^>]+>", "", page)).strip().splitlines()[:3]
+    return set(re.findall(r"[a-z_]{4,}", " ".join(lines)))
 
 
 # ------------------------------------------------------------------------------------------ the site
