@@ -243,7 +243,7 @@ _SIZES = {
     "Shuffle": {"width"}, "Split": {"width", "sizes", "literal", "left", "right"}, "Hierarchy": {"width"},
     "Slice": {"count", "rest"}, "Selective": {"out"}, "Unflatten": {"unflattened_size"},
 }  # fmt: skip
-_SIZES |= {"MultiheadAttention": {"embed_dim", "kdim", "vdim", "head_dim", "num_heads"}}
+_SIZES |= {"MultiheadAttention": {"embed_dim", "kdim", "vdim", "head_dim", "num_heads", "_qkv_same_embed_dim"}}
 _STANDARD = {"in_channels", "out_channels", "groups", "in_features", "out_features", "num_features"}
 _STANDARD |= {"num_parameters", "num_channels", "num_groups", "normalized_shape"}
 
