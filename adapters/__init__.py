@@ -75,6 +75,10 @@ class Adapter:
         norm_scale: for a norm that torch does not know as one, the name of the vector that scales its channels.
         inputs: gives example arguments of a whole model (on the CPU) and where their size comes from, or
             None where the model does not tell.
+        any_width: changes a module of a copy so that it computes the same by a forward that takes any widths, where
+            that of its class takes only some.
+        widths: gives, for a module, its attributes that count the channels of what a module within it returns, each
+            with the path of that one (relative to the module).
         multiples: gives, for a module, the dims of its tensors along which a multiple of a number has to stay, each
             with that number: {("down_proj", 2): 8}.
         network: for a wrapper that is not to be run itself (one whose `train` starts a training), the module in it.
@@ -94,6 +98,8 @@ class Adapter:
     narrow_heads: bool = False
     norm_scale: str | None = None
     inputs: Callable[[nn.Module], tuple[Arguments, str] | None] | None = None
+    any_width: Callable[[nn.Module], None] | None = None
+    widths: Callable[[nn.Module], Mapping[str, str]] | None = None
     multiples: Callable[[nn.Module], Mapping[tuple[str, int], int]] | None = None
     network: Callable[[nn.Module], Any] | None = None
     wrap: Callable[[nn.Module, nn.Module], nn.Module] | None = None
@@ -108,6 +114,7 @@ _STATES: set[str] = set()
 _PICKLES: dict[str, str] = {}
 # The package of a class, and the file here that knows it.
 _LIBRARIES = {
+    "torch": "torch_attention",
     "timm": "timm",
     "torchvision": "torchvision",
     "transformers": "hf",
@@ -204,6 +211,31 @@ def adapted(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, 
         adapter = by_class[cls]
         if adapter is not None:
             yield path, module, adapter
+
+
+def take_any_width(modules: Mapping[str, nn.Module], changed: Iterable[str] | None = None) -> None:
+    """Let modules of a copy compute by forwards that take any widths.
+
+    Args:
+        modules: all of the copy, by path.
+        changed: names of tensors; where no such module itself holds any of them, all stay as they are. None for in any
+            case.
+    """
+    concerned = [(path, module, each.any_width) for path, module, each in adapted(modules) if each.any_width]
+    owners = None if changed is None else {name.rpartition(".")[0] for name in changed}
+    if owners is not None and owners.isdisjoint(path for path, _, _ in concerned):
+        return
+    for _, module, take in concerned:
+        take(module)
+
+
+def widths(modules: Mapping[str, nn.Module]) -> list[tuple[str, str, str]]:
+    """(path of a module, its attribute, path of the module whose output's channels it counts)."""
+    found = []
+    for path, module, adapter in adapted(modules):
+        if adapter.widths is not None:
+            found += [(path, name, _join(path, inner)) for name, inner in adapter.widths(module).items()]
+    return found
 
 
 def optional_branches(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:

@@ -52,6 +52,16 @@ def _features(model: nn.Module, kept: Kept) -> Mapping[str, Any]:
     return sizes
 
 
+def _widths(model: nn.Module) -> Mapping[str, str]:
+    """What `feature_info` says of the channels at every stage."""
+    info = getattr(model, "feature_info", None)
+    if not isinstance(info, list):
+        return {}
+    told = {f"feature_info.{i}.num_chs": stage["module"] for i, stage in enumerate(info) if "num_chs" in stage}
+    embedded = {"embed_dim": "patch_embed"} if isinstance(getattr(model, "embed_dim", None), int) else {}
+    return {**told, **embedded}
+
+
 def _columns_of_last_layers(model: nn.Module, kept: Kept) -> list[np.ndarray]:
     """Which of their input channels the classifier keeps, then the convolution that some networks have ahead of it."""
     layers = []
@@ -115,7 +125,7 @@ def _ghost(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
 register("timm.layers.attention.Attention", Adapter(sizes=_attention))
 register("timm.models.hiera.MaskUnitAttention", Adapter(sizes=_mask_unit_attention))
 register("timm.layers.pos_embed_rel.RelPosBias", Adapter(sizes=_position_bias))
-register("timm.models.*", Adapter(sizes=_features, inputs=_image))
+register("timm.models.*", Adapter(sizes=_features, inputs=_image, widths=_widths))
 register("timm.layers.norm_act.FrozenBatchNormAct2d", Adapter(norm_scale="weight"))
 register("timm.models.res2net.Bottle2neck", Adapter(sizes=_res2net))
 register(["timm.models.ghostnet.GhostModule", "timm.models.ghostnet.GhostModuleV2"], Adapter(sizes=_ghost))

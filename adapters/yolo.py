@@ -164,9 +164,11 @@ def _change_classes(network: Any, classes: int) -> None:
     before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     head.no += classes - head.nc
     head.nc = classes
-    for name in ("cv3", "one2one_cv3"):
-        for branch in getattr(head, name, None) or ():
-            branch[-1] = nn.Conv2d(branch[-1].in_channels, classes, 1)
+    branches = [branch for name in ("cv3", "one2one_cv3") for branch in getattr(head, name, None) or ()]
+    # YOLO26 learns its masks beside a map of classes.
+    whole_image = getattr(getattr(head, "proto", None), "semseg", None)
+    for branch in [*branches, *([] if whole_image is None else [whole_image])]:
+        branch[-1] = nn.Conv2d(branch[-1].in_channels, classes, 1)
     head.bias_init()  # of the new layers; the boxes' are put back
     fitting = {name: tensor for name, tensor in head.state_dict().items() if tensor.shape == before[name].shape}
     with torch.no_grad():

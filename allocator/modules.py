@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -49,11 +50,27 @@ def set_training(model: nn.Module, training: bool) -> nn.Module:
 
 
 def attribute_of(module: nn.Module, name: str) -> Any:
-    """An attribute, or one of an object that the module holds (`config.num_heads`); None where there is none."""
+    """An attribute, or one of what the module holds (`config.heads`, `stages.2.channels`); None where there is none."""
     value: Any = module
     for part in name.split("."):
-        value = getattr(value, part, None)
+        value = _part_of(value, part)
     return value
+
+
+def _part_of(holder: Any, name: str) -> Any:
+    """An entry of a list by its number, or of a mapping by its key; an attribute of anything else."""
+    if isinstance(holder, list):
+        return holder[int(name)] if name.isdigit() and int(name) < len(holder) else None
+    return holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
+
+
+def _set_part(holder: Any, name: str, value: Any) -> None:
+    if isinstance(holder, list):
+        holder[int(name)] = value
+    elif isinstance(holder, dict):
+        holder[name] = value
+    else:
+        setattr(holder, name, value)
 
 
 def set_attribute(module: nn.Module, name: str, value: Any, *, shared: bool = False) -> None:
@@ -70,12 +87,12 @@ def set_attribute(module: nn.Module, name: str, value: Any, *, shared: bool = Fa
     *held, last = name.split(".")
     holder: Any = module
     for part in held:
-        inner = getattr(holder, part)
+        inner = _part_of(holder, part)
         if shared:
             inner = copy.copy(inner)
-            setattr(holder, part, inner)
+            _set_part(holder, part, inner)
         holder = inner
-    setattr(holder, last, value)
+    _set_part(holder, last, value)
 
 
 def lies_within(path: str, modules: Iterable[str]) -> bool:
@@ -86,6 +103,18 @@ def lies_within(path: str, modules: Iterable[str]) -> bool:
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Sizes of every parameter and buffer by its first name."""
     return {name: tuple(tensor.shape) for name, tensor in tensor_names(model).items()}
+
+
+def numbers_of(model: nn.Module) -> dict[str, np.ndarray]:
+    """Vectors of whole numbers among the buffers, by their first names; none of those without values."""
+    found = {}
+    for name, tensor in tensor_names(model).items():
+        whole = (
+            tensor.dim() == 1 and tensor.dtype in (torch.int64, torch.int32) and not isinstance(tensor, nn.Parameter)
+        )
+        if whole and type(tensor) is torch.Tensor and not tensor.is_meta:
+            found[name] = tensor.detach().cpu().numpy()
+    return found
 
 
 def count_parameters(model: nn.Module) -> int:

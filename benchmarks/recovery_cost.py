@@ -30,13 +30,13 @@ import allocator
 Data = dict[str, Any]
 SIDE = 224
 RUNS = (
+    ("torchvision:resnet50", 32, "fold", 1),
     ("torchvision:resnet50", 32, "least_squares", 1),
     ("torchvision:resnet50", 64, "least_squares", 1),
     ("torchvision:resnet50", 128, "least_squares", 1),
+    ("torchvision:resnet101", 32, "least_squares", 1),
     ("torchvision:resnet50", 256, "least_squares", 1),
     ("torchvision:resnet50", 256, "auto", 2),
-    ("torchvision:resnet101", 32, "least_squares", 1),
-    ("torchvision:resnet50", 32, "fold", 1),
 )
 
 

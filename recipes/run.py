@@ -280,6 +280,7 @@ class _Run:
             if not in_final:
                 self.allocation, result = self._allocate(network)
             assert self.allocation is not None
+            self.accelerator.log({f"share/{name}": share for name, share in self.allocation.shares().items()}, step=0)
             # Set anew, so that fresh weights are the same whether the run has trained the seed before or goes on here.
             torch.manual_seed(number(config.random_seed, 1))
             network = allocator.apply(network, self.allocation, config.allocation.weights)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from unittest import SkipTest
 
 from sybil import Document, Example, Region
@@ -170,7 +171,10 @@ def _cli(arguments: list[str]) -> str | None:
         if load_config(parsed.config, parsed.set).data.dataset != "digits":
             return None  # ImageNet and COCO are not here: the command and its configuration are read
         arguments = [*arguments, "--quiet"]
-    status = main(arguments)
+    try:
+        status: Any = main(arguments)
+    except SystemExit as left:  # of --help and --version
+        status = left.code
     return f"exit status {status}" if status else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import subprocess
 import sys
@@ -113,10 +114,10 @@ files = lambda: {m.rpartition(".")[2] for m in sys.modules.keys() - ours if m.st
 assert not files() and not {"timm", "torchvision", "transformers", "monai"} & sys.modules.keys(), files()
 model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 3, 1))
 allocator.allocate(model, "50%", criterion="magnitude", example_inputs=torch.zeros(1, 3, 4, 4))
-assert not files() and not {"timm", "torchvision"} & sys.modules.keys(), files()
+assert files() == {"torch_attention"} and not {"timm", "torchvision"} & sys.modules.keys(), files()
 with torch.device("meta"):
     allocator.trace(allocator.build("torchvision:resnet18"))
-assert files() == {"torchvision"} and "timm" not in sys.modules, files()
+assert files() == {"torch_attention", "torchvision"} and "timm" not in sys.modules, files()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -378,6 +379,26 @@ def test_a_library_knows_what_its_models_take(name: str, shapes: list[tuple[int,
     inputs = infer_inputs(model)
     assert [tuple(t.shape) for t in inputs.tensors()] == shapes
     assert all(t.is_meta for t in inputs.tensors())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "densenet121", "efficientnet_b0"])
+def test_what_timm_says_of_its_stages_follows(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name)
+    before = copy.deepcopy(model.feature_info)
+    small: Any = allocator.allocate(model, "50%", certify=False, criterion="random", policy="global").model
+    assert model.feature_info == before
+    returned: dict[str, int] = {}
+    for stage in small.feature_info:
+        path = stage["module"]
+        small.get_submodule(path).register_forward_hook(
+            lambda _, __, output, path=path: returned.__setitem__(path, output.shape[1])
+        )
+    with torch.no_grad():
+        small(torch.zeros(1, 3, 64, 64))
+    assert {stage["module"]: stage["num_chs"] for stage in small.feature_info} == returned
+    assert small.feature_info != before
+    assert small.feature_info[-1]["num_chs"] < before[-1]["num_chs"]
 
 
 class Trainer(nn.Module):

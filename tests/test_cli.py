@@ -277,6 +277,15 @@ def test_report_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == GOLDEN_REPORT
 
 
+def test_input_sizes_are_of_the_models_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    halved = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1)).half()
+    save_model(halved, "half.pt")
+    assert main(["allocate", "half.pt", "--flops", "60%", "--input-size", "1x3x8x8", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["certificate"]["ok"]
+    assert said["flops"]["after"] <= 0.6 * said["flops"]["before"]
+
+
 def test_settings_reach_the_factory(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "cli_nets:branches", "--set", "width=5", *SIZE, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["neurons"] == 10

@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,33 @@ def test_the_site_asks_no_other_server(site: Path) -> None:
         assert not asked.search(page.read_text(encoding="utf-8")), page.name
     for style in site.rglob("*.css"):
         assert not re.search(r"url\(['\"]?(https?:)?//|@import", style.read_text(encoding="utf-8")), style.name
+
+
+def test_search_works_in_pages_opened_from_the_disk(site: Path, browser: Any) -> None:
+    browser.get((site / "api" / "allocation.html").as_uri())
+    field = browser.find_element("css selector", "input.md-search__input")
+    browser.execute_script("arguments[0].focus()", field)
+    field.send_keys("peak_activations")
+    titles = "return [...document.querySelectorAll('.md-search-result__item h1')].map(e => e.textContent)"
+    for _ in range(100):
+        if browser.execute_script(titles):
+            break
+        time.sleep(0.2)
+    assert "Which option do I need?" in browser.execute_script(titles)
+    assert browser.get_log("browser") == []
+
+
+def test_pages_fit_a_phone_and_signatures_wrap(site: Path, browser: Any) -> None:
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        for page in ("index.html", "options.html", "api/allocation.html"):
+            browser.get((site / page).as_uri())
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= 390, page
+            clipped = "[...document.querySelectorAll('pre > code')].filter(e => e.scrollWidth > e.clientWidth + 1)"
+            assert browser.execute_script(f"return {clipped}.length") == 0, page
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_every_public_name_has_its_reference(site: Path) -> None:

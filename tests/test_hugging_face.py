@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hugging_face import DIFFUSERS, GENERATORS, TRANSFORMERS, masked, tiny, tokens
 from torch import nn
 
 import allocator
 from allocator.cli import main
+from benchmarks.hugging_face_models import DIFFUSERS, GENERATORS, TRANSFORMERS, masked, tiny, tokens
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.set_verbosity_error()

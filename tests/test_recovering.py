@@ -350,6 +350,25 @@ def test_constants_fold_exactly() -> None:
     torch.testing.assert_close(recovered.model(fresh), model(fresh), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+def test_folding_says_where_padding_is_in_the_way(padding: int) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 3, padding=padding)).double().eval()
+    with torch.no_grad():
+        model[0].weight[5:], model[0].bias[5:] = 0, torch.tensor([1.0, -2.0, 3.0])
+    data = torch.randn(64, 3, 8, 8, dtype=torch.float64)
+    recovered = allocator.recover(drop(model, data[:1], "0.weight", 5), data, "fold")
+    assert recovered.recovery is not None
+    notes = [layer.note for layer in recovered.recovery.layers]
+    off = (recovered.model(data) - model(data)).abs().amax((0, 1)).detach()
+    if padding:
+        assert notes == ["", "a constant is not exact where it reads padding"]
+        assert off[0, 0] > 0.1
+    else:
+        assert notes == ["", ""]
+        assert off.max() < 1e-9
+
+
 def test_distilling_goes_on_where_least_squares_ends(deep: nn.Module, images: Tensor) -> None:
     deep.requires_grad_(False)
     deep.get_parameter("head.weight").mul_(300)  # so that answers differ

@@ -177,6 +177,25 @@ def test_weights_that_cannot_be_refitted_are_named() -> None:
     assert [layer.name for layer in recovery.layers] == ["first.weight", "head.weight"]
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.cell, self.head = nn.Linear(6, 24), nn.LSTM(24, 20, batch_first=True), nn.Linear(20, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cell(self.first(x).relu())[0][:, -1])
+
+
+def test_recurrent_weights_are_named() -> None:
+    torch.manual_seed(0)
+    data = torch.randn(40, 7, 6)
+    result = drop(Recurrent().eval(), data[:1], "first.weight", 12)
+    recovery = allocator.recover(result, data, "least_squares").recovery
+    assert recovery is not None
+    assert recovery.left == {"cell.weight_ih_l0": "7 calls share it"}
+    assert [layer.name for layer in recovery.layers] == ["first.weight", "head.weight"]
+
+
 def test_a_network_of_such_weights_alone_is_refused() -> None:
     tokens = torch.randint(20, (40, 7))
     result = allocator.allocate(Blend().eval(), "60%", example_inputs=tokens[:1])

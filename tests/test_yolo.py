@@ -40,7 +40,16 @@ def shapes(network: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def boxes(folder: Path, *, images: int = 4, side: int = 64, classes: int = 2) -> Path:
+SQUARE = "0.25 0.25 0.75 0.25 0.75 0.75 0.25 0.75"
+LABELS = {
+    "detect": "0.5 0.5 0.5 0.5",
+    "segment": SQUARE,
+    "pose": "0.5 0.5 0.5 0.5 " + " ".join(f"{0.3 + place / 50} 0.5 2" for place in range(17)),
+}
+"""By task, what follows the class in a line of labels: a box, a polygon, a box with keypoints."""
+
+
+def boxes(folder: Path, *, task: str = "detect", images: int = 4, side: int = 64, classes: int = 2) -> Path:
     """A data set of bright squares on grey in the library's layout; the path of its description."""
     drawn = np.random.default_rng(0)
     for kind in ("images", "labels"):
@@ -49,10 +58,10 @@ def boxes(folder: Path, *, images: int = 4, side: int = 64, classes: int = 2) ->
         picture = np.full((side, side, 3), 90, dtype=np.uint8)
         picture[16:48, 16:48, number % classes] = drawn.integers(200, 255)
         Image.fromarray(picture).save(folder / "images" / f"{number}.png")
-        (folder / "labels" / f"{number}.txt").write_text(f"{number % classes} 0.5 0.5 0.5 0.5\n")
+        (folder / "labels" / f"{number}.txt").write_text(f"{number % classes} {LABELS[task]}\n")
     names = "".join(f"  {i}: kind{i}\n" for i in range(classes))
     description = folder / "data.yaml"
-    description.write_text(f"path: {folder}\ntrain: images\nval: images\nnames:\n{names}")
+    description.write_text(f"path: {folder}\ntrain: images\nval: images\nkpt_shape: [17, 3]\nnames:\n{names}")
     return description
 
 
@@ -228,6 +237,39 @@ def test_training_keeps_the_widths(small: Any, tmp_path: Path, monkeypatch: Any)
     assert not torch.equal(moved, small.model.state_dict()["model.0.conv.weight"].float())
 
 
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("-cls")])
+def test_every_generation_trains_with_its_widths(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    small: Any = allocator.allocate(yolo(name, mixed=True), "50%", example_inputs=IMAGE, certify=False).model
+    before = shapes(small.model)
+    data = boxes(tmp_path / "data", task=small.task)
+    small.train(data=str(data), **TRAINING)
+    after = shapes(small.model)
+    changed = {each for each in before if before[each] != after[each]}
+    assert changed
+    assert all(any(part in each for part in (".cv3.", ".one2one_cv3.", ".semseg.")) for each in changed)
+    assert small.predict(str(tmp_path / "data/images/0.png"), imgsz=64, verbose=False)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("-cls")])
+def test_classifiers_train_with_their_widths(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    boxes(tmp_path / "data")
+    for part in ("train", "val"):
+        for number in range(4):
+            folder = tmp_path / "sorted" / part / f"kind{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number}.png").write_bytes((tmp_path / f"data/images/{number}.png").read_bytes())
+    small: Any = allocator.allocate(yolo(name, mixed=True), "50%", example_inputs=IMAGE, certify=False).model
+    before = shapes(small.model)
+    small.train(data=str(tmp_path / "sorted"), **TRAINING)
+    after = shapes(small.model)
+    assert {each.rpartition(".")[0][-6:] for each in before if before[each] != after[each]} == {"linear"}
+    assert small.predict(str(tmp_path / "data/images/0.png"), imgsz=64, verbose=False)[0].probs is not None
+
+
 def test_the_librarys_own_training_is_stopped_with_words(small: Any, tmp_path: Path, monkeypatch: Any) -> None:
     import ultralytics
 
@@ -248,7 +290,19 @@ def test_the_librarys_own_training_is_stopped_with_words(small: Any, tmp_path: P
     assert own.model.model[0].conv.out_channels == small.model.model[0].conv.out_channels
 
 
-@pytest.mark.filterwarnings("ignore")
+def test_the_trainer_reaches_other_processes() -> None:
+    cloudpickle = pytest.importorskip("cloudpickle")  # as the library sends its trainers to several GPUs
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    from allocator.adapters.yolo import keeping_widths
+
+    trainer = keeping_widths(DetectionTrainer)
+    assert keeping_widths(trainer) is trainer
+    again = cloudpickle.loads(cloudpickle.dumps(trainer))
+    assert issubclass(again, DetectionTrainer)
+    assert again.get_model.__qualname__ == trainer.get_model.__qualname__ != DetectionTrainer.get_model.__qualname__
+
+
 def test_save_model_writes_what_the_library_reads(small: Any, tmp_path: Path) -> None:
     save_model(small.model, tmp_path / "a.pt")
     save_model(small, tmp_path / "b.pt")

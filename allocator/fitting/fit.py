@@ -144,7 +144,7 @@ def _leave_alone(graph: ChannelGraph, plan: Plan, maps: Maps, mends: Mends, allo
     """Of the attributes that have the size of a split's parts, change only those that the forward needs changed."""
     doubtful: dict[tuple[str, str], set[AttributeKey]] = {}
     for attribute in graph.facts.attributes:
-        if attribute.name in allocation.attributes.get(attribute.module, {}):
+        if not attribute.declared and attribute.name in allocation.attributes.get(attribute.module, {}):
             kind = type(graph.modules[attribute.module]).__name__, attribute.name
             doubtful.setdefault(kind, set()).add((attribute.module, attribute.name))
     alone: set[AttributeKey] = set()

@@ -69,11 +69,13 @@ class Attribute:
         module: path of the module.
         name: attribute name.
         pieces: label arrays whose kept counts are the attribute's new value; one piece, or one per part.
+        declared: an adapter says what it counts; it follows whether the forward reads it or not.
     """
 
     module: str
     name: str
     pieces: tuple[np.ndarray, ...]
+    declared: bool = False
 
 
 @dataclass
@@ -92,6 +94,7 @@ class Facts:
         gammas: what scales channels.
         attributes: sizes that modules hold.
         groups: per weight of a grouped layer whose groups come and go whole, one slot per group.
+        picks: per buffer that names channels, the labels of the dim that it picks them from.
         refused: operators without a rule, with the modules that call them.
         advice: per class of module, what stays because of sizes that its forward reads, and what could be done.
     """
@@ -107,6 +110,7 @@ class Facts:
     gammas: list[Gamma] = field(default_factory=list)
     attributes: list[Attribute] = field(default_factory=list)
     groups: dict[str, np.ndarray] = field(default_factory=dict)
+    picks: dict[str, np.ndarray] = field(default_factory=dict)
     refused: dict[str, list[str]] = field(default_factory=dict)
     advice: dict[str, str] = field(default_factory=dict)
 
@@ -142,6 +146,7 @@ class Facts:
             gammas=_unknown(self.gammas, other.gammas),
             attributes=[each for each in other.attributes if (each.module, each.name) not in attributes],
             groups={name: label for name, label in other.groups.items() if name not in self.groups},
+            picks={name: label for name, label in other.picks.items() if name not in self.picks},
             refused={name: paths for name, paths in other.refused.items() if name not in self.refused},
             advice={kind: text for kind, text in other.advice.items() if kind not in self.advice},
         )

@@ -270,6 +270,33 @@ class Flow:
         for index in op.outputs:
             self.set(index, [None] * len(self.shape(index)))
 
+    def pick(self, source: np.ndarray, index: int, op: Op) -> np.ndarray | None:
+        """Channels named by a buffer, whose numbers go with them; None where what it holds is not known.
+
+        Those that it never names stay, so that its own numbers tell how many are gone before each.
+
+        Args:
+            source: labels of the dim that is picked from.
+            index: the value that names them.
+            op: the call.
+        """
+        name = self.trace.values[index].name
+        numbers = self.slots.numbers.get(name or "")
+        if name is None or numbers is None or not self.options.renumbers:
+            return None
+        if (
+            len(numbers) != self.shape(index)[0]
+            or not len(numbers)
+            or numbers.min() < 0
+            or numbers.max() >= len(source)
+        ):
+            return None
+        picked = source[numbers]
+        self.tie(self.labels(index)[0], picked, op)  # type: ignore[arg-type]  # a buffer has labels
+        self.tie(source, self.facts.picks.setdefault(name, source), op)
+        self.freeze(np.delete(source, numbers), op, "the index tensor never names them")
+        return picked
+
     def floor(self, label: np.ndarray, op: Op, minimum: int = 1) -> None:
         """At least so many of these slots must be kept."""
         self.facts.at_least.append(AtLeast(label, op.module, minimum))

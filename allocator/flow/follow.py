@@ -36,7 +36,9 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
         RuleError: the shapes of a call do not go together.
     """
     flow = Flow(trace, slots, facts, options or Options())
+    unused = _unused(trace)
     for op in trace.ops:
+        frozen = len(facts.frozen)
         if not flow.active.isdisjoint(op.inputs()):
             flow.active.update(op.outputs)
         if op.operator.gives_views and flow.picked.issuperset(op.inputs()):
@@ -51,10 +53,22 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
             raise RuleError(op, flow, error) from error
         except (IndexError, KeyError, TypeError) as error:
             flow.refuse(op, f"the rule of this operator raised {type(error).__name__}: {error}")
+        if op.index in unused:
+            del facts.frozen[frozen:]
     flow.freeze_computed_weights()
     for index in _unread(trace) if trace.unfinished else trace.outputs:
         flow.freeze_output(index)
     return flow
+
+
+def _unused(trace: Trace) -> set[int]:
+    """Indices of the calls whose results reach no output, such as attention weights that nobody looks at.
+
+    They may come to anything. Where a forward reads values, these may decide its path: then all calls count.
+    """
+    if trace.mode != "meta" or trace.unfinished or not trace.outputs:
+        return set()
+    return {op.index for op in trace.ops}.difference(op.index for op in trace.live())
 
 
 def _unread(trace: Trace) -> set[int]:

@@ -7,7 +7,7 @@ tensor has one array of labels per dim, or None for a dim without channels (batc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -26,14 +26,16 @@ class Slots:
         base: per tensor name, the first slot of each dim.
         shapes: per tensor name, its sizes.
         total: number of slots, with the frozen one.
+        numbers: per vector of whole numbers among the buffers, what is in it: these may name channels.
     """
 
     base: dict[str, tuple[int, ...]]
     shapes: dict[str, tuple[int, ...]]
     total: int
+    numbers: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> Slots:
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], numbers: Mapping[str, np.ndarray] | None = None) -> Slots:
         """Number the dims of tensors with these sizes."""
         base: dict[str, tuple[int, ...]] = {}
         following = FROZEN + 1
@@ -43,7 +45,7 @@ class Slots:
                 starts.append(following)
                 following += size
             base[name] = tuple(starts)
-        return cls(base, dict(shapes), following)
+        return cls(base, dict(shapes), following, numbers or {})
 
     def labels(self, name: str) -> tuple[np.ndarray, ...]:
         """Labels of a parameter or buffer: its own slots."""

@@ -42,6 +42,7 @@ class Options:
         exclude: what stays as it is: module or parameter name patterns, module classes, or modules.
         include: what alone may change, in the same words; all of the model where there is none.
         same: layers whose outputs stay alike, in the same words; one group of layers per item.
+        renumbers: buffers that name channels follow those that stay; else what they pick from stays.
         equal_parts: modules whose split parts must stay equal (found by repairs).
         frozen: calls whose neurons stay (found by repairs).
         heads: per view that splits a dim into heads of an attention, which go whole, the dim of its result that
@@ -54,6 +55,7 @@ class Options:
     exclude: tuple[Any, ...] = ()
     include: tuple[Any, ...] = ()
     same: tuple[Any, ...] = ()
+    renumbers: bool = True
     equal_parts: frozenset[str] = frozenset()
     frozen: frozenset[Place] = frozenset()
     heads: dict[Place, int] | None = field(default=None, hash=False)

@@ -11,7 +11,7 @@ from torch import nn
 import allocator.operators  # noqa: F401  (declares the operators)
 from allocator import adapters
 from allocator.errors import InputError
-from allocator.flow.facts import Facts, Frozen, Gamma, Multiple, Tie
+from allocator.flow.facts import Attribute, Facts, Frozen, Gamma, Multiple, Tie
 from allocator.flow.flow import Flow
 from allocator.flow.follow import run_rules
 from allocator.flow.labels import Slots
@@ -20,7 +20,7 @@ from allocator.graph.channel_graph import ChannelGraph
 from allocator.graph.fixed_maps import freeze_beyond_fixed_maps
 from allocator.graph.neurons import number_neurons
 from allocator.graph.selection import as_items, selected
-from allocator.modules import tensor_names
+from allocator.modules import attribute_of, numbers_of, tensor_names
 from allocator.tracing.calls import Trace
 from allocator.tracing.forwards import Forwards, more_forwards, usual_forwards
 from allocator.tracing.inputs import Inputs
@@ -43,10 +43,11 @@ def build_graph(
     forwards = usual_forwards(model, inputs) if forwards is None else forwards
     trace, *others = forwards.traces
     tensors = tensor_names(model, trace.modules)
-    slots = Slots.of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    slots = Slots.of({name: tuple(tensor.shape) for name, tensor in tensors.items()}, numbers_of(model))
     flow, facts, options = _follow(trace, slots, options or Options())
     _freeze_misfits(flow, options)
     _freeze_for_unseen(flow, forwards.unseen)
+    facts.attributes += _declared_widths(flow)
     flows = _follow_others(others, slots, options)
     if flows:
         facts = facts.with_others([other.facts for other in flows], number_neurons(slots, facts)[0])
@@ -124,6 +125,25 @@ def _follow(trace: Trace, slots: Slots, options: Options) -> tuple[Flow, Facts, 
             facts = Facts()
             flow = run_rules(trace, slots, facts, options)
     return flow, facts, options
+
+
+def _declared_widths(flow: Flow) -> list[Attribute]:
+    """Attributes that, by an adapter, count the channels of what some module returns."""
+    declared = adapters.widths(flow.trace.modules)
+    last: dict[str, int] = {}
+    if declared:
+        for op in flow.trace.ops:
+            path = op.module
+            while path:
+                last[path] = op.outputs[-1] if op.outputs else last.get(path, -1)
+                path = path.rpartition(".")[0]
+    found = []
+    for path, name, inner in declared:
+        labels = flow.labels(last[inner]) if inner in last else ()
+        width = attribute_of(flow.trace.modules[path], name)
+        counted = [label for label in labels if label is not None and len(label) == width]
+        found += [Attribute(path, name, (counted[0],), declared=True)] if counted else []
+    return found
 
 
 def _heed_the_caller(model: nn.Module, options: Options, slots: Slots, facts: Facts) -> None:

@@ -33,6 +33,7 @@ _TRUSTED_MODULES = (
     "torchvision.ops.",
     "timm.models.",
     "timm.layers.",
+    "allocator.adapters.torch_attention.",
     "allocator.recipes.",
     "allocator.io.programs.",
 )

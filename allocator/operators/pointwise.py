@@ -59,20 +59,24 @@ def pointwise(flow: Flow, op: Op) -> None:
     if not uniform:
         for i in flow.uniform.intersection(inputs):
             for memory in {i, flow.trace.root(i)} & flow.uniform:
-                _adopt(flow, memory, result)
+                _adopt(flow, op, memory, result)
     for index in op.outputs:
         flow.set(index, result)
     if uniform:
         flow.uniform.update(op.outputs)
 
 
-def _adopt(flow: Flow, index: int, labels: list[Label]) -> None:
-    """A tensor that is the same everywhere has the channels that it meets: as many as these are left with."""
+def _adopt(flow: Flow, op: Op, index: int, labels: list[Label]) -> None:
+    """A tensor that is the same everywhere has the channels that it meets: as many as are left of these, wherever."""
     own, shape = list(flow.labels(index)), flow.shape(index)
     for back in range(1, min(len(shape), len(labels)) + 1):
         label = labels[-back]
-        if own[-back] is None and label is not None and len(label) == shape[-back]:
+        if label is None or len(label) != shape[-back] or len(label) == 1:
+            continue
+        if own[-back] is None:
             own[-back] = label
+        else:
+            flow.unify(own[-back], label, op)
     flow.set(index, own)
     flow.uniform.add(index)
 

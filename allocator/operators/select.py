@@ -142,12 +142,18 @@ def _is_mask(flow: Flow, picks: int) -> bool:
 
 
 def _pick(flow: Flow, op: Op, named: list[int]) -> None:
-    """Picked dims stay, the others pass, and so do those of an activation that is the only index.
+    """Picked dims stay, unless a buffer names channels; the others pass, and so do those of an activation alone.
 
     What is picked takes the place of the named dims where these follow one another, else it comes first.
     """
     source, *indices = op.inputs()
     labels = flow.labels(source)
+    along = labels[named[0]] if len(named) == len(indices) == 1 and len(flow.shape(indices[0])) == 1 else None
+    if along is not None:
+        by_number = flow.pick(along, indices[0], op)
+        if by_number is not None:
+            flow.set(op.outputs[0], [*labels[: named[0]], by_number, *labels[named[0] + 1 :]])
+            return
     for d in named:
         flow.freeze(labels[d], op, "channels are picked by an index tensor")
     rest = [label for d, label in enumerate(labels) if d not in named]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -24,7 +25,9 @@ from allocator.settings import Settings
 from allocator.tracing.inputs import Inputs, as_inputs, infer_inputs, is_size_known
 
 
-def trace_model(model: nn.Module, example_inputs: Any, settings: Settings, data: Any = None) -> ChannelGraph:
+def trace_model(
+    model: nn.Module, example_inputs: Any, settings: Settings, data: Any = None, *, growing: bool = False
+) -> ChannelGraph:
     """The channel graph of a model; raises as `allocator.trace` does.
 
     Args:
@@ -33,13 +36,14 @@ def trace_model(model: nn.Module, example_inputs: Any, settings: Settings, data:
         settings: how channels are followed.
         data: what the network is for; where the caller gave no inputs, and the model does not say how large they are,
             they are of the size of its first sample.
+        growing: neurons are to be added, which buffers that name channels do not follow.
     """
     settings = settings.checked()
     sampled = example_inputs is None and data is not None and not is_size_known(model)
     if sampled:
         example_inputs = first_sample(data, model)
     inputs = as_inputs(example_inputs, model)
-    options = options_of(settings)
+    options = replace(options_of(settings), renumbers=not growing)
     try:
         graph = build_graph(model, inputs, options)
     except TraceError as error:

@@ -44,7 +44,7 @@ def verify_model(
     if example_inputs is None:
         example_inputs = inputs_like(allocation.input_shapes, model)
     settings = Settings(groups=allocation.groups, norms=allocation.norms)  # type: ignore[arg-type]
-    graph = elsewhere(trace_model(model, example_inputs, settings))
+    graph = elsewhere(trace_model(model, example_inputs, settings, growing=bool(allocation.added)))
     if allocation.added:
         return verify_growth(graph, allocation, small, seed=seed, numeric=numeric)
     kept = kept_by(graph, allocation)
@@ -78,7 +78,9 @@ def _verify_parts(
         made = verify_model(model, following, part, example_inputs, numeric=numeric, seed=seed)
         certificates.append(made)
         model = following
-    same = (composed.kept, composed.attributes, composed.absent) == (whole.kept, whole.attributes, whole.absent)
+    same = all(
+        getattr(composed, name) == getattr(whole, name) for name in ("kept", "attributes", "absent", "renumbered")
+    )
     worst = max(certificates, key=lambda made: (not made.ok, made.relative_error or 0.0))
     structural = same and all(made.structural for made in certificates)
     return replace(worst, structural=structural, exact=all(made.exact for made in certificates))

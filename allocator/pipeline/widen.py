@@ -73,7 +73,7 @@ def widen_model(
     model = check_model(model, values=True)
     clock = Clock(progress)
     with clock("trace"):
-        traced = trace_model(model, example_inputs, replace(settings, norms="exact"))
+        traced = trace_model(model, example_inputs, replace(settings, norms="exact"), growing=True)
     with clock("plan"):
         planner = _Planner(settings.scope, widths)
         fitted = fit(traced, planner, planner.hold)

@@ -16,7 +16,7 @@ from allocator.modules import skeleton, tensor_names
 from allocator.recovering.readers import Reader
 from allocator.recovering.record import Layer
 from allocator.recovering.ridge import refit
-from allocator.recovering.rows import Layout, Pair, Rows, Stops, Wanted
+from allocator.recovering.rows import Layout, Pair, Rows, Stops, Wanted, pads
 from allocator.recovering.samples import Samples
 from allocator.recovering.targets import predicted
 from allocator.recovering.walk import Walk
@@ -129,6 +129,8 @@ class _Fitting:
             self._write(reader, layout, found.solution)
             self._redo(reader, stops, dtype)
         note = f"{rows.seen} rows for {unknowns} unknowns" if self.weights and fewer else ""
+        if not self.weights and found.step and pads(stops[0][1]):
+            note = "a constant is not exact where it reads padding"
         strength = found.strength if math.isfinite(found.strength) and found.step else None
         return Layer(reader.weight, found.before, found.after, rows.seen, strength, found.step, note)
 

@@ -183,6 +183,14 @@ def read(stop: Stop, positions: torch.Tensor, sizes: Sequence[int], dtype: torch
     return patches.permute(1, 0, 3, 2, 4).reshape(groups, samples * len(positions), -1)
 
 
+def pads(stop: Stop) -> bool:
+    """Whether some outputs of a layer that has run read fewer inputs than others do."""
+    if stop.operator.declared.window is None or math.prod(stop.matrix.shape[2:]) == 1:
+        return False
+    _, valid = _sources(stop, torch.arange(math.prod(stop.sizes[2:])), stop.sizes[2:])
+    return not bool(valid.all())
+
+
 def _sources(stop: Stop, positions: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """(positions, kernel places): which input pixel each reads, flattened; and whether it is one, or padding."""
     device = positions.device

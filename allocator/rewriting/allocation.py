@@ -35,6 +35,7 @@ class Allocation(Shown):
             indices per output that stays. In a wider network, an index that comes again is one that was added.
         attributes: per module path, attributes and their new values.
         absent: paths of layers that are gone.
+        renumbered: buffers that name channels by number; what they hold is counted anew among those that stay.
         architecture: hash of the names and shapes of the model it was made for.
         costs: per metric ("flops" as fvcore counts them, and every other that had a budget) what was asked, and what it
             is before and after.
@@ -49,6 +50,7 @@ class Allocation(Shown):
     kept: dict[str, list[Indices | None]] = field(default_factory=dict, repr=False)
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     absent: list[str] = field(default_factory=list, repr=False)
+    renumbered: list[str] = field(default_factory=list, repr=False)
     architecture: str = ""
     costs: dict[str, dict[str, Any]] = field(default_factory=dict)
     policy: str = ""
@@ -85,6 +87,19 @@ class Allocation(Shown):
     def flops_after(self) -> int:
         """FLOPs of what it leaves."""
         return int(self.costs.get("flops", {}).get("after") or 0)
+
+    def shares(self) -> dict[str, float]:
+        """Per branch of an aggregation block, as "BLOCK/BRANCH", the share of its channels that is kept; for loggers.
+
+        Of a branch whose channels all stay because they meet others', the channels inside it.
+        """
+        found = {}
+        for block in self.blocks:
+            for branch in block["branches"]:
+                inside = branch["before"] == branch["after"] and branch.get("inner_before")
+                before, after = ("inner_before", "inner_after") if inside else ("before", "after")
+                found[f"{block['name']}/{branch['name']}"] = branch[after] / branch[before] if branch[before] else 0.0
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, with the format version."""
@@ -188,6 +203,7 @@ class Allocation(Shown):
             "kept": kept,
             "attributes": attributes,
             "absent": absent,
+            "renumbered": sorted({*self.renumbered, *second.renumbered}),
             "architecture": self.architecture,
             "costs": _compose_costs(self.costs, second.costs),
             "blocks": _compose_blocks(self.blocks, second.blocks),
@@ -218,6 +234,7 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "kept": checks.check_kept,
     "attributes": checks.check_attributes,
     "absent": checks.check_absent,
+    "renumbered": checks.check_renumbered,
     "costs": checks.check_costs,
     "blocks": checks.check_blocks,
     "input_shapes": checks.check_input_shapes,

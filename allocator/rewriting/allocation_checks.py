@@ -76,6 +76,12 @@ def check_absent(absent: Collection[Any]) -> None:
         raise FileError("the allocation's absent layers are not a list of names")
 
 
+def check_renumbered(names: Collection[Any]) -> None:
+    """Names of buffers."""
+    if not all(isinstance(name, str) and name for name in names):
+        raise FileError("the allocation's renumbered buffers are not a list of names")
+
+
 def check_costs(costs: Mapping[str, Any]) -> None:
     """Per metric a mapping of numbers."""
     for name, figures in costs.items():

@@ -14,7 +14,7 @@ from allocator import adapters
 from allocator.flow.facts import Attribute
 from allocator.graph.blocks import describe_blocks
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.modules import lies_within
+from allocator.modules import attribute_of, lies_within
 from allocator.planning.plan import Plan
 from allocator.rewriting.allocation import Allocation, architecture_hash
 from allocator.rewriting.attributes import norms_without_tensors, standard_attributes
@@ -46,6 +46,7 @@ def describe(
         kept=kept,
         attributes=attributes,
         absent=absent,
+        renumbered=sorted(name for name in graph.facts.picks if name in kept),
         architecture=architecture_hash(graph.slots.shapes),
         policy=plan.policy,
         criterion=plan.criterion,
@@ -111,7 +112,7 @@ def _following(
     for attribute in (*graph.facts.attributes, *mends):
         if (attribute.module, attribute.name) in alone:
             continue
-        current = getattr(graph.modules[attribute.module], attribute.name)
+        current = attribute_of(graph.modules[attribute.module], attribute.name)
         value = _attribute_value(current, [int(stays[piece].sum()) for piece in attribute.pieces])
         if value != (list(current) if isinstance(current, tuple) else current):
             yield attribute.module, attribute.name, value

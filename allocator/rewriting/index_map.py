@@ -142,6 +142,23 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """The memory format with channels last, by the number of dims."""
 
 
+def renumbered(numbers: np.ndarray, kept: Sequence[int] | np.ndarray) -> np.ndarray:
+    """What is left of numbers of channels, where channels that are no longer named are gone.
+
+    Args:
+        numbers: (n,) channels of the original, by number.
+        kept: which of the n stay.
+    """
+    left = numbers[np.asarray(kept, dtype=np.int64)]
+    gone = np.setdiff1d(numbers, left)
+    return (left - np.searchsorted(gone, left)).astype(numbers.dtype)
+
+
+def renumber(numbers: torch.Tensor, kept: Sequence[int] | np.ndarray) -> torch.Tensor:
+    """`renumbered` for a buffer."""
+    return torch.from_numpy(renumbered(numbers.detach().cpu().numpy(), kept)).to(numbers.device)
+
+
 def take_on_meta(tensor: torch.Tensor, sources: Sequence[Any] | None) -> torch.Tensor:
     """A meta tensor of the size that `take` would give."""
     if sources is None:

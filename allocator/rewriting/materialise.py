@@ -14,7 +14,7 @@ from allocator.errors import AllocationMismatchError
 from allocator.modules import attribute_of, lies_within, set_attribute, shapes_of, skeleton
 from allocator.rewriting.added import Filling
 from allocator.rewriting.allocation import Allocation, Indices, architecture_hash
-from allocator.rewriting.index_map import length, take
+from allocator.rewriting.index_map import length, renumber, take, take_on_meta
 
 Slice = Callable[[torch.Tensor, Sequence[Indices | None] | None], torch.Tensor]
 """Gives the part of a tensor that stays; without indices, a copy of all of it."""
@@ -31,6 +31,8 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
     def replace(name: str, tensor: torch.Tensor) -> torch.Tensor:
         sources = allocation.kept.get(name)
         taken = cut(tensor, sources)
+        if name in allocation.renumbered and sources and sources[0] is not None and cut is not take_on_meta:
+            taken = renumber(tensor, sources[0])
         if filling is None or sources is None or cut is not take:
             return taken
         return filling.fill(name, taken, sources, like=tensor)
@@ -40,6 +42,7 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
         owner, _, name = path.rpartition(".")
         small.get_submodule(owner)._modules[name] = None
     modules = dict(small.named_modules(remove_duplicate=False))
+    adapters.take_any_width(modules, allocation.kept)
     for path, values in allocation.attributes.items():
         module = modules[path]
         for name, value in values.items():

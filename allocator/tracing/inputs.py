@@ -181,13 +181,13 @@ def inputs_of_sizes(sizes: Sequence[Sequence[int]], model: nn.Module) -> tuple[t
         model: the model they are for.
 
     Returns:
-        Standard normal tensors on the CPU, and ids that the model knows in place of whole numbers; a tuple, or a dict
-        where the model takes its arguments by name.
+        Standard normal tensors of the model's dtype on the CPU, and ids that the model knows in place of whole numbers;
+        a tuple, or a dict where the model takes its arguments by name.
     """
     generator = torch.Generator().manual_seed(0)
     known = adapters.example_inputs(model)
     usual = [] if known is None else list(known[0].values() if isinstance(known[0], dict) else known[0])
-    given = [torch.randn(tuple(size), generator=generator) for size in sizes]
+    given = [torch.randn(tuple(size), generator=generator).to(dtype_of(model)) for size in sizes]
     if known is None or len(sizes) > len(usual):
         return tuple(given)
     for i, (size, pattern) in enumerate(zip(sizes, usual)):

@@ -88,6 +88,7 @@ def record(
             (inputs.args, inputs.kwargs),
         )
         recorder = _Recorder(running, inputs)
+        adapters.take_any_width(recorder.modules)
         if any(module.training is not training for module in recorder.modules.values()):
             set_training(running, training)
         given = recorder.modules if copied else modules_of(model)

@@ -20,8 +20,8 @@ from allocator.flow.flow import Flow
 from allocator.flow.follow import RuleError, run_rules
 from allocator.flow.labels import Slots
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.modules import shapes_of
-from allocator.rewriting.index_map import Maps
+from allocator.modules import numbers_of, shapes_of
+from allocator.rewriting.index_map import Maps, renumbered
 from allocator.tracing.calls import Op, Ref, Trace
 from allocator.tracing.record import ForwardError, record
 from allocator.verifying.image import Image
@@ -58,7 +58,7 @@ def find_mismatch(graph: ChannelGraph, maps: Maps, small: nn.Module, *, copied: 
         small: the rewritten model.
         copied: `small` is a copy on meta tensors, to be used up.
     """
-    slots = Slots.of(shapes_of(small))
+    slots = Slots.of(shapes_of(small), {**_numbers_left(graph, maps), **numbers_of(small)})
     image = Image(graph, maps, slots)
     torn = image.keep_together(graph.facts.ties)
     if torn is not None:
@@ -81,6 +81,16 @@ def find_mismatch(graph: ChannelGraph, maps: Maps, small: nn.Module, *, copied: 
         if mismatch is not None:
             return replace(mismatch, module=where, forward=which)
     return None
+
+
+def _numbers_left(graph: ChannelGraph, maps: Maps) -> dict[str, np.ndarray]:
+    """What buffers that name channels should hold, for a model without values."""
+    numbers = dict(graph.slots.numbers)
+    for name in graph.facts.picks:
+        dims = maps.get(name)
+        if dims is not None and dims[0] is not None:
+            numbers[name] = renumbered(numbers[name], dims[0].source)
+    return numbers
 
 
 def compare(old: Flow, new: Flow, image: Image, raised: Exception | None = None) -> Mismatch | None:

@@ -45,10 +45,11 @@ def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[train], classes[train], images[test], classes[test]
 
 
-def train(model: nn.Module, images: Tensor, classes: Tensor) -> None:
-    """Stochastic gradient descent with momentum, one cosine."""
+def train(model: nn.Module, images: Tensor, classes: Tensor, optimiser: torch.optim.Optimizer | None = None) -> None:
+    """Stochastic gradient descent with momentum, or by another optimiser; one cosine."""
     steps = EPOCHS * (len(images) // BATCH)
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    if optimiser is None:
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     model.train()
     for _ in range(steps):
