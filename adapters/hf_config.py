@@ -278,6 +278,8 @@ def _numbers_in(config: Any, at: Field = ()) -> Iterator[tuple[Field, int | None
 def _with(config: Any, fields: Mapping[Field, int]) -> Any:
     """A copy of a configuration with other values."""
     changed = copy.deepcopy(config)
+    if getattr(changed, "use_pretrained_backbone", False):
+        changed.use_pretrained_backbone = False  # or the constructor would fetch weights
     for field, value in fields.items():
         holder = changed
         for name in field[:-1]:

@@ -57,6 +57,7 @@ OPTIONAL = {
     "torchcrepe",
     "torchvision",
     "transformers",
+    "ultralytics",
     "vl_convert",
     "yaml",
 }
