@@ -8,6 +8,7 @@ from types import ModuleType
 from allocator.errors import UnsupportedModelError
 
 _INSTALL_HINTS = {
+    "lightning": "pip install 'neuron-allocator[lightning]'",
     "transformers": "pip install transformers",
     "ultralytics": "pip install 'neuron-allocator[ultralytics]'",
 }

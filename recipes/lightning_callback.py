@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 import allocator
+from allocator.adapters.library import library
+
+if TYPE_CHECKING:
+    from lightning import LightningModule, Trainer
 
 
-class Allocate(Callback):
+class _AllocatesFirst:
     """Make a network smaller once, before its first training step, and keep it so in every checkpoint.
 
     The network is put in its place before optimisers are made and before processes are joined, so that every strategy
@@ -66,5 +70,19 @@ class Allocate(Callback):
         if trainer.ckpt_path is None:
             return None
         checkpoint = trainer.strategy.load_checkpoint(trainer.ckpt_path)
-        text = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("allocation")
+        own = checkpoint.get("callbacks", {}).get(self.state_key, {})  # type: ignore[attr-defined]
+        text = own.get("allocation")
         return None if text is None else allocator.Allocation.from_json(text)
+
+
+@functools.cache
+def _callback() -> type:
+    fields = {"__module__": __name__, "__doc__": _AllocatesFirst.__doc__}
+    return type("Allocate", (_AllocatesFirst, library("lightning").Callback), fields)
+
+
+def __getattr__(name: str) -> Any:
+    # Made when it is asked for, so that nothing of this package imports the library before somebody uses it.
+    if name == "Allocate":
+        return _callback()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

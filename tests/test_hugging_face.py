@@ -102,6 +102,15 @@ def test_layers_of_several_widths_are_loaded_from_their_folder(name: str, tmp_pa
     torch.testing.assert_close(outputs(third, inputs), outputs(twice.model.eval(), inputs))
 
 
+@pytest.mark.parametrize(("name", "field"), [("GPT2", "n_inner"), ("Bert", "intermediate_size")])
+def test_where_a_head_is_as_wide_as_their_number_allows_widths_of_mlps_follow(name: str, field: str) -> None:
+    """GPT-2 leaves the field open in its configuration: four times the hidden size."""
+    model, inputs = tiny(name)
+    kept = ["*.attn.*", "*.attention.*", "*.pooler.*"]
+    result = allocator.allocate(model, "75%", example_inputs=inputs, exclude=kept, **EVEN)
+    assert result.allocation.attributes[""].keys() == {f"config.{field}"}
+
+
 def test_layers_that_stay_alike_are_said_by_the_configuration() -> None:
     model, inputs = tiny("Llama")
     alike = [["*.mlp.gate_proj"], ["*.self_attn.q_proj"]]

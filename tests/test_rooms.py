@@ -44,6 +44,7 @@ OPTIONAL = {
     "PIL",
     "accelerate",
     "matplotlib",
+    "lightning",
     "monai",
     "onnx",
     "onnxruntime",

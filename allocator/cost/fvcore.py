@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,12 +23,15 @@ from allocator.tracing.record import tensors_in
 _LAYERS = ("conv", "linear", "addmm", "mm")
 
 
-def fvcore_flops(model: nn.Module, inputs: Inputs) -> tuple[int, dict[str, int]]:
+def fvcore_flops(
+    model: nn.Module, inputs: Inputs, written: Collection[str] | None = None
+) -> tuple[int, dict[str, int]]:
     """FLOPs of one eval-mode forward by `fvcore.nn.FlopCountAnalysis`.
 
     Args:
         model: any module; a copy of it is run.
         inputs: positional example inputs.
+        written: names of the parameters that the forward writes into, where that is known: no others are copied.
 
     Returns:
         (total FLOPs, operators that fvcore does not count with the number of their calls). A product of a matrix
@@ -37,7 +41,7 @@ def fvcore_flops(model: nn.Module, inputs: Inputs) -> tuple[int, dict[str, int]]
     Raises:
         TraceError: fvcore cannot follow or count the forward.
     """
-    counts, unsupported = _count(model, inputs)
+    counts, unsupported = _count(model, inputs, written)
     return sum(counts.values()), unsupported
 
 
@@ -51,16 +55,18 @@ def fvcore_layer_flops(model: nn.Module, inputs: Inputs) -> int:
     return sum(counts.get(name, 0) for name in _LAYERS)
 
 
-def _count(model: nn.Module, inputs: Inputs) -> tuple[dict[str, int], dict[str, int]]:
+def _count(
+    model: nn.Module, inputs: Inputs, written: Collection[str] | None = None
+) -> tuple[dict[str, int], dict[str, int]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its import touches parts of torch that are deprecated
         import fvcore.nn  # noqa: F401
 
     try:
-        return _analyse(model, inputs, plain=True)
+        return _analyse(model, inputs, written, plain=True)
     except Exception:  # of what a model returns, torch's tracer takes tensors in plain containers only
         try:
-            return _analyse(model, inputs, plain=False)
+            return _analyse(model, inputs, written, plain=False)
         except Exception as error:
             raise TraceError(
                 f"fvcore cannot count {type(model).__name__}: {type(error).__name__}: {error}; check that "
@@ -68,12 +74,18 @@ def _count(model: nn.Module, inputs: Inputs) -> tuple[dict[str, int], dict[str, 
             ) from error
 
 
-def _analyse(model: nn.Module, inputs: Inputs, *, plain: bool) -> tuple[dict[str, int], dict[str, int]]:
+def _analyse(
+    model: nn.Module, inputs: Inputs, written: Collection[str] | None, *, plain: bool
+) -> tuple[dict[str, int], dict[str, int]]:
     """`plain`: the model itself is called; else one that gives the tensors alone of what it returns."""
     from fvcore.nn import FlopCountAnalysis
 
-    # Parameters are copied too: a forward may write into them.
-    copied = set_training(skeleton(model, lambda _, t: t.detach().clone()), False)
+    def own(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A forward may write into buffers, and, where nothing is known of it, into parameters."""
+        shared = written is not None and isinstance(tensor, nn.Parameter) and name not in written
+        return tensor.detach() if shared else tensor.detach().clone()
+
+    copied = set_training(skeleton(model, own), False)
     inputs = inputs.map(torch.clone)  # a forward may write into its inputs
     called = copied if plain and not inputs.kwargs else _Bound(copied, inputs.kwargs, plain)
     with torch.no_grad(), undisturbed(model), hidden("fvcore.nn.jit_analysis", logging.WARNING):

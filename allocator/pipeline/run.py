@@ -96,7 +96,7 @@ def _count(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, planned: int
         What fvcore does not count, with the number of calls.
     """
     try:
-        counted, uncounted = fvcore_flops(small, graph.inputs)
+        counted, uncounted = fvcore_flops(small, graph.inputs, graph.flow.trace.written())
     except TraceError as error:
         failed: Exception | None = error
         said, uncounted = f"fvcore cannot count the result ({first_line(error)})", {}

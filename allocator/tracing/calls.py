@@ -165,6 +165,16 @@ class Trace:
         base = self.values[index].base
         return index if base is None else base
 
+    def written(self) -> set[str]:
+        """Names of the parameters and buffers that some call may write into."""
+        names = set()
+        for op in self.ops:
+            for value in op.reads if op.writes() else ():
+                name = self.values[self.root(value)].name
+                if name is not None:
+                    names.add(name)
+        return names
+
     def __str__(self) -> str:
         lines = [f"{op.index:5d} {op.target} {[self.values[i].shape for i in op.outputs]}" for op in self.ops]
         return "\n".join(lines)
