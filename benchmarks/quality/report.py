@@ -26,10 +26,10 @@ def markdown(rows: Sequence[Row]) -> str:
     parts.append(
         "Made by `python -m benchmarks.quality.run` and `python -m benchmarks.quality.report`. Small networks of "
         "several families, trained on digits of many sizes among pieces of others, are narrowed in different ways to "
-        "the same FLOPs by fvcore. Points of test error above the full network's, in the mean over all. "
-        "Torch-Pruning's ratio is bisected to within 1 % below the same FLOPs, or as near as whole channels come to it. "
-        "Training, calibration and test draw from digits of their own. Where choices were tried on different numbers "
-        "of networks (in brackets where a state was seen on fewer), their means do not compare; what can be told apart "
+        "the same FLOPs by fvcore. Points of test error above the full network's, in the mean. Torch-Pruning's ratio "
+        "is bisected to within 1 % below the same FLOPs, or as near as whole channels come to it. Training, "
+        "calibration and test draw from digits of their own. Where choices were tried on different numbers of "
+        "networks (in brackets where a state was seen on fewer), their means do not compare; what can be told apart "
         "is paired."
     )
     full = errors(rows, "full", 1.0, "cut", "test")
