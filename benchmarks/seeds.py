@@ -89,11 +89,11 @@ def markdown(data: dict[str, Any]) -> str:
             "# What seeds learn",
             "Made by `python -m benchmarks.seeds`.",
             f"A seed gives every branch of a block {data['neurons']} of the widest one's neurons. It is trained, "
-            "allocated to the FLOPs of the network as it was designed by ScaleNet's rule (`bn_scale`, `per_block`), "
-            f"and what is left is trained from scratch; {data['epochs']} epochs each time, on digits of many sizes among "
-            "pieces of others (the task of [the comparison of choices](quality.md)). *As long* is the designed network "
-            "with as many epochs as seed and result together. With so few random seeds, differences below a point or "
-            "two are noise.",
+            "allocated to the FLOPs of the network as it was designed, by ScaleNet's rule (`bn_scale`, `per_block`), "
+            f"and what is left is trained from scratch; {data['epochs']} epochs each time, on digits of many sizes "
+            "among pieces of others (the task of [the comparison of choices](quality.md)). *As long* is the designed "
+            "network with as many epochs as seed and result together. With so few random seeds, differences below a "
+            "point or two are noise.",
             table(["network", "way", "FLOPs", "test error, %", "by random seed"], lines),
             "![Share of each branch, block by block, in the seed and as learned](../../docs/img/seeds.svg)",
             where(data["environment"]),
