@@ -27,7 +27,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "GoogLeNet-like": inception,
     "Res2Net": lambda: allocator.build("recipe:res2net-small"),
 }
-SEEDS, EPOCHS, RATE, IMAGES = 3, 6, 0.1, 3200
+SEEDS, EPOCHS, RATE, IMAGES = 1, 4, 0.1, 2400
 NEURONS = "150%"
 RULE: dict[str, Any] = {"criterion": "bn_scale", "policy": "per_block", "scope": "branches"}
 """ScaleNet's (Li et al., CVPR 2019)."""
