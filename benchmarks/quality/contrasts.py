@@ -3,8 +3,8 @@
 Written down before any test figure was looked at: the primary contrasts are our default with data against
 Torch-Pruning's best arm, and our default without data against its best arm without data, at every share and state. The
 peer's best arm is picked on calibration data, at each share and state, over all networks and seeds. Differences are
-paired by network and seed, of which at least six are asked for; the interval is of a bootstrap that draws networks and then seeds of each, the chance that
-of a sign-flip test, corrected by Holm over all primary contrasts.
+paired by network and seed, of which at least six are asked for; the interval is of a bootstrap that draws networks and
+then seeds of each, the chance that of a sign-flip test, corrected by Holm over all primary contrasts.
 """
 
 from __future__ import annotations
