@@ -80,6 +80,20 @@ def _unread(graph: ChannelGraph) -> np.ndarray:
     return unread
 
 
+def tied(graph: ChannelGraph) -> np.ndarray:
+    """(neurons,) bool: those that one weight both writes and reads (an embedding that is the output layer too).
+
+    Copies of these cannot share what reads the first: that would change what is written.
+    """
+    both = np.zeros(graph.slots.total, dtype=bool)
+    for written in graph.facts.written:
+        both[written.label] = True
+    units = graph.unit_of_slot[both & graph.reads]
+    found = np.zeros(graph.size, dtype=bool)
+    found[units[units >= 0]] = True
+    return found
+
+
 def widest_within(layers: Layers, metric: Metric, limit: float) -> np.ndarray:
     """(layers,) what to add for the largest even factor that a budget allows; what is left goes to single layers.
 
