@@ -76,6 +76,7 @@ def test_streams_of_a_seed_have_as_many_neurons() -> None:
         (0, InputError, "neurons=0 is neither"),
         ("-5%", InputError, "neurons='-5%' is neither"),
         ("inf%", InputError, "neurons='inf%' is neither"),
+        (10**30, InputError, "neurons=10+ are more than 1024 times the 32 of model"),
     ],
 )
 def test_a_seed_has_no_fewer_neurons(neurons: Any, error: type[Exception], message: str) -> None:
@@ -143,12 +144,12 @@ def test_no_copy_shares_a_weight_that_writes_too() -> None:
     result = allocator.widen(model, factor=1.5, init="copy", example_inputs=tokens)
     wide: Any = result.model
     assert (wide.up.in_features, wide.up.out_features) == (8, 24)
-    assert any("one weight writes and reads them" in note and "(8; init" in note for note in result.notes)
+    assert any("one weight writes and reads them" in note and "(8; init=" in note for note in result.notes)
     with torch.no_grad():
         torch.testing.assert_close(wide(tokens), model(tokens))
     with pytest.raises(NothingToAllocateError, match="one weight writes and reads them, so that no copy can share it"):
-        allocator.widen(model, factor=1.5, init="copy", include="tokens", example_inputs=tokens)
-    assert allocator.widen(model, factor=1.5, include="tokens", example_inputs=tokens).certificate.ok
+        allocator.widen(model, factor=1.5, init="copy", include=["tokens", "down"], example_inputs=tokens)
+    assert allocator.widen(model, factor=1.5, include=["tokens", "down"], example_inputs=tokens).certificate.ok
 
 
 class Numbered(nn.Module):

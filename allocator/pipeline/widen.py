@@ -20,7 +20,7 @@ from allocator.model_checks import check_model
 from allocator.pipeline.model import trace_model
 from allocator.pipeline.run import finish
 from allocator.planning.plan import Plan
-from allocator.planning.widths import Layers, cheapest_next, tied, widest_within
+from allocator.planning.widths import WIDEST, Layers, cheapest_next, tied, widest_within
 from allocator.result import Result
 from allocator.rewriting.added import Filling
 from allocator.rewriting.allocation import Allocation
@@ -114,8 +114,10 @@ def by_factor(factor: Any) -> Widths:
     Raises:
         InputError: no number from 1 on.
     """
-    if not isinstance(factor, (int, float)) or not factor < float("inf"):
+    if not isinstance(factor, (int, float)) or not factor < math.inf:
         raise InputError(f"factor={factor!r} is no number such as 1.5")
+    if factor > WIDEST:
+        raise InputError(f"factor={factor!r} is more than {WIDEST:.0f}, the most that layers are widened by")
     if factor < 1:
         raise InputError(
             f"factor={factor!r} would make layers narrower: pass 1.5, for example; allocate takes neurons away"
@@ -208,6 +210,8 @@ def by_branches(neurons: int | str) -> Widths:
         for block in _competing(graph):
             widest = max(branch.channels for branch in block.branches)
             wanted = neurons if isinstance(neurons, int) else math.ceil(share * widest)
+            if wanted > WIDEST * widest:
+                raise InputError(f"neurons={neurons!r} are more than {WIDEST:.0f} times the {widest} of {block.name}")
             for branch in block.branches:
                 units = graph.units(branch.label)
                 own = [i for i, of_layer in enumerate(layers.units) if np.isin(of_layer, units).any()]
