@@ -206,7 +206,8 @@ def test_cosine_schedule() -> None:
 
 def test_the_bar_shows_loss_accuracy_and_time_left(splits: tuple[Split, Split]) -> None:
     output = io.StringIO()
-    train(small_net(), splits[0], 1, 0.05, description="tiny net", console=Console(file=output, width=120))
+    console = Console(file=output, width=120, force_terminal=True)
+    train(small_net(), splits[0], 1, 0.05, description="tiny net", console=console)
     line = output.getvalue()
     for part in ("tiny net", "loss", "accuracy", "left", "100%"):
         assert part in line

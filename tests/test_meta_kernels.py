@@ -119,14 +119,16 @@ def test_values_are_computed_where_there_are_some() -> None:
 
 
 def test_a_batch_norm_is_one_call_where_nothing_is_lost_by_it() -> None:
-    """Torch itself tells sizes that differ; values are computed, and statistics taken in train mode."""
+    """Torch itself tells sizes that differ, computes values, and refuses statistics of one number each."""
     weight, bias, mean, var = STATISTICS
     assert AS_ONE_CALL[functional.batch_norm](X, mean, var, weight, bias) == (
         aten.batch_norm.default,
         (X, weight, bias, mean, var, False, 0.1, 1e-5, False),
     )
     assert AS_ONE_CALL[functional.batch_norm](X, mean, var, weight, meta(5)) is None
-    assert AS_ONE_CALL[functional.batch_norm](X, mean, var, training=True) is None
+    in_training = AS_ONE_CALL[functional.batch_norm](X, mean, var, training=True)
+    assert in_training == (aten.batch_norm.default, (X, None, None, mean, var, True, 0.1, 1e-5, False))
+    assert AS_ONE_CALL[functional.batch_norm](meta(1, 6), mean, var, training=True) is None
     assert AS_ONE_CALL[functional.batch_norm](X, None, None, training=True) is None
     assert AS_ONE_CALL[functional.batch_norm](torch.randn(2, 3), torch.zeros(3), torch.ones(3)) is None
 

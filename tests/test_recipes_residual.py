@@ -162,7 +162,9 @@ def test_a_small_seed_learns_uneven_widths_and_is_rebuilt_from_them(name: str, t
     small = result.model
     assert isinstance(small, ResidualNet)
     assert 0.99 * result.flops_asked <= result.flops_after <= result.flops_asked
-    assert result.notes == ["input 1x1x32x32, from the model's input_size"]
+    source, held = result.notes
+    assert source == "input 1x1x32x32, from the model's input_size"
+    assert held.startswith("held against the original in eval mode with 1x1x32x32 and")
 
     small.widths().save(tmp_path / "widths.json")
     widths = Widths.load(tmp_path / "widths.json")
