@@ -26,10 +26,11 @@ def markdown(rows: Sequence[Row]) -> str:
     parts.append(
         "Made by `python -m benchmarks.quality.run` and `python -m benchmarks.quality.report`. Small networks of "
         "several families, trained on digits of many sizes among pieces of others, are narrowed in different ways to "
-        "the same FLOPs by fvcore. Points of test error above the full network's, in the mean over networks and random "
-        "seeds. Torch-Pruning's ratio is bisected to within 1 % below the same FLOPs. Training, calibration and test "
-        "draw from digits of their own. Where choices were tried on different numbers of networks, their means do not "
-        "compare; what can be told apart is paired."
+        "the same FLOPs by fvcore. Points of test error above the full network's, in the mean. Torch-Pruning's ratio "
+        "is bisected to within 1 % below the same FLOPs, or as near as whole channels come to it. Training, "
+        "calibration and test draw from digits of their own. Where choices were tried on different numbers of "
+        "networks (in brackets where a state was seen on fewer), their means do not compare; what can be told apart "
+        "is paired."
     )
     full = errors(rows, "full", 1.0, "cut", "test")
     for name in networks:
@@ -48,13 +49,15 @@ def _arms(rows: Sequence[Row], share: float, full: dict[tuple[str, int], float])
     lines = []
     for arm in arms:
         cells: list[object] = []
+        pairs = len(errors(rows, arm, share, states[0], "test"))
         for state in states:
             of = errors(rows, arm, share, state, "test")
-            cells.append(f"{np.mean([value - full[key] for key, value in of.items()]):+.1f}" if of else "–")
-        pairs = len(errors(rows, arm, share, states[0], "test"))
-        lines.append([arm, pairs, *cells])
-    lines.sort(key=lambda line: float(str(line[3])) if line[3] != "–" else np.inf)
-    return table(["choice", "networks", *(WORDS[state] for state in states)], lines)
+            fewer = f" ({len(of)})" if len(of) < pairs else ""
+            cells.append(f"{np.mean([value - full[key] for key, value in of.items()]):+.1f}{fewer}" if of else "–")
+        landed = [row["share"] for row in rows if (row["arm"], row["asked"]) == (arm, share) and "share" in row]
+        lines.append([arm, pairs, f"{np.mean(landed):.1%}", *cells])
+    lines.sort(key=lambda line: float(str(line[4]).split()[0]) if line[4] != "–" else np.inf)
+    return table(["choice", "networks", "FLOPs", *(WORDS[state] for state in states)], lines)
 
 
 def _contrasts(rows: Sequence[Row]) -> str:
