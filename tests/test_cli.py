@@ -454,3 +454,13 @@ def test_a_stopped_run_leaves_nothing_behind(number: signal.Signals, status: int
         process.send_signal(number)
         assert process.wait(30) == status
     assert set(os.listdir()) == before
+
+
+def test_a_file_of_a_recipe_opens_in_a_process_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "small.safetensors"
+    result = allocator.allocate(allocator.build("recipe:resnet-small"), flops="50%", certify=False)
+    allocator.save(result, path)
+    command = [sys.executable, "-m", "allocator.cli", "report", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ResidualNet" in done.stdout

@@ -64,6 +64,8 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     if not colon or not what or not prefix:
         raise UnknownNameError(_no_prefix(name))
     model: Any
+    if prefix == "recipe":  # a file may say such a name before anything has asked for the recipes
+        importlib.import_module("allocator.recipes")
     if prefix in _BUILDERS:
         model = _BUILDERS[prefix](what, **kwargs)
     elif prefix in PREFIXES:
