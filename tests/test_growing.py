@@ -76,6 +76,7 @@ def test_streams_of_a_seed_have_as_many_neurons() -> None:
         (0, InputError, "neurons=0 is neither"),
         ("-5%", InputError, "neurons='-5%' is neither"),
         ("inf%", InputError, "neurons='inf%' is neither"),
+        (10**30, InputError, "neurons=10+ are more than 1024 times the 32 of model"),
     ],
 )
 def test_a_seed_has_no_fewer_neurons(neurons: Any, error: type[Exception], message: str) -> None:
@@ -121,6 +122,79 @@ def test_what_was_dropped_comes_back_unread() -> None:
     restored = allocator.restore(result, "original")
     assert torch.equal(restored.stem.weight, model.stem.weight)  # type: ignore[union-attr,arg-type]
     assert not torch.equal(restored.wide.weight, model.wide.weight)  # type: ignore[union-attr,arg-type]
+
+
+class Tied(nn.Module):
+    """One weight gives the tokens' vectors and the answers, beside layers of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.up, self.down = nn.Embedding(30, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.head = nn.Linear(8, 30, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.tokens(x)
+        y: Tensor = self.head(tokens + self.down(self.up(tokens).relu()))
+        return y
+
+
+def test_no_copy_shares_a_weight_that_writes_too() -> None:
+    model, tokens = trained(Tied()), torch.randint(0, 30, (2, 5))
+    result = allocator.widen(model, factor=1.5, init="copy", example_inputs=tokens)
+    wide: Any = result.model
+    assert (wide.up.in_features, wide.up.out_features) == (8, 24)
+    assert any("one weight writes and reads them" in note and "(8; init=" in note for note in result.notes)
+    with torch.no_grad():
+        torch.testing.assert_close(wide(tokens), model(tokens))
+    with pytest.raises(NothingToAllocateError, match="one weight writes and reads them, so that no copy can share it"):
+        allocator.widen(model, factor=1.5, init="copy", include=["tokens", "down"], example_inputs=tokens)
+    assert allocator.widen(model, factor=1.5, include=["tokens", "down"], example_inputs=tokens).certificate.ok
+
+
+class Numbered(nn.Module):
+    """Channels that a buffer names by number, the last first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 4, 3)
+        self.register_buffer("order", torch.arange(11, -1, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.first(x)[:, self.order])
+        return y
+
+
+@pytest.mark.parametrize("dropped", ["zero", "original"])
+def test_numbers_of_channels_are_the_originals_again(dropped: Any) -> None:
+    model = trained(Numbered())
+    result = allocator.allocate(model, flops="50%", example_inputs=IMAGE)
+    assert len(result.model.get_buffer("order")) < 12
+    restored = allocator.restore(result, dropped)
+    assert torch.equal(restored.get_buffer("order"), model.get_buffer("order"))
+    with torch.no_grad():
+        torch.testing.assert_close(restored(IMAGES), result.model(IMAGES))
+
+
+class Divided(nn.Module):
+    """What one layer gives by what another gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.above, self.below, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.above(x) / self.below(x))
+        return y
+
+
+def test_where_zeros_are_divided_by_the_error_says_what_else_there_is() -> None:
+    result = allocator.allocate(trained(Divided()), flops="50%", example_inputs=IMAGE)
+    with pytest.raises(allocator.CertificateError, match="zeros may be what it divides by: try dropped='original'"):
+        allocator.restore(result)
+    restored = allocator.restore(result, "original")
+    with torch.no_grad():
+        torch.testing.assert_close(restored(IMAGES), result.model(IMAGES), rtol=1e-3, atol=1e-3)
 
 
 def test_what_cannot_be_restored() -> None:

@@ -67,6 +67,27 @@ class Sampled(nn.Module):
         return y
 
 
+class Picking(Narrowing):
+    """Which channels are read hangs on the size of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.body(x).mean((2, 3)).narrow(1, x.shape[-2] // 64, 4))
+        return y
+
+
+class Pointing(Narrowing):
+    """Pixels by number, some of which a smaller image does not have: sizes alone don't tell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.body(x).flatten(2)
+        y: Tensor = self.head(pixels[:, :, torch.tensor([0, 5000], device=x.device)].mean(2))
+        return y
+
+
 def shapes(model: nn.Module, image: Tensor = IMAGE) -> tuple[int, ...] | None:
     found = smaller.smaller_inputs(allocator.trace(model, image))
     return None if found is None else tuple(found.tensors()[0].shape)
@@ -81,6 +102,7 @@ def shapes(model: nn.Module, image: Tensor = IMAGE) -> tuple[int, ...] | None:
         (Flattened(), None),
         (Branching(), None),
         (Sampled(), None),
+        (Picking(), None),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -115,6 +137,15 @@ def test_at_full_size() -> None:
     assert " at " not in str(result.certificate)
     again = allocator.verify(model, result.model, result.allocation, numeric="full")
     assert again == result.certificate
+
+
+def test_where_the_original_does_not_run_at_the_small_size_the_full_one_counts() -> None:
+    torch.manual_seed(0)
+    model = Pointing()
+    assert shapes(model) == (1, 3, 64, 96)
+    made = allocator.allocate(model, "60%", example_inputs=IMAGE).certificate
+    assert made.ok
+    assert made.compared_shapes == made.input_shapes
 
 
 def test_nothing_is_compared() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import allocator
@@ -90,6 +92,15 @@ class Looking(nn.Module):
         return y
 
 
+class Unlooked(Looking):
+    """Attention that is not asked for its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y: Tensor = self.last(x + self.attention(x, x, x, need_weights=False)[0])
+        return y
+
+
 def encoder() -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2)
 
@@ -136,6 +147,38 @@ def test_padding_in_an_encoder_that_lost_heads() -> None:
 @pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
 def test_with_keys_of_its_own_it_keeps_its_heads(options: dict[str, bool]) -> None:
     result = allocator.allocate(randomised(Looking(**options)), "90%", example_inputs=torch.randn(1, 6, 8))
+    assert (heads(result.model), result.certificate.ok) == ([4], True)
+    assert type(result.model.get_submodule("attention")) is nn.MultiheadAttention
+
+
+@pytest.mark.parametrize("compiled", [torch.fx.symbolic_trace, torch.jit.script])
+@pytest.mark.parametrize("weights", [True, False])
+def test_what_takes_torchs_attention_takes_what_is_left_of_it(compiled: Any, weights: bool) -> None:
+    model = randomised(Looking() if weights else Unlooked())
+    small = allocator.allocate(model, "60%", example_inputs=torch.randn(2, 6, 8)).model
+    assert min(heads(small)) < 4
+    x = torch.randn(3, 5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(small)(x), small(x))
+
+
+def computed(name: str) -> Looking:
+    """Attention with a projection that something else computes."""
+    model = Looking()
+    attention = model.attention
+    if name == "weight norm":
+        torch.nn.utils.parametrizations.weight_norm(attention.out_proj)
+    elif name == "old weight norm":
+        torch.nn.utils.weight_norm(attention, "in_proj_weight")
+    else:
+        torch.nn.utils.prune.l1_unstructured(attention, "in_proj_weight", 0.3)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("name", ["weight norm", "old weight norm", "pruned"])
+def test_with_computed_projections_it_keeps_its_heads(name: str) -> None:
+    result = allocator.allocate(randomised(computed(name)), "90%", example_inputs=torch.randn(1, 6, 8))
     assert (heads(result.model), result.certificate.ok) == ([4], True)
     assert type(result.model.get_submodule("attention")) is nn.MultiheadAttention
 

@@ -281,6 +281,8 @@ def test_a_wider_network_is_allocated_and_widened_again(tmp_path: Path) -> None:
         ({"factor": 0.5}, InputError, "factor=0.5 would make layers narrower: pass 1.5, for example; allocate takes"),
         ({"factor": float("nan")}, InputError, "factor=nan is no number such as 1.5"),
         ({"factor": "2"}, InputError, "factor='2' is no number such as 1.5"),
+        ({"factor": 1e30}, InputError, r"factor=1e\+30 is more than 1024, the most that layers are widened by"),
+        ({"flops": "1e30%"}, BudgetError, "would make every layer more than 1024 times as wide: ask for less"),
         ({"factor": 1.01}, NothingToAllocateError, "adds no whole neuron .* has 32, and 1.02 adds one to it"),
         ({"flops": "50%"}, BudgetError, "694,512 FLOPs are below the model's own 1,389,024 FLOPs: widen adds neurons"),
         ({"flops": "100%"}, BudgetError, "leave no room for another neuron .* the least that adds one is 1,[0-9,]+"),

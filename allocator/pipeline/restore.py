@@ -35,6 +35,8 @@ def restore_model(result: Result, dropped: str, *, numeric: Certify, seed: int) 
     def put(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name not in graph.slots.shapes:  # no parameter or buffer
             return tensor.detach().clone()
+        if name in graph.facts.picks:  # numbers of channels, of which the smaller network counts fewer
+            return tensor.detach().clone()
         own, dims = found.get(name), maps.get(name)
         if own is not None and dims is None:
             return own.detach().clone()
@@ -50,7 +52,8 @@ def restore_model(result: Result, dropped: str, *, numeric: Certify, seed: int) 
     made = certificate_of(
         replace(graph, model=restored), kept, maps, small, weights_match, seed=seed, numeric=numeric, widens=True
     )
-    require(made, "the network in the original's shape")
+    other = "; zeros may be what it divides by: try dropped='original'" if dropped == "zero" else ""
+    require(made, f"the network in the original's shape (dropped={dropped!r}{other})")
     return restored
 
 

@@ -20,7 +20,7 @@ from allocator.model_checks import check_model
 from allocator.pipeline.model import trace_model
 from allocator.pipeline.run import finish
 from allocator.planning.plan import Plan
-from allocator.planning.widths import Layers, cheapest_next, widest_within
+from allocator.planning.widths import WIDEST, Layers, cheapest_next, tied, widest_within
 from allocator.result import Result
 from allocator.rewriting.added import Filling
 from allocator.rewriting.allocation import Allocation
@@ -75,11 +75,11 @@ def widen_model(
     with clock("trace"):
         traced = trace_model(model, example_inputs, replace(settings, norms="exact"), growing=True)
     with clock("plan"):
-        planner = _Planner(settings.scope, widths)
+        planner = _Planner(settings.scope, widths, init)
         fitted = fit(traced, planner, planner.hold)
         graph, maps = fitted.graph, fitted.maps
         notes = [*traced.notes, *fitted.notes]
-        notes += [f"not widened, as it would not be exact: {why}" for why in _why_not(graph)[:_MOST_REASONS]]
+        notes += [f"not widened, as it would not be exact: {why}" for why in _why_not(graph, init)[:_MOST_REASONS]]
     with clock("rewrite"):
         reads = {name: [graph.reads[label] for label in graph.slots.labels(name)] for name in maps}
         filling = Filling.by(init, seed, maps, reads)
@@ -114,8 +114,10 @@ def by_factor(factor: Any) -> Widths:
     Raises:
         InputError: no number from 1 on.
     """
-    if not isinstance(factor, (int, float)) or not factor < float("inf"):
+    if not isinstance(factor, (int, float)) or not factor < math.inf:
         raise InputError(f"factor={factor!r} is no number such as 1.5")
+    if factor > WIDEST:
+        raise InputError(f"factor={factor!r} is more than {WIDEST:.0f}, the most that layers are widened by")
     if factor < 1:
         raise InputError(
             f"factor={factor!r} would make layers narrower: pass 1.5, for example; allocate takes neurons away"
@@ -208,6 +210,8 @@ def by_branches(neurons: int | str) -> Widths:
         for block in _competing(graph):
             widest = max(branch.channels for branch in block.branches)
             wanted = neurons if isinstance(neurons, int) else math.ceil(share * widest)
+            if wanted > WIDEST * widest:
+                raise InputError(f"neurons={neurons!r} are more than {WIDEST:.0f} times the {widest} of {block.name}")
             for branch in block.branches:
                 units = graph.units(branch.label)
                 own = [i for i, of_layer in enumerate(layers.units) if np.isin(of_layer, units).any()]
@@ -264,8 +268,8 @@ class _Planner:
     shuffle keeps together.
     """
 
-    def __init__(self, scope: str, widths: Widths) -> None:
-        self.scope, self.widths = scope, widths
+    def __init__(self, scope: str, widths: Widths, init: str) -> None:
+        self.scope, self.widths, self.init = scope, widths, init
         self.has_budget = False
         self.held = np.zeros(0, dtype=np.int64)  # slots, as a repair may change what a neuron is
 
@@ -277,8 +281,10 @@ class _Planner:
 
     def __call__(self, graph: ChannelGraph) -> Plan:
         layers = Layers.of(graph, self.scope).without(graph.units(self.held))
+        if self.init == "copy":
+            layers = layers.without(np.flatnonzero(tied(graph)))
         if not layers.units:
-            reasons = _why_not(graph)
+            reasons = _why_not(graph, self.init)
             listed = "; ".join(reasons[:_MOST_REASONS]) or "it has no layer whose outputs are read inside it"
             raise NothingToAllocateError(f"no neuron can be added to the model exactly: {listed}", reasons=reasons)
         metric = graph.metric("flops")
@@ -290,7 +296,7 @@ class _Planner:
         return Plan(times, Budgets([budget]), self.scope, "even", "none", costs)
 
 
-def _why_not(graph: ChannelGraph) -> list[str]:
+def _why_not(graph: ChannelGraph, init: str) -> list[str]:
     """What can't be added to without changing what is computed: a line per reason, that with most channels first."""
     channels: dict[str, int] = {}
     modules: dict[str, list[str]] = {}
@@ -303,4 +309,7 @@ def _why_not(graph: ChannelGraph) -> list[str]:
         first, *others = dict.fromkeys(modules[reason])
         more = f" and {len(others)} more" if others else ""
         lines.append(f"{reason} in {first or 'the model'}{more} ({channels[reason]:,} channels)")
+    both = int(tied(graph).sum()) if init == "copy" else 0
+    if both:
+        lines.insert(0, f"one weight writes and reads them, so that no copy can share it ({both:,}; init='zero' can)")
     return lines

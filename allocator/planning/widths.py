@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from allocator.cost.metric import Metric
+from allocator.errors import BudgetError
 from allocator.graph.channel_graph import ALL, SCOPES, ChannelGraph
 
 
@@ -80,6 +81,20 @@ def _unread(graph: ChannelGraph) -> np.ndarray:
     return unread
 
 
+def tied(graph: ChannelGraph) -> np.ndarray:
+    """(neurons,) bool: those that one weight both writes and reads (an embedding that is the output layer too).
+
+    Copies of these cannot share what reads the first: that would change what is written.
+    """
+    both = np.zeros(graph.slots.total, dtype=bool)
+    for written in graph.facts.written:
+        both[written.label] = True
+    units = graph.unit_of_slot[both & graph.reads]
+    found = np.zeros(graph.size, dtype=bool)
+    found[units[units >= 0]] = True
+    return found
+
+
 def widest_within(layers: Layers, metric: Metric, limit: float) -> np.ndarray:
     """(layers,) what to add for the largest even factor that a budget allows; what is left goes to single layers.
 
@@ -89,7 +104,16 @@ def widest_within(layers: Layers, metric: Metric, limit: float) -> np.ndarray:
         layers: what can be added to.
         metric: what is limited.
         limit: the most of it; the model's own or more.
+
+    Raises:
+        BudgetError: the limit is so large that nobody can mean it.
     """
+    if metric.value(layers.times(layers.evenly(WIDEST))) <= limit:
+        raise BudgetError(
+            f"{metric.show(limit)} would make every layer more than {WIDEST:.0f} times as wide: ask for less",
+            asked=limit,
+            reachable=metric.whole,
+        )
     factor = _largest(lambda f: metric.value(layers.times(layers.evenly(f))) <= limit)
     more = layers.evenly(factor)
     # What runs in train mode only costs nothing here, and could be added without end.
@@ -121,7 +145,7 @@ def _with_one(more: np.ndarray, layer: int) -> np.ndarray:
     return wider
 
 
-WIDEST = 2.0**20
+WIDEST = 1024.0
 """No layer is made more often as wide than this."""
 
 

@@ -158,7 +158,8 @@ def certificate_of(
     like = [graph.inputs] if fewer is None else [fewer, graph.inputs]
     found = compare_outputs(graph, kept, maps, small, seed, like, uncut=widens)
     shown = found.shows or bool(kept.all())
-    numbers = (found.outputs, same, found.effect, found.drawn, shown, found.compared, found.dtype, _shapes(like[0]))
+    compared = (found.compared, found.dtype, _shapes(found.like or graph.inputs))
+    numbers = (found.outputs, same, found.effect, found.drawn, shown, *compared)
     return Certificate(True, found.error, graph.exact, seed, shapes, *numbers, widens=widens)
 
 

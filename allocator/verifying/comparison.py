@@ -42,6 +42,7 @@ class Comparison:
         shares: per output, the share of its numbers that were compared on the input that most could be compared on.
         compared: numbers that were compared, over all inputs.
         dtype: what was computed in.
+        like: the inputs that those compared on first were drawn like.
     """
 
     error: float
@@ -51,6 +52,7 @@ class Comparison:
     shares: tuple[float, ...] = ()
     compared: int = 0
     dtype: str = "float64"
+    like: Inputs | None = None
 
     @property
     def shows(self) -> bool:
@@ -89,8 +91,8 @@ def compare_outputs(
         maps: where each index of the rewritten model's tensors comes from.
         small: the rewritten model.
         seed: of the input, and of the weights where they are drawn.
-        like: what inputs are drawn like, the next where those like the first show too little; the graph's own where
-            there are none.
+        like: what inputs are drawn like, the next where those like the first show too little, or the original does not
+            run on them; the graph's own where there are none.
         uncut: with its own weights the original computes what the rewritten model does, though it has more neurons; it
             is compared as it is.
 
@@ -114,7 +116,10 @@ def compare_outputs(
 
 def _compare(pair: _Pair) -> Comparison:
     inputs, *others = pair.inputs()
-    own = pair.compare(inputs, drawn=False)
+    tried = pair.tried(inputs, drawn=False) if len(pair.like) > 1 else pair.compare(inputs, drawn=False)
+    if tried is None:  # what a trace on sizes alone does not see, as indices beyond a smaller image
+        return _compare(replace(pair, like=pair.like[1:]))
+    own = tried
     found, by_value = own, pair.graph.flow.trace.mode == "real"
     if pair.kept.all():
         return own
@@ -200,7 +205,7 @@ class _Pair:
 
     def _comparison(self, found: Difference, effect: float, outputs: int, drawn: bool) -> Comparison:
         numbers = found.shares, found.compared, _name(self.dtype)
-        return Comparison(found.worst, effect, outputs, drawn, *numbers)
+        return Comparison(found.worst, effect, outputs, drawn, *numbers, self.like[0])
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -6,8 +6,11 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import torch
 
+from allocator.flow.facts import Facts
+from allocator.flow.follow import RuleError, run_rules
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.tracing.calls import Trace
 from allocator.tracing.inputs import Inputs
@@ -42,10 +45,10 @@ def smaller_inputs(graph: ChannelGraph) -> Inputs | None:
         fewer = inputs.map(partial(_narrowed, ratio=side / min(sides)))
         try:
             other = record(graph.model, fewer)
-        except ForwardError:
+            if _same_steps(graph, trace, other) and _same_channels(graph, other):
+                return fewer
+        except (ForwardError, RuleError):
             continue
-        if _same_steps(graph, trace, other):
-            return fewer
     return None
 
 
@@ -72,5 +75,15 @@ def _same_steps(graph: ChannelGraph, trace: Trace, other: Trace) -> bool:
             return False
         for side, shorter, label in zip(one.shape, two.shape, graph.flow.labels(i), strict=True):
             if side != shorter and (label is not None or side < shorter or shorter == 1):
+                return False
+    return True
+
+
+def _same_channels(graph: ChannelGraph, other: Trace) -> bool:
+    """Whether another forward's tensors hold the same channels in the same order, whatever a size decides in it."""
+    flow = run_rules(other, graph.slots, Facts(), graph.flow.options)
+    for i in range(len(other.values)):
+        for one, two in zip(graph.flow.labels(i), flow.labels(i), strict=True):
+            if one is not two and not (one is not None and two is not None and np.array_equal(one, two)):
                 return False
     return True
