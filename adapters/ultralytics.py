@@ -23,6 +23,7 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """The network of one of the library's YAML files, such as ``yolo11n-seg``, or of a file of one's own."""
     models = library("ultralytics")
     own = os.path.isfile(name)
+    name = name if own else name.removesuffix(".yaml")
     # One file stands for all sizes; the letter of the size is in the name alone.
     known = {path.stem for path in Path(str(models.__file__)).parent.rglob("cfg/models/*/*.yaml")}
     without_size = re.sub(r"^(yolo(?:e-)?v?\d+)[nslmx]", r"\1", name)

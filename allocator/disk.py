@@ -77,7 +77,8 @@ def existing(path: PathLike) -> Path:
     if there is None:
         raise FileError(f"there is no file {path}")
     if not stat.S_ISREG(there.st_mode):
-        raise FileError(f"{path} is a folder, not a model file")
+        hint = f"; for one that transformers wrote, say hf:{path}" if Path(path, "config.json").is_file() else ""
+        raise FileError(f"{path} is a folder, not a model file{hint}")
     if not os.access(path, os.R_OK):
         raise FileError(f"no permission to read {path}")
     if there.st_size == 0:

@@ -191,7 +191,8 @@ def none_of(kind: str, name: str, known: Iterable[str]) -> str:
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that is not there: near ones, or all where there are few."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=4, cutoff=0.6)
+    in_other_case = [each for each in names if each.lower() == name.lower()]
+    near = list(dict.fromkeys([*in_other_case, *difflib.get_close_matches(name, names, n=4, cutoff=0.6)]))
     if near:
         hint = f"did you mean {', '.join(near)}?"
     elif len(names) <= 12:

@@ -5,6 +5,8 @@ Layers that are easily got wrong (shared, computed, run several times) come in t
 
 from __future__ import annotations
 
+import collections
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -246,6 +248,12 @@ def test_inputs_of_the_wrong_shape_or_kind(inputs: Any, said: str) -> None:
     model = trained()
     with untouched(model), pytest.raises(InputError, match=f"(?s){said}"):
         allocate(model, inputs=inputs)
+
+
+def test_a_mapping_of_arguments_need_be_no_dict() -> None:
+    model = trained()
+    name = next(iter(inspect.signature(model.forward).parameters))
+    assert allocate(model, inputs=collections.UserDict({name: IMAGE})).flops_after < allocator.trace(model, IMAGE).flops
 
 
 def test_a_wrong_shape_is_answered_with_one_that_runs() -> None:

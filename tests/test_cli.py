@@ -179,18 +179,19 @@ def test_sizes_and_settings_are_read() -> None:
         (["report", "resnet50"], "as in torchvision:resnet50"),
         (["report", "torchvision:resnet5"], "did you mean"),
         (["report", "cli_nets:branchs"], "did you mean branches"),
-        (["report", "cli_nets.py"], "unknown kind of file"),
+        (["report", "notes.txt"], "unknown kind of file"),
         (["apply", "cli_nets:branches", "absent.json", "-o", "s.pt"], "there is no file absent.json"),
         (["allocate", "absent.pt", "--flops", "60%", "-o", "nowhere/s.pt"], "there is no folder"),
-        (["report", "torchvision:resnet18", "--set", "no_such_thing=1"], "--debug"),
+        (["report", "torchvision:resnet18", "--set", "no_such_thing=1"], "with no_such_thing=1 raised TypeError"),
     ],
 )
 def test_failures_end_with_status_1_and_a_reason(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("notes.txt").write_text("no network")
     assert main(arguments) == 1
     printed = capsys.readouterr()
-    assert said in printed.err
+    assert said in printed.err.replace("\n", " ")
     assert "Traceback" not in printed.err
     assert printed.out == ""
 
@@ -355,6 +356,38 @@ def test_a_factory_in_the_working_folder_is_found_for_weights_too(monkeypatch: p
     monkeypatch.delitem(sys.modules, "cli_nets")
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != os.getcwd()])
     assert main(["report", "weights.pt", "--arch", "cli_nets:branches", *SIZE]) == 0
+
+
+def test_settings_reach_the_network_that_weights_belong_to(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(allocator.build("cli_nets:branches", width=5).state_dict(), "w.pt")
+    weights = ("w.pt", "--arch", "cli_nets:branches", *SIZE)
+    assert main(["report", *weights]) == 1
+    assert "builds it with other arguments, as in --set num_classes=10" in capsys.readouterr().err.replace("\n", " ")
+    assert main(["report", *weights, "--set", "width=5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["neurons"] == 10
+    assert main(["report", "w.pt", "--set", "width=5"]) == 2
+    assert "--set goes with a named model or with --arch NAME" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["cli_nets.py:branches"], "a network of your own is MODULE:FUNCTION, as in cli_nets:FUNCTION"),
+        (["cli_nets.py"], "holds code, not a model: a network of your own is MODULE:FUNCTION"),
+        (["cli_nets"], "there is no file cli_nets; a named model has a prefix, as in cli_nets:FUNCTION"),
+        (["cli_nets:BRANCHES"], "did you mean Branches, branches?"),
+        (["cli_nets:branches", "--set", "widht=5"], "building cli_nets:branches with widht=5 raised TypeError: "),
+        (["cli_nets:branches", "--set", "width=wide"], "building cli_nets:branches with width='wide' raised "),
+        (["folder"], "folder is a folder, not a model file; for one that transformers wrote, say hf:folder"),
+    ],
+)
+def test_a_network_of_ones_own_named_in_another_way(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("folder").mkdir()
+    Path("folder/config.json").write_text("{}")
+    assert main(["report", *arguments]) == 1
+    assert said in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_verify_tells_right_from_wrong(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,17 @@ def batches():
     generator = torch.Generator().manual_seed(0)
     while True:
         yield torch.randn(16, 3, 16, 16, generator=generator), torch.randint(3, (16,), generator=generator)
+
+
+def nothing():
+    pass
+
+
+def inputs():
+    return torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+ready = [inputs()]
 """
 MODEL = ("data_nets:classifier", "--input-size", "1x3x16x16")
 ALLOCATE = ("allocate", *MODEL, "--flops", "60%", "-o", "small.pt", "--force", "--json", "-q")
@@ -103,6 +114,13 @@ def test_a_function_that_gives_a_loader(capsys: pytest.CaptureFixture[str]) -> N
     assert chosen(capsys, "--data", "data_nets:batches", *LOSS, "--samples", "32")["criterion"] == "fisher"
 
 
+@pytest.mark.parametrize("name", ["inputs", "ready"])
+def test_a_function_that_gives_a_tensor_and_a_list_that_lies_there(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chosen(capsys, "--data", f"data_nets:{name}")["criterion"] == "fisher"
+
+
 def test_a_sweep_by_pictures_with_its_table_and_picture(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ("--csv", "curve.csv", "--plot", "curve.svg")
     assert main(["sweep", *MODEL, "--flops", "80%", "60%", "--data", str(pictures), *files, "--json", "-q"]) == 0
@@ -131,7 +149,9 @@ def test_a_report_by_pictures(pictures: Path, capsys: pytest.CaptureFixture[str]
         (["--data", "absent"], 1, "absent does not exist"),
         (["--data", "empty"], 1, "empty holds no pictures (.jpg"),
         (["--data", "broken"], 1, "a.png cannot be read"),
-        (["--data", "data_nets.py"], 1, "data_nets.py cannot be read as a tensor"),
+        (["--data", "data_nets.py"], 2, "for a function in it, write --data data_nets:FUNCTION"),
+        (["--data", "broken/a.png"], 1, "a.png cannot be read as a tensor: neither .npy nor"),
+        (["--data", "data_nets:nothing"], 1, "data_nets:nothing gave a NoneType, and not a loader: a list of batches"),
         (["--criterion", "taylor", "--data", "pictures"], 1, "needs labels: pass loss=function beside the data"),
         (["--criterion", "fisher"], 1, "criterion 'fisher' looks at data: give --data FOLDER"),
         (["--criterion", "fishr"], 1, "no criterion 'fishr'; did you mean 'fisher'?"),

@@ -6,6 +6,8 @@ import enum
 import json
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -482,3 +484,17 @@ def test_damage_that_its_checksums_do_not_show(written: Path, tmp_path: Path, en
         except AllocatorError as error:
             seen.add(type(error))
     assert FileError in seen
+
+
+def test_a_script_read_before_anything_else_was_loaded_is_counted_alike(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3))
+    torch.jit.script(network.eval()).save(tmp_path / "m.ts")
+    command = ["allocate", "m.ts", "--flops", "60%", "--input-size", "1x1x12x12", "--json", "-q"]
+    # A process of its own: this one has declared the operators long ago.
+    line = [sys.executable, "-m", "allocator.cli", *command]
+    ran = subprocess.run(
+        line, cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    expected = allocator.trace(network, torch.zeros(1, 1, 12, 12)).flops
+    assert json.loads(ran.stdout)["flops"]["before"] == expected

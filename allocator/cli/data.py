@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import pickle
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         metavar="DATA",
         help="what the model is for: a folder of pictures (normalised as for ImageNet; in a folder per class, they "
-        "have labels), a file of a tensor of inputs (.pt, .npy), or package.module:function that gives a loader",
+        "have labels), a file of a tensor of inputs (.pt, .npy), or package.module:function that gives a loader or a "
+        "tensor",
     )
     group.add_argument(
         "--samples",
@@ -65,9 +67,22 @@ def _opened(args: argparse.Namespace, model: nn.Module) -> Any:
     if path.exists():
         return _tensor(path)[: args.samples]
     if ":" in args.data:
-        loader = _named(args.data)()
-        return itertools.islice(loader, max(1, args.samples // _BATCH))
+        return _from_function(args.data, args.samples)
     raise FileError(f"{args.data} does not exist")
+
+
+def _from_function(name: str, samples: int) -> Tensor | Iterator[Any]:
+    """The first batches of what a function gives, or of a loader that lies there ready; of a tensor its first rows."""
+    import torch
+
+    found = _named(name)
+    loader = found() if callable(found) else found
+    if isinstance(loader, torch.Tensor):
+        return loader[:samples]
+    if not isinstance(loader, Iterable):
+        gave = f"gave {a_kind(loader)}" if callable(found) else f"is {a_kind(loader)}"
+        raise DataError(f"{name} {gave}, and not a loader: a list of batches is one, or a DataLoader")
+    return itertools.islice(loader, max(1, samples // _BATCH))
 
 
 def _named(name: str) -> Any:
@@ -85,12 +100,17 @@ def _tensor(path: Path) -> Tensor:
     import numpy as np
     import torch
 
+    if path.suffix == ".py":
+        raise UsageError(f"--data {path} is code: for a function in it, write --data {path.stem}:FUNCTION")
     try:
         if path.suffix == ".npy":
             return torch.from_numpy(np.load(path, allow_pickle=False))
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise FileError(f"{path} cannot be read as a tensor: {error!s:.200}") from error
+        # torch's own words advise to let the file run code.
+        other = isinstance(error, pickle.UnpicklingError)
+        said = "neither .npy nor a tensor alone that torch.save wrote" if other else f"{error!s:.200}"
+        raise FileError(f"{path} cannot be read as a tensor: {said}") from error
     if not isinstance(found, torch.Tensor):
         raise FileError(f"{path} holds {a_kind(found)}, not a tensor of inputs")
     return found

@@ -44,19 +44,20 @@ def _is_name(spec: str) -> bool:
 
 
 def _model_in_file(path: str, args: argparse.Namespace, talk: Talk) -> nn.Module:
-    if args.set:
-        raise UsageError("--set goes with a named model, not with a file")
+    if args.set and not args.arch:
+        raise UsageError("--set goes with a named model or with --arch NAME, not with a file alone")
     try:
         existing(path)  # said before torch is loaded, which takes seconds
     except FileError as error:
         # "resnet18" alone is more likely meant as a network's name than as a file's.
         if os.path.exists(path) or os.sep in path or "." in path:
             raise
-        raise FileError(f"{error}; a named model has a prefix, as in torchvision:{path}") from error
+        own = f"{path}:FUNCTION" if os.path.isfile(f"{path}.py") else f"torchvision:{path}"
+        raise FileError(f"{error}; a named model has a prefix, as in {own}") from error
     from allocator.io.files import load_model
 
     with talk.stage(f"reading {path}"):
-        return load_model(path, arch=args.arch, trust=args.trust)
+        return load_model(path, arch=args.arch, trust=args.trust, arch_kwargs=dict(args.set))
 
 
 def _named_model(name: str, args: argparse.Namespace, talk: Talk) -> nn.Module:
@@ -64,11 +65,11 @@ def _named_model(name: str, args: argparse.Namespace, talk: Talk) -> nn.Module:
         raise UsageError("--arch goes with a file of weights, not with a named model")
     import torch
 
-    from allocator import build
+    from allocator.io.models import build_as_asked
 
     torch.manual_seed(0)  # a name stands for the same weights every time, so that verify can build it again
     with talk.stage(f"building {name}"):
-        return build(name, **dict(args.set))
+        return build_as_asked(name, dict(args.set))
 
 
 def example_inputs(args: argparse.Namespace, model: nn.Module, allocation: Allocation | None = None) -> Any:

@@ -13,6 +13,7 @@ Reading never runs code from a file, and writing is all or nothing. Four kinds o
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from allocator import adapters
 from allocator.arguments import checked
 from allocator.disk import PathLike, check_writable, existing, shorten, write_atomically, write_text
 from allocator.errors import FileError, a_kind
-from allocator.io.models import build
+from allocator.io.models import build_as_asked, in_python_file, said_of
 from allocator.io.pickles import open_pickle
 from allocator.io.programs.exported_program import is_program, load_program
 from allocator.io.programs.torchscript import is_script, load_script
@@ -78,7 +79,9 @@ def save_model(model: nn.Module, path: PathLike) -> None:
 
 
 @checked
-def load_model(path: PathLike, *, arch: str | None = None, trust: bool = False) -> nn.Module:
+def load_model(
+    path: PathLike, *, arch: str | None = None, trust: bool = False, arch_kwargs: Mapping[str, Any] | None = None
+) -> nn.Module:
     """Read a model from a file, on the CPU.
 
     Args:
@@ -86,15 +89,18 @@ def load_model(path: PathLike, *, arch: str | None = None, trust: bool = False) 
             archive (``.pt``, ``.ts``, ...), or a saved result or weights alone (``.safetensors``).
         arch: the name (see `build`) of the network that a state_dict belongs to.
         trust: let the file run the code it asks for.
+        arch_kwargs: arguments to build ``arch`` with, such as ``{"num_classes": 10}``.
 
     Raises:
         UnsafeFileError: the file would run code that is not on the allow-list.
-        UnsupportedModelError: an ONNX graph, or a program that branches on its input.
+        UnsupportedModelError: an ONNX graph, a program that branches on its input, or an ``arch`` that can't be built.
         FileError: missing, empty, truncated, not a model, or a state_dict that does not fit ``arch``.
     """
-    file = existing(path)
+    file, kwargs = existing(path), dict(arch_kwargs or {})
     if file.suffix == RESULT_SUFFIX:
-        return _load_safetensors(file, arch, trust)
+        return _load_safetensors(file, arch, kwargs, trust)
+    if file.suffix == ".py":
+        raise FileError(f"{path} holds code, not a model: {in_python_file(str(path))}")
     if file.suffix not in PICKLE_SUFFIXES + PROGRAM_SUFFIXES:
         raise FileError(f"{path}: unknown kind of file {file.suffix!r}; a model is read from .pt, .pth or .safetensors")
     if is_program(file):
@@ -107,17 +113,17 @@ def load_model(path: PathLike, *, arch: str | None = None, trust: bool = False) 
     state = _state_dict(found)
     if state is None:
         raise FileError(f"{path} holds {a_kind(found)}, not a model")
-    return _fill(arch, state, path)
+    return _fill(arch, kwargs, state, path)
 
 
-def _load_safetensors(file: Path, arch: str | None, trust: bool) -> nn.Module:
+def _load_safetensors(file: Path, arch: str | None, kwargs: dict[str, Any], trust: bool) -> nn.Module:
     """A saved result, or weights alone with the name of their network."""
     if is_result(read_safetensors(file, tensors=False)[0]):
-        return load_result(file, model=build(arch) if arch else None, trust=trust)
+        return load_result(file, model=build_as_asked(arch, kwargs) if arch else None, trust=trust)
     state = _state_dict(read_safetensors(file)[1])
     if state is None:
         raise FileError(f"{file} holds no tensors")
-    return _fill(arch, state, file)
+    return _fill(arch, kwargs, state, file)
 
 
 def _unwrap(found: Any) -> Any:
@@ -147,18 +153,20 @@ def _state_dict(found: Any) -> dict[str, torch.Tensor] | None:
     return dict(found)
 
 
-def _fill(arch: str | None, state: dict[str, Any], path: PathLike) -> nn.Module:
+def _fill(arch: str | None, kwargs: dict[str, Any], state: dict[str, Any], path: PathLike) -> nn.Module:
     """A fresh build of the named network with these weights."""
     if arch is None:
         raise FileError(
             f"{path} holds weights alone (a state_dict of {len(state)} tensors): say which network they "
             "belong to with --arch NAME (arch=...), for example --arch torchvision:resnet50"
         )
-    model = build(arch)
+    model = build_as_asked(arch, kwargs)
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise FileError(f"the weights in {path} do not fit {arch}: {shorten(str(error))}") from error
+        sizes = "; --set KEY=VALUE (arch_kwargs=...) builds it with other arguments, as in --set num_classes=10"
+        said = shorten(str(error)) + (sizes if "size mismatch" in str(error) else "")
+        raise FileError(f"the weights in {path} do not fit {said_of(arch, kwargs)}: {said}") from error
     return model
 
 

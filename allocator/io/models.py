@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
+from pathlib import PurePath
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from allocator.arguments import checked
-from allocator.errors import UnknownNameError, UnsupportedModelError, a_kind, unknown
+from allocator.disk import shorten
+from allocator.errors import AllocatorError, UnknownNameError, UnsupportedModelError, a_kind, unknown
 from allocator.settings import PREFIXES
 
 BUILD_ATTRIBUTE = "_allocator_build"
@@ -78,6 +80,28 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     return model
 
 
+def build_as_asked(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """`build`, where what the constructor raises is said as an error of what was asked for.
+
+    Raises:
+        UnsupportedModelError: also where the constructor takes no such arguments, or fails with them.
+    """
+    try:
+        return build(name, **kwargs)
+    except AllocatorError:
+        raise
+    except Exception as error:  # whatever code of the caller's or of a library raises
+        raise UnsupportedModelError(
+            f"building {said_of(name, kwargs)} raised {type(error).__name__}: {shorten(str(error), 300)}"
+        ) from error
+
+
+def said_of(name: str, kwargs: dict[str, Any]) -> str:
+    """A name and the arguments it is built with, in words."""
+    said = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+    return f"{name} with {said}" if said else name
+
+
 def _plain_kwargs(kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """The kwargs that shape the model, as JSON would give them back; None where one is not plain data."""
     shaping = {key: value for key, value in kwargs.items() if key not in _FETCHING_KWARGS}
@@ -103,7 +127,8 @@ def _build_from_factory(module_name: str, attribute: str, kwargs: dict[str, Any]
 
 
 def _imported(module_name: str) -> ModuleType:
-    unknown_name = UnknownNameError(unknown("prefix or module", module_name, PREFIXES))
+    hint = f" ({in_python_file(module_name)})" if module_name.endswith(".py") else ""
+    unknown_name = UnknownNameError(unknown("prefix or module", module_name, PREFIXES) + hint)
     if module_name.startswith("."):  # relative to nothing
         raise unknown_name
     try:
@@ -114,6 +139,11 @@ def _imported(module_name: str) -> ModuleType:
         if module_name != missing and not module_name.startswith(f"{missing}."):
             raise UnsupportedModelError(f"importing {module_name!r} needs the package {missing!r}") from error
         raise unknown_name from error
+
+
+def in_python_file(path: str) -> str:
+    """What to write for a function in a file of Python."""
+    return f"a network of your own is MODULE:FUNCTION, as in {PurePath(path).stem}:FUNCTION"
 
 
 def _no_prefix(name: str) -> str:

@@ -52,17 +52,17 @@ def batches(data: Any, model: nn.Module, example: Inputs) -> Iterator[Batch]:
     """What a loader yields, as arguments for the model, on its device and in its dtype.
 
     Args:
-        data: a tensor of inputs; or an iterable of tensors, of tuples of arguments, of (inputs, target) pairs, or of
-            dicts, as torch's, Hugging Face's and Ultralytics' loaders give them.
+        data: a tensor of inputs, a dict of them by name; or an iterable of tensors, of tuples of arguments, of
+            (inputs, target) pairs, or of dicts, as torch's, Hugging Face's and Ultralytics' loaders give them.
         model: what they are for.
         example: the inputs that it was traced with, which tell how many arguments it takes.
 
     Raises:
         DataError: the loader is empty, or yields what the model does not take.
     """
-    if isinstance(data, torch.Tensor):
+    if isinstance(data, (torch.Tensor, Mapping)):
         data = (data,)
-    if not isinstance(data, Iterable):
+    if not isinstance(data, Iterable) or isinstance(data, str):
         raise DataError(f"data is {a_kind(data)}: pass a loader, or a tensor of inputs")
     device, dtype = device_of(model), dtype_of(model)
 

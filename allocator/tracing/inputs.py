@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -102,8 +102,8 @@ def as_inputs(example_inputs: Any, model: nn.Module) -> Inputs:
         return infer_inputs(model)
     if isinstance(example_inputs, tuple):
         inputs = Inputs(example_inputs)
-    elif isinstance(example_inputs, dict):
-        inputs = Inputs((), example_inputs)
+    elif isinstance(example_inputs, Mapping):  # what a tokenizer gives is no dict
+        inputs = Inputs((), dict(example_inputs))
     else:
         inputs = Inputs((example_inputs,))
     _check_tensors(inputs)

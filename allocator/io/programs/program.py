@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import allocator.operators  # noqa: F401  (what a program may call is looked up among those that are declared)
 from allocator.errors import FileError, UnsafeFileError
 from allocator.io.archives import most_unpacked
 from allocator.torch_private import OpOverload, schema_of, tree_flatten
