@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,80 @@ def test_a_module_without_the_network() -> None:
         Allocate(lambda model: allocator.allocate(model, "50%"), "net").setup(
             lightning.Trainer(logger=False), lightning.LightningModule(), "fit"
         )
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Any:
+    """Makes LightningModules, and fits them in this process; gives their widths."""
+    lightning = pytest.importorskip("lightning")
+    inputs = torch.randn(8, 6)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs), batch_size=4)
+
+    class Module(lightning.LightningModule):  # type: ignore[name-defined]
+        def __init__(self, early: bool = False) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+            self.early = torch.optim.SGD(self.parameters(), lr=0.1) if early else None
+
+        def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
+            return self.model(batch[0]).square().mean()
+
+        def validation_step(self, batch: list[torch.Tensor], index: int) -> None:
+            self.model(batch[0])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return self.early or torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def run(callback: Any, what: str = "fit", module: Any = None, epochs: int = 1, **options: Any) -> list[int]:
+        module = module or Module()
+        trainer = lightning.Trainer(
+            accelerator="cpu", devices=1, max_epochs=epochs, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=tmp_path, enable_checkpointing=False, callbacks=[callback],
+        )  # fmt: skip
+        getattr(trainer, what)(module, loader, **options)
+        if what == "fit":
+            trainer.save_checkpoint(tmp_path / "last.ckpt")
+        assert "on_load_checkpoint" not in vars(module)
+        return [module.model[0].out_features, module.model[2].out_features]
+
+    run.module, run.path = Module, tmp_path / "last.ckpt"  # type: ignore[attr-defined]
+    return run
+
+
+def at(share: str) -> Any:
+    from allocator.recipes.lightning_callback import Allocate
+
+    return Allocate(lambda network: allocator.allocate(network, share, example_inputs=torch.zeros(1, 6), certify=False))
+
+
+def test_a_checkpoints_choice_is_taken_not_made_again(training: Any) -> None:
+    pytest.importorskip("lightning")
+    widths = training(at("30%"))
+    assert sum(widths) < 24
+    assert training(at("90%"), "validate", ckpt_path=training.path, verbose=False) == widths
+    assert training(at("90%"), epochs=2, ckpt_path=training.path) == widths
+
+
+def test_one_callback_for_two_modules(training: Any) -> None:
+    callback = at("30%")
+    for _ in range(2):
+        assert sum(training(callback)) < 24
+
+
+def test_what_would_not_train_the_smaller_network_is_said(training: Any) -> None:
+    with pytest.raises(allocator.InputError, match=r"'model' is not trained as it was made: .* in configure_"):
+        training(at("30%"), module=training.module(early=True))
+    callback = at("30%")
+    callback.choose = lambda network: network
+    with pytest.raises(allocator.InputError, match=r"choose gave Sequential: .* what allocator.allocate returns"):
+        training(callback)
+
+
+def test_a_checkpoint_of_the_full_network(training: Any) -> None:
+    lightning = pytest.importorskip("lightning")
+    assert training(lightning.Callback()) == [16, 16]
+    with pytest.raises(allocator.InputError, match="holds no choice of this callback: load its weights"):
+        training(at("30%"), epochs=2, ckpt_path=training.path)
 
 
 class Block(nn.Module):
