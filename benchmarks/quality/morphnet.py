@@ -1,8 +1,8 @@
 """Does MorphNet's loop beat one cut, at equal training? `python -m benchmarks.quality.morphnet`.
 
-The trained networks of `run` come down to a share of their FLOPs in one step, or by three rounds that each go below it
-by importance and widen evenly up to it again (Gordon et al., CVPR 2018). Both see the same images as often, at one rate.
-Every row is written as soon as it is there; a run that was stopped goes on where it was.
+The trained networks of `run` come down to a share of their FLOPs in one step, or by three rounds that each go below
+it by importance and widen evenly up to it again (Gordon et al., CVPR 2018). Both see the same images as often, at one
+rate. Every row is written as soon as it is there; a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
