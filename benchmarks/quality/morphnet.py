@@ -66,8 +66,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             f"{SHARE} of the FLOPs, by the default choice with data; {ROUNDS * EPOCHS} epochs of fine-tuning after one "
             f"cut, or {EPOCHS} after each of {ROUNDS} rounds that go down to {GROW:.0%} of the budget and widen evenly "
             "up to it.",
-            f"The loop errs {ahead.mean():+.2f} points less (standard error {error:.2f}) in the mean of {len(ahead)} "
-            f"networks, and is ahead on {int((ahead > 0).sum())}.",
+            f"In the mean of {len(ahead)} networks the loop is {ahead.mean():+.2f} points ahead (standard error "
+            f"{error:.2f}; below zero it is behind), and it is ahead on {int((ahead > 0).sum())} of them.",
             table(["network", "seed", "full", "one cut", "loop", "points ahead"], lines) + "\n",
         ]
     )
