@@ -84,20 +84,9 @@ def widen(
         UnsupportedModelError, InputError, TraceError: as for `allocate`.
         CertificateError, CostMismatchError: the result failed its own checks, and is not returned.
     """
-    check_choice("weights", weights, get_args(Weights))
-    check_choice("init", init, get_args(Init))
-    result = widen_model(
-        model,
-        _widths(flops, factor, like),
-        example_inputs,
-        Settings(scope=scope, groups=groups, exclude=exclude, include=include),
-        init=init,
-        weights=weights,
-        numeric=certify,
-        seed=seed,
-        progress=progress,
-    )
-    return replace(result, model=adapters.wrapped_like(model, result.model))
+    settings = Settings(scope=scope, groups=groups, exclude=exclude, include=include)
+    widths = _widths(flops, factor, like)
+    return _widened(model, widths, example_inputs, settings, init, weights, certify, seed, progress)
 
 
 @checked
@@ -134,20 +123,8 @@ def seed(
         NothingToAllocateError: there is no branch that it adds to.
         UnsupportedModelError, InputError, TraceError, CertificateError, CostMismatchError: as for `widen`.
     """
-    check_choice("weights", weights, get_args(Weights))
-    check_choice("init", init, get_args(Init))
-    result = widen_model(
-        model,
-        by_branches(neurons),
-        example_inputs,
-        Settings(exclude=exclude, include=include),
-        init=init,
-        weights=weights,
-        numeric=certify,
-        seed=seed,
-        progress=progress,
-    )
-    return replace(result, model=adapters.wrapped_like(model, result.model))
+    settings = Settings(exclude=exclude, include=include)
+    return _widened(model, by_branches(neurons), example_inputs, settings, init, weights, certify, seed, progress)
 
 
 @checked
@@ -174,6 +151,34 @@ def restore(
     check_choice("dropped", dropped, ("zero", "original"))
     model = restore_model(result, dropped, numeric=certify, seed=seed)
     return adapters.wrapped_like(result.model, model)
+
+
+def _widened(
+    model: nn.Module,
+    widths: Widths,
+    example_inputs: Any,
+    settings: Settings,
+    init: Init,
+    weights: Weights,
+    certify: Certify,
+    seed: int,
+    progress: Progress | None,
+) -> Result:
+    """The wider network, in the wrapper that the model came in."""
+    check_choice("weights", weights, get_args(Weights))
+    check_choice("init", init, get_args(Init))
+    result = widen_model(
+        model,
+        widths,
+        example_inputs,
+        settings,
+        init=init,
+        weights=weights,
+        numeric=certify,
+        seed=seed,
+        progress=progress,
+    )
+    return replace(result, model=adapters.wrapped_like(model, result.model))
 
 
 def _widths(flops: Limit, factor: float | None, like: Allocation | Result | str | Path | None) -> Widths:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -152,3 +153,32 @@ def test_a_mode_in_which_the_original_does_not_repeat_itself_is_left_out() -> No
     result = allocator.allocate(model, "60%", example_inputs=IMAGE, criterion="magnitude")
     assert result.flops_after < result.flops_before
     assert "not so in train mode with 2x3x16x16 (the original itself does not repeat its calls" in result.notes[-1]
+
+
+class Exits(nn.Module):
+    """Gives up the whole process where it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write, self.read = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            sys.exit("not for training")
+        y: torch.Tensor = self.read(self.write(x).relu())
+        return y
+
+
+def test_a_forward_that_exits_in_train_mode_ends_nothing() -> None:
+    result = allocator.allocate(Exits(), "50%", example_inputs=torch.zeros(1, 3, 8, 8))
+    assert result.certificate.ok
+    assert "the forward exits (not for training)" in result.notes[-1]
+    with pytest.raises(allocator.TraceError, match=r"the forward exits \(2\)"):
+        allocator.trace(Leaves(), torch.zeros(1, 3))
+
+
+class Leaves(nn.Module):
+    """Gives up the whole process in any mode."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sys.exit(2)

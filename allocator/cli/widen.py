@@ -5,20 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any, get_args
 
-from allocator.cli.allocate import show, write_files
 from allocator.cli.arguments import (
     UsageError,
     add_command,
     add_input_options,
-    add_layers_option,
     add_model_options,
-    add_output_options,
     add_plan_options,
     parse_budget,
     plan_options,
 )
 from allocator.cli.opening import example_inputs, open_model
-from allocator.cli.outputs import MODEL_SUFFIXES, check_outputs, check_report, check_suffix
+from allocator.cli.results import add_file_options, add_weight_options, certify_of, check_files, show, write_files
 from allocator.cli.talk import Talk
 from allocator.settings import WIDENING_OPTIONS, Init
 
@@ -46,22 +43,11 @@ def register(commands: Any) -> None:
     how.add_argument(
         "--neurons", metavar="N", help="make a seed: every branch of a block as many, or a share of its widest branch"
     )
-    add_output_options(parser)
-    parser.add_argument("--allocation", metavar="FILE", help="also write what was added, as .json")
+    add_file_options(parser)
     plan = parser.add_argument_group("plan")
     add_plan_options(plan, *_PLAN)
     plan.add_argument("--init", default="zero", choices=get_args(Init), help=WIDENING_OPTIONS["init"].help)
-    plan.add_argument(
-        "--weights",
-        default="keep",
-        choices=("keep", "reset"),
-        help="keep them, or start afresh to train the result from scratch (default: keep)",
-    )
-    plan.add_argument("--no-certificate", action="store_true", help="leave out the numeric certificate")
-    plan.add_argument("--seed", type=int, default=0, help="of what is drawn, and of the certificate's input")
-    parser.add_argument("--report", metavar="FILE", help="also write the report: .html, .md, .csv, .json or .txt")
-    parser.add_argument("--plot", metavar="FILE", help="also draw each block's neurons per scale: .png, .svg or .pdf")
-    add_layers_option(parser)
+    add_weight_options(plan)
     add_input_options(parser)
     add_model_options(parser)
     parser.set_defaults(run=run)
@@ -72,14 +58,9 @@ def run(args: argparse.Namespace) -> int:
     asked = [name for name in ("flops", "factor", "like", "neurons") if getattr(args, name) is not None]
     if len(asked) != 1:
         raise UsageError("one of --flops, --factor, --like and --neurons is needed, such as --flops 150%")
-    if args.output is None and args.allocation is None:
-        raise UsageError("nothing to write: give -o OUT, --allocation FILE or both")
     if args.neurons is not None and (args.scope, args.groups) != ("auto", "whole"):
         raise UsageError("--scope and --groups do not go with --neurons, which names the branches itself")
-    check_suffix(args.output, MODEL_SUFFIXES, "the model (-o)")
-    check_suffix(args.allocation, (".json",), "the allocation (--allocation)")
-    check_report(args.report, args.plot)
-    check_outputs(args, args.output, args.allocation, args.report, args.plot)
+    check_files(args)
     talk = Talk(args)
     model = open_model(args.model, args, talk)
     result = _widen(model, args, talk)
@@ -98,7 +79,7 @@ def _widen(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
             "exclude": plan["exclude"],
             "include": plan["include"],
             "weights": args.weights,
-            "certify": not args.no_certificate,
+            "certify": certify_of(args),
             "seed": args.seed,
             "progress": update,
         }

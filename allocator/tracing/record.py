@@ -99,9 +99,12 @@ def record(
         stack.enter_context(recorder.following())
         stack.enter_context(_Functions(recorder))
         stack.enter_context(recorder)
-        output, raised = None, None
+        output: Any = None
+        raised: Exception | None = None
         try:
             output = running(*args, **kwargs)
+        except SystemExit as gives_up:  # which must not end the caller's process
+            raised = RuntimeError(f"the forward exits ({gives_up})")
         except Exception as error:
             raised = error
     if raised is not None:

@@ -9,7 +9,6 @@ goes on.
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from benchmarks.common import RESULTS, table  # sets one thread before torch is 
 
 from . import digits, language
 from .networks import Attention
-from .run import read_rows
+from .rows import add_row, is_known, read_rows
 
 ROWS = RESULTS / "quality_attention.jsonl"
 """One line per network, seed and share."""
@@ -128,18 +127,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="for trained networks")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    known = {(row["network"], row["seed"], row["asked"]) for row in read_rows(ROWS)}
     for seed in args.seeds:
         for name in args.networks:
-            todo = [share for share in SHARES if (name, seed, share) not in known]
+            todo = [share for share in SHARES if not is_known(ROWS, network=name, seed=seed, asked=share)]
             if not todo:
                 continue
             model, data, judge = NETWORKS[name](seed, args.folder)
             for share in todo:
-                found = row(model, share, data, judge)
-                with ROWS.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"network": name, "seed": seed, "asked": share, **found}) + "\n")
-                print(name, seed, share, found, flush=True)
+                add_row(ROWS, row(model, share, data, judge), network=name, seed=seed, asked=share)
     PAGE.write_text(markdown(read_rows(ROWS)), encoding="utf-8")
 
 

@@ -8,7 +8,6 @@ rate. Every row is written as soon as it is there; a run that was stopped goes o
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,8 @@ import allocator
 from benchmarks.common import RESULTS, table  # sets one thread before torch is imported
 
 from .measure import errors, train
-from .run import TUNING_RATE, read_rows, trained
+from .rows import add_row, is_known, read_rows
+from .run import TUNING_RATE, trained
 from .task import Part, load
 
 ROWS = RESULTS / "quality_morphnet.jsonl"
@@ -82,17 +82,13 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     parts = load()
-    known = {(each["network"], each["seed"]) for each in read_rows(ROWS)}
     for seed in args.seeds:
         for name in args.networks:
-            if (name, seed) in known:
+            if is_known(ROWS, network=name, seed=seed):
                 continue
             model = trained(name, seed, parts, args.folder)
             torch.manual_seed(seed)
-            found = {"network": name, "seed": seed, **row(model, parts, seed)}
-            with ROWS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(found) + "\n")
-            print(found, flush=True)
+            add_row(ROWS, row(model, parts, seed), network=name, seed=seed)
     PAGE.write_text(markdown(read_rows(ROWS)), encoding="utf-8")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import time
 import warnings
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from benchmarks.common import RESULTS  # sets one thread before torch is importe
 from .arms import ARMS, flops_of
 from .measure import with_batch_norm_statistics
 from .pictures import crops, find, split
+from .rows import add_row, is_known
 from .task import Part
 
 ROWS = RESULTS / "quality_pretrained.jsonl"
@@ -138,23 +138,15 @@ def main() -> None:
     parts = split(find(args.pictures))
     print({name: len(pictures) for name, pictures in parts.items()}, "pictures", flush=True)
     calibration, test = crops(parts["calibration"], SIDE, args.crops, 0), crops(parts["test"], SIDE, TEST_CROPS, 1)
-    known = {_key(json.loads(line)) for line in ROWS.read_text().splitlines()} if ROWS.exists() else set()
     for name in args.networks:
         model = NETWORKS[name]()
         full, part = answers(model, test), Part(calibration, answers(model, calibration).argmax(1))
         for share in args.shares:
             for arm in args.arms:
                 key = {"network": name, "asked": share, "arm": arm, "crops": args.crops}
-                if _key(key) in known:
+                if is_known(ROWS, **key):
                     continue
-                found = row(model, arm, share, part, test, full)
-                with ROWS.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**key, **found}) + "\n")
-                print(name, share, arm, found.get("failed") or [found.get(state) for state in STATES], flush=True)
-
-
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["network"], row["asked"], row["arm"], row["crops"]
+                add_row(ROWS, row(model, arm, share, part, test, full), **key)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from benchmarks.common import RESULTS, table
 
 from .contrasts import Row, errors
 from .report import WORDS
-from .run import ROWS, read_rows
+from .rows import read_rows
+from .run import ROWS
 
 STATES = ("cut", "statistics", "recovered")
 

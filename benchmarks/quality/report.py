@@ -9,7 +9,8 @@ import numpy as np
 from benchmarks.common import RESULTS, table, write
 
 from .contrasts import STATES, Row, errors, primary
-from .run import read_rows
+from .rows import read_rows
+from .run import ROWS
 
 WORDS = {
     "cut": "right after the cut",
@@ -100,7 +101,7 @@ def draw(rows: Sequence[Row]) -> None:
 
 def main() -> None:
     """Write the page, its figures and the picture."""
-    rows = read_rows()
+    rows = read_rows(ROWS)
     contrasts = [vars(each) for each in primary(rows)]
     write("quality", {"contrasts": contrasts}, markdown(rows))
     draw(rows)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from benchmarks.common import RESULTS  # sets one thread before torch is importe
 from .arms import ARMS, flops_of
 from .measure import errors, train, with_batch_norm_statistics
 from .networks import NETWORKS
+from .rows import add_row, is_known
 from .task import Part, load
 
 SHARES = (0.9, 0.8, 0.6, 0.4)
@@ -87,33 +87,19 @@ def run(
 ) -> None:
     """All rows that are not there yet."""
     parts = load()
-    known = {_key(each) for each in read_rows(rows)}
     for seed in seeds:
         for name in networks:
             model = trained(name, seed, parts, folder)
             todo = [("full", 1.0), *((arm, share) for share in shares for arm in arms)]
             for arm, share in todo:
                 key = {"network": name, "seed": seed, "arm": arm, "asked": share}
-                if _key(key) in known:
+                if is_known(rows, **key):
                     continue
                 if arm == "full":
                     found = {f"cut {part}": errors(model, parts[part]) for part in ("calibration", "test")}
                 else:
                     found = row(model, arm, share, parts, seed, tune=tune, recover=recover)
-                with rows.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**key, **found}) + "\n")
-                print(name, seed, share, arm, found.get("cut test", found.get("failed")), flush=True)
-
-
-def read_rows(rows: Path = ROWS) -> list[dict[str, Any]]:
-    """All rows so far."""
-    if not rows.exists():
-        return []
-    return [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-
-
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["network"], row["seed"], row["arm"], row["asked"]
+                add_row(rows, found, **key)
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,8 @@ from benchmarks.common import RESULTS, table  # sets one thread before torch is 
 from .arms import OURS
 from .measure import errors, train
 from .networks import NETWORKS
-from .run import TUNING_RATE, read_rows, trained
+from .rows import add_row, is_known, read_rows
+from .run import TUNING_RATE, trained
 from .task import Part, load
 
 ROWS = RESULTS / "quality_tuning.jsonl"
@@ -90,16 +90,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     parts = load()
-    known = {(row["network"], row["seed"], row["asked"]) for row in read_rows(ROWS)}
     for share in args.shares:
         for seed in args.seeds:
             for name in args.networks:
-                if (name, seed, share) in known:
+                if is_known(ROWS, network=name, seed=seed, asked=share):
                     continue
                 found = row(trained(name, seed, parts, args.folder), share, parts, seed)
-                with ROWS.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"network": name, "seed": seed, "asked": share, **found}) + "\n")
-                print(name, seed, share, found, flush=True)
+                add_row(ROWS, found, network=name, seed=seed, asked=share)
     PAGE.write_text(markdown(read_rows(ROWS)), encoding="utf-8")
 
 
