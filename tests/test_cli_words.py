@@ -139,11 +139,18 @@ def test_no_option_of_the_budgeted_command_gets_lost() -> None:
     assert {**vars(again), "parsers": None} == {**vars(args), "parsers": None}
 
 
-def test_without_a_place_to_write_to_the_plan_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["allocate", "own_nets:own", *SIZE, "--flops", "50%"]) == 0
+@pytest.mark.parametrize(
+    ("name", "share", "what"), [("allocate", "50%", "smaller"), ("widen", "150%", "wider")], ids=["allocate", "widen"]
+)
+def test_without_a_place_to_write_to_the_plan_is_shown(
+    name: str, share: str, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name, "own_nets:own", *SIZE, "--flops", share]) == 0
     out, err = capsys.readouterr()
     assert "certificate: passed" in out
-    assert "nothing was written; to write the smaller model: allocator-cli allocate own_nets:own --flops 50% -o" in err
+    assert (
+        f"nothing was written; to write the {what} model: allocator-cli {name} own_nets:own --flops {share} -o" in err
+    )
     assert sorted(path.name for path in Path().iterdir() if path.is_file()) == ["own_nets.py"]
 
 
