@@ -1,17 +1,19 @@
-"""Hypothesis strategies that draw the random networks of random_networks.py."""
+"""Hypothesis strategies that draw the random networks of random_networks.py, and checks run on what is drawn."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from random_layers import ACTIVATIONS
 from random_networks import Assembly, Options, Shape, Spec, Step
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
+T = TypeVar("T")
 MAX_CHANNELS = 16
 MAX_SIDE = {1: 32, 2: 16, 3: 8}
 
@@ -283,3 +285,25 @@ def _draw_end(draw: Draw, shape: Shape, steps: list[Step], made: Assembly) -> Sp
         numbers = _one_of(draw, "float32", "float32", "float32", "float64", "bfloat16", more)
     seed, training = draw(st.integers(0, 9)), draw(st.booleans())
     return Spec(shape, tuple(steps), outputs, head, form, extra, seed, training, numbers)
+
+
+def for_examples(
+    strategy: st.SearchStrategy[T], number: int, examples: int, check: Callable[[T], None], *, shrink: bool = False
+) -> None:
+    """Call a check on so many draws, of which the first is the simplest; the same ones for a number."""
+    phases = [Phase.generate, Phase.shrink] if shrink else [Phase.generate]
+
+    @seed(number)
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=phases,
+        print_blob=False,
+    )
+    @given(strategy)
+    def run(drawn: T) -> None:
+        check(drawn)
+
+    run()

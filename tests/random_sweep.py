@@ -16,10 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from random_checks import Case, check
-from random_specs import specs
+from random_specs import for_examples, specs
 from torch import nn
 
 
@@ -59,22 +58,12 @@ def run_cases(examples: int, number: int, tally: Tally) -> Counter[str]:
     """Check that many random cases; their outcomes."""
     outcomes: Counter[str] = Counter()
 
-    @seed(number)
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink],
-        print_blob=False,
-    )
-    @given(cases())
-    def run(case: Case) -> None:
+    def count(case: Case) -> None:
         outcome = check(case)
         outcomes[outcome] += 1
         tally.add(case, outcome)
 
-    run()
+    for_examples(cases(), number, examples, count, shrink=True)
     return outcomes
 
 

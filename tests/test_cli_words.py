@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -19,6 +20,7 @@ from allocator.cli.next_step import command
 from allocator.cli.opening import find_local_modules
 from allocator.cli.words import in_shell
 from allocator.reporting import schema
+from allocator.verifying import smaller
 
 ROOT = Path(__file__).resolve().parents[1]
 NET = """
@@ -191,3 +193,18 @@ def test_the_saved_model_of_a_tensor_file_is_no_model(capsys: pytest.CaptureFixt
     torch.save(torch.zeros(3), "tensor.pt")
     assert main(["report", "tensor.pt"]) == 1
     assert "holds a Tensor, not a model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["allocate", "widen"])
+@pytest.mark.parametrize(
+    ("options", "compared"),
+    [((), [[1, 1, 64, 64]]), (("--certify", "full"), [[1, 1, 128, 128]]), (("--no-certificate",), [])],
+    ids=["small", "full", "none"],
+)
+def test_how_large_the_inputs_are_that_outputs_are_compared_on(
+    name: str, options: tuple[str, ...], compared: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(smaller, "WORTH", 0)
+    share = "50%" if name == "allocate" else "150%"
+    assert main([name, "own_nets:own", "--input-size", "1x1x128x128", "--flops", share, "--json", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["certificate"]["compared_shapes"] == compared

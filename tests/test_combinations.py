@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 import torch
 from combinations import FACTORS, Request, check, covering
-from hypothesis import HealthCheck, Phase, given, seed, settings
 from random_networks import Spec, build, convert
-from random_specs import specs
+from random_specs import for_examples, specs
 from reference_set import REFERENCE_SET, randomised
 from torch import nn
 
@@ -59,20 +58,11 @@ def on_random_networks(request: Request, number: int, examples: int) -> Counter[
     """Check a request on so many random networks, of which the first is the simplest that there is; the outcomes."""
     outcomes: Counter[str] = Counter()
 
-    @seed(number)
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate],
-    )
-    @given(specs())
-    def run(spec: Spec) -> None:
+    def count(spec: Spec) -> None:
         x = torch.randn(1, *spec.shape, generator=torch.Generator().manual_seed(11))
         outcomes[check(build(spec), convert(x, spec.numbers), request)] += 1
 
-    run()
+    for_examples(specs(), number, examples, count)
     return outcomes
 
 
