@@ -78,6 +78,7 @@ def compare_outputs(
     like: Sequence[Inputs] = (),
     *,
     uncut: bool = False,
+    copies: Maps | None = None,
 ) -> Comparison:
     """Compare the two models on inputs drawn from the seed, in float64 or, where the forward refuses that, in float32.
 
@@ -95,6 +96,7 @@ def compare_outputs(
             run on them; the graph's own where there are none.
         uncut: with its own weights the original computes what the rewritten model does, though it has more neurons; it
             is compared as it is.
+        copies: per tensor of the original, which index holds what each holds, for weights that are drawn.
 
     Raises:
         CertificateError: the forward runs in neither dtype.
@@ -102,7 +104,7 @@ def compare_outputs(
     said = []
     for dtype in (torch.float64, torch.float32):
         try:
-            return _compare(_Pair(graph, kept, maps, small, seed, like or (graph.inputs,), dtype, uncut))
+            return _compare(_Pair(graph, kept, maps, small, seed, like or (graph.inputs,), dtype, uncut, copies or {}))
         except AllocatorError:
             raise
         except Exception as error:  # whatever the model's own code raises
@@ -149,6 +151,7 @@ class _Pair:
     like: Sequence[Inputs]
     dtype: torch.dtype
     uncut: bool
+    copies: Maps
 
     def inputs(self) -> Iterator[Inputs]:
         """Those to compare on, the ones that say most first."""
@@ -161,16 +164,18 @@ class _Pair:
             yield own.noise(self.seed + 1, device, torch.float64)
             yield own
 
+    def draw(self, *, drawn: bool) -> Draw | None:
+        """Weights for the original, where they are drawn."""
+        return Draw(self.graph, self.seed, self.copies) if drawn else None
+
     def compare(self, inputs: Inputs, *, drawn: bool) -> Comparison:
         """The two models on one input."""
-        draw = Draw(self.graph, self.seed) if drawn else None
-        return self._beside(self._original(inputs, draw), inputs, drawn)
+        return self._beside(self._original(inputs, self.draw(drawn=drawn)), inputs, drawn)
 
     def tried(self, inputs: Inputs, *, drawn: bool) -> Comparison | None:
         """As `compare`; None where the original itself does not take this input."""
-        draw = Draw(self.graph, self.seed) if drawn else None
         try:
-            given = self._original(inputs, draw)
+            given = self._original(inputs, self.draw(drawn=drawn))
         except Exception:  # whatever the model's own code raises
             return None
         return self._beside(given, inputs, drawn)
@@ -196,8 +201,7 @@ class _Pair:
         found, floors = difference(reference, result), None
         tolerance = TOLERANCES[_name(self.dtype)]
         if tolerance < found.worst < float("inf") and self.graph.exact:
-            draw = Draw(self.graph, self.seed) if drawn else None
-            nudged = [self._cut(inputs, draw, nudge) for nudge in range(1, NUDGES + 1)]
+            nudged = [self._cut(inputs, self.draw(drawn=drawn), nudge) for nudge in range(1, NUDGES + 1)]
             floors = noise_floors(cut, nudged, tolerance)
             found = difference(reference, result, floors)
         effect = difference(whole, cut, floors, patterns=False).worst if whole is not cut else 0.0
