@@ -354,7 +354,52 @@ def test_a_forward_that_writes_into_its_input() -> None:
     assert _hold(run, _simple_layers) == "result"
 
 
+# Outputs that hardly show what was dropped ----------------------------------------------------------
+
+
+def test_what_only_large_inputs_switch_on_shows_on_them() -> None:
+    """No input of the usual size gets past these biases, and a forward that looks at values keeps its own weights."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.body(x * 0 if float(x.max()) > 1e9 else x).relu())
+
+    def layers() -> dict[str, nn.Module]:
+        body = nn.Linear(8, 6)
+        nn.init.normal_(body.weight, 0, 8**-0.5)
+        nn.init.constant_(body.bias, -6)
+        return {"body": body, "head": nn.Linear(6, 3)}
+
+    with pytest.warns(allocator.AllocatorWarning):
+        result = allocator.allocate(_net(run, layers), "70%", example_inputs=torch.zeros(1, 8), criterion="magnitude")
+    assert result.certificate.shown
+    assert result.certificate.effect is not None
+    assert result.certificate.effect > 1e-3
+
+
+def test_weights_of_one_seed_may_show_nothing() -> None:
+    """After a softmax and a pool inputs hardly vary, and the drawn weights had both neurons of the hidden layer off."""
+    steps = (
+        Step("unit", (0,), {"out": 3, "norm": "batch"}),
+        Step("transposed", (1,), {"out": 6, "groups": 3, "stride": 2, "transposed": True, "bias": True}),
+        Step("hierarchy", (2,), {"parts": 2, "groups": 3}),
+        Step("excite", (3,), {"inner": 4, "linear": True, "pool": "module"}, inline=True),
+        Step("split", (4,), {"sizes": (5, 1), "how": "list"}),
+        Step("hierarchy", (3,), {"parts": 2, "groups": 3}),
+        Step("reorder", (7,), {"how": "softmax"}),
+        Step("reorder", (4,), {"how": "softmax"}),
+        Step("join", (5, 6, 8, 9), {"how": "cat"}),
+    )
+    spec = Spec((2, 8, 8), steps, head={"how": "pool", "hidden": 2}, form="tuple", seed=3, numbers="float64")
+    assert check(Case(spec, 0.2, scope="all", fill=False, again=0.86), by_turns=True) == "budget"
+
+
 # Allocating again -----------------------------------------------------------------------------------
+
+
+def test_a_layer_whose_class_is_another_by_now_is_known_to_the_check() -> None:
+    """Attention that lost heads is of a class made from torch's; allocated again, its sizes change as before."""
+    steps = (Step("unit", (0,), {"out": 12, "norm": "batch"}), Step("attention", (1,), {"heads": 1}))
+    assert check(Case(Spec((1, 8, 8), steps), 0.6, again=0.5)) == "result"
 
 
 def _grouped(net: Any, x: Tensor) -> Tensor:

@@ -217,7 +217,7 @@ def test_a_vision_transformer_becomes_twice_as_wide(init: Any) -> None:
     check_widened(model, result, IMAGE)
     block: Any = result.model.get_submodule("blocks.0")
     assert (block.norm1.normalized_shape, block.attn.num_heads, block.mlp.fc1.out_features) == ((64,), 8, 256)
-    assert result.model.pos_embed.shape == (1, 5, 64)  # type: ignore[union-attr]
+    assert result.model.pos_embed.shape == (1, 5, 64)
     assert not [note for note in result.notes if "widen" in note]
     if init == "zero":
         assert same_bits(originals(result, IMAGE).model, model)

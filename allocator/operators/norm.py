@@ -124,8 +124,10 @@ def _whole_groups(flow: Flow, op: Op, grouped: np.ndarray) -> None:
     """Each row of channels stays or goes as one, with its mean and deviation; a single row is normalised together."""
     if len(grouped) == 1:
         flow.average(grouped[0], op, _JOINT)
-        return
-    flow.tie(grouped, grouped[:, :1], op)
-    flow.group(op, op.arg("weight"), grouped[:, 0])
+        if flow.options.grows:  # its channels become more, and it stays one group
+            return
+    else:
+        flow.tie(grouped, grouped[:, :1], op)
+        flow.group(op, op.arg("weight"), grouped[:, 0])
     for index in op.outputs[1:]:
         flow.set(index, [flow.labels(op.inputs()[0])[0], grouped[:, 0]])

@@ -27,6 +27,8 @@ SHOWS = 10
 # The share of an output that has to be compared on some input: of the others NaN is all that is known.
 ENOUGH = 0.01
 NUDGES = 3
+# By how much the largest inputs that are tried exceed standard normal ones: biases then count for little.
+LOUD = 16.0
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ def compare_outputs(
     """Compare the two models on inputs drawn from the seed, in float64 or, where the forward refuses that, in float32.
 
     Where neurons do not reach the outputs with the model's own weights, weights drawn from the seed are
-    compared as well, and then other inputs. A model that needs values is compared on its example inputs first, since
-    others may take another path.
+    compared as well, and then other inputs, each with other weights. A model that needs values is compared on its
+    example inputs first, since others may take another path.
 
     Args:
         graph: the original's neurons; of its weights, every one that reads a dropped neuron counts as zero.
@@ -118,7 +120,7 @@ def compare_outputs(
 
 def _compare(pair: _Pair) -> Comparison:
     inputs, *others = pair.inputs()
-    tried = pair.tried(inputs, drawn=False) if len(pair.like) > 1 else pair.compare(inputs, drawn=False)
+    tried = pair.tried(inputs) if len(pair.like) > 1 else pair.compare(inputs)
     if tried is None:  # what a trace on sizes alone does not see, as indices beyond a smaller image
         return _compare(replace(pair, like=pair.like[1:]))
     own = tried
@@ -126,14 +128,14 @@ def _compare(pair: _Pair) -> Comparison:
     if pair.kept.all():
         return own
     if not (own.effect >= MEASURABLE and not _silenced(pair.graph)) and not by_value:
-        drawn = pair.compare(inputs, drawn=True)
+        drawn = pair.compare(inputs, pair.seed)
         if np.isfinite(drawn.effect):
             found = own.on_another_input(drawn, drawn.effect)
-    for other in others:
-        for drawn_too in (False,) if by_value else (False, True):
+    for number, other in enumerate(others, 1):
+        for weights in (None,) if by_value else (None, pair.seed + number):
             if found.shows:
                 return found
-            again = pair.tried(other, drawn=drawn_too)
+            again = pair.tried(other, weights)
             if again is not None:
                 found = found.on_another_input(again, max(found.effect, again.effect))
     return found
@@ -163,22 +165,23 @@ class _Pair:
             yield own.noise(self.seed, device, torch.float64, positive=True)
             yield own.noise(self.seed + 1, device, torch.float64)
             yield own
+            yield own.noise(self.seed + 2, device, torch.float64, scale=LOUD)
+            yield own.noise(self.seed + 3, device, torch.float64, scale=LOUD)
 
-    def draw(self, *, drawn: bool) -> Draw | None:
-        """Weights for the original, where they are drawn."""
-        return Draw(self.graph, self.seed, self.copies) if drawn else None
+    def compare(self, inputs: Inputs, weights: int | None = None) -> Comparison:
+        """The two models on one input, with their own weights or with those of a seed."""
+        return self._beside(self._original(inputs, self._draw(weights)), inputs, weights)
 
-    def compare(self, inputs: Inputs, *, drawn: bool) -> Comparison:
-        """The two models on one input."""
-        return self._beside(self._original(inputs, self.draw(drawn=drawn)), inputs, drawn)
-
-    def tried(self, inputs: Inputs, *, drawn: bool) -> Comparison | None:
+    def tried(self, inputs: Inputs, weights: int | None = None) -> Comparison | None:
         """As `compare`; None where the original itself does not take this input."""
         try:
-            given = self._original(inputs, self.draw(drawn=drawn))
+            given = self._original(inputs, self._draw(weights))
         except Exception:  # whatever the model's own code raises
             return None
-        return self._beside(given, inputs, drawn)
+        return self._beside(given, inputs, weights)
+
+    def _draw(self, weights: int | None) -> Draw | None:
+        return None if weights is None else Draw(self.graph, weights, self.copies)
 
     def _original(self, inputs: Inputs, draw: Draw | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Outputs of the original with the dropped neurons cut, and without that."""
@@ -191,21 +194,20 @@ class _Pair:
         return run_float64(self.graph.model, inputs, zeroed=zeroed, draw=draw, dtype=self.dtype, nudge=nudge)
 
     def _beside(
-        self, original: tuple[list[torch.Tensor], list[torch.Tensor]], inputs: Inputs, drawn: bool
+        self, original: tuple[list[torch.Tensor], list[torch.Tensor]], inputs: Inputs, weights: int | None
     ) -> Comparison:
         cut, whole = original
-        reference = whole if self.uncut and not drawn else cut
-        result = run_float64(
-            self.small, inputs, draw=Draw(self.graph, self.seed, self.maps) if drawn else None, dtype=self.dtype
-        )
+        reference = whole if self.uncut and weights is None else cut
+        draw = None if weights is None else Draw(self.graph, weights, self.maps)
+        result = run_float64(self.small, inputs, draw=draw, dtype=self.dtype)
         found, floors = difference(reference, result), None
         tolerance = TOLERANCES[_name(self.dtype)]
         if tolerance < found.worst < float("inf") and self.graph.exact:
-            nudged = [self._cut(inputs, self.draw(drawn=drawn), nudge) for nudge in range(1, NUDGES + 1)]
+            nudged = [self._cut(inputs, self._draw(weights), nudge) for nudge in range(1, NUDGES + 1)]
             floors = noise_floors(cut, nudged, tolerance)
             found = difference(reference, result, floors)
         effect = difference(whole, cut, floors, patterns=False).worst if whole is not cut else 0.0
-        return self._comparison(found, effect, len(cut), drawn)
+        return self._comparison(found, effect, len(cut), weights is not None)
 
     def _comparison(self, found: Difference, effect: float, outputs: int, drawn: bool) -> Comparison:
         numbers = found.shares, found.compared, _name(self.dtype)
