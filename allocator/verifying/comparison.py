@@ -45,6 +45,7 @@ class Comparison:
         compared: numbers that were compared, over all inputs.
         dtype: what was computed in.
         like: the inputs that those compared on first were drawn like.
+        unread: no output reads the dropped neurons, so that there is no effect to see.
     """
 
     error: float
@@ -55,11 +56,13 @@ class Comparison:
     compared: int = 0
     dtype: str = "float64"
     like: Inputs | None = None
+    unread: bool = False
 
     @property
     def shows(self) -> bool:
         """Whether a mistake would have been seen."""
-        return self.effect >= SHOWS * TOLERANCES[self.dtype] and min(self.shares, default=0.0) >= ENOUGH
+        seen = self.unread or self.effect >= SHOWS * TOLERANCES[self.dtype]
+        return seen and min(self.shares, default=0.0) >= ENOUGH
 
     def on_another_input(self, other: Comparison, effect: float) -> Comparison:
         """Both together, with the effect that counts."""
@@ -138,7 +141,7 @@ def _compare(pair: _Pair) -> Comparison:
             again = pair.tried(other, weights)
             if again is not None:
                 found = found.on_another_input(again, max(found.effect, again.effect))
-    return found
+    return found if found.shows else replace(found, unread=pair.is_unread())
 
 
 @dataclass
@@ -188,6 +191,38 @@ class _Pair:
         cut = self._cut(inputs, draw)
         told = not self.kept.all() and any(t.numel() for t in cut)  # a detector may find nothing
         return cut, run_float64(self.graph.model, inputs, draw=draw, dtype=self.dtype) if told else cut
+
+    def is_unread(self) -> bool:
+        """Whether the original gives the same outputs where every weight of a dropped neuron is no number.
+
+        That passes through all arithmetic, where a zero may be lost in a layer that is off. What compares numbers takes
+        none for small, and is asked with the largest and the smallest too.
+        """
+        rows, found = _dropped_rows(self.graph, self.kept), []
+        by_value = self.graph.flow.trace.mode == "real"
+        for number, inputs in enumerate(self.inputs()):
+            for weights in (None,) if by_value else (None, self.seed + number):
+                found.append(self._same_outputs(inputs, rows, self._draw(weights)))
+                if found[-1] is False:
+                    return False
+        return True in found
+
+    def _same_outputs(self, inputs: Inputs, rows: Rows, draw: Draw | None) -> bool | None:
+        """Whether no output reads these rows; None where there is none to see that of."""
+        try:
+            usual = run_float64(self.graph.model, inputs, draw=draw, dtype=self.dtype)
+        except Exception:  # whatever the model's own code raises
+            return None
+        if not all(t.numel() for t in usual):
+            return None
+        for fill in (float("nan"), float("inf"), -float("inf")):
+            try:
+                spoilt = run_float64(self.graph.model, inputs, zeroed=rows, draw=draw, dtype=self.dtype, fill=fill)
+            except Exception:  # the forward asks for numbers, or chooses between them
+                return False
+            if difference(usual, spoilt).worst:
+                return False
+        return True
 
     def _cut(self, inputs: Inputs, draw: Draw | None, nudge: int = 0) -> list[torch.Tensor]:
         zeroed = _zeroed_rows(self.graph, self.kept)
@@ -239,7 +274,16 @@ def _zeroed_rows(graph: ChannelGraph, kept: np.ndarray) -> Rows:
     for label in graph.facts.multiplied:
         units = np.unique(graph.units(label))
         slots |= np.isin(graph.unit_of_slot, units)
-    slots &= dropped
+    return _rows(graph, slots & dropped)
+
+
+def _dropped_rows(graph: ChannelGraph, kept: np.ndarray) -> Rows:
+    """Per floating-point tensor, the (dim, indices) that are dropped."""
+    rows = _rows(graph, ~graph.stays(kept))
+    return {name: found for name, found in rows.items() if graph.tensors[name].is_floating_point()}
+
+
+def _rows(graph: ChannelGraph, slots: np.ndarray) -> Rows:
     slots[FROZEN] = False
     rows: Rows = {}
     for name, shape in graph.slots.shapes.items():
