@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from allocator.adapters import Adapter, Kept, register, register_state
-from allocator.adapters.hf_config import configuration, recorded_class
+from allocator.adapters.hf_config import configuration, recorded_class, write_configuration
 from allocator.adapters.hf_experts import aligned
 from allocator.adapters.hf_inputs import inputs
 from allocator.adapters.library import library
@@ -132,7 +132,10 @@ for _name in ("phi3.modeling_phi3.Phi3Attention", "phi4_multimodal.modeling_phi4
     register(f"transformers.models.{_name}", Adapter(sizes=_joint_attention))
 for _name in ("t5.modeling_t5.T5Attention", "mt5.modeling_mt5.MT5Attention", "umt5.modeling_umt5.UMT5Attention"):
     register(f"transformers.models.{_name}", Adapter(sizes=_t5_attention))
-register("transformers.*", Adapter(inputs=inputs, configuration=configuration, multiples=aligned))
+register(
+    "transformers.*",
+    Adapter(inputs=inputs, configuration=configuration, write_configuration=write_configuration, multiples=aligned),
+)
 register("transformers.pytorch_utils.Conv1D", Adapter(sizes=_transposed_linear))
 # Keys and values of the tokens so far.
 register_state(("transformers.cache_utils.Cache", "transformers.cache_utils.EncoderDecoderCache"))

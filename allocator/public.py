@@ -33,6 +33,7 @@ from allocator.errors import (
     UnsupportedModelError,
     ValueDependentTraceWarning,
 )
+from allocator.folders import allocate_folder, apply_folder
 from allocator.graph.blocks import Block, Branch
 from allocator.graph.channel_graph import ChannelGraph, Neuron
 from allocator.growing import restore, seed, widen
@@ -98,7 +99,9 @@ __all__ = [
     "UnsupportedModelError",
     "ValueDependentTraceWarning",
     "allocate",
+    "allocate_folder",
     "apply",
+    "apply_folder",
     "build",
     "criterion",
     "export",
