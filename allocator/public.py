@@ -9,6 +9,7 @@ from allocator.errors import (
     AllocationMismatchError,
     AllocatorError,
     AllocatorWarning,
+    ArgumentsError,
     BudgetError,
     BudgetNotBindingWarning,
     CertificateError,
@@ -37,6 +38,7 @@ from allocator.folders import allocate_folder, apply_folder
 from allocator.graph.blocks import Block, Branch
 from allocator.graph.channel_graph import ChannelGraph, Neuron
 from allocator.growing import restore, seed, widen
+from allocator.hub import from_hub, push_to_hub
 from allocator.io.export import export
 from allocator.io.files import load_model, save_model
 from allocator.io.models import build
@@ -62,6 +64,7 @@ __all__ = [
     "AllocationMismatchError",
     "AllocatorError",
     "AllocatorWarning",
+    "ArgumentsError",
     "Block",
     "Branch",
     "BudgetError",
@@ -105,6 +108,7 @@ __all__ = [
     "build",
     "criterion",
     "export",
+    "from_hub",
     "iterate",
     "latency",
     "load",
@@ -113,6 +117,7 @@ __all__ = [
     "plan",
     "recover",
     "policy",
+    "push_to_hub",
     "restore",
     "rewrite",
     "save",

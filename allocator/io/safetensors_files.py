@@ -43,12 +43,12 @@ def read_safetensors(path: PathLike, *, tensors: bool = True) -> tuple[dict[str,
 
 
 def write_safetensors(tensors: Mapping[str, torch.Tensor], path: PathLike, metadata: Mapping[str, str]) -> None:
-    """Write a file; use it within `write_atomically`.
+    """Write a file; use it within `write_atomically`, which names the file that was meant.
 
     Raises:
-        FileError: the disk is full.
+        OSError: the disk is full.
     """
     try:
         save_file(dict(tensors), path, metadata=dict(metadata))
-    except SafetensorError as error:  # a full disk, which others tell by an OSError
-        raise FileError(f"cannot write {path}: {error}") from error
+    except SafetensorError as error:
+        raise OSError(str(error)) from error  # as others tell it
