@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,10 +43,10 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     model_class = _model_class(transformers, config)
     on_meta = torch.get_default_device().type == "meta"
     if on_meta or not _has_weights(name, pretrained):
-        built: nn.Module = recorded_class(model_class, config)(config)
+        built: Any = recorded_class(model_class, config)(config)
         if on_meta and hasattr(built, "tie_weights"):
             built.tie_weights()  # not all releases do so there by themselves
-        return built
+        return cast(nn.Module, built)
     # A pickle would run code as it is read.
     model: nn.Module = recorded_class(model_class, config).from_pretrained(
         name, config=config, local_files_only=True, use_safetensors=True
