@@ -18,6 +18,7 @@ from allocator.logs import hidden
 from allocator.modules import modules_of, set_training, skeleton, tensor_names
 from allocator.torch_private import (
     FAKE_LOGGER,
+    LITERALS,
     FakeTensorMode,
     TorchDispatchMode,
     call_as_usual,
@@ -297,7 +298,7 @@ class _Functions(TorchFunctionMode):
             out = func(*args, **kwargs)
             if func in _WRITTEN_DOWN:
                 leaves = [getattr(leaf, "tolist", lambda leaf=leaf: leaf)() for leaf in _given(args, kwargs)]
-                numbers = [leaf for leaf in tree_flatten(leaves)[0] if type(leaf) in _LITERALS]
+                numbers = [leaf for leaf in tree_flatten(leaves)[0] if type(leaf) in LITERALS]
                 self.recorder.literals[id(out)] = out, tuple(numbers)  # held, so that no other tensor has its id
             return out
         call = Call(name, args, kwargs)
@@ -324,17 +325,14 @@ def _composite(func: Any) -> str | None:
 
 
 def _replace(tree: Any, ref: Callable[[Any], Any]) -> Any:
-    """`tree_map` for the few containers that ATen arguments use; several times faster."""
-    if type(tree) in _LITERALS:
+    """`map_arguments` that makes tuples of lists, which the forward may go on to change."""
+    if type(tree) in LITERALS:
         return tree
     if isinstance(tree, (list, tuple)):
-        return tuple([item if type(item) in _LITERALS else _replace(item, ref) for item in tree])
+        return tuple([item if type(item) in LITERALS else _replace(item, ref) for item in tree])
     if isinstance(tree, dict):
         return {key: _replace(item, ref) for key, item in tree.items()}
     return ref(tree)
-
-
-_LITERALS = frozenset({int, float, bool, str, type(None)})
 
 
 def _note_views(op: Op, values: list[Value]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import set_training, skeleton, tensor_names
 from allocator.rewriting.index_map import IndexMap, Maps
-from allocator.torch_private import tree_map
+from allocator.torch_private import map_arguments
 from allocator.tracing.inputs import Inputs, dtype_of
 from allocator.tracing.isolation import undisturbed
 from allocator.tracing.operators import FUNCTIONS, Function
@@ -37,7 +37,7 @@ def part_of(tensor: torch.Tensor, maps: Sequence[IndexMap | None]) -> torch.Tens
     for dim, index_map in enumerate(maps):
         if index_map is not None:
             index = torch.as_tensor(index_map.source, device=tensor.device)
-            tensor = tensor[(slice(None),) * dim + (index,)]
+            tensor = tensor.index_select(dim, index)
     return tensor
 
 
@@ -49,6 +49,7 @@ def run_float64(
     draw: Draw | None = None,
     dtype: torch.dtype = torch.float64,
     nudge: int = 0,
+    written: Collection[str] | None = None,
 ) -> list[torch.Tensor]:
     """Output tensors of an eval-mode forward in float64; weights are converted one call at a time.
 
@@ -59,12 +60,18 @@ def run_float64(
         draw: gives values to use in place of the model's parameters and running statistics.
         dtype: what is computed in, float32 where a forward refuses float64.
         nudge: a seed by which every weight is changed a little, to see what outputs owe to rounding; 0 for none.
+        written: names of the parameters that the forward writes into, where that is known: no others are copied.
 
     Returns:
         Tensors on the CPU in float64; of complex ones the last dim is (real, imaginary). Where all are of whole
         numbers, what the last of them were made from as well (of an argmax, the scores): that they agree shows more.
     """
-    copied = set_training(skeleton(model, lambda _, t: t if _reads_only(t, dtype) else t.clone()), False)
+
+    def own(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        known = written is not None and isinstance(tensor, nn.Parameter) and name not in written
+        return tensor if known or _reads_only(tensor, dtype) else tensor.clone()
+
+    copied = set_training(skeleton(model, own), False)
     direct = {name: rows for name, rows in (zeroed or {}).items() if not _zero_computed(copied, name, rows)}
     with torch.no_grad(), undisturbed(model), _Wide(copied, direct, draw, dtype, nudge) as mode:
         arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs
@@ -151,10 +158,10 @@ class _Wide(TorchFunctionMode):
         if func in _NARROWING:
             return args[0].to(self.dtype)
         given = args, kwargs or {}
-        args, kwargs = tree_map(self.convert, given)
+        args, kwargs = map_arguments(self.convert, given)
         declared = FUNCTIONS.get(name)
         if declared is not None and declared.orders:
-            args, kwargs = tree_map(_rounded, (args, kwargs))
+            args, kwargs = map_arguments(_rounded, (args, kwargs))
         out = _convolve(func, *args, **kwargs) if func in _CONVOLUTIONS else func(*args, **kwargs)
         if name.endswith("_") or "out" in kwargs:
             self._note_written(given, (args, kwargs))
@@ -163,7 +170,7 @@ class _Wide(TorchFunctionMode):
             return self.widen(out)
         if out is self.dtype:
             return self.said
-        return tree_map(self.widen, out) if isinstance(out, (tuple, list)) else out
+        return map_arguments(self.widen, out) if isinstance(out, (tuple, list)) else out
 
     def _note_rounded(self, args: Any, out: torch.Tensor, declared: Function | None) -> None:
         """Remember what a call made whole numbers of; where it had been rounded before, what that was."""
