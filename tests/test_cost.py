@@ -35,6 +35,24 @@ def test_a_call_costs_what_fvcore_counts(name: str) -> None:
     assert (expected == 0) == uncounted(name)
 
 
+@pytest.mark.parametrize("name", list(WHOLE))
+def test_on_sizes_alone_fvcore_counts_the_same(name: str) -> None:
+    model, shapes = WHOLE[name]
+    inputs = inputs_of(shapes)
+    given = as_inputs(inputs, model)
+    if "without a batch" in name:
+        with pytest.raises(allocator.TraceError, match="is not recorded on meta tensors"):
+            fvcore_flops(model, given, on_meta=True)
+    else:
+        assert fvcore_flops(model, given, on_meta=True)[0] == by_fvcore(model, *inputs)
+
+
+def test_on_sizes_alone_what_the_tracer_does_not_record_is_refused() -> None:
+    model = nn.Conv2d(3, 4, 3, padding="same")
+    with pytest.raises(allocator.TraceError, match="is not recorded on meta tensors"):
+        fvcore_flops(model, as_inputs(torch.zeros(1, 3, 8, 8), model), on_meta=True)
+
+
 def uncounted(name: str) -> bool:
     """What fvcore leaves out: pooling but adaptive mean pooling to an image, most resampling, and so on."""
     counted_pool = name.startswith("AdaptiveAvgPool2d") or "Pool" not in name

@@ -12,7 +12,7 @@ import functools
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FunctionType, MappingProxyType, ModuleType
 from typing import Any, ParamSpec, TypeVar
 
@@ -47,11 +47,12 @@ def undisturbed(model: nn.Module, *, itself: bool = False) -> Iterator[None]:
     Raises:
         UnsupportedModelError: the forward reached the model itself instead of the copy, and wrote into it.
     """
-    tensors = {} if itself else tensor_names(model)
+    modules = modules_of(model)
+    tensors = {} if itself else tensor_names(model, modules)
     versions = {name: _version(tensor) for name, tensor in tensors.items()}
     with _ONE_AT_A_TIME:
-        memory, restore_states = _Memory(model), _states()
-        watch, watched = _Watch(), _has_to_be_watched(model)
+        memory, restore_states = _Memory(modules.values()), _states()
+        watch, watched = _Watch(), _has_to_be_watched(modules.values())
         try:
             with watch if watched else contextlib.nullcontext(), adapters.in_calls_that_are_followed():
                 yield
@@ -96,9 +97,9 @@ def as_usual(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def _has_to_be_watched(model: nn.Module) -> bool:
+def _has_to_be_watched(modules: Collection[nn.Module]) -> bool:
     """Alone in the process, and without attention of torch's own, nothing is to be told apart; a mode takes time."""
-    return threading.active_count() > 1 or any(isinstance(module, _FUSED) for module in modules_of(model).values())
+    return threading.active_count() > 1 or any(isinstance(module, _FUSED) for module in modules)
 
 
 class _Watch(TorchFunctionMode):
@@ -141,12 +142,12 @@ class _Memory:
     into too, only what holds tensors.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, modules: Collection[nn.Module]) -> None:
         self._containers: list[tuple[Any, Any, bool]] = []  # (container, copy of it, whether all of it is put back)
         self._classes: list[tuple[type, dict[str, Any]]] = []
         self._caches: list[tuple[Any, int]] = []
         self._seen: set[int] = set()
-        classes = {base for module in modules_of(model).values() for base in type(module).__mro__ if _is_own(base)}
+        classes = {base for kind in {*map(type, modules)} for base in kind.__mro__ if _is_own(base)}
         for cls in classes:
             self._classes.append((cls, dict(vars(cls))))
             for value in vars(cls).values():

@@ -222,7 +222,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Trace:
         names = {id(tensor): name for name, tensor in tensor_names(self.model, self.modules).items()}
         values: list[Value] = []
-        index: dict[int, int] = {}
+        index: dict[int, Ref] = {}
 
         read: list[int] = []
 
@@ -231,12 +231,12 @@ class _Recorder(TorchDispatchMode):
                 return leaf
             known = index.get(id(leaf))
             if known is None:
-                known = index[id(leaf)] = len(values)
+                known = index[id(leaf)] = Ref(len(values))
                 shape = (self.before.get(id(leaf)) or [_shape(leaf)])[0]
                 literal = self.literals[id(leaf)][1] if id(leaf) in self.literals else _numbers(leaf, mode)
                 values.append(Value(shape, leaf.dtype, names.get(id(leaf)), literal=literal))
-            read.append(known)
-            return Ref(known)
+            read.append(known.index)
+            return known
 
         def outputs(tree: Any) -> tuple[int, ...]:
             leaves = [tree] if isinstance(tree, torch.Tensor) else tree_flatten(tree)[0]

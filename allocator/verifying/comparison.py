@@ -182,8 +182,9 @@ class _Pair:
         cut = self._cut(inputs, draw)
         if self.kept.all() or not any(t.numel() for t in cut):  # a detector may find nothing
             return cut, cut
-        if draw is None and not self.uncut and dtype_of(self.graph.model) is torch.float32:
-            whole = self._whole(inputs, None, torch.float32)
+        only_for_the_effect = draw is not None or not self.uncut
+        if only_for_the_effect and dtype_of(self.graph.model) is torch.float32:
+            whole = self._whole(inputs, draw, torch.float32)
             if PLAIN <= difference(whole, cut, patterns=False).worst < float("inf"):
                 return cut, whole
         return cut, self._whole(inputs, draw, self.dtype)

@@ -114,7 +114,8 @@ class Draw:
     """Weights drawn from a seed, the same for a name whatever is kept of it.
 
     Matrices and kernels are uniform with the variance 2 / fan-in (He et al., ICCV 2015), vectors uniform in
-    0.5..1.5, so that signals neither vanish nor grow on their way; of buffers only running statistics are drawn.
+    0.5..1.5, so that signals neither vanish nor grow on their way; of buffers only running statistics are drawn. They
+    are numbers of float32, which any wider dtype holds.
     """
 
     def __init__(self, graph: ChannelGraph, seed: int, maps: Maps | None = None) -> None:
@@ -125,8 +126,8 @@ class Draw:
         statistic = name.endswith(("running_mean", "running_var"))
         if not shape or not (isinstance(own, nn.Parameter) or statistic):
             return own
-        generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
-        values = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+        generator = np.random.Generator(np.random.SFC64(zlib.crc32(f"{self.seed} {name}".encode())))
+        values = torch.from_numpy(generator.random(shape, dtype=np.float32))
         if len(shape) == 1:
             values += 0.5
         else:
