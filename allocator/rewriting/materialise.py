@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,9 @@ def check_fits(model: nn.Module, allocation: Allocation) -> None:
         if name not in tensors:
             raise AllocationMismatchError(f"the allocation names {name}, which {type(model).__name__} does not have")
         _check_indices(name, dims, tuple(tensors[name].shape))
+    for field in ("reads", "averaged"):
+        for name, dims in allocation.added.get(field, {}).items():
+            _check_added(name, dims, allocation.kept.get(name, []))
     _check_attributes(model, allocation)
     architecture = architecture_hash(shapes_of(model))
     if allocation.architecture and allocation.architecture != architecture:
@@ -66,6 +70,14 @@ def check_fits(model: nn.Module, allocation: Allocation) -> None:
             f"the allocation was made for another architecture ({allocation.architecture}, "
             f"this {type(model).__name__} is {architecture}): build the model as it was then"
         )
+
+
+def _check_added(name: str, dims: Sequence[Indices | None], kept: Sequence[Indices | None]) -> None:
+    """What is said of added indices is said of indices that there are."""
+    for places, sources in zip_longest(dims, kept):
+        size = 0 if sources is None else length(sources)
+        if places and not all(0 <= place < size for place in places):
+            raise AllocationMismatchError(f"{name}: the allocation fills added indices beyond the {size} that it has")
 
 
 def _check_attributes(model: nn.Module, allocation: Allocation) -> None:
