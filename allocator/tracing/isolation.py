@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import random
 import sys
 import threading
@@ -185,6 +186,8 @@ class _Memory:
                 cache.cache_clear()
         for cls, before in self._classes:
             now = dict(vars(cls))
+            if _unchanged(now, before):
+                continue
             for key in (key for key in now if key not in before and not _is_pythons(key)):
                 delattr(cls, key)
             for key, value in before.items():
@@ -203,6 +206,8 @@ def _is_pythons(name: str) -> bool:
 
 
 def _restore_mapping(mapping: dict[Any, Any], before: dict[Any, Any], everything: bool) -> None:
+    if _unchanged(mapping, before):
+        return
     for key in [key for key in mapping if key not in before]:
         if everything or _holds_tensors([key, mapping[key]]):
             del mapping[key]
@@ -212,8 +217,13 @@ def _restore_mapping(mapping: dict[Any, Any], before: dict[Any, Any], everything
             mapping[key] = value
 
 
+def _unchanged(mapping: dict[Any, Any], before: dict[Any, Any]) -> bool:
+    """Whether the same keys stand for the same objects, in the same order: mostly so, and soon said."""
+    return _same(mapping, before) and _same(mapping.values(), before.values())
+
+
 def _same(items: Any, before: Any) -> bool:
-    return len(items) == len(before) and all(a is b for a, b in zip(items, before))
+    return len(items) == len(before) and all(map(operator.is_, items, before))
 
 
 def _holds_tensors(values: list[Any], depth: int = _DEPTH) -> bool:
