@@ -14,6 +14,7 @@ from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 import allocator
+import allocator.operators  # declares what torch's tracer is to record
 from allocator.cost.fvcore import fvcore_flops
 from allocator.tracing.inputs import as_inputs
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from allocator import adapters
 from allocator.errors import AllocationMismatchError
-from allocator.modules import attribute_of, lies_within, set_attribute, shapes_of, skeleton
+from allocator.modules import Replace, attribute_of, lies_within, set_attribute, shapes_of, skeleton
 from allocator.rewriting.added import Filling
 from allocator.rewriting.allocation import Allocation, Indices, architecture_hash
 from allocator.rewriting.index_map import length, renumber, take, take_on_meta
@@ -27,18 +27,7 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
     Untouched tensors are copied too, so that training the result leaves the original as it is. What a wider network
     adds is filled so that it computes the same.
     """
-    filling = Filling.of(allocation.added)
-
-    def replace(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        sources = allocation.kept.get(name)
-        taken = cut(tensor, sources)
-        if name in allocation.renumbered and sources and sources[0] is not None and cut is not take_on_meta:
-            taken = renumber(tensor, sources[0])
-        if filling is None or sources is None or cut is not take:
-            return taken
-        return filling.fill(name, taken, sources, like=tensor)
-
-    small = skeleton(model, replace)
+    small = skeleton(model, replacing(allocation, cut))
     for path in allocation.absent:
         owner, _, name = path.rpartition(".")
         small.get_submodule(owner)._modules[name] = None
@@ -51,6 +40,22 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
             set_attribute(module, name, value, shared=path != "")
     adapters.note_rewritten(small)
     return small
+
+
+def replacing(allocation: Allocation, cut: Slice = take) -> Replace:
+    """A function that gives, of a tensor of the original and its name, the one in its place."""
+    filling = Filling.of(allocation.added)
+
+    def replace(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        sources = allocation.kept.get(name)
+        taken = cut(tensor, sources)
+        if name in allocation.renumbered and sources and sources[0] is not None and cut is not take_on_meta:
+            taken = renumber(tensor, sources[0])
+        if filling is None or sources is None or cut is not take:
+            return taken
+        return filling.fill(name, taken, sources, like=tensor)
+
+    return replace
 
 
 def check_fits(model: nn.Module, allocation: Allocation) -> None:
