@@ -57,25 +57,31 @@ def check_model(model: object, *, values: bool = False) -> nn.Module:
     for cls, path in first.items():
         _check_class(cls, path)
     for path, tensor in tensor_names(model, modules).items():
-        if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
-            raise UnsupportedModelError(
-                f"{path} is lazily initialised: run model(*example_inputs) once, so that its shape is known"
-            )
-        if tensor.is_quantized:
-            raise UnsupportedModelError(f"{path} is quantised: allocate the float model, then quantise it")
-        if type(tensor).__name__ == "DTensor":
-            raise UnsupportedModelError(
-                f"{path} is a DTensor, spread over several processes: pass the model before it was sharded, or one "
-                "whose parameters are their .full_tensor()"
-            )
-        if values and (tensor.is_meta or isinstance(tensor, FakeTensor)):
-            raise UnsupportedModelError(
-                f"{path} lies on the meta device and has no values: build the model on a real device and load "
-                "its weights first"
-                if tensor.is_meta
-                else f"{path} is a fake tensor and has no values: build the model outside of FakeTensorMode"
-            )
+        _check_tensor(tensor, path, values)
     return model
+
+
+def _check_tensor(tensor: torch.Tensor, path: str, values: bool) -> None:
+    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+        raise UnsupportedModelError(
+            f"{path} is lazily initialised: run model(*example_inputs) once, so that its shape is known"
+        )
+    if tensor.is_quantized:
+        raise UnsupportedModelError(f"{path} is quantised: allocate the float model, then quantise it")
+    if type(tensor).__name__ == "DTensor":
+        raise UnsupportedModelError(
+            f"{path} is a DTensor, spread over several processes: pass the model before it was sharded, or one "
+            "whose parameters are their .full_tensor()"
+        )
+    if values and tensor.is_meta:
+        raise UnsupportedModelError(
+            f"{path} lies on the meta device and has no values: build the model on a real device and load "
+            "its weights first"
+        )
+    if values and isinstance(tensor, FakeTensor):
+        raise UnsupportedModelError(
+            f"{path} is a fake tensor and has no values: build the model outside of FakeTensorMode"
+        )
 
 
 def without_reset(model: nn.Module) -> str:
