@@ -354,7 +354,100 @@ def test_a_forward_that_writes_into_its_input() -> None:
     assert _hold(run, _simple_layers) == "result"
 
 
+# Outputs that hardly show what was dropped ----------------------------------------------------------
+
+
+def test_what_only_large_inputs_switch_on_shows_on_them() -> None:
+    """No input of the usual size gets past these biases, and a forward that looks at values keeps its own weights."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.body(x * 0 if float(x.max()) > 1e9 else x).relu())
+
+    def layers() -> dict[str, nn.Module]:
+        body = nn.Linear(8, 6)
+        nn.init.normal_(body.weight, 0, 8**-0.5)
+        nn.init.constant_(body.bias, -6)
+        return {"body": body, "head": nn.Linear(6, 3)}
+
+    with pytest.warns(allocator.AllocatorWarning):
+        result = allocator.allocate(_net(run, layers), "70%", example_inputs=torch.zeros(1, 8), criterion="magnitude")
+    assert result.certificate.shown
+    assert result.certificate.effect is not None
+    assert result.certificate.effect > 1e-3
+
+
+def test_weights_of_one_seed_may_show_nothing() -> None:
+    """After a softmax and a pool inputs hardly vary, and the drawn weights had both neurons of the hidden layer off."""
+    steps = (
+        Step("unit", (0,), {"out": 3, "norm": "batch"}),
+        Step("transposed", (1,), {"out": 6, "groups": 3, "stride": 2, "transposed": True, "bias": True}),
+        Step("hierarchy", (2,), {"parts": 2, "groups": 3}),
+        Step("excite", (3,), {"inner": 4, "linear": True, "pool": "module"}, inline=True),
+        Step("split", (4,), {"sizes": (5, 1), "how": "list"}),
+        Step("hierarchy", (3,), {"parts": 2, "groups": 3}),
+        Step("reorder", (7,), {"how": "softmax"}),
+        Step("reorder", (4,), {"how": "softmax"}),
+        Step("join", (5, 6, 8, 9), {"how": "cat"}),
+    )
+    spec = Spec((2, 8, 8), steps, head={"how": "pool", "hidden": 2}, form="tuple", seed=3, numbers="float64")
+    assert check(Case(spec, 0.2, scope="all", fill=False, again=0.86), by_turns=True) == "budget"
+
+
+def _first_half(net: Any, x: Tensor) -> Tensor:
+    return net.head(net.stem(x)[:, :4])
+
+
+def test_channels_that_nothing_reads_can_go() -> None:
+    """Their effect on the outputs is none by nature; the result was refused, as no input showed any."""
+
+    def make() -> nn.Module:
+        model = _net(_first_half, lambda: {"stem": _unit(3, 8), "head": _head(4)})
+        nn.init.constant_(model.get_parameter("stem.1.weight"), 1.0)[4:].div_(10)
+        return model
+
+    with torch.no_grad():
+        result = allocator.allocate(make(), "70%", example_inputs=X, scope="all")
+        assert check_model(make(), make(), X, Case(Spec(IMAGE, ()), 0.7, scope="all")) == "result"
+    assert (result.certificate.effect, result.certificate.unread) == (0.0, True)
+    assert "none of them reads the dropped neurons" in str(result.certificate)
+
+
+def _where_off(net: Any, x: Tensor) -> Tensor:
+    return torch.where(net.gate > 0, net.head(net.stem(x)), x.mean((1, 2, 3))[:, None])
+
+
+def _written_off(net: Any, x: Tensor) -> Tensor:
+    y = net.head(net.stem(x))
+    y[(net.gate < 0).expand_as(y)] = 1
+    return y
+
+
+def _off(net: Any, x: Tensor) -> Tensor:
+    return net.head((net.stem(x) - 1e9).relu())
+
+
+@pytest.mark.parametrize("run", [_where_off, _written_off, _off])
+def test_what_is_merely_off_is_not_unread(run: Run) -> None:
+    """A gate that is shut on all inputs that were tried may open on others."""
+
+    def layers() -> dict[str, nn.Module]:
+        net = nn.Module()
+        net.gate = nn.Parameter(torch.tensor(-1.0))
+        return {"stem": _unit(3, 8), "head": _head(8), "holds": net}
+
+    model = _net(lambda net, x: run(net, x), layers)
+    model.gate = model.get_parameter("holds.gate")
+    with pytest.raises(allocator.CertificateError, match="none of them was seen to depend"):
+        allocator.allocate(model, "70%", example_inputs=X)
+
+
 # Allocating again -----------------------------------------------------------------------------------
+
+
+def test_a_layer_whose_class_is_another_by_now_is_known_to_the_check() -> None:
+    """Attention that lost heads is of a class made from torch's; allocated again, its sizes change as before."""
+    steps = (Step("unit", (0,), {"out": 12, "norm": "batch"}), Step("attention", (1,), {"heads": 1}))
+    assert check(Case(Spec((1, 8, 8), steps), 0.6, again=0.5)) == "result"
 
 
 def _grouped(net: Any, x: Tensor) -> Tensor:

@@ -65,12 +65,15 @@ class Inputs:
         """The same in memory of its own, since a forward may write into what it is given."""
         return self.map(lambda tensor: tensor.detach().clone())
 
-    def noise(self, seed: int, device: torch.device, dtype: torch.dtype, *, positive: bool = False) -> Inputs:
+    def noise(
+        self, seed: int, device: torch.device, dtype: torch.dtype, *, positive: bool = False, scale: float = 1.0
+    ) -> Inputs:
         """Standard normal values in place of the floating-point tensors, drawn on the CPU for any device.
 
         Args:
             seed, device, dtype: of what is drawn.
             positive: from 0.1 to 1 evenly instead, as logarithms and roots take.
+            scale: what they are multiplied by.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -79,8 +82,8 @@ class Inputs:
                 return t.to(device)
             options: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
             if positive:
-                return torch.rand(t.shape, **options).mul_(0.9).add_(0.1).to(device, dtype)
-            return torch.randn(t.shape, **options).to(device, dtype)
+                return torch.rand(t.shape, **options).mul_(0.9).add_(0.1).mul_(scale).to(device, dtype)
+            return torch.randn(t.shape, **options).mul_(scale).to(device, dtype)
 
         return self.map(draw)
 

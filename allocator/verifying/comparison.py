@@ -27,6 +27,8 @@ SHOWS = 10
 # The share of an output that has to be compared on some input: of the others NaN is all that is known.
 ENOUGH = 0.01
 NUDGES = 3
+# By how much the largest inputs that are tried exceed standard normal ones: biases then count for little.
+LOUD = 16.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Comparison:
         compared: numbers that were compared, over all inputs.
         dtype: what was computed in.
         like: the inputs that those compared on first were drawn like.
+        unread: no output reads the dropped neurons, so that there is no effect to see.
     """
 
     error: float
@@ -53,11 +56,13 @@ class Comparison:
     compared: int = 0
     dtype: str = "float64"
     like: Inputs | None = None
+    unread: bool = False
 
     @property
     def shows(self) -> bool:
         """Whether a mistake would have been seen."""
-        return self.effect >= SHOWS * TOLERANCES[self.dtype] and min(self.shares, default=0.0) >= ENOUGH
+        seen = self.unread or self.effect >= SHOWS * TOLERANCES[self.dtype]
+        return seen and min(self.shares, default=0.0) >= ENOUGH
 
     def on_another_input(self, other: Comparison, effect: float) -> Comparison:
         """Both together, with the effect that counts."""
@@ -82,8 +87,8 @@ def compare_outputs(
     """Compare the two models on inputs drawn from the seed, in float64 or, where the forward refuses that, in float32.
 
     Where neurons do not reach the outputs with the model's own weights, weights drawn from the seed are
-    compared as well, and then other inputs. A model that needs values is compared on its example inputs first, since
-    others may take another path.
+    compared as well, and then other inputs, each with other weights. A model that needs values is compared on its
+    example inputs first, since others may take another path.
 
     Args:
         graph: the original's neurons; of its weights, every one that reads a dropped neuron counts as zero.
@@ -116,7 +121,7 @@ def compare_outputs(
 
 def _compare(pair: _Pair) -> Comparison:
     inputs, *others = pair.inputs()
-    tried = pair.tried(inputs, drawn=False) if len(pair.like) > 1 else pair.compare(inputs, drawn=False)
+    tried = pair.tried(inputs) if len(pair.like) > 1 else pair.compare(inputs)
     if tried is None:  # what a trace on sizes alone does not see, as indices beyond a smaller image
         return _compare(replace(pair, like=pair.like[1:]))
     own = tried
@@ -124,17 +129,17 @@ def _compare(pair: _Pair) -> Comparison:
     if pair.kept.all():
         return own
     if not (own.effect >= MEASURABLE and not _silenced(pair.graph)) and not by_value:
-        drawn = pair.compare(inputs, drawn=True)
+        drawn = pair.compare(inputs, pair.seed)
         if np.isfinite(drawn.effect):
             found = own.on_another_input(drawn, drawn.effect)
-    for other in others:
-        for drawn_too in (False,) if by_value else (False, True):
+    for number, other in enumerate(others, 1):
+        for weights in (None,) if by_value else (None, pair.seed + number):
             if found.shows:
                 return found
-            again = pair.tried(other, drawn=drawn_too)
+            again = pair.tried(other, weights)
             if again is not None:
                 found = found.on_another_input(again, max(found.effect, again.effect))
-    return found
+    return found if found.shows else replace(found, unread=pair.is_unread())
 
 
 @dataclass
@@ -160,20 +165,23 @@ class _Pair:
             yield own.noise(self.seed, device, torch.float64, positive=True)
             yield own.noise(self.seed + 1, device, torch.float64)
             yield own
+            yield own.noise(self.seed + 2, device, torch.float64, scale=LOUD)
+            yield own.noise(self.seed + 3, device, torch.float64, scale=LOUD)
 
-    def compare(self, inputs: Inputs, *, drawn: bool) -> Comparison:
-        """The two models on one input."""
-        draw = Draw(self.graph, self.seed) if drawn else None
-        return self._beside(self._original(inputs, draw), inputs, drawn)
+    def compare(self, inputs: Inputs, weights: int | None = None) -> Comparison:
+        """The two models on one input, with their own weights or with those of a seed."""
+        return self._beside(self._original(inputs, self._draw(weights)), inputs, weights)
 
-    def tried(self, inputs: Inputs, *, drawn: bool) -> Comparison | None:
+    def tried(self, inputs: Inputs, weights: int | None = None) -> Comparison | None:
         """As `compare`; None where the original itself does not take this input."""
-        draw = Draw(self.graph, self.seed) if drawn else None
         try:
-            given = self._original(inputs, draw)
+            given = self._original(inputs, self._draw(weights))
         except Exception:  # whatever the model's own code raises
             return None
-        return self._beside(given, inputs, drawn)
+        return self._beside(given, inputs, weights)
+
+    def _draw(self, weights: int | None) -> Draw | None:
+        return None if weights is None else Draw(self.graph, weights)
 
     def _original(self, inputs: Inputs, draw: Draw | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Outputs of the original with the dropped neurons cut, and without that."""
@@ -181,27 +189,57 @@ class _Pair:
         told = not self.kept.all() and any(t.numel() for t in cut)  # a detector may find nothing
         return cut, run_float64(self.graph.model, inputs, draw=draw, dtype=self.dtype) if told else cut
 
+    def is_unread(self) -> bool:
+        """Whether the original gives the same outputs where every weight of a dropped neuron is no number.
+
+        That passes through all arithmetic, where a zero may be lost in a layer that is off. What compares numbers takes
+        none for small, and is asked with the largest and the smallest too.
+        """
+        rows, found = _dropped_rows(self.graph, self.kept), []
+        by_value = self.graph.flow.trace.mode == "real"
+        for number, inputs in enumerate(self.inputs()):
+            for weights in (None,) if by_value else (None, self.seed + number):
+                found.append(self._same_outputs(inputs, rows, self._draw(weights)))
+                if found[-1] is False:
+                    return False
+        return True in found
+
+    def _same_outputs(self, inputs: Inputs, rows: Rows, draw: Draw | None) -> bool | None:
+        """Whether no output reads these rows; None where there is none to see that of."""
+        try:
+            usual = run_float64(self.graph.model, inputs, draw=draw, dtype=self.dtype)
+        except Exception:  # whatever the model's own code raises
+            return None
+        if not all(t.numel() for t in usual):
+            return None
+        for fill in (float("nan"), float("inf"), -float("inf")):
+            try:
+                spoilt = run_float64(self.graph.model, inputs, zeroed=rows, draw=draw, dtype=self.dtype, fill=fill)
+            except Exception:  # the forward asks for numbers, or chooses between them
+                return False
+            if difference(usual, spoilt).worst:
+                return False
+        return True
+
     def _cut(self, inputs: Inputs, draw: Draw | None, nudge: int = 0) -> list[torch.Tensor]:
         zeroed = _zeroed_rows(self.graph, self.kept)
         return run_float64(self.graph.model, inputs, zeroed=zeroed, draw=draw, dtype=self.dtype, nudge=nudge)
 
     def _beside(
-        self, original: tuple[list[torch.Tensor], list[torch.Tensor]], inputs: Inputs, drawn: bool
+        self, original: tuple[list[torch.Tensor], list[torch.Tensor]], inputs: Inputs, weights: int | None
     ) -> Comparison:
         cut, whole = original
-        reference = whole if self.uncut and not drawn else cut
-        result = run_float64(
-            self.small, inputs, draw=Draw(self.graph, self.seed, self.maps) if drawn else None, dtype=self.dtype
-        )
+        reference = whole if self.uncut and weights is None else cut
+        draw = None if weights is None else Draw(self.graph, weights, self.maps)
+        result = run_float64(self.small, inputs, draw=draw, dtype=self.dtype)
         found, floors = difference(reference, result), None
         tolerance = TOLERANCES[_name(self.dtype)]
         if tolerance < found.worst < float("inf") and self.graph.exact:
-            draw = Draw(self.graph, self.seed) if drawn else None
-            nudged = [self._cut(inputs, draw, nudge) for nudge in range(1, NUDGES + 1)]
+            nudged = [self._cut(inputs, self._draw(weights), nudge) for nudge in range(1, NUDGES + 1)]
             floors = noise_floors(cut, nudged, tolerance)
             found = difference(reference, result, floors)
         effect = difference(whole, cut, floors, patterns=False).worst if whole is not cut else 0.0
-        return self._comparison(found, effect, len(cut), drawn)
+        return self._comparison(found, effect, len(cut), weights is not None)
 
     def _comparison(self, found: Difference, effect: float, outputs: int, drawn: bool) -> Comparison:
         numbers = found.shares, found.compared, _name(self.dtype)
@@ -233,7 +271,16 @@ def _zeroed_rows(graph: ChannelGraph, kept: np.ndarray) -> Rows:
     for label in graph.facts.multiplied:
         units = np.unique(graph.units(label))
         slots |= np.isin(graph.unit_of_slot, units)
-    slots &= dropped
+    return _rows(graph, slots & dropped)
+
+
+def _dropped_rows(graph: ChannelGraph, kept: np.ndarray) -> Rows:
+    """Per floating-point tensor, the (dim, indices) that are dropped."""
+    rows = _rows(graph, ~graph.stays(kept))
+    return {name: found for name, found in rows.items() if graph.tensors[name].is_floating_point()}
+
+
+def _rows(graph: ChannelGraph, slots: np.ndarray) -> Rows:
     slots[FROZEN] = False
     rows: Rows = {}
     for name, shape in graph.slots.shapes.items():

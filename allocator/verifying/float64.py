@@ -49,6 +49,7 @@ def run_float64(
     draw: Draw | None = None,
     dtype: torch.dtype = torch.float64,
     nudge: int = 0,
+    fill: float = 0.0,
 ) -> list[torch.Tensor]:
     """Output tensors of an eval-mode forward in float64; weights are converted one call at a time.
 
@@ -59,14 +60,16 @@ def run_float64(
         draw: gives values to use in place of the model's parameters and running statistics.
         dtype: what is computed in, float32 where a forward refuses float64.
         nudge: a seed by which every weight is changed a little, to see what outputs owe to rounding; 0 for none.
+        fill: what `zeroed` is read as instead; of a weight that is computed, what it is computed from. What chooses by
+            truth values then gives no number for one that it left out.
 
     Returns:
         Tensors on the CPU in float64; of complex ones the last dim is (real, imaginary). Where all are of whole
         numbers, what the last of them were made from as well (of an argmax, the scores): that they agree shows more.
     """
     copied = set_training(skeleton(model, lambda _, t: t if _reads_only(t, dtype) else t.clone()), False)
-    direct = {name: rows for name, rows in (zeroed or {}).items() if not _zero_computed(copied, name, rows)}
-    with torch.no_grad(), undisturbed(model), _Wide(copied, direct, draw, dtype, nudge) as mode:
+    direct = {name: rows for name, rows in (zeroed or {}).items() if fill or not _zero_computed(copied, name, rows)}
+    with torch.no_grad(), undisturbed(model), _Wide(copied, direct, draw, dtype, nudge, fill) as mode:
         arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs
         output = copied(*arguments.args, **arguments.kwargs)
     tensors = tensors_in(output)
@@ -130,12 +133,14 @@ class Draw:
 class _Wide(TorchFunctionMode):
     """Runs every function in one wide dtype, with rows of some weights read as zero; copies one weight at a time."""
 
-    def __init__(self, model: nn.Module, zeroed: Rows, draw: Draw | None, dtype: torch.dtype, nudge: int) -> None:
+    def __init__(
+        self, model: nn.Module, zeroed: Rows, draw: Draw | None, dtype: torch.dtype, nudge: int, fill: float
+    ) -> None:
         """`rounded` holds what the last call that gave whole numbers read; `written` what was converted and written."""
         super().__init__()
         names = tensor_names(model)
         self.rows = {id(names[name]): rows for name, rows in zeroed.items()}
-        self.draw, self.dtype, self.nudge = draw, dtype, nudge
+        self.draw, self.dtype, self.nudge, self.fill = draw, dtype, nudge, fill
         self.names = {id(tensor): name for name, tensor in names.items()} if draw is not None or nudge else {}
         self.said = dtype_of(model)
         self.complex = dtype.to_complex()
@@ -158,6 +163,8 @@ class _Wide(TorchFunctionMode):
         out = _convolve(func, *args, **kwargs) if func in _CONVOLUTIONS else func(*args, **kwargs)
         if name.endswith("_") or "out" in kwargs:
             self._note_written(given, (args, kwargs))
+        if self.fill:
+            out = _with_left_out(name, tensors_in((args, kwargs)), out)
         if isinstance(out, torch.Tensor):
             self._note_rounded(args, out, declared)
             return self.widen(out)
@@ -207,8 +214,25 @@ class _Wide(TorchFunctionMode):
         if rows is not None:
             wide = wide.clone() if wide is leaf else wide
             for dim, indices in rows:
-                wide.index_fill_(dim, torch.as_tensor(indices, device=wide.device), 0)
+                wide.index_fill_(dim, torch.as_tensor(indices, device=wide.device), self.fill)
         return wide
+
+
+def _with_left_out(name: str, given: list[torch.Tensor], out: Any) -> Any:
+    """What a call gave that chooses by truth values, no number wherever one of those that it chose from is none.
+
+    Raises:
+        ValueError: it wrote over numbers, or gave a part of them.
+    """
+    if not any(t.dtype == torch.bool for t in given):
+        return out
+    if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+        raise ValueError(f"{name} writes by truth values")
+    if isinstance(out, torch.Tensor) and out.is_floating_point():
+        for t in given:
+            if t.is_floating_point():
+                out = out + 0 * t
+    return out
 
 
 NUDGE = {torch.float64: 2.0**-40, torch.float32: 2.0**-16}
