@@ -86,12 +86,11 @@ def _check_tensor(tensor: torch.Tensor, path: str, values: bool) -> None:
 
 def without_reset(model: nn.Module) -> str:
     """Words for the modules with weights of their own that `weights="reset"` cannot reach; "" where there are none."""
-    kept = [
-        path or "the model itself"
-        for path, module in model.named_modules()
-        if not callable(getattr(module, "reset_parameters", None))
-        and any(True for _ in module.parameters(recurse=False))
-    ]
+    kept = []
+    for path, module in model.named_modules():
+        own = next(module.parameters(recurse=False), None)
+        if own is not None and not callable(getattr(module, "reset_parameters", None)):
+            kept.append(path or "the model itself")
     return f", but not those of {', '.join(kept)}, which have no reset_parameters()" if kept else ""
 
 
