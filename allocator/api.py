@@ -23,7 +23,7 @@ from allocator.pipeline.recover import asked_method, recover_result
 from allocator.pipeline.run import run
 from allocator.pipeline.sweep import Evaluate, Sweep, sweep_model
 from allocator.pipeline.verify import verify_model
-from allocator.pipeline.widen import by_flops, room_to_grow, widen_model
+from allocator.pipeline.widen import by_budgets, has_room_to_grow, widen_model
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.rewrite import rewrite as rewrite_model
@@ -119,7 +119,7 @@ def allocate(
             out, an "auto" policy that is "priced" keeps 40 % of each, or 25, 12.5 or 6.25 % where that would take more
             than half of a budget; 0 for any number.
         multiple: widths that change are multiples of this.
-        grow: where a budget in FLOPs is above the model's own, widen it evenly up to that, as `widen` does.
+        grow: where all budgets are above the model's own figures, widen it evenly up to them, as `widen` does.
         weights: "keep", or "reset" to train the result from scratch.
         recover: refit what is left on `data`, by a method of the function `recover`; True for its "auto".
         certify: compare weights and float64 outputs too: outputs at the smallest size at which the forward takes the
@@ -140,10 +140,9 @@ def allocate(
     settings = Settings(policy, criterion, scope, fill, groups, norms, exclude, include, same, at_least, multiple)
     method = asked_method(recover, data, weights)
     limits = Limits(flops, params, activations, peak_activations, latency)
-    wider = room_to_grow(model, limits, example_inputs, settings) if grow else None
-    if wider is not None:
+    if grow and has_room_to_grow(model, limits, example_inputs, settings):
         result = widen_model(
-            model, by_flops(wider), example_inputs, settings, weights=weights, numeric=certify, seed=seed,
+            model, by_budgets(limits), example_inputs, settings, weights=weights, numeric=certify, seed=seed,
             progress=progress,
         )  # fmt: skip
         return replace(result, model=adapters.wrapped_like(model, result.model))

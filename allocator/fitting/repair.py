@@ -187,7 +187,7 @@ def _counts(flow: Flow, name: str, current: Any, label: np.ndarray) -> bool:
 
 def _dims_of_sizes(flow: Flow, op: Op, sizes: Any) -> tuple[np.ndarray, ...] | None:
     """Labels of the dims of a result that have these sizes in this order; of a dim without channels, ones that stay."""
-    whole = isinstance(sizes, (list, tuple)) and len(sizes) > 1 and all(type(n) is int for n in sizes)
+    whole = isinstance(sizes, (list, tuple)) and len(sizes) > 0 and all(type(n) is int for n in sizes)
     shape = flow.shape(op.outputs[0]) if whole and op.outputs else ()
     for first in range(len(shape) - len(sizes) + 1 if shape else 0):
         if shape[first : first + len(sizes)] == tuple(sizes):

@@ -20,7 +20,7 @@ from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.model import trace_model
 from allocator.pipeline.recover import recover_result
 from allocator.pipeline.run import run
-from allocator.pipeline.widen import by_flops, widen_model
+from allocator.pipeline.widen import by_budgets, widen_model
 from allocator.planning.problem import Widths
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
@@ -127,7 +127,7 @@ def iterate_model(
                 result = recover_result(result, data.loader, recover, samples=RECOVERING.samples, seed=seed)
             results = [result]
             if grow is not None:
-                wider = by_flops(last.first.limit)
+                wider = by_budgets(Limits(flops=last.first.limit))
                 result = widen_model(result.model, wider, graph.inputs, settings, numeric=numeric, seed=seed + number)
                 results.append(result)
         except AllocatorError as error:

@@ -36,14 +36,17 @@ def trace_model(
         settings: how channels are followed.
         data: what the network is for; where the caller gave no inputs, and the model does not say how large they are,
             they are of the size of its first sample.
-        growing: neurons are to be added, which buffers that name channels do not follow.
+        growing: neurons are to be added: buffers that name channels do not follow, and of what a norm averages over
+            there are equally many each, whatever the settings say.
     """
     settings = settings.checked()
     sampled = example_inputs is None and data is not None and not is_size_known(model)
     if sampled:
         example_inputs = first_sample(data, model)
     inputs = as_inputs(example_inputs, model)
-    options = replace(options_of(settings), renumbers=not growing)
+    options = options_of(settings)
+    if growing:
+        options = replace(options, renumbers=False, norms="even")
     try:
         graph = build_graph(model, inputs, options)
     except TraceError as error:

@@ -18,9 +18,10 @@ from allocator.modules import lies_within
 from allocator.rewriting import allocation_checks as checks
 from allocator.shown import Shown
 
-FORMAT = 4
-READABLE = (1, 2, 3, FORMAT)
-"""Formats 1 and 2 knew one budget, of FLOPs, in fields of its own; 3 knew no wider networks."""
+FORMAT = 5
+READABLE = (1, 2, 3, 4, FORMAT)
+"""Formats 1 and 2 knew one budget, of FLOPs, in fields of its own; 3 knew no wider networks, 4 none
+in which averages are taken over what was added."""
 Indices = list[Any]
 """Original indices kept of one dim, in order; one row per output for a grouped weight's dim 1."""
 
@@ -44,7 +45,8 @@ class Allocation(Shown):
         input_shapes: the shapes that the FLOPs hold for.
         parts: the allocations that it was composed of, first to last; none for one that was planned as a whole.
         added: of a wider network, what added indices are filled with: "init" ("zero" or "copy"), "seed", and "reads",
-            per tensor and dim the added indices that read a neuron. Empty where nothing was added.
+            per tensor and dim the added indices that read a neuron, and "averaged", those that averages are taken
+            over. Empty where nothing was added.
     """
 
     kept: dict[str, list[Indices | None]] = field(default_factory=dict, repr=False)
