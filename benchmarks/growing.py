@@ -114,8 +114,8 @@ def came_back(model: nn.Module, result: allocator.Result, inputs: torch.Tensor) 
 def seeded(name: str) -> Row:
     """The whole way of a seed in three calls, but for the training."""
     model, inputs = built(name)
-    seed, seconds = timed(lambda: allocator.seed(model, example_inputs=inputs, weights="reset"))
-    rule: dict[str, Any] = {"criterion": "random", "policy": "per_block", "scope": "branches", "weights": "reset"}
+    seed, seconds = timed(lambda: allocator.seed(model, "150%", example_inputs=inputs, weights="reset"))
+    rule: dict[str, Any] = {"criterion": "random", "policy": "per_block", "scope": "all", "weights": "reset"}
     learned = allocator.allocate(seed.model, flops=seed.flops_before, example_inputs=inputs, **rule)
     figures = [seed.flops_before, seed.flops_after, learned.flops_after]
     return {"model": name, "flops": figures, "ok": seed.certificate.ok, "seconds": seconds.cpu}
@@ -152,8 +152,8 @@ are of one CPU thread, and on a machine that had other work."""
 
 _SEEDS = """## Seeds
 
-`seed(model)` gives each branch as many neurons as the widest of its block; `allocate` by ScaleNet's rule goes back to
-the FLOPs of the original (by random scores here, as nothing was trained)."""
+`seed(model, "150%")` gives each branch half as many more as the widest of its block; `allocate`, block by block,
+goes back to the FLOPs of the original (by random scores here, as nothing was trained)."""
 
 
 def _widened(rows: list[Row]) -> str:
