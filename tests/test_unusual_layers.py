@@ -370,3 +370,36 @@ def test_the_number_of_groups_follows_in_a_module_of_ones_own() -> None:
     assert isinstance(own, OwnGroups)
     assert own.groups < 8
     assert own.weight.shape == (2 * own.groups, 2, 3, 3)
+
+
+ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "softplus": F.softplus,
+    "exp": torch.exp,
+    "cos of the transposed": lambda w: w.mT.cos().mT,
+    "several": lambda w: 1 + (w.sigmoid() - 3).abs().sqrt(),
+}
+
+
+@pytest.mark.parametrize("kind", ELEMENTWISE)
+def test_a_weight_that_the_forward_makes_number_by_number_reads_as_zero_where_it_was_dropped(kind: str) -> None:
+    """What it was made of was zeroed, of which such a function makes another number: right results were refused."""
+
+    class Made(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, ELEMENTWISE[kind](self.weight), self.bias)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Made(6, 16), nn.ReLU(), Made(16, 16), nn.ReLU(), Made(16, 4))
+    x = torch.randn(2, 6)
+    result = allocator.allocate(model, "60%", example_inputs=x, criterion="magnitude")
+    assert result.certificate.effect is not None
+    assert result.certificate.effect > 1e-3
+    kept = [result.allocation.kept[f"{i}.weight"][0] for i in (0, 2)]
+    h = x.double()
+    for i, (rows, columns) in zip((0, 2, 4), [(kept[0], None), (kept[1], kept[0]), (None, kept[1])], strict=True):
+        weight, bias = (getattr(model[i], name).detach().double() for name in ("weight", "bias"))
+        weight = ELEMENTWISE[kind](weight)
+        weight, bias = (t if rows is None else t[rows] for t in (weight, bias))
+        h = h @ (weight if columns is None else weight[:, columns]).T + bias
+        h = h if i == 4 else h.relu()
+    assert torch.allclose(result.model.double()(x.double()), h, rtol=1e-12)
