@@ -156,7 +156,17 @@ def _check_dispatch() -> None:
         raise _unexpected("walks containers in another way")
 
 
-for _check in (_check_calls, _check_operators, _check_dispatch):
+def _check_classes() -> None:
+    # Not by an object of each: the first fake tensor loads 900 modules of a compiler, and takes a second.
+    of_norms = issubclass(nn.BatchNorm2d, BatchNormBase) and not issubclass(nn.GroupNorm, BatchNormBase)
+    of_convolutions = issubclass(nn.Conv1d, ConvolutionBase) and issubclass(nn.ConvTranspose2d, ConvolutionBase)
+    if not of_norms or not of_convolutions or not issubclass(FakeTensor, torch.Tensor):
+        raise _unexpected("derives its classes in another way")
+    if not issubclass(FakeTensorMode, TorchDispatchMode):
+        raise _unexpected("makes fake tensors in another way")
+
+
+for _check in (_check_calls, _check_operators, _check_dispatch, _check_classes):
     try:
         _check()
     except UnexpectedTorchError:

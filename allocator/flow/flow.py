@@ -10,7 +10,7 @@ import numpy as np
 
 from allocator.adapters import how_to, narrows_heads
 from allocator.flow.attributes import attributes_of_groups, attributes_of_sizes, not_told_apart
-from allocator.flow.facts import AtLeast, Facts, Frozen, Gamma, Tie, Written
+from allocator.flow.facts import AtLeast, Even, Facts, Frozen, Gamma, Tie, Written
 from allocator.flow.labels import Label, Labels, Slots
 from allocator.flow.options import Options, Place, places_of
 from allocator.tracing.calls import Op, Ref, Trace, Value
@@ -268,6 +268,16 @@ class Flow:
         """These slots must stay."""
         if label is not None:
             self.facts.frozen.append(Frozen(label, op.module, f"{reason} ({op.name})"))
+
+    def average(self, label: Label, op: Op, reason: str) -> None:
+        """An average over these slots is taken, which more of them leave as it is where there are equally many of each.
+
+        Other choices would change it: unless norms are "loose", the slots stay.
+        """
+        if self.options.grows and label is not None:
+            self.facts.even.append(Even(label, op.module, f"{reason} ({op.name})"))
+        elif self.options.norms == "exact":
+            self.freeze(label, op, reason)
 
     def freeze_output(self, index: int) -> None:
         """What the model returns keeps its channels."""

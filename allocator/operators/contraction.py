@@ -63,6 +63,12 @@ def _convolved(
     return empty([x.shape[0], weight.shape[0], *sides], x.dtype)
 
 
+def _convolved_with_flags(*args: Any) -> torch.Tensor:
+    """As `aten.convolution`, whose arguments end in flags for the choice of a kernel; torch 2.6 has none for meta."""
+    result: torch.Tensor = _ATEN.convolution.default(*args[:9])
+    return result
+
+
 def _convolution_as_one_call(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -101,7 +107,8 @@ _CONVOLUTION: dict[str, Any] = {
 
 
 @operator("convolution", on_meta=_convolved, **_CONVOLUTION)
-@operator("_convolution", "mkldnn_convolution", **_CONVOLUTION)
+@operator("_convolution", on_meta=_convolved_with_flags, **_CONVOLUTION)
+@operator("mkldnn_convolution", **_CONVOLUTION)
 def convolution(flow: Flow, op: Op) -> None:
     """Input channels (dim 1) are contracted with the weight; output channels are the weight's own."""
     x, weight = op.inputs()[:2]

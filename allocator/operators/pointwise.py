@@ -53,6 +53,8 @@ def pointwise(flow: Flow, op: Op) -> None:
             own = dim - len(out) + len(flow.shape(i))
             if own >= 0 and flow.shape(i)[own] == size:
                 present.append((i, flow.labels(i)[own]))
+            elif own >= 0 and flow.options.grows:  # of a single one that goes with all others, there cannot be two
+                flow.freeze(flow.labels(i)[own], op, "a dim of size 1 is repeated")
         result.append(flow.unify_all([label for _, label in present], op))
         _note_join(flow, op, dim - len(out), present)
     uniform = bool(inputs) and flow.uniform.issuperset(inputs)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from allocator.clock import Clock, Progress
@@ -37,6 +38,7 @@ def run(
     numeric: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
+    stored: Mapping[str, torch.Tensor] | None = None,
 ) -> Result:
     """The whole flow; see `allocator.allocate`.
 
@@ -50,9 +52,11 @@ def run(
         numeric: compare weights and outputs too, at which size.
         seed: of the certificate's input.
         progress: called with the name of each stage.
+        stored: the values of a model that lies on the meta device, by name, to rank neurons by; what comes back lies
+            there too.
     """
     check_certify(numeric)
-    model = check_model(model, values=True)
+    model = check_model(model, values=stored is None)
     clock = Clock(progress)
     with clock("trace"):
         graph = trace_model(model, example_inputs, settings, None if data is None else data.loader)
@@ -63,7 +67,7 @@ def run(
         notes = list(graph.notes)
         budgets = budgets_of(graph, limits)
         check_criterion(graph, settings.criterion)  # also where the budgets leave nothing to choose
-        scores = None if budgets.met(graph.everything) else score(graph, settings.criterion, data)
+        scores = None if budgets.met(graph.everything) else score(graph, settings.criterion, data, stored)
         plan = choose if "latency" not in budgets.names else choose_in_time
         fitted = plan(graph, budgets, settings, scores)
         notes += fitted.notes

@@ -146,6 +146,7 @@ def certificate_of(
     seed: int,
     numeric: Certify,
     widens: bool = False,
+    copies: Maps | None = None,
 ) -> Certificate:
     """The certificate of two models of which the smaller passed the structural check.
 
@@ -153,6 +154,8 @@ def certificate_of(
         graph, kept, maps, small, seed, numeric: as for `certify`.
         same_weights: whether the weights are those that there should be.
         widens: the smaller one came first, and the two compute the same.
+        copies: per tensor of the graph's model which index holds what each holds, where there are copies that weights
+            which are drawn have to be as well.
     """
     shapes = _shapes(graph.inputs)
     if not numeric:
@@ -160,7 +163,7 @@ def certificate_of(
     same = same_weights(graph, maps, small)
     fewer = None if numeric == "full" else smaller_inputs(graph)
     like = [graph.inputs] if fewer is None else [fewer, graph.inputs]
-    found = compare_outputs(graph, kept, maps, small, seed, like, uncut=widens)
+    found = compare_outputs(graph, kept, maps, small, seed, like, uncut=widens, copies=copies or {})
     shown = found.shows or bool(kept.all())
     compared = (found.compared, found.dtype, _shapes(found.like or graph.inputs))
     numbers = (found.outputs, same, found.effect, found.drawn, shown, *compared)

@@ -84,6 +84,7 @@ def compare_outputs(
     like: Sequence[Inputs] = (),
     *,
     uncut: bool = False,
+    copies: Maps | None = None,
 ) -> Comparison:
     """Compare the two models on inputs drawn from the seed, in float64 or, where the forward refuses that, in float32.
 
@@ -101,6 +102,7 @@ def compare_outputs(
             run on them; the graph's own where there are none.
         uncut: with its own weights the original computes what the rewritten model does, though it has more neurons; it
             is compared as it is.
+        copies: per tensor of the original, which index holds what each holds, for weights that are drawn.
 
     Raises:
         CertificateError: the forward runs in neither dtype.
@@ -108,7 +110,7 @@ def compare_outputs(
     said = []
     for dtype in (torch.float64, torch.float32):
         try:
-            return _compare(_Pair(graph, kept, maps, small, seed, like or (graph.inputs,), dtype, uncut))
+            return _compare(_Pair(graph, kept, maps, small, seed, like or (graph.inputs,), dtype, uncut, copies or {}))
         except AllocatorError:
             raise
         except Exception as error:  # whatever the model's own code raises
@@ -155,6 +157,7 @@ class _Pair:
     like: Sequence[Inputs]
     dtype: torch.dtype
     uncut: bool
+    copies: Maps
 
     def inputs(self) -> Iterator[Inputs]:
         """Those to compare on, the ones that say most first."""
@@ -193,7 +196,7 @@ class _Pair:
         return found if found.error <= TOLERANCES[found.dtype] else None
 
     def _draw(self, weights: int | None) -> Draw | None:
-        return None if weights is None else Draw(self.graph, weights)
+        return None if weights is None else Draw(self.graph, weights, self.copies)
 
     def _original(self, inputs: Inputs, draw: Draw | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Outputs of the original with the dropped neurons cut, and without that."""
