@@ -172,7 +172,7 @@ class _Pair:
             yield own.noise(self.seed + 2, device, torch.float64, scale=LOUD)
             yield own.noise(self.seed + 3, device, torch.float64, scale=LOUD)
             batch = batch_of(own)
-            if batch is not None:  # a mean over what a batch norm made of one sample is the norm's shift
+            if batch is not None and all(t.is_floating_point() for t in own.tensors()):  # a mean over what a batch norm made of one sample is the norm's shift
                 yield with_batch(own, batch + 1).noise(self.seed + 4, device, torch.float64)
 
     def compare(self, inputs: Inputs, weights: int | None = None) -> Comparison:
