@@ -170,9 +170,9 @@ def _apart(ties: list[Tie], component: np.ndarray) -> list[Tie]:
     """Ties of what does not go together yet."""
     if not ties:
         return []
-    a, b = (
-        np.concatenate([side.reshape(-1) for side in sides]) for sides in zip(*(tie[:2] for tie in ties), strict=True)
-    )
+    # All at once first: of most networks, further forwards tie nothing that the first did not.
+    a = np.concatenate([tie.a.reshape(-1) for tie in ties])
+    b = np.concatenate([tie.b.reshape(-1) for tie in ties])
     if np.array_equal(component[a], component[b]):
         return []
     return [tie for tie in ties if not np.array_equal(component[tie.a], component[tie.b])]

@@ -53,7 +53,7 @@ def trace_model(
         raise _input_error(model, inputs, error, sampled=sampled) or error from error.__cause__
     _check_dtypes(graph)
     for name in ("exclude", "include", "same"):
-        for note in unmatched(model, name, getattr(options, name)):
+        for note in unmatched(graph.modules, graph.tensors, name, getattr(options, name)):
             warn(note, UnmatchedPatternWarning)
             graph.notes.append(note)
     if graph.flow.trace.mode == "real":

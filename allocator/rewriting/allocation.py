@@ -311,14 +311,20 @@ def _compose_costs(first: dict[str, dict[str, Any]], second: dict[str, dict[str,
 
 
 def _compose_blocks(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    before = {(b["name"], r["name"]): r["before"] for b in first for r in b["branches"]}
-    return [
-        {
-            **b,
-            "branches": [{**r, "before": before.get((b["name"], r["name"]), r["before"])} for r in b["branches"]],
-        }
-        for b in second
-    ]
+    """What the second has left of the branches that there were before the first."""
+    before = {}
+    for block in first:
+        for branch in block["branches"]:
+            before[block["name"], branch["name"]] = branch["before"]
+    composed = []
+    for block in second:
+        branches = []
+        for branch in block["branches"]:
+            # Of a branch that the first did not know, the second says what there was.
+            widest = before.get((block["name"], branch["name"]), branch["before"])
+            branches.append({**branch, "before": widest})
+        composed.append({**block, "branches": branches})
+    return composed
 
 
 def architecture_hash(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -20,7 +20,7 @@ from allocator.errors import (
 )
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.scoring.answers import Loss
-from allocator.scoring.calibration import collect, with_gradients
+from allocator.scoring.calibration import Statistics, collect, with_gradients
 from allocator.scoring.scores import Scores, SlotScores, as_array
 from allocator.scoring.torch_pruning import importance_scores, is_importance
 from allocator.tracing.isolation import undisturbed
@@ -158,16 +158,7 @@ def score(graph: ChannelGraph, criterion: Any = AUTO, data: Data | None = None, 
 def _by_names(graph: ChannelGraph, names: tuple[str, ...], data: Data | None, stored: Stored) -> Scores:
     """By one criterion, or by the mean rank of several; the data are looked at once for all of them."""
     criteria = [find_criterion(name) for name in names]
-    needs = {need for each in criteria for need in each.needs}
-    statistics = None
-    if needs:
-        if data is None:
-            asking = next(each.name for each in criteria if each.needs)
-            raise CriterionError(f"criterion {asking!r} looks at data: pass data=loader")
-        for each in criteria:
-            if each.labels and data.loss is None:
-                raise CriterionError(f"criterion {each.name!r} needs labels: pass loss=function beside the data")
-        statistics = collect(graph, data.loader, needs, loss=data.loss, seed=data.seed, progress=data.progress)
+    statistics = _statistics(graph, [each for each in criteria if each.needs], data)
     found = []
     for each in criteria:
         extra = (statistics,) if each.needs else ()
@@ -176,6 +167,20 @@ def _by_names(graph: ChannelGraph, names: tuple[str, ...], data: Data | None, st
         return found[0]
     ranks = np.mean([_rank(scores.values) for scores in found], axis=0)
     return Scores("+".join(names), ranks)
+
+
+def _statistics(graph: ChannelGraph, criteria: Sequence[Criterion], data: Data | None) -> Statistics | None:
+    """What these criteria need to know of the data; None where there are none that look at data."""
+    if not criteria:
+        return None
+    if data is None:
+        raise CriterionError(f"criterion {criteria[0].name!r} looks at data: pass data=loader")
+    needs: set[str] = set()
+    for each in criteria:
+        needs.update(each.needs)
+        if each.labels and data.loss is None:
+            raise CriterionError(f"criterion {each.name!r} needs labels: pass loss=function beside the data")
+    return collect(graph, data.loader, needs, loss=data.loss, seed=data.seed, progress=data.progress)
 
 
 def _rank(values: np.ndarray) -> np.ndarray:
