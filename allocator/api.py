@@ -145,6 +145,8 @@ def allocate(
             model, by_budgets(limits), example_inputs, settings, weights=weights, numeric=certify, seed=seed,
             progress=progress,
         )  # fmt: skip
+        if method is not None:
+            result.notes.append("nothing was dropped, so that there was nothing to recover")
         return replace(result, model=adapters.wrapped_like(model, result.model))
     if method is not None:
         data = again_and_again(data)

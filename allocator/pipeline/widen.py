@@ -13,7 +13,7 @@ from torch import nn
 from allocator.clock import Clock, Progress
 from allocator.cost.budget import Budget, Budgets
 from allocator.cost.metric import Metric
-from allocator.errors import BudgetError, InputError, NothingToAllocateError
+from allocator.errors import BudgetError, InputError, NothingToAllocateError, plural
 from allocator.fitting.fit import fit
 from allocator.graph.blocks import Block
 from allocator.graph.channel_graph import ChannelGraph
@@ -83,7 +83,7 @@ def widen_model(
         fitted = fit(traced, planner, planner.hold)
         graph, maps = fitted.graph, fitted.maps
         notes = [*traced.notes, *fitted.notes]
-        notes += [f"not widened, as it would not be exact: {why}" for why in _why_not(graph, init)[:_MOST_REASONS]]
+        notes += [f"not widened, as it would not be exact: {why}" for why in planner.why_not(graph)[:_MOST_REASONS]]
         notes += planner.as_they_were
     with clock("rewrite"):
         reads = {name: [graph.reads[label] for label in graph.slots.labels(name)] for name in maps}
@@ -121,7 +121,7 @@ def by_factor(factor: Any) -> Widths:
     Raises:
         InputError: no number from 1 on.
     """
-    if not isinstance(factor, (int, float)) or not factor < math.inf:
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor < math.inf:
         raise InputError(f"factor={factor!r} is no number such as 1.5")
     if factor > WIDEST:
         raise InputError(f"factor={factor!r} is more than {WIDEST:.0f}, the most that layers are widened by")
@@ -301,12 +301,19 @@ class _Planner:
         self.held = np.append(self.held, fresh)
         return bool(len(fresh))
 
+    def why_not(self, graph: ChannelGraph) -> list[str]:
+        """What can't be added to without changing what is computed, a line per reason."""
+        held = len(np.unique(graph.units(self.held)))
+        places = f"what is added would not stand where it belongs, as beside a shuffle ({plural(held, 'neuron')})"
+        return [*_why_not(graph, self.init), *([places] if held else [])]
+
     def __call__(self, graph: ChannelGraph) -> Plan:
         held = np.append(graph.units(self.held), np.flatnonzero(_uncopied(graph, self.init)))
         layers = Layers.of(graph, self.settings.scope, held, self.settings.multiple)
         if not layers.each:
-            reasons = [*_why_not(graph, self.init), *(_no_multiple(self.settings.multiple, *s) for s in layers.stuck)]
-            listed = "; ".join(reasons[:_MOST_REASONS]) or _nothing_left(graph)
+            reasons = [*self.why_not(graph), *(_no_multiple(self.settings.multiple, *s) for s in layers.stuck)]
+            reasons = reasons or _nothing_left(graph)
+            listed = "; ".join(reasons[:_MOST_REASONS])
             raise NothingToAllocateError(f"no neuron can be added to the model exactly: {listed}", reasons=reasons)
         metric = graph.metric("flops")
         more, asked = self.widths(layers)
@@ -320,11 +327,11 @@ class _Planner:
         return Plan(times, budgets, self.settings.scope, "even", "none", costs)
 
 
-def _nothing_left(graph: ChannelGraph) -> str:
-    """Why there is nothing to add to where nothing would be inexact."""
+def _nothing_left(graph: ChannelGraph) -> list[str]:
+    """Why there is nothing to add to where no neuron of a layer would be inexact."""
     if any(reason.endswith("by the caller") for *_, reason in graph.facts.frozen):
-        return "what exclude and include leave is written by others too, or read by nothing inside it"
-    return "it has no layer whose outputs are read inside it"
+        return ["what exclude and include leave is written by others too, or read by nothing inside it"]
+    return graph.why() or ["it has no layer whose outputs are read inside it"]
 
 
 def _not_repeated(layers: Layers, more: np.ndarray) -> list[str]:
@@ -366,6 +373,9 @@ def _why_not(graph: ChannelGraph, init: str) -> list[str]:
         first, *others = dict.fromkeys(modules[reason])
         more = f" and {len(others)} more" if others else ""
         lines.append(f"{reason} in {first or 'the model'}{more} ({channels[reason]:,} channels)")
+    fixed = int(EvenNeurons.of(graph).fixed.sum())
+    if fixed:
+        lines.insert(0, f"an average is taken over them and over what stays ({plural(fixed, 'neuron')})")
     both = int(_uncopied(graph, init).sum())
     if both:
         hint = "" if _uncopied(graph, "zero").any() else "; init='zero' can"

@@ -14,6 +14,9 @@ from allocator.graph.channel_graph import ALL, SCOPES, ChannelGraph
 from allocator.graph.even import EvenNeurons
 from allocator.planning.multiples import asked_multiples
 
+WIDEST = 1024.0
+"""No layer is made more often as wide than this."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -96,7 +99,7 @@ class Layers:
         first = step = 1
         period = int(np.lcm.reduce([asked[number] for number in branches.tolist()]))
         if together or period > 1:
-            rounds = np.arange(1, 2 * period + 1)
+            rounds = np.arange(1, min(2 * period, int(WIDEST) * len(units)) + 1)
             fits, at_once = np.ones(len(rounds), dtype=bool), len(units)
             for number in np.unique(branches).tolist():
                 label = self.graph.facts.written[number].label
@@ -107,8 +110,8 @@ class Layers:
             if not fits.any():
                 self.stuck.append((self._name(int(branches[0]))[0], len(units)))
                 return
-            first, second = (rounds[fits][:2] * at_once).tolist()
-            step = second - first
+            first, *others = (rounds[fits][:2] * at_once).tolist()
+            step = others[0] - first if others else period * at_once
         self.each.append(Layer(units, int(branches[0]), together, first, step))
 
     def _name(self, number: int) -> tuple[str, int]:
@@ -178,7 +181,8 @@ def widest_within(layers: Layers, budgets: Budgets) -> np.ndarray:
     Raises:
         BudgetError: the limits are so large that nobody can mean them.
     """
-    if budgets.met(layers.times(layers.evenly(WIDEST))):
+    most = layers.evenly(WIDEST)
+    if most.any() and budgets.met(layers.times(most)):
         first = budgets.first
         raise BudgetError(
             f"{first.metric.show(first.limit)} would make every layer more than {WIDEST:.0f} times as wide: ask for "
@@ -216,10 +220,6 @@ def _with_next(layers: Layers, more: np.ndarray, layer: int) -> np.ndarray:
     wider = more.copy()
     wider[layer] = layers.each[layer].following(int(more[layer]))
     return wider
-
-
-WIDEST = 1024.0
-"""No layer is made more often as wide than this."""
 
 
 def _largest(fits: Callable[[float], bool]) -> float:

@@ -13,7 +13,7 @@ from allocator.errors import AllocatorError, CertificateError, first_line
 from allocator.flow.labels import FROZEN
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.rewriting.index_map import Maps
-from allocator.tracing.inputs import Inputs, device_of
+from allocator.tracing.inputs import Inputs, device_of, dtype_of
 from allocator.verifying.difference import Difference, difference, noise_floors
 from allocator.verifying.float64 import Draw, Rows, run_float64
 
@@ -26,6 +26,8 @@ MEASURABLE = 1e-6
 SHOWS = 10
 # The share of an output that has to be compared on some input: of the others NaN is all that is known.
 ENOUGH = 0.01
+# An effect that float32 tells from rounding, so that the network as it is need not run in float64.
+PLAIN = 0.01
 NUDGES = 3
 # By how much the largest inputs that are tried exceed standard normal ones: biases then count for little.
 LOUD = 16.0
@@ -189,8 +191,18 @@ class _Pair:
     def _original(self, inputs: Inputs, draw: Draw | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Outputs of the original with the dropped neurons cut, and without that."""
         cut = self._cut(inputs, draw)
-        told = not self.kept.all() and any(t.numel() for t in cut)  # a detector may find nothing
-        return cut, run_float64(self.graph.model, inputs, draw=draw, dtype=self.dtype) if told else cut
+        if self.kept.all() or not any(t.numel() for t in cut):  # a detector may find nothing
+            return cut, cut
+        only_for_the_effect = draw is not None or not self.uncut
+        if only_for_the_effect and dtype_of(self.graph.model) is torch.float32:
+            whole = self._whole(inputs, draw, torch.float32)
+            if PLAIN <= difference(whole, cut, patterns=False).worst < float("inf"):
+                return cut, whole
+        return cut, self._whole(inputs, draw, self.dtype)
+
+    def _whole(self, inputs: Inputs, draw: Draw | None, dtype: torch.dtype) -> list[torch.Tensor]:
+        written = self.graph.flow.trace.written()
+        return run_float64(self.graph.model, inputs, draw=draw, dtype=dtype, written=written)
 
     def is_unread(self) -> bool:
         """Whether the original gives the same outputs where every weight of a dropped neuron is no number.
@@ -258,7 +270,7 @@ def _silenced(graph: ChannelGraph) -> bool:
     scales = {gamma.name for gamma in graph.facts.gammas}
     for name, parameter in graph.model.named_parameters():
         multiplies = parameter.dim() > 1 or name in scales
-        if multiplies and parameter.numel() and not bool(parameter.any()):
+        if multiplies and parameter.numel() and not (parameter.dim() and parameter[0].any()) and not parameter.any():
             return True
     return False
 

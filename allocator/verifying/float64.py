@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import set_training, skeleton, tensor_names
 from allocator.rewriting.index_map import IndexMap, Maps
-from allocator.torch_private import tree_map
+from allocator.torch_private import map_arguments
 from allocator.tracing.inputs import Inputs, dtype_of
 from allocator.tracing.isolation import undisturbed
 from allocator.tracing.operators import FUNCTIONS, Function
@@ -37,7 +37,7 @@ def part_of(tensor: torch.Tensor, maps: Sequence[IndexMap | None]) -> torch.Tens
     for dim, index_map in enumerate(maps):
         if index_map is not None:
             index = torch.as_tensor(index_map.source, device=tensor.device)
-            tensor = tensor[(slice(None),) * dim + (index,)]
+            tensor = tensor.index_select(dim, index)
     return tensor
 
 
@@ -50,6 +50,7 @@ def run_float64(
     dtype: torch.dtype = torch.float64,
     nudge: int = 0,
     fill: float = 0.0,
+    written: Collection[str] | None = None,
 ) -> list[torch.Tensor]:
     """Output tensors of an eval-mode forward in float64; weights are converted one call at a time.
 
@@ -62,12 +63,18 @@ def run_float64(
         nudge: a seed by which every weight is changed a little, to see what outputs owe to rounding; 0 for none.
         fill: what `zeroed` is read as instead; of a weight that is computed, what it is computed from. What chooses by
             truth values then gives no number for one that it left out.
+        written: names of the parameters that the forward writes into, where that is known: no others are copied.
 
     Returns:
         Tensors on the CPU in float64; of complex ones the last dim is (real, imaginary). Where all are of whole
         numbers, what the last of them were made from as well (of an argmax, the scores): that they agree shows more.
     """
-    copied = set_training(skeleton(model, lambda _, t: t if _reads_only(t, dtype) else t.clone()), False)
+
+    def own(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        known = written is not None and isinstance(tensor, nn.Parameter) and name not in written
+        return tensor if known or _reads_only(tensor, dtype) else tensor.clone()
+
+    copied = set_training(skeleton(model, own), False)
     direct = {name: rows for name, rows in (zeroed or {}).items() if fill or not _zero_computed(copied, name, rows)}
     with torch.no_grad(), undisturbed(model), _Wide(copied, direct, draw, dtype, nudge, fill) as mode:
         arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs
@@ -110,7 +117,8 @@ class Draw:
     """Weights drawn from a seed, the same for a name whatever is kept of it.
 
     Matrices and kernels are uniform with the variance 2 / fan-in (He et al., ICCV 2015), vectors uniform in
-    0.5..1.5, so that signals neither vanish nor grow on their way; of buffers only running statistics are drawn.
+    0.5..1.5, so that signals neither vanish nor grow on their way; of buffers only running statistics are drawn. They
+    are numbers of float32, which any wider dtype holds.
     """
 
     def __init__(self, graph: ChannelGraph, seed: int, maps: Maps | None = None) -> None:
@@ -121,8 +129,8 @@ class Draw:
         statistic = name.endswith(("running_mean", "running_var"))
         if not shape or not (isinstance(own, nn.Parameter) or statistic):
             return own
-        generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
-        values = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+        generator = np.random.Generator(np.random.SFC64(zlib.crc32(f"{self.seed} {name}".encode())))
+        values = torch.from_numpy(generator.random(shape, dtype=np.float32))
         if len(shape) == 1:
             values += 0.5
         else:
@@ -156,10 +164,10 @@ class _Wide(TorchFunctionMode):
         if func in _NARROWING:
             return args[0].to(self.dtype)
         given = args, kwargs or {}
-        args, kwargs = tree_map(self.convert, given)
+        args, kwargs = map_arguments(self.convert, given)
         declared = FUNCTIONS.get(name)
         if declared is not None and declared.orders:
-            args, kwargs = tree_map(_rounded, (args, kwargs))
+            args, kwargs = map_arguments(_rounded, (args, kwargs))
         out = _convolve(func, *args, **kwargs) if func in _CONVOLUTIONS else func(*args, **kwargs)
         if name.endswith("_") or "out" in kwargs:
             self._note_written(given, (args, kwargs))
@@ -170,7 +178,7 @@ class _Wide(TorchFunctionMode):
             return self.widen(out)
         if out is self.dtype:
             return self.said
-        return tree_map(self.widen, out) if isinstance(out, (tuple, list)) else out
+        return map_arguments(self.widen, out) if isinstance(out, (tuple, list)) else out
 
     def _note_rounded(self, args: Any, out: torch.Tensor, declared: Function | None) -> None:
         """Remember what a call made whole numbers of; where it had been rounded before, what that was."""
