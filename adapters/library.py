@@ -11,7 +11,7 @@ from allocator.errors import UnsupportedModelError
 
 _INSTALL_HINTS = {
     "lightning": "pip install 'neuron-allocator[lightning]'",
-    "transformers": "pip install transformers",
+    "transformers": "pip install 'neuron-allocator[language]'",
     "ultralytics": "pip install 'neuron-allocator[ultralytics]'",
 }
 _ZOO = "pip install 'neuron-allocator[zoo]'"

@@ -393,6 +393,34 @@ def test_weights_of_one_seed_may_show_nothing() -> None:
     assert check(Case(spec, 0.2, scope="all", fill=False, again=0.86), by_turns=True) == "budget"
 
 
+def test_layers_that_are_off_show_on_drawn_weights_where_the_forward_looks_at_values() -> None:
+    """Drawn weights may lead to another path, so that they were not tried; where the two agree on them they show it."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.body(x * 0 if float(x.max()) > 1e9 else x) * net.gate.weight.relu())
+
+    model = _net(run, lambda: {"body": nn.Linear(8, 6), "gate": nn.Linear(6, 1, bias=False), "head": nn.Linear(6, 3)})
+    nn.init.constant_(model.get_parameter("gate.weight"), -1)
+    with pytest.warns(allocator.AllocatorWarning):
+        result = allocator.allocate(model, "70%", example_inputs=torch.zeros(1, 8), criterion="magnitude")
+    assert result.certificate.drawn
+    assert result.certificate.shown
+
+
+def test_a_mean_over_what_a_batch_norm_made_of_one_sample_shows_in_two() -> None:
+    """It is the norm's shift, whatever the channels hold."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.norm(net.body(net.stem(x))).mean((2, 3))
+
+    def layers() -> dict[str, nn.Module]:
+        norm = nn.BatchNorm2d(5, track_running_stats=False)
+        return {"stem": nn.Conv2d(3, 8, 3), "body": nn.Conv2d(8, 5, 1), "norm": norm}
+
+    model = Net(run, **layers())
+    assert allocator.allocate(model, "70%", example_inputs=X, criterion="magnitude").certificate.shown
+
+
 def _first_half(net: Any, x: Tensor) -> Tensor:
     return net.head(net.stem(x)[:, :4])
 

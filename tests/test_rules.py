@@ -213,7 +213,6 @@ REFUSED: dict[str, list[Case]] = {
     "gather": each(lambda x, i: x.gather(1, i), FEATURES, Data((3, 6), (1,), below(6)), refused=True),
     "take": each(torch.take, FEATURES, _WHERE, refused=True),
     "scatter": each(lambda x, i: x.scatter(1, i, 0.5), FEATURES, _WHERE, refused=True),
-    "index_add": each(lambda x, i: x.index_add(1, i, x), FEATURES, Data((6,), (), below(6)), refused=True),
     "diagonal": each(lambda x: x.diagonal(0, 1, 2), _SQUARE, refused=True),
     "triu": each(torch.triu, _SQUARE, refused=True),
     "tril": each(torch.tril, FEATURES, refused=True),

@@ -89,10 +89,10 @@ EXACT: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 INEXACT: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "a weight's length": (
         lambda: Made(
-            lambda s, x: s.z(s.a(x)), a=parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), z=nn.Conv2d(8, 4, 1)
+            lambda s, x: s.z(s.a(x)), a=nn.Conv2d(3, 8, 3), z=parametrizations.weight_norm(nn.Conv2d(8, 4, 1))
         ),
         IMAGE,
-        r"no rule for this operator \(_weight_norm_interface\).*remove_parametrizations.* undoes it",
+        r"a norm over the channels mixes them all \(_weight_norm_interface\).*remove_parametrizations.* undoes it",
     ),
     "their length": (
         lambda: vector(lambda s, x: s.z(F.normalize(s.a(x), dim=-1))),

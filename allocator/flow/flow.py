@@ -151,6 +151,21 @@ class Flow:
         self._labels[index] = tuple(labels)
         self.uniform.discard(index)
 
+    def same_everywhere(self, index: int) -> list[int]:
+        """A value and what it is a view or copy of, as far as these are the same everywhere."""
+        found: list[int] = []
+        while index in self.uniform and index not in found:
+            found.append(index)
+            root = self.trace.root(index)
+            reads = self._made_by.get(root, ())
+            index = root if root != index else reads[0] if len(reads) == 1 else index
+        return found
+
+    @cached_property
+    def _made_by(self) -> dict[int, tuple[int, ...]]:
+        """Per value, what the call that made it read."""
+        return {value: op.reads for op in reversed(self.trace.ops) for value in op.outputs}
+
     def tie(self, a: np.ndarray, b: np.ndarray, op: Op) -> None:
         """Slots in the same place of `a` and `b` (broadcast) go together."""
         if a is b:

@@ -131,3 +131,17 @@ def _whole_groups(flow: Flow, op: Op, grouped: np.ndarray) -> None:
         flow.group(op, op.arg("weight"), grouped[:, 0])
     for index in op.outputs[1:]:
         flow.set(index, [flow.labels(op.inputs()[0])[0], grouped[:, 0]])
+
+
+@operator("_weight_norm_interface")
+def weight_norm(flow: Flow, op: Op) -> None:
+    """Direction and length of a weight: along one dim an index goes with its length, which is of all the others."""
+    direction, length = op.inputs()
+    labels = list(flow.labels(direction))
+    dim = int(op.arg("dim")) % len(labels)
+    flow.unify(labels[dim], flow.labels(length)[dim], op)
+    if flow.options.norms == "exact":
+        for other in (*labels[:dim], *labels[dim + 1 :]):
+            flow.freeze(other, op, _JOINT)
+    flow.set(op.outputs[0], labels)
+    flow.set(op.outputs[1], [labels[dim] if d == dim else None for d in range(len(labels))])

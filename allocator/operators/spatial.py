@@ -109,6 +109,27 @@ def roi_pool(flow: Flow, op: Op) -> None:
         flow.set(index, [None, channels, None, None])
 
 
+@operator("torchvision::deform_conv2d", drawn_as="conv")
+def deformed_convolution(flow: Flow, op: Op) -> None:
+    """A convolution at places that another tensor gives, for groups of input channels alike; these keep their sizes."""
+    x, weight = op.inputs()[:2]
+    if int(op.arg("groups")) > 1:
+        flow.refuse(op, "a deformed convolution in groups")
+        return
+    batch, channels, *pixels = flow.labels(x)
+    written, read, *kernel = flow.labels(weight)
+    _stay(flow, op, [*pixels, *kernel])
+    for name in ("offset", "mask"):
+        _stay(flow, op, flow.labels(op.arg(name).index))
+    if channels is not None:
+        grouped = channels.reshape(int(op.arg("offset_groups")), -1)
+        flow.tie(grouped, grouped[:1], op)
+    flow.contract(channels, read, op, weight)
+    flow.produce(written, op, weight)
+    flow.unify(written, flow.labels(op.arg("bias").index)[0], op)
+    flow.set(op.outputs[0], [batch, written, *([None] * len(pixels))])
+
+
 def _stay(flow: Flow, op: Op, labels: Sequence[Label]) -> None:
     for label in labels:
         flow.freeze(label, op, "this dim is resampled")

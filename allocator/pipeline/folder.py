@@ -141,7 +141,9 @@ def _write(
     def cut() -> Iterator[tuple[str, torch.Tensor]]:
         for stored, name in names.items():
             tensor = source.shards[stored]
-            yield stored, replace(name, nn.Parameter(tensor, False) if name in parameters else tensor)
+            if name in allocation.kept:  # what stays whole goes from file to file, and is not copied in between
+                tensor = replace(name, nn.Parameter(tensor, False) if name in parameters else tensor)
+            yield stored, tensor
             said(stored)
 
     title = f"writing {output}"

@@ -263,11 +263,15 @@ class _Recorder(TorchDispatchMode):
 def _numbers(tensor: torch.Tensor, mode: str) -> tuple[Any, ...]:
     """What a forward without values reads of a tensor that has some: numbers that it made, however it did.
 
-    Of many, a checksum.
+    What is repeated counts once, however often: all, or along a dim that was expanded. Of many others a checksum.
     """
     if mode == "real" or without_values(tensor) or tensor.layout is not torch.strided:
         return ()
+    for dim, stride in enumerate(tensor.stride()):
+        tensor = tensor.detach().narrow(dim, 0, 1) if stride == 0 and tensor.shape[dim] else tensor
     numbers = tensor.detach().cpu().reshape(-1)
+    if len(numbers) > 1 and bool((numbers == numbers[0]).all()):
+        return tuple(numbers[:1].tolist())
     if len(numbers) <= _MOST_NUMBERS:
         return tuple(numbers.tolist())
     return (zlib.crc32(numbers.contiguous().view(torch.uint8).numpy().tobytes()),)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 import zlib
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -27,7 +28,8 @@ from allocator.tracing.isolation import undisturbed
 from allocator.tracing.operators import FUNCTIONS, Function
 from allocator.tracing.record import tensors_in
 
-Rows = dict[str, list[tuple[int, np.ndarray]]]
+_Dims = list[tuple[int, np.ndarray]]
+Rows = dict[str, _Dims]
 # Bytes of the columns that a convolution on the CPU may unfold its input to, all channels together.
 COLUMNS = 4 << 20
 
@@ -97,17 +99,20 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to("cpu", torch.float64)
 
 
-def _zero_computed(copied: nn.Module, name: str, rows: list[tuple[int, np.ndarray]]) -> bool:
+def _filled(tensor: torch.Tensor, rows: _Dims, value: float) -> torch.Tensor:
+    for dim, indices in rows:
+        tensor.index_fill_(dim, torch.as_tensor(indices, device=tensor.device), value)
+    return tensor
+
+
+def _zero_computed(copied: nn.Module, name: str, rows: _Dims) -> bool:
     """Zero a weight that a parametrisation computes after it was computed; whether there was one to zero."""
     owner = copied.get_submodule(name.rpartition(".")[0])
     if not isinstance(owner, ParametrizationList):
         return False
 
     def zero(module: nn.Module, args: Any, weight: torch.Tensor) -> torch.Tensor:
-        weight = weight.clone()
-        for dim, indices in rows:
-            weight.index_fill_(dim, torch.as_tensor(indices, device=weight.device), 0)
-        return weight
+        return _filled(weight.clone(), rows, 0.0)
 
     owner.register_forward_hook(zero)
     return True
@@ -148,6 +153,7 @@ class _Wide(TorchFunctionMode):
         super().__init__()
         names = tensor_names(model)
         self.rows = {id(names[name]): rows for name, rows in zeroed.items()}
+        self.zeroed: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor | _Dims]] = {}
         self.draw, self.dtype, self.nudge, self.fill = draw, dtype, nudge, fill
         self.names = {id(tensor): name for name, tensor in names.items()} if draw is not None or nudge else {}
         self.said = dtype_of(model)
@@ -169,6 +175,7 @@ class _Wide(TorchFunctionMode):
         if declared is not None and declared.orders:
             args, kwargs = map_arguments(_rounded, (args, kwargs))
         out = _convolve(func, *args, **kwargs) if func in _CONVOLUTIONS else func(*args, **kwargs)
+        out = self._zero_again(func, args, kwargs, out) if self.zeroed and isinstance(out, torch.Tensor) else out
         if name.endswith("_") or "out" in kwargs:
             self._note_written(given, (args, kwargs))
         if self.fill:
@@ -179,6 +186,34 @@ class _Wide(TorchFunctionMode):
         if out is self.dtype:
             return self.said
         return map_arguments(self.widen, out) if isinstance(out, (tuple, list)) else out
+
+    def _zero_again(self, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> torch.Tensor:
+        """What is computed from weights alone, number by number, is zero where they are read as zero.
+
+        Where that is, is seen by numbers that are none: those of a function that mixes them are another number.
+        """
+        given = [t for t in tensors_in((args, kwargs)) if t.is_floating_point() and t.numel() > 1]
+        if not given or not out.is_floating_point() or out.numel() != given[0].numel():
+            return out
+        if not all(self._is_zeroed(t) for t in given):
+            return out
+        spoilt = map_arguments(self._spoilt, (args, kwargs))
+        where = func(*spoilt[0], **spoilt[1]).isnan() & ~out.isnan()
+        if int(where.sum()) == int(self._spoilt(given[0]).isnan().sum()):
+            out = out.masked_fill(where, 0.0)
+            self.zeroed[id(out)] = weakref.ref(out), where
+        return out
+
+    def _is_zeroed(self, leaf: Any) -> bool:
+        return id(leaf) in self.zeroed and self.zeroed[id(leaf)][0]() is leaf
+
+    def _spoilt(self, leaf: Any) -> Any:
+        if not self._is_zeroed(leaf):
+            return leaf
+        where = self.zeroed[id(leaf)][1]
+        if isinstance(where, torch.Tensor):
+            return leaf.masked_fill(where, float("nan"))
+        return _filled(leaf.clone(), where, float("nan"))
 
     def _note_rounded(self, args: Any, out: torch.Tensor, declared: Function | None) -> None:
         """Remember what a call made whole numbers of; where it had been rounded before, what that was."""
@@ -221,8 +256,9 @@ class _Wide(TorchFunctionMode):
         rows = self.rows.get(id(leaf))
         if rows is not None:
             wide = wide.clone() if wide is leaf else wide
-            for dim, indices in rows:
-                wide.index_fill_(dim, torch.as_tensor(indices, device=wide.device), self.fill)
+            _filled(wide, rows, self.fill)
+            if not self.fill:
+                self.zeroed[id(wide)] = weakref.ref(wide), rows
         return wide
 
 
