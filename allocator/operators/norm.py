@@ -140,7 +140,7 @@ def weight_norm(flow: Flow, op: Op) -> None:
     labels = list(flow.labels(direction))
     dim = int(op.arg("dim")) % len(labels)
     flow.unify(labels[dim], flow.labels(length)[dim], op)
-    if flow.options.norms == "exact":
+    if flow.options.norms != "loose":  # twice as many inputs make it longer
         for other in (*labels[:dim], *labels[dim + 1 :]):
             flow.freeze(other, op, _JOINT)
     flow.set(op.outputs[0], labels)
