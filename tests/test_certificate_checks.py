@@ -306,6 +306,39 @@ def test_a_model_that_looks_at_values_is_compared_on_its_own_inputs() -> None:
     assert all(torch.equal(given.float(), x) for given in seen)
 
 
+def centred(m: Any, x: Tensor, scale: float = 1.0) -> Any:
+    """The mean over samples is taken off: of one sample nothing is left."""
+    y = m.first(x)
+    return m.last(scale * (y - y.mean(0, keepdim=True)))
+
+
+def test_what_one_sample_does_not_show_two_do() -> None:
+    graph = graph_of(net(centred, first=nn.Linear(3, 4), last=nn.Linear(4, 2)), torch.zeros(1, 3))
+    kept = dropping(graph, {"first": [2]})
+    maps, small = shrunk(graph, kept)
+    found = compare_outputs(graph, kept, maps, small, seed=0)
+    assert found.shows
+    assert not found.unread
+    assert found.error < 1e-14
+    with torch.no_grad():
+        small.last.weight[0, 0] += 1
+    assert compare_outputs(graph, kept, maps, small, seed=0).error > 1e-3
+
+
+def test_what_one_sample_and_own_weights_do_not_show_two_and_drawn_ones_do() -> None:
+    model = net(centred, first=nn.Linear(3, 4), last=nn.Linear(4, 2))
+    model.last.weight.data.zero_()
+    graph = graph_of(model, torch.zeros(1, 3))
+    kept = dropping(graph, {"first": [2]})
+    maps, small = shrunk(graph, kept)
+    found = compare_outputs(graph, kept, maps, small, seed=0)
+    assert found.shows
+    assert found.drawn
+    assert found.error < 1e-14
+    small.run = lambda m, x: centred(m, x, scale=2.0)
+    assert compare_outputs(graph, kept, maps, small, seed=0).error > 0.1
+
+
 def test_weights_are_drawn_where_a_scale_or_weight_is_zero_throughout(graph: ChannelGraph) -> None:
     assert not _silenced(graph)
     for name, silenced in (("norm.weight", True), ("last.weight", True), ("first.bias", False), ("norm.bias", False)):

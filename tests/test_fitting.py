@@ -116,6 +116,23 @@ def test_it_follows_only_where_channels_go() -> None:
     assert "0" not in found.allocation.attributes
 
 
+class ReadsShape(Block):
+    """The shape of all that it views, samples first, or of a part of it."""
+
+    def between(self, x: Tensor) -> Tensor:
+        y = x.view(self.sizes) if len(self.sizes) == 3 else x.view(len(x), *self.sizes)
+        return y.sigmoid().view(len(x), -1, 4, 4)
+
+
+@pytest.mark.parametrize("before", [[2], []])
+@pytest.mark.parametrize("make", [list, tuple])
+def test_a_shape_follows_in_the_size_of_its_channels_alone(before: list[int], make: Callable[[Any], Any]) -> None:
+    found = fitted(nn.Sequential(ReadsShape(sizes=make([*before, 6, 16]))), {"0.first": [1, 4]})
+    assert found.allocation.attributes["0"] == {"sizes": [*before, 4, 16]}
+    assert found.notes == ["'sizes' of ReadsShape follows the kept channels"]
+    assert outputs_kept(found, "0.first") == 4
+
+
 class ReadsTwoWidths(Block):
     """One attribute for each of two views of another module's channels."""
 
@@ -382,6 +399,24 @@ def test_what_fits_at_once_needs_no_repair(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.notes == []
     assert found.allocation.costs["flops"]["after"] == graph.metric("flops").value(found.plan.kept)
     assert found.allocation.costs["flops"]["before"] == graph.flops
+
+
+def test_a_result_is_traced_without_storage_where_the_original_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[str] = []
+    for name in ("take", "take_on_meta"):
+        own = getattr(fitting, name)
+        monkeypatch.setattr(fitting, name, lambda *args, own=own, name=name: (copied.append(name), own(*args))[1])
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 3, 1)).eval()
+    fit(graph_of(model, X), planner({"0": [1]}))
+    assert set(copied) == {"take_on_meta"}
+    copied.clear()
+
+    class ReadsValues(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x) if float(x.sum()) < 1 else x
+
+    fit(graph_of(ReadsValues(*model), X), planner({"0": [1]}))
+    assert "take" in copied
 
 
 def test_the_plan_is_made_anew_on_what_was_frozen() -> None:

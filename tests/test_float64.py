@@ -102,3 +102,43 @@ def test_weights_read_as_zero() -> None:
     with torch.no_grad():
         layer.weight[:, [1, 4]] = 0
         torch.testing.assert_close(result, layer.double()(x.double()), rtol=1e-12, atol=1e-12)
+
+
+# What a forward leaves out ---------------------------------------------------------------------------
+
+
+class Chooses(nn.Module):
+    """Two layers, of whose numbers the second's are left out by what the input says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.one, self.two, self.how = nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.one(x), self.two(x)
+        always = (x[:, :1] == x[:, :1]) & (x[:, :1] < 1e9)
+        if self.how == "where":
+            return torch.where(always, first, second)
+        if self.how == "write":
+            return second.masked_fill_(always, 0.0) + first
+        if self.how == "item":
+            second[always.expand_as(second)] = 0.0
+            return second + first
+        return first + 0 * second.relu() if self.how == "zero" else first
+
+
+@pytest.mark.parametrize(
+    ("how", "seen"), [("where", True), ("zero", True), ("none", False), ("write", ValueError), ("item", ValueError)]
+)
+def test_numbers_that_a_forward_leaves_out_are_seen(how: str, seen: Any) -> None:
+    """Where a weight is read as no number, what was chosen over it is none either; and nothing may be written over."""
+    model, x = Chooses(how), torch.randn(2, 3)
+    rows = {"two.weight": [(0, torch.tensor([1]).numpy())]}
+    if seen is ValueError:
+        with pytest.raises(ValueError, match="writes by truth values"):
+            float64.run_float64(model, as_inputs(x, model), zeroed=rows, fill=float("nan"))
+        return
+    (found,) = float64.run_float64(model, as_inputs(x, model), zeroed=rows, fill=float("nan"))
+    assert found.isnan().any(0).tolist() == [False, seen, False, False]
+    (usual,) = float64.run_float64(model, as_inputs(x, model), zeroed=rows)
+    assert not usual.isnan().any()

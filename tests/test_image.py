@@ -139,6 +139,17 @@ def test_what_stays_stays_in_its_place(graph: ChannelGraph) -> None:
     assert image.positions(own[::-1].copy()).tolist() == [0, 1, 2, 3, 4], "each run of one slot stays where it is"
 
 
+def test_what_stays_is_of_no_dim_whichever_dim_changes_its_order(graph: ChannelGraph) -> None:
+    for name in graph.slots.shapes:
+        own = graph.slots.labels(name)
+        order = np.arange(len(own[0]))[::-1] if own else np.zeros(0, dtype=np.int64)
+        if len(order) > 1:
+            image = Image(graph, {name: [IndexMap.of(order), *[None] * (len(own) - 1)]}, graph.slots)
+            assert image.positions(np.array([FROZEN, FROZEN])).tolist() == [0, 1]
+            label = np.array([FROZEN, *own[0], FROZEN])
+            assert image.positions(label).tolist() == [0, *(1 + order), len(order) + 1]
+
+
 def test_a_tensor_of_another_size_is_the_image_of_nothing(graph: ChannelGraph) -> None:
     maps: Maps = {"first.bias": [IndexMap.of(np.array([0, 1]))]}
     image = Image(graph, maps, graph.slots)

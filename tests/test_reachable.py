@@ -95,6 +95,19 @@ def test_where_nothing_can_go_it_is_sought_from_the_models_own_down() -> None:
     assert 40 in seen
 
 
+def test_it_is_sought_from_one_less_than_the_models_own() -> None:
+    tried: list[float] = []
+
+    def run(figure: float) -> int:
+        tried.append(figure)
+        if figure < 99:
+            raise NothingToAllocateError("")
+        return int(figure)
+
+    assert smallest_reachable(NothingToAllocateError(""), run, 10, 100) == 99
+    assert tried[0] == 99, "at its own FLOPs nothing would go"
+
+
 def test_where_nothing_can_go_at_any_budget_there_is_no_figure() -> None:
     def run(figure: float) -> int:
         raise NothingToAllocateError("")

@@ -21,14 +21,14 @@ def _worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
 class Narrowing(nn.Module):
     """Convolutions that halve an image, and a head on the mean of what is left."""
 
-    def __init__(self, halvings: int = 2) -> None:
+    def __init__(self, halvings: int = 2, channels: int = 8) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         width = 3
         for _ in range(halvings):
-            layers += [nn.Conv2d(width, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()]
-            width = 8
-        self.body, self.head = nn.Sequential(*layers), nn.Linear(8, 5)
+            layers += [nn.Conv2d(width, channels, 3, 2, 1), nn.BatchNorm2d(channels), nn.ReLU()]
+            width = channels
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(channels, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.head(self.body(x).mean((2, 3)))
@@ -88,6 +88,16 @@ class Pointing(Narrowing):
         return y
 
 
+class Swapping(Narrowing):
+    """The same calls, returned in an order that hangs on the size of the image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        means, largest = y.mean((2, 3)), y.amax((2, 3))
+        both = self.head(means), self.head(largest)
+        return both if x.shape[-1] > 200 else both[::-1]  # type: ignore[return-value]
+
+
 def shapes(model: nn.Module, image: Tensor = IMAGE) -> tuple[int, ...] | None:
     found = smaller.smaller_inputs(allocator.trace(model, image))
     return None if found is None else tuple(found.tensors()[0].shape)
@@ -99,10 +109,12 @@ def shapes(model: nn.Module, image: Tensor = IMAGE) -> tuple[int, ...] | None:
         (Narrowing(), (1, 3, 64, 96)),
         (Narrowing(5), (1, 3, 64, 96)),
         (Narrowing(6), (1, 3, 96, 160)),  # of 64 pixels one would be left, and of its kernels' weights the middle one
+        (Narrowing(1, 300), (1, 3, 64, 96)),
         (Flattened(), None),
         (Branching(), None),
         (Sampled(), None),
         (Picking(), None),
+        (Swapping(), None),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -112,6 +124,8 @@ def test_as_small_as_the_same_steps_allow(model: nn.Module, expected: tuple[int,
 
 def test_short_sides_stay() -> None:
     assert shapes(Narrowing(), torch.zeros(1, 3, 96, 384)) is None
+    assert shapes(Narrowing(), torch.zeros(1, 3, 127, 384)) is None
+    assert shapes(Narrowing(), torch.zeros(1, 3, 128, 192)) == (1, 3, 64, 96), "half the sides is small enough"
 
 
 def test_short_forwards_are_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:

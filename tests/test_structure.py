@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.rewriting.index_map import IndexMap, Maps
 from allocator.tracing.calls import Ref
-from allocator.verifying.structure import find_mismatch, numbers_in
+from allocator.verifying.structure import Mismatch, find_mismatch, numbers_in
 
 Run = Callable[[Any, Tensor], Any]
 
@@ -118,6 +118,11 @@ CHANGES: dict[str, tuple[Run, str, str]] = {
     "the outputs exchanged": (changed(returned=lambda y, z: (z, y)), "the model returns other tensors", "mean"),
     "an output more": (changed(returned=lambda y, z: (y, z, y)), "the model returns other tensors", "mean"),
     "an output less": (changed(returned=lambda y, z: y), "became aten.mean.dim", "slice"),
+    "rows repeated by strides": (
+        changed(late=lambda x: x.as_strided((2, 3), (0, 1))),
+        "became aten.as_strided",
+        "mean",
+    ),
     "an error": (changed(late=fail), "the rewritten forward raised KeyError: 'no such thing'", "mean"),
     "an error midway": (changed(activation=fail), "the rewritten forward raised KeyError: 'no such thing'", "relu"),
 }
@@ -135,6 +140,15 @@ def test_a_changed_forward(change: str, graph: ChannelGraph, shrunken: tuple[Map
     assert str(found) == f"{found.op}: {found.what}"
     whole = find_mismatch(graph, {}, with_forward(graph.model, run))
     assert whole is not None
+
+
+def test_mismatches_are_alike_where_they_say_the_same(graph: ChannelGraph) -> None:
+    first, second = graph.flow.trace.ops[:2]
+    one = Mismatch(first, "what", misplaced=np.arange(3))
+    assert one == Mismatch(first, "what", misplaced=np.arange(2))
+    assert one != Mismatch(second, "what", misplaced=np.arange(3))
+    assert one != Mismatch(first, "what", module="norm")
+    assert "misplaced" not in repr(one)
 
 
 # What makes no difference ---------------------------------------------------------------------------
