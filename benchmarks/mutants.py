@@ -196,6 +196,10 @@ def _replace_names(path: str, whole: CodeType) -> None:
     old = dict(vars(module))
     fresh = {name: old[name] for name in ("__name__", "__file__", "__package__", "__spec__")}
     exec(whole, fresh)
+    for name, value in fresh.items():
+        if isinstance(value, type) and isinstance(old.get(name), type) and value.__module__ == old["__name__"]:
+            for key in vars(value).keys() - {"__dict__", "__weakref__"}:  # of instances that tests hold already
+                setattr(old[name], key, vars(value)[key])
     for holder in list(sys.modules.values()):
         for name, value in list(getattr(holder, "__dict__", {}).items()):
             if name in fresh and name in old and value is old[name] and not name.startswith("__"):
@@ -299,21 +303,29 @@ def lines_of(trial: Trial, files: Sequence[str]) -> dict[str, Any]:
     return {name: each for name, each in known.items() if each is not None and name in trial.items}
 
 
+def _chosen(known: dict[str, Any], covering: list[str], file: str, most: float) -> tuple[list[str], float]:
+    """Of these tests as many as take so long, and how long: half of it those most about a file, then quick ones."""
+
+    def elsewhere(name: str) -> float:
+        lines = known[name]["lines"]
+        return sum(map(len, lines.values())) / len(lines[file])
+
+    names, total = [], 0.0
+    for limit, order in ((most / 2, elsewhere), (most, lambda name: known[name]["seconds"])):
+        for name in sorted(covering, key=order):
+            seconds = known[name]["seconds"]
+            if name not in names and total + seconds <= limit:
+                names.append(name)
+                total += seconds
+    return names, total
+
+
 def judge(trial: Trial, known: dict[str, Any], mutant: Mutant, most: float, trusted: set[str]) -> dict[str, Any]:
     """Whether a mutant is caught, and by which test."""
     covering = [name for name, each in known.items() if mutant.line in each["lines"].get(mutant.file, ())]
     if not covering:  # a line that runs at import alone
         covering = [name for name, each in known.items() if mutant.file in each["lines"]]
-    names, total = [], 0.0
-
-    def order(name: str) -> float:  # quick ones that are about this file come first
-        lines = known[name]["lines"]
-        return known[name]["seconds"] * sum(map(len, lines.values())) / len(lines[mutant.file])
-
-    for name in sorted(covering, key=order):
-        if total + known[name]["seconds"] <= most:
-            names.append(name)
-            total += known[name]["seconds"]
+    names, total = _chosen(known, covering, mutant.file, most)
     while True:
         test, spent = forked(ENDLESS * total + 5, trial.catcher, mutant, names)
         if test in ("", "import", *trusted):

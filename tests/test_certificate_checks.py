@@ -339,6 +339,24 @@ def test_what_one_sample_and_own_weights_do_not_show_two_and_drawn_ones_do() -> 
     assert compare_outputs(graph, kept, maps, small, seed=0).error > 0.1
 
 
+def test_where_the_original_does_not_run_on_fewer_pixels_all_of_them_are_compared() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.last(m.first(x).flatten(2)[:, :, torch.tensor([0, 50])].mean(2))
+
+    model = net(run, first=nn.Conv2d(3, 4, 1), last=nn.Linear(4, 2))
+    graph = graph_of(model)
+    kept = dropping(graph, {"first": [2]})
+    maps, small = shrunk(graph, kept)
+    fewer = as_inputs(torch.zeros(1, 3, 4, 4), model)
+    found = compare_outputs(graph, kept, maps, small, 0, [fewer, graph.inputs])
+    assert found.like is graph.inputs
+    assert found.shows
+    with pytest.raises(
+        CertificateError, match=r"the forward raised IndexError in float64: .* and IndexError in float32"
+    ):
+        compare_outputs(graph, kept, maps, small, 0, [fewer])
+
+
 def test_weights_are_drawn_where_a_scale_or_weight_is_zero_throughout(graph: ChannelGraph) -> None:
     assert not _silenced(graph)
     for name, silenced in (("norm.weight", True), ("last.weight", True), ("first.bias", False), ("norm.bias", False)):

@@ -171,13 +171,14 @@ class Fixed(Block):
 
 
 def test_where_no_attribute_helps_the_neurons_stay_and_attributes_with_them() -> None:
-    found = fitted(nn.Sequential(Fixed(number=6, other=6)), {"0.first": [1]})
+    others = {"count": 11, "word": "6", "several": [11, 13], "many": [6, 13], "_hidden": 6, "on": True}
+    found = fitted(nn.Sequential(Fixed(number=6, other=6, **others)), {"0.first": [1]})
     assert "0" not in found.allocation.attributes
     assert found.allocation.kept == {}
     assert found.graph.options.frozen == {Place("0", "view", 0)}
     (stays,) = found.notes
     assert stays.startswith("the neurons at aten.view.default in 0 stay: the rewritten forward raised RuntimeError")
-    assert "its forward may read number=6, other=6; to let them go, say what follows: " in stays
+    assert "; its forward may read number=6, other=6, many=[6, 13]; to let them go, say what follows: " in stays
     assert stays.endswith(f"register('{__name__}.Fixed'), docs/extending.md")
 
 

@@ -103,6 +103,14 @@ def test_of_a_library_that_is_not_known_it_is_said_how_to_write_and_read_it() ->
     assert fitted(Pretrained()).notes == []
 
 
+def test_what_an_adapter_says_it_counts_follows_though_the_forward_does_not_read_it() -> None:
+    adapters.register(OfALibrary, Adapter(widths=lambda _: {"width": "first"}))
+    try:
+        assert own(fitted(OfALibrary(), 1, 4)) == {"width": 4}
+    finally:
+        adapters.unregister(OfALibrary)
+
+
 class IdleInTraining(nn.Module):
     """Makes no call in train mode, as long as it has its own width."""
 

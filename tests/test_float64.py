@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_graphs import Net
 from torch import nn
 
 from allocator.tracing.inputs import as_inputs
@@ -94,6 +95,14 @@ def test_numbers_that_differ_are_ordered_by_their_size() -> None:
     values, indices, *_, kept = ordered(numbers)
     assert indices.tolist() == kept.tolist() == [4, 5, 1, 0, 3, 2]
     torch.testing.assert_close(values, numbers[[4, 5, 1, 0, 3, 2]], rtol=1e-9, atol=0)
+
+
+def test_whole_numbers_are_ordered_to_the_last_and_nothing_is_no_trouble() -> None:
+    model: Any = Net(lambda m, x, n: [n.sort()[1], x.sort()[0], x.argsort()])
+    numbers = torch.tensor([2**40 + 1, 2**40, 2**40 + 2])
+    places, values, order = float64.run_float64(model, as_inputs((torch.zeros(0), numbers), model))
+    assert places.tolist() == [1, 0, 2]
+    assert values.shape == order.shape == (0,)
 
 
 def test_weights_read_as_zero() -> None:

@@ -15,6 +15,7 @@ from subjects import untouched
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from allocator.graph.build import elsewhere
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.rewriting.index_map import IndexMap, Maps
 from allocator.tracing.calls import Ref
@@ -405,6 +406,24 @@ def test_a_branch_that_lost_all_its_channels_is_gone_with_its_calls() -> None:
     assert found.what == "became aten.convolution.default in last"
 
 
+def test_a_branch_that_is_gone_has_no_counter_of_batches_either() -> None:
+    """In train mode a batch norm counts; that call reads no channel."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.last(torch.cat([path(x) for path in (m.left, m.right) if path is not None], 1))
+
+    left, right = (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)) for _ in range(2))
+    graph = elsewhere(graph_of(net(run, left=left, right=right, last=nn.Conv2d(8, 2, 1))))
+    assert any(flow.trace.training for flow in graph.flows)
+    maps, small = shrunk(graph, dropping(graph, {"left.0": [0, 1, 2, 3]}))
+    small.left = None
+    assert find_mismatch(graph, maps, small) is None
+    assert find_mismatch(graph, {}, small) is not None
+    small.right[1] = nn.BatchNorm2d(4, track_running_stats=False)
+    found = find_mismatch(graph, maps, small)
+    assert found is not None, "the counter of a branch that stays has to count"
+
+
 class Auxiliary(nn.Module):
     """A second head in train mode."""
 
@@ -426,6 +445,7 @@ def test_what_runs_in_train_mode_only_is_compared_too() -> None:
     assert found is not None
     assert str(found) == "aten.mul.Tensor in the model: has the number 0.25, expected 0.5"
     assert any(found.op is op for op in graph.flows[1].trace.ops)
+    assert found.forward == 1
     assert not small.training
 
 
@@ -441,6 +461,7 @@ def test_maps_that_put_what_meets_into_different_orders() -> None:
     found = find_mismatch(graph, torn, model)
     assert found is not None
     assert str(found) == "aten.add.Tensor in the model: what meets here is put into different orders"
+    assert found.forward == 0
 
 
 def test_a_call_whose_sizes_do_not_go_together_counts_as_one_that_raised() -> None:
