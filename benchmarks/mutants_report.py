@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
-from .common import environment, table, write
+from .common import ROOT, environment, table, write
 
 REASONS = Path(__file__).with_name("mutants_survivors.json")
 
@@ -40,7 +41,7 @@ def page(data: dict[str, Any]) -> str:
             "# Mutants",
             "",
             "Made by `python -m benchmarks.mutants`, which says how. "
-            f"Python {versions['python']}, torch {versions['torch']}; seed {data['seed']}.",
+            f"Python {versions['python']}, torch {versions['torch']}; seed {data['seed']}; code of commit {_commit()}.",
             "",
             "Is a test told when the proof itself is wrong? cosmic-ray's operators change one line: `<` becomes `<=`,",
             "`and` `or`, `1` `2`, `+` any other, a loop does not run, a condition gets a `not`. The tests that execute",
@@ -53,3 +54,8 @@ def page(data: dict[str, Any]) -> str:
             *(lines or ["", "None."]),
         ]
     )
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -345,8 +345,9 @@ class Scaled(Block):
 
 
 def test_where_a_number_changed_the_neurons_of_the_call_stay() -> None:
-    found = fitted(nn.Sequential(Scaled()), {"0.first": [0]})
+    found = fitted(nn.Sequential(Scaled(one=1)), {"0.first": [0]})
     assert found.allocation.kept == {}
+    assert "one=1" not in found.notes[0], "that is no number of channels"
     assert found.notes[0].startswith("the neurons at aten.mul.Tensor in 0 stay: has the number 0.4472")
     assert "expected 0.4082" in found.notes[0]
 
