@@ -185,7 +185,7 @@ def take_over(mutant: Mutant, functions: Sequence[FunctionType]) -> None:
         code = codes.get((own.co_qualname, own.co_firstlineno)) if own.co_filename == path else None
         if code is not None and code.co_freevars == own.co_freevars:
             function.__code__ = code
-    tree = ast.parse(mutant.source)
+    tree = ast.parse((ROOT / mutant.file).read_text())  # a decorator that is gone moves the lines
     bodies = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.body[0].lineno <= mutant.line]
     if not any(mutant.line <= (node.end_lineno or 0) for node in bodies):  # a constant, a default, a decorator
         _replace_names(path, whole)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from small_graphs import graph_of, net
-from torch import nn
+import torch
+from small_graphs import channel_units, graph_of, net
+from torch import Tensor, nn
 
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.rewriting.index_map import IndexMap, maps_of
@@ -48,6 +51,26 @@ def test_of_two_places_with_one_source_the_first_is_the_originals(graph: Channel
     everything = _originals(graph, {})
     assert everything is not None
     assert everything.all()
+
+
+def test_a_neuron_of_one_index_is_one_like_others() -> None:
+    """Nothing reads it, and it has no bias."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        m.dead(x)
+        y: Tensor = m.last(m.first(x))
+        return y
+
+    layers = {"first": nn.Linear(3, 4), "dead": nn.Linear(3, 5, bias=False), "last": nn.Linear(4, 2)}
+    graph = graph_of(net(run, **layers), torch.zeros(2, 3))
+    maps = maps_of(graph, np.full(graph.size, 2))
+    assert [len(dim) for dim in maps["dead.weight"] if dim is not None] == [10]
+    everything = _originals(graph, {})
+    assert everything is not None
+    assert everything.all()
+    one = _originals(graph, {"dead.weight": [IndexMap.of(np.array([0, 0, 1, 2, 3])), None]})
+    assert one is not None
+    assert one[channel_units(graph, "dead")].tolist() == [True, False, True, True, True]
 
 
 def test_copies_of_what_averages_are_taken_over_hold_what_the_first_does() -> None:

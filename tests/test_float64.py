@@ -151,3 +151,13 @@ def test_numbers_that_a_forward_leaves_out_are_seen(how: str, seen: Any) -> None
     assert found.isnan().any(0).tolist() == [False, seen, False, False]
     (usual,) = float64.run_float64(model, as_inputs(x, model), zeroed=rows)
     assert not usual.isnan().any()
+
+
+def test_a_float64_weight_that_is_read_as_zero_is_no_other_afterwards() -> None:
+    layer, x = nn.Linear(6, 4).double(), torch.randn(2, 6)
+    rows = {"weight": [(1, torch.tensor([1, 4]).numpy())]}
+    before = layer.weight.detach().clone()
+    (cut,) = float64.run_float64(layer, as_inputs(x, layer), zeroed=rows, written=())
+    assert torch.equal(layer.weight, before)
+    (whole,) = float64.run_float64(layer, as_inputs(x, layer), written=())
+    assert not torch.equal(cut, whole)

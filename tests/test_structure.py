@@ -354,6 +354,14 @@ def test_what_a_call_is_given(name: str) -> None:
     assert find_mismatch(other, {}, with_forward(model, second)) is None
 
 
+def test_a_number_less_is_a_change_too() -> None:
+    model = net(lambda m, x: m.last(m.one(x)).flip(0, 1), one=nn.Linear(4, 6), last=nn.Linear(6, 2))
+    graph = graph_of(model, torch.zeros(3, 5, 4))
+    found = find_mismatch(graph, {}, with_forward(model, lambda m, x: m.last(m.one(x)).flip(0)))
+    assert found is not None
+    assert found.what == "has 1 numbers, expected 2"
+
+
 def test_a_number_that_is_none_is_the_same_as_itself() -> None:
     model = net(lambda m, x: m.last(m.one(x).nan_to_num(float("nan"))), one=nn.Linear(4, 6), last=nn.Linear(6, 2))
     graph = graph_of(model, torch.zeros(3, 4))
