@@ -74,6 +74,11 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def is_real(value: Any) -> bool:
+    """Whether this is a number, one of numpy's too; a truth value is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _check(given: dict[str, Any], kinds: dict[str, tuple[Any, ...]], also: str = "") -> None:
     """Raise for the first argument that does not fit; `also` is said beside it."""
     for name, found in kinds.items():

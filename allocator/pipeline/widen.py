@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from allocator.arguments import is_real
 from allocator.clock import Clock, Progress
 from allocator.cost.budget import Budget, Budgets
 from allocator.cost.metric import Metric
@@ -123,11 +123,11 @@ def by_factor(factor: Any) -> Widths:
     Raises:
         InputError: no number from 1 on.
     """
-    if isinstance(factor, bool) or not isinstance(factor, numbers.Real) or not float(factor) < math.inf:
+    if not is_real(factor) or not factor < math.inf:
         raise InputError(f"factor={factor!r} is no number such as 1.5")
-    if float(factor) > WIDEST:
+    if factor > WIDEST:
         raise InputError(f"factor={factor!r} is more than {WIDEST:.0f}, the most that layers are widened by")
-    if float(factor) < 1:
+    if factor < 1:
         raise InputError(
             f"factor={factor!r} would make layers narrower: pass 1.5, for example; allocate takes neurons away"
         )
