@@ -47,11 +47,10 @@ def check(model: nn.Module, *x: Tensor, **options: Any) -> Any:
 # ------------------------------------------------------------------------------------ layers of torch's
 
 
-def layer(make: Callable[..., nn.Module], *sizes: int, run: Run | None = None, **options: Any) -> Any:
+def layer(make: Callable[..., nn.Module], run: Run | None = None, **options: Any) -> Any:
     """A linear layer, a recurrent one from 10 to 12, and a head."""
-    recurrent = make(*(sizes or (10, 12)), batch_first=True, **options)
-    with torch.no_grad():
-        width = recurrent(torch.zeros(1, 1, recurrent.input_size))[0].shape[-1]  # type: ignore[operator]
+    recurrent = make(10, 12, batch_first=True, **options)
+    width = recurrent(torch.zeros(1, 1, 10))[0].shape[-1]
     run = run or (lambda m, x: m.head(m.rec(m.a(x).relu())[0]))
     return net(run, a=nn.Linear(6, 10), rec=recurrent, head=nn.Linear(width, 4))
 

@@ -280,7 +280,7 @@ def test_a_recurrent_layer_follows_what_it_reads(kind: str, criterion: str) -> N
     assert result.certificate.effect > 1e-6
     small = result.model.get_submodule("recurrent")
     assert isinstance(small, nn.RNNBase)
-    assert small.weight_hh_l0.shape[0] % small.hidden_size == 0
+    assert small.get_parameter("weight_hh_l0").shape[0] % small.hidden_size == 0
     assert small.input_size == result.model.get_parameter("body.weight").shape[0]
     assert small.get_parameter("weight_ih_l0").shape[1] == small.input_size < 10
     result.model(IMAGE[..., :3, :3]).sum().backward()

@@ -186,9 +186,9 @@ class Flow:
         return root in self.zeros and root not in self._written_into
 
     @cached_property
-    def _written_into(self) -> set[int]:
+    def _written_into(self) -> frozenset[int]:
         """Values whose memory some call writes into."""
-        return {self.trace.root(value) for op in self.trace.ops if op.writes() for value in op.outputs}
+        return frozenset(self.trace.root(value) for op in self.trace.ops if op.writes() for value in op.outputs)
 
     @cached_property
     def _made_by(self) -> dict[int, tuple[int, ...]]:
