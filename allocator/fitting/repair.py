@@ -27,6 +27,8 @@ from allocator.verifying.structure import Mismatch, numbers_in
 # Attributes that count something else, even where they happen to equal a number of channels.
 _STRUCTURAL = frozenset({"groups", "num_heads", "stride", "padding", "dilation", "kernel_size", "training"})
 
+_NEAR = 3  # calls before a module that raises, of which one gave it what it got
+
 
 @dataclass
 class Mends:
@@ -98,9 +100,14 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
             others = _alike_modules(graph.modules, owner)
             mends.notes.setdefault(note, []).extend((path, attribute) for path in others)
             return graph
+    given = _given(graph, flow, mismatch, plan)
     if op.declared.splits and op.declared.sized and not alike <= graph.options.equal_parts:
         notes.append(f"the parts of {op} stay equal: {mismatch.what}")
         options = graph.options.equalising(alike)
+    elif given is not None:
+        hint = _hint(graph.modules[mismatch.module or ""], flow, given)
+        notes.append(f"the neurons at {given} stay: {mismatch.module} is given them, and {mismatch.what}{hint}")
+        options = graph.options.freezing([flow.places[given.index]])
     else:
         notes.append(f"the neurons at {op} stay: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
         options = _freeze(graph, flow, op, plan)
@@ -215,6 +222,24 @@ def _labels_of(flow: Flow, op: Op) -> Iterable[np.ndarray]:
 
 
 # What stays -----------------------------------------------------------------------------------------
+
+
+def _given(graph: ChannelGraph, flow: Flow, mismatch: Mismatch, plan: Plan) -> Op | None:
+    """What made the neurons that a module was given which raised before it made a call; None where that is not so.
+
+    The call that the forward stopped at is then of another module, which has nothing to do with it.
+    """
+    op, where = mismatch.op, mismatch.module
+    if op is None or not where or lies_within(op.module, [where]) or lies_within(where, [op.module or "."]):
+        return None
+    stays = graph.stays(plan.kept)
+    for other in flow.trace.ops[max(op.index - _NEAR, 0) : op.index][::-1]:
+        place = flow.places[other.index]
+        if place in graph.options.frozen:
+            return None
+        if any((stays[label] != 1).any() for label in _labels_of(flow, other)):
+            return other
+    return None
 
 
 def _freeze(graph: ChannelGraph, flow: Flow, op: Op, plan: Plan) -> Options:
