@@ -154,7 +154,25 @@ def score(graph: ChannelGraph, criterion: Any = AUTO, data: Data | None = None) 
 
 
 def _by_names(graph: ChannelGraph, names: tuple[str, ...], data: Data | None) -> Scores:
-    """By one criterion, or by the mean rank of several; the data are looked at once for all of them."""
+    """By one criterion, or by the mean rank of several."""
+    found = score_each(graph, names, data)
+    if len(found) == 1:
+        return found[0]
+    ranks = np.mean([_rank(scores.values) for scores in found], axis=0)
+    return Scores("+".join(names), ranks)
+
+
+def score_each(graph: ChannelGraph, names: Sequence[str], data: Data | None) -> list[Scores]:
+    """The scores by each of several criteria; the data are looked at once for all of them.
+
+    Args:
+        graph: the model's neurons.
+        names: of registered criteria.
+        data: what they may look at.
+
+    Raises:
+        UnknownNameError, CriterionError, DataError: as for `score`.
+    """
     criteria = [find_criterion(name) for name in names]
     needs = {need for each in criteria for need in each.needs}
     statistics = None
@@ -170,10 +188,7 @@ def _by_names(graph: ChannelGraph, names: tuple[str, ...], data: Data | None) ->
     for each in criteria:
         extra = (statistics,) if each.needs else ()
         found.append(_checked(graph, each.name, each.function(graph, _weights_of(graph, each.name), *extra)))
-    if len(found) == 1:
-        return found[0]
-    ranks = np.mean([_rank(scores.values) for scores in found], axis=0)
-    return Scores("+".join(names), ranks)
+    return found
 
 
 def _rank(values: np.ndarray) -> np.ndarray:
