@@ -18,7 +18,7 @@ from allocator.tracing.record import tensors_in
 
 @torch.no_grad()
 def distances(model: nn.Module, smalls: Sequence[nn.Module], parts: Sequence[Inputs]) -> list[float]:
-    """Of each smaller network, mean over the inputs, and over all ranks, of how far its outputs are from the original's.
+    """Per smaller network, mean over the inputs, and over all ranks, of how far its outputs are from the original's.
 
     Of logits (N, classes), or what a language model calls so, Kullback-Leibler divergence in nats. Of other outputs the
     squared difference as a share of the original's square.
