@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -88,6 +89,7 @@ class Adapter:
         rewritten: told of every smaller copy of a whole model, to take back what it says of itself and is no longer so.
         configuration: gives, for a whole model that was rewritten and has its original's configuration yet, what that
             becomes; None where it has none.
+        write_configuration: writes what a whole model is built from again, into the folder where its weights lie.
     """
 
     sizes: Sizes | None = None
@@ -107,6 +109,7 @@ class Adapter:
     checkpoint: Callable[[nn.Module], Any] | None = None
     rewritten: Callable[[nn.Module], None] | None = None
     configuration: Callable[[nn.Module], Configured | None] | None = None
+    write_configuration: Callable[[nn.Module, Path], None] | None = None
 
 
 _ADAPTERS: dict[str, Adapter] = {}
@@ -419,6 +422,13 @@ def checkpoint(model: nn.Module) -> Any:
     """What to pickle of a model so that its library reads the file; the model itself where there is no more to it."""
     adapter = find(model)
     return model if adapter is None or adapter.checkpoint is None else adapter.checkpoint(model)
+
+
+def write_configuration(model: nn.Module, folder: Path) -> None:
+    """Write what a model's library builds it from, beside its weights; nothing where it has no such thing."""
+    adapter = find(model)
+    if adapter is not None and adapter.write_configuration is not None:
+        adapter.write_configuration(model, folder)
 
 
 def note_rewritten(model: nn.Module) -> None:

@@ -6,14 +6,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
 from allocator.adapters import Adapter, Kept, register, register_state
-from allocator.adapters.hf_config import configuration, recorded_class
+from allocator.adapters.hf_config import configuration, recorded_class, write_configuration
 from allocator.adapters.hf_experts import aligned
 from allocator.adapters.hf_inputs import inputs
 from allocator.adapters.library import library
@@ -43,7 +43,10 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     model_class = _model_class(transformers, config)
     on_meta = torch.get_default_device().type == "meta"
     if on_meta or not _has_weights(name, pretrained):
-        return recorded_class(model_class, config)(config)
+        built: Any = recorded_class(model_class, config)(config)
+        if on_meta and hasattr(built, "tie_weights"):
+            built.tie_weights()  # not all releases do so there by themselves
+        return cast(nn.Module, built)
     # A pickle would run code as it is read.
     model: nn.Module = recorded_class(model_class, config).from_pretrained(
         name, config=config, local_files_only=True, use_safetensors=True
@@ -132,7 +135,10 @@ for _name in ("phi3.modeling_phi3.Phi3Attention", "phi4_multimodal.modeling_phi4
     register(f"transformers.models.{_name}", Adapter(sizes=_joint_attention))
 for _name in ("t5.modeling_t5.T5Attention", "mt5.modeling_mt5.MT5Attention", "umt5.modeling_umt5.UMT5Attention"):
     register(f"transformers.models.{_name}", Adapter(sizes=_t5_attention))
-register("transformers.*", Adapter(inputs=inputs, configuration=configuration, multiples=aligned))
+register(
+    "transformers.*",
+    Adapter(inputs=inputs, configuration=configuration, write_configuration=write_configuration, multiples=aligned),
+)
 register("transformers.pytorch_utils.Conv1D", Adapter(sizes=_transposed_linear))
 # Keys and values of the tokens so far.
 register_state(("transformers.cache_utils.Cache", "transformers.cache_utils.EncoderDecoderCache"))

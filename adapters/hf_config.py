@@ -13,6 +13,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def configuration(model: nn.Module) -> Configured | None:
     if own is None:
         return None
     forgotten = {f"config.{RECORD}": None} if getattr(config, RECORD, None) else {}
-    if _same(own, model):
+    if _same(own, model, own):
         return Configured({"": forgotten})
     search = _Search(make, config, own, model)
     found = search.solve()
@@ -63,6 +64,16 @@ def configuration(model: nn.Module) -> Configured | None:
         "allocator.load('hf:FOLDER') does; where one number serves all layers, as with policy='uniform' and fill=False "
         "or with same=, both do",
     )
+
+
+def write_configuration(model: nn.Module, folder: Path) -> None:
+    """As `save_pretrained` writes it; nothing for a class that is not built from one."""
+    config: Any = copy.copy(getattr(model, "config", None))
+    if config is None or not hasattr(config, "save_pretrained"):
+        return
+    if not getattr(config, "architectures", None):
+        config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
 
 
 # Building a class from a configuration --------------------------------------------------------------
@@ -102,12 +113,12 @@ def _parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
-def _same(built: nn.Module, model: nn.Module) -> bool:
+def _same(built: nn.Module, model: nn.Module, own: nn.Module) -> bool:
     """Whether a class built from a configuration differs from the model in the values of its weights alone.
 
     And in the whole numbers that modules hold, which are sizes, and can follow; others, such as scales, cannot.
     """
-    if _shapes(built) != _shapes(model) or not _same_buffers(built, model):
+    if _shapes(built) != _shapes(model) or not _same_buffers(built, model, own):
         return False
     differing = [value for values in _differing(built, model).values() for value in values.values()]
     return all(type(item) is int for value in differing for item in (value if isinstance(value, list) else [value]))
@@ -142,12 +153,17 @@ def _is_plain(value: Any) -> bool:
     return all(type(item) in (int, float) for item in items)
 
 
-def _same_buffers(built: nn.Module, model: nn.Module) -> bool:
-    """Whether the buffers that are not saved, and so are computed by the constructor, hold the same."""
+def _same_buffers(built: nn.Module, model: nn.Module, own: nn.Module) -> bool:
+    """Whether the buffers that are not saved, and so are computed by the constructor, hold the same.
+
+    Of a model without values, those that its own class computes stand for its own.
+    """
     saved = model.state_dict().keys()
-    buffers = dict(model.named_buffers())
+    buffers, computed = dict(model.named_buffers()), dict(own.named_buffers())
     for name, expected in built.named_buffers():
         given = buffers.get(name)
+        if given is not None and given.is_meta and name in computed and computed[name].shape == given.shape:
+            given = computed[name]
         if name in saved or given is None or given.is_meta:
             continue
         if given.shape != expected.shape or not torch.equal(expected.to(given), given):
@@ -162,7 +178,7 @@ class _Search:
     """For the configuration that a model is built from."""
 
     def __init__(self, make: Make, config: Any, own: nn.Module, model: nn.Module) -> None:
-        self.make, self.config, self.model = make, config, model
+        self.make, self.config, self.model, self.own = make, config, model, own
         self.before, self.after = _shapes(own), _shapes(model)
         self._uneven: dict[Field, set[tuple[str, int]]] = {}
         self.pinned = _head_width(config)
@@ -181,7 +197,7 @@ class _Search:
                 fields = self._values(dict(some))
                 for extra in ({}, self.pinned) if fields and self.pinned else ({},) if fields else ():
                     built = self.make({**fields, **extra})
-                    if built is not None and _same(built, self.model):
+                    if built is not None and _same(built, self.model, self.own):
                         return {**fields, **extra}, built
         return None
 

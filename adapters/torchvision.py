@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from allocator.adapters import Adapter, register
+from allocator.adapters import Adapter, Kept, register
 from allocator.adapters.library import library
 from allocator.adapters.stand_ins import stand_ins
 from allocator.errors import UnknownNameError, unknown
@@ -93,11 +93,17 @@ def _list_entries(name: str) -> Callable[[nn.Module], list[str]]:
     return outputs
 
 
+def _sizes(layer: nn.Module, kept: Kept) -> Mapping[str, Any]:
+    """Of a deformable convolution without groups, whose others stay whole."""
+    return {"out_channels": int(kept("weight", 0).sum()), "in_channels": int(kept("weight", 1).sum() * layer.groups)}
+
+
 _DETECTION, _VIDEO = "torchvision.models.detection", "torchvision.models.video"
 stand_ins.add("torchvision.ops.boxes", "_batched_nms_vanilla", _suppressed)
 stand_ins.add(f"{_DETECTION}.roi_heads", "heatmaps_to_keypoints", _keypoints)
 # The name in `transform` is the one that is called: that module has imported the function from `roi_heads`.
 stand_ins.add(f"{_DETECTION}.transform", "paste_masks_in_image", _masks)
+register("torchvision.ops.deform_conv.DeformConv2d", Adapter(sizes=_sizes))
 register("torchvision.ops.misc.FrozenBatchNorm2d", Adapter(norm_scale="weight"))
 register(
     "torchvision.models.inception.Inception3",

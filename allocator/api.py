@@ -12,18 +12,18 @@ from torch import nn
 from allocator import adapters
 from allocator.arguments import checked
 from allocator.clock import Progress
-from allocator.errors import DataError, InputError
+from allocator.errors import InputError
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.io.files import load_allocation
 from allocator.model_checks import check_model
 from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.iterate import Iterated, even_schedule, iterate_model
 from allocator.pipeline.model import trace_model
-from allocator.pipeline.recover import recover_result
+from allocator.pipeline.recover import asked_method, recover_result
 from allocator.pipeline.run import run
 from allocator.pipeline.sweep import Evaluate, Sweep, sweep_model
 from allocator.pipeline.verify import verify_model
-from allocator.pipeline.widen import by_flops, room_to_grow, widen_model
+from allocator.pipeline.widen import by_budgets, has_room_to_grow, widen_model
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.rewrite import rewrite as rewrite_model
@@ -34,7 +34,6 @@ from allocator.scoring.registry import score as score_graph
 from allocator.scoring.scores import Scores
 from allocator.settings import (
     DEFAULTS,
-    METHODS,
     RECOVERING,
     Certify,
     Groups,
@@ -48,7 +47,6 @@ from allocator.settings import (
     Weights,
     check_certify,
     check_choice,
-    method_of,
 )
 from allocator.tracing.isolation import as_usual
 from allocator.verifying.certificate import Certificate
@@ -122,7 +120,7 @@ def allocate(
             out, an "auto" policy that is "priced" keeps 40 % of each, or 25, 12.5 or 6.25 % where that would take more
             than half of a budget; 0 for any number.
         multiple: widths that change are multiples of this.
-        grow: where a budget in FLOPs is above the model's own, widen it evenly up to that, as `widen` does.
+        grow: where all budgets are above the model's own figures, widen it evenly up to them, as `widen` does.
         weights: "keep", or "reset" to train the result from scratch.
         recover: refit what is left on `data`, by a method of the function `recover`; True for its "auto".
         certify: compare weights and float64 outputs too: outputs at the smallest size at which the forward takes the
@@ -141,14 +139,15 @@ def allocate(
     """
     check_choice("weights", weights, get_args(Weights))
     settings = Settings(policy, criterion, scope, fill, groups, norms, exclude, include, same, at_least, multiple)
-    method = _method(recover, data, weights)
+    method = asked_method(recover, data, weights)
     limits = Limits(flops, params, activations, peak_activations, latency)
-    wider = room_to_grow(model, limits, example_inputs, settings) if grow else None
-    if wider is not None:
+    if grow and has_room_to_grow(model, limits, example_inputs, settings):
         result = widen_model(
-            model, by_flops(wider), example_inputs, settings, weights=weights, numeric=certify, seed=seed,
+            model, by_budgets(limits), example_inputs, settings, weights=weights, numeric=certify, seed=seed,
             progress=progress,
         )  # fmt: skip
+        if method is not None:
+            result.notes.append("nothing was dropped, so that there was nothing to recover")
         return replace(result, model=adapters.wrapped_like(model, result.model))
     if method is not None:
         data = again_and_again(data)
@@ -166,19 +165,6 @@ def allocate(
     if method is not None:
         result = recover_result(result, data, method, samples=RECOVERING.samples, seed=seed, progress=progress)
     return replace(result, model=adapters.wrapped_like(model, result.model))
-
-
-def _method(recover: bool | Method, data: Any, weights: Weights) -> str | None:
-    """The method that was asked for, None for none; raises where it cannot do anything."""
-    method = method_of(recover)
-    if method is None:
-        return None
-    check_choice("recover", method, METHODS)
-    if data is None:
-        raise DataError("recover needs data: a few hundred inputs without labels are enough")
-    if weights == "reset":
-        raise InputError('recover refits the weights that are kept: leave out weights="reset", or recover')
-    return method
 
 
 @checked
@@ -419,7 +405,7 @@ def iterate(
         BudgetError, NothingToAllocateError, CriterionError, DataError, UnsupportedModelError, InputError, TraceError:
             as for `allocate`, before anything was trained.
     """
-    method = _method(recover, data, "keep")
+    method = asked_method(recover, data, "keep")
     return iterate_model(
         model,
         Limits(flops, params, activations, peak_activations),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import numbers
@@ -12,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_typ
 
 from torch import nn
 
-from allocator.errors import InputError, UnsupportedModelError, a_kind
+from allocator.errors import ArgumentsError, InputError, UnsupportedModelError, a_kind, did_you_mean
 
 _WORDS: dict[Any, str] = {
     nn.Module: "a torch.nn.Module",
@@ -40,6 +41,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     Raises:
         UnsupportedModelError: another thing in place of a model.
         InputError: an argument is of another kind; says which, what it takes, and what is at hand that would fit.
+        ArgumentsError: one is missing, or there is none of that name.
     """
     signature = inspect.signature(function)
 
@@ -53,16 +55,34 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             bound = signature.bind(*args, **kwargs)
-        except TypeError:
-            return function(*args, **kwargs)  # which says it in Python's own words
+        except TypeError as error:
+            said = f"{function.__name__}: {error}{_meant(signature, kwargs)}"
+            given: dict[str, Any] = {}
+            with contextlib.suppress(TypeError):
+                given = signature.bind_partial(*args, **kwargs).arguments
+            _check(given, kinds(), f"; {said}")
+            raise ArgumentsError(said) from None
+        _check(bound.arguments, kinds())
         for name, found in kinds().items():
-            if name in bound.arguments and not _fits(bound.arguments[name], found):
-                _refuse(name, bound.arguments, kinds())
-            elif name in bound.arguments and int in found and isinstance(bound.arguments[name], numbers.Integral):
+            if int in found and isinstance(bound.arguments.get(name), numbers.Integral):
                 bound.arguments[name] = int(bound.arguments[name])  # numpy's, which torch does not take
         return function(*bound.args, **bound.kwargs)
 
     return run
+
+
+def _check(given: dict[str, Any], kinds: dict[str, tuple[Any, ...]], also: str = "") -> None:
+    """Raise for the first argument that does not fit; `also` is said beside it."""
+    for name, found in kinds.items():
+        if name in given and not _fits(given[name], found):
+            _refuse(name, given, kinds, also)
+
+
+def _meant(signature: inspect.Signature, kwargs: dict[str, Any]) -> str:
+    """What an argument of another name may have been meant as."""
+    other = next((name for name in kwargs if name not in signature.parameters), None)
+    near = "" if other is None else did_you_mean(other, signature.parameters)
+    return near and f"; {near}"
 
 
 def _kinds_of(hint: Any) -> tuple[Any, ...]:
@@ -94,14 +114,14 @@ def _is(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _refuse(name: str, given: dict[str, Any], kinds: dict[str, tuple[Any, ...]]) -> None:
+def _refuse(name: str, given: dict[str, Any], kinds: dict[str, tuple[Any, ...]], also: str) -> None:
     """Raise; a model of any other kind is left to the check of models where nothing at hand would fit."""
     value, wanted = given[name], kinds[name]
     hint = _swapped(name, given, kinds) or _held(value, wanted) or _maker(wanted)
     if nn.Module in wanted and not hint:
         return
     words = " or ".join(dict.fromkeys(_WORDS.get(kind) or kind.__name__ for kind in _named(wanted)))
-    said = f"{name} is {_shown(value)}, and takes {words}{hint and '; ' + hint}"
+    said = f"{name} is {_shown(value)}, and takes {words}{hint and '; ' + hint}{also}"
     raise UnsupportedModelError(said) if nn.Module in wanted else InputError(said)
 
 

@@ -29,23 +29,30 @@ Copy = Callable[[Any, Memo], Any]
 
 def reaches(value: Any, own: set[int], depth: int = _DEPTH) -> bool:
     """Whether a function or other callable holds a part of the model."""
-    if id(value) in own or not depth:
-        return id(value) in own
-    inside: list[Any] = []
+    if id(value) in own:
+        return True
+    if not depth:
+        return False
+    return any(reaches(item, own, depth - 1) for item in _held_by(value) if type(item) not in _ATOMS)
+
+
+def _held_by(value: Any) -> Iterable[Any]:
+    """What can be reached from a value in one step."""
     if isinstance(value, FunctionType):
-        inside = [*_cells(value).values(), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        inside += [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
-    elif isinstance(value, MethodType):
-        inside = [value.__self__, value.__func__]
-    elif isinstance(value, functools.partial):
-        inside = [value.func, *value.args, *value.keywords.values()]
-    elif isinstance(value, weakref.ref):
-        inside = [value()]
-    elif isinstance(value, (list, tuple, set)):
-        inside = list(value)
-    elif not isinstance(value, (type, nn.Module, torch.Tensor)):
-        inside = list((value if isinstance(value, dict) else getattr(value, "__dict__", {})).values())
-    return any(reaches(item, own, depth - 1) for item in inside if type(item) not in _ATOMS)
+        held = [*_cells(value).values(), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        return held + [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, weakref.ref):
+        return [value()]
+    if isinstance(value, (list, tuple, set)):
+        return list(value)
+    if isinstance(value, dict):
+        return list(value.values())
+    # A module or tensor that is not the model's leads to others' parts, and a class to those of all its instances.
+    return () if isinstance(value, (type, nn.Module, torch.Tensor)) else list(getattr(value, "__dict__", {}).values())
 
 
 def _cells(function: FunctionType) -> dict[int, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,11 +46,53 @@ def write_atomically(path: PathLike) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def write_folder_atomically(path: PathLike) -> Iterator[Path]:
+    """A temporary folder beside ``path``: put in its place if the block ends well, removed if it does not.
+
+    Yields:
+        The temporary folder's path; write files to it.
+
+    Raises:
+        FileError: there is something at ``path`` already, the folder around it is missing or cannot be written to, or
+            the disk is full.
+    """
+    check_new_folder(path)
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        os.rename(temporary, target)  # of an empty folder it takes the place, of one with files it does not
+    except OSError as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new_folder(path: PathLike) -> None:
+    """Raise FileError where a folder clearly cannot be made at ``path``; an empty one may be there."""
+    there = _status(path, "write")
+    if there is not None and not (stat.S_ISDIR(there.st_mode) and not any(Path(path).iterdir())):
+        raise FileError(f"cannot write {path}: it exists, and is not an empty folder; choose another name")
+    _check_around(path)
+
+
 def check_writable(path: PathLike) -> None:
     """Raise FileError where ``path`` clearly cannot be written, so that long work does not end in that."""
     there = _status(path, "write")
     if there is not None and not stat.S_ISREG(there.st_mode):
         raise FileError(f"cannot write {path}: it is a folder or a device, not a file")
+    _check_around(path)
+
+
+def _check_around(path: PathLike) -> None:
+    """Raise FileError where nothing can be written beside ``path``."""
     # Where links lead, and where the path says: "absent/../file" would else be written beside the absent folder.
     for folder in (Path(os.path.realpath(path)).parent, Path(path).parent):
         if not folder.is_dir():

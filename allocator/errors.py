@@ -21,6 +21,10 @@ class InputError(AllocatorError, ValueError):
     """Example inputs are missing, or do not fit the model in shape, dtype or device."""
 
 
+class ArgumentsError(InputError, TypeError):
+    """A function was called with an argument too few, too many, or of a name that it does not take."""
+
+
 class TraceError(AllocatorError, RuntimeError):
     """The model's own forward raised, or could not be followed."""
 

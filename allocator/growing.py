@@ -14,7 +14,7 @@ from allocator.clock import Progress
 from allocator.errors import InputError
 from allocator.io.files import load_allocation
 from allocator.pipeline.restore import restore_model
-from allocator.pipeline.widen import Widths, by_allocation, by_branches, by_factor, by_flops, widen_model
+from allocator.pipeline.widen import Widths, by_allocation, by_branches, by_budgets, by_factor, widen_model
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.settings import (
@@ -24,6 +24,7 @@ from allocator.settings import (
     Groups,
     Init,
     Limit,
+    Limits,
     Scope,
     Settings,
     Weights,
@@ -38,6 +39,9 @@ def widen(
     model: nn.Module,
     flops: Limit = None,
     *,
+    params: Limit = None,
+    activations: Limit = None,
+    peak_activations: Limit = None,
     factor: float | None = WIDENING.factor,
     like: Allocation | Result | str | Path | None = None,
     init: Init = WIDENING.init,
@@ -46,6 +50,7 @@ def widen(
     groups: Groups = DEFAULTS.groups,
     exclude: Any = DEFAULTS.exclude,
     include: Any = DEFAULTS.include,
+    multiple: int = DEFAULTS.multiple,
     weights: Weights = "keep",
     certify: Certify = "small",
     seed: int = 0,
@@ -54,12 +59,13 @@ def widen(
     """Make a wider network that computes the same, and prove it.
 
     What is added are neurons like those that are there, with all that goes with them: whole groups of a grouped
-    convolution or a group norm, whole heads. `allocate` takes them away again.
+    convolution or a group norm, whole heads; and of channels that a layer norm or another average is taken over, as
+    many copies of each. `allocate` takes them away again.
 
     Args:
         model: the network; not changed.
-        flops: a budget above the model's own, as for `allocate`; all layers become wider by the same factor, and what
-            is left goes to single neurons.
+        flops, params, activations, peak_activations: budgets above the model's own, as for `allocate`, one or several;
+            all layers become wider by the same factor, and what is left goes to single neurons.
         factor: instead, every layer so many times as wide, rounded to whole neurons.
         like: instead, an allocation, a result or the path of its file: every layer becomes as wide as it leaves the
             layer of this name; those that it does not name stay.
@@ -68,6 +74,7 @@ def widen(
             the first share it: in unequal parts, so that training tells them apart.
         scope, groups, exclude: as for `allocate`, of what may grow.
         include: what alone may grow, in the words of `exclude`.
+        multiple: widths of layers are multiples of this where they change at all, as for `allocate`.
         weights: "keep", or "reset" to train the result from scratch.
         example_inputs, certify, progress: as for `allocate`.
         seed: of what is drawn, and of the certificate's input.
@@ -77,15 +84,16 @@ def widen(
         what was added it is the original bit for bit. Its `notes` name what could not be widened exactly.
 
     Raises:
-        InputError: none of `flops`, `factor` and `like`, or several; a factor below 1; a width below the layer's own.
-        BudgetError: the budget is no number, below the model's own, or leaves no room for a neuron; says what does.
+        InputError: none of budgets, `factor` and `like`, or several of these; a factor below 1; a width below the
+            layer's own.
+        BudgetError: a budget is no number, below the model's own, or leaves no room for a neuron; says what does.
         NothingToAllocateError: no neuron can be added exactly; says what would be inexact.
         FileError: the file cannot be read.
         UnsupportedModelError, InputError, TraceError: as for `allocate`.
         CertificateError, CostMismatchError: the result failed its own checks, and is not returned.
     """
-    settings = Settings(scope=scope, groups=groups, exclude=exclude, include=include)
-    widths = _widths(flops, factor, like)
+    settings = Settings(scope=scope, groups=groups, exclude=exclude, include=include, multiple=multiple)
+    widths = _widths(Limits(flops, params, activations, peak_activations), factor, like)
     return _widened(model, widths, example_inputs, settings, init, weights, certify, seed, progress)
 
 
@@ -181,13 +189,13 @@ def _widened(
     return replace(result, model=adapters.wrapped_like(model, result.model))
 
 
-def _widths(flops: Limit, factor: float | None, like: Allocation | Result | str | Path | None) -> Widths:
-    given = {name: value for name, value in (("flops", flops), ("factor", factor), ("like", like)) if value is not None}
-    if len(given) != 1:
+def _widths(limits: Limits, factor: float | None, like: Allocation | Result | str | Path | None) -> Widths:
+    given = [*limits.given(), *(name for name, value in (("factor", factor), ("like", like)) if value is not None)]
+    if not given or (len(given) > 1 and (factor, like) != (None, None)):
         said = " and ".join(given) or "none of flops, factor and like"
         raise InputError(f"{said} given: pass one of them, such as flops='150%' or factor=1.5")
-    if flops is not None:
-        return by_flops(flops)
+    if limits.given():
+        return by_budgets(limits)
     if factor is not None:
         return by_factor(factor)
     if isinstance(like, Result):

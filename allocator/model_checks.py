@@ -57,35 +57,40 @@ def check_model(model: object, *, values: bool = False) -> nn.Module:
     for cls, path in first.items():
         _check_class(cls, path)
     for path, tensor in tensor_names(model, modules).items():
-        if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
-            raise UnsupportedModelError(
-                f"{path} is lazily initialised: run model(*example_inputs) once, so that its shape is known"
-            )
-        if tensor.is_quantized:
-            raise UnsupportedModelError(f"{path} is quantised: allocate the float model, then quantise it")
-        if type(tensor).__name__ == "DTensor":
-            raise UnsupportedModelError(
-                f"{path} is a DTensor, spread over several processes: pass the model before it was sharded, or one "
-                "whose parameters are their .full_tensor()"
-            )
-        if values and (tensor.is_meta or isinstance(tensor, FakeTensor)):
-            raise UnsupportedModelError(
-                f"{path} lies on the meta device and has no values: build the model on a real device and load "
-                "its weights first"
-                if tensor.is_meta
-                else f"{path} is a fake tensor and has no values: build the model outside of FakeTensorMode"
-            )
+        _check_tensor(tensor, path, values)
     return model
+
+
+def _check_tensor(tensor: torch.Tensor, path: str, values: bool) -> None:
+    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+        raise UnsupportedModelError(
+            f"{path} is lazily initialised: run model(*example_inputs) once, so that its shape is known"
+        )
+    if tensor.is_quantized:
+        raise UnsupportedModelError(f"{path} is quantised: allocate the float model, then quantise it")
+    if type(tensor).__name__ == "DTensor":
+        raise UnsupportedModelError(
+            f"{path} is a DTensor, spread over several processes: pass the model before it was sharded, or one "
+            "whose parameters are their .full_tensor()"
+        )
+    if values and tensor.is_meta:
+        raise UnsupportedModelError(
+            f"{path} lies on the meta device and has no values: build the model on a real device and load "
+            "its weights first"
+        )
+    if values and isinstance(tensor, FakeTensor):
+        raise UnsupportedModelError(
+            f"{path} is a fake tensor and has no values: build the model outside of FakeTensorMode"
+        )
 
 
 def without_reset(model: nn.Module) -> str:
     """Words for the modules with weights of their own that `weights="reset"` cannot reach; "" where there are none."""
-    kept = [
-        path or "the model itself"
-        for path, module in model.named_modules()
-        if not callable(getattr(module, "reset_parameters", None))
-        and any(True for _ in module.parameters(recurse=False))
-    ]
+    kept = []
+    for path, module in model.named_modules():
+        own = next(module.parameters(recurse=False), None)
+        if own is not None and not callable(getattr(module, "reset_parameters", None)):
+            kept.append(path or "the model itself")
     return f", but not those of {', '.join(kept)}, which have no reset_parameters()" if kept else ""
 
 

@@ -9,6 +9,7 @@ from allocator.errors import (
     AllocationMismatchError,
     AllocatorError,
     AllocatorWarning,
+    ArgumentsError,
     BudgetError,
     BudgetNotBindingWarning,
     CertificateError,
@@ -33,9 +34,11 @@ from allocator.errors import (
     UnsupportedModelError,
     ValueDependentTraceWarning,
 )
+from allocator.folders import allocate_folder, apply_folder
 from allocator.graph.blocks import Block, Branch
 from allocator.graph.channel_graph import ChannelGraph, Neuron
 from allocator.growing import restore, seed, widen
+from allocator.hub import from_hub, push_to_hub
 from allocator.io.export import export
 from allocator.io.files import load_model, save_model
 from allocator.io.models import build
@@ -61,6 +64,7 @@ __all__ = [
     "AllocationMismatchError",
     "AllocatorError",
     "AllocatorWarning",
+    "ArgumentsError",
     "Block",
     "Branch",
     "BudgetError",
@@ -98,10 +102,13 @@ __all__ = [
     "UnsupportedModelError",
     "ValueDependentTraceWarning",
     "allocate",
+    "allocate_folder",
     "apply",
+    "apply_folder",
     "build",
     "criterion",
     "export",
+    "from_hub",
     "iterate",
     "latency",
     "load",
@@ -110,6 +117,7 @@ __all__ = [
     "plan",
     "recover",
     "policy",
+    "push_to_hub",
     "restore",
     "rewrite",
     "save",

@@ -26,6 +26,7 @@ def _unexpected(what: str) -> UnexpectedTorchError:
 
 
 try:
+    from torch import _convolution
     from torch._ops import OpOverload
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.nn.modules.batchnorm import _NormBase as BatchNormBase
@@ -40,6 +41,7 @@ FAKE_LOGGER = FakeTensorMode.__module__
 """The logger to which fake tensors say what raised."""
 
 __all__ = [
+    "LITERALS",
     "FAKE_LOGGER",
     "BatchNormBase",
     "ConvolutionBase",
@@ -50,6 +52,10 @@ __all__ = [
     "call_as_usual",
     "call_by",
     "call_by_itself",
+    "convolution_in_graphs",
+    "map_arguments",
+    "gives_new_tensors",
+    "is_being_recorded",
     "schema_of",
     "state_without_compiled_call",
     "tree_flatten",
@@ -96,9 +102,38 @@ def state_without_compiled_call(module: nn.Module) -> Mapping[str, Any]:
     return module.__getstate__() if _COMPILED in vars(module) else vars(module)
 
 
+convolution_in_graphs: Callable[..., torch.Tensor] = _convolution
+"""The call by which graphs of torch.jit have every convolution; its last four arguments say what a backend may do."""
+
+LITERALS = frozenset({int, float, bool, str, type(None)})
+"""What stands in the arguments of a call beside tensors, mostly."""
+
+
+def map_arguments(function: Callable[[Any], Any], tree: Any) -> Any:
+    """`tree_map` for what a call is given or gives, but for plain literals, which stay; several times faster."""
+    kind = type(tree)
+    if kind in LITERALS:
+        return tree
+    if kind is tuple or kind is list:
+        return kind([item if type(item) in LITERALS else map_arguments(function, item) for item in tree])
+    if kind is dict:
+        return {key: map_arguments(function, item) for key, item in tree.items()}
+    return function(tree) if isinstance(tree, torch.Tensor) else tree_map(function, tree)
+
+
 def schema_of(target: OpOverload) -> Any:
     """The schema of an overload such as `torch.ops.aten.add.Tensor`: names and kinds of what it takes and gives."""
     return target._schema
+
+
+def gives_new_tensors(target: OpOverload) -> bool:
+    """Whether an overload gives a tensor that is no view of another."""
+    return any("Tensor" in str(result.type) and result.alias_info is None for result in schema_of(target).returns)
+
+
+def is_being_recorded() -> bool:
+    """Whether torch.jit's tracer records what is called now; not so within a call that it has recorded."""
+    return torch._C._get_tracing_state() is not None
 
 
 def overload_for(name: str, args: list[Any], kwargs: dict[str, Any]) -> str:
@@ -156,7 +191,17 @@ def _check_dispatch() -> None:
         raise _unexpected("walks containers in another way")
 
 
-for _check in (_check_calls, _check_operators, _check_dispatch):
+def _check_classes() -> None:
+    # Not by an object of each: the first fake tensor loads 900 modules of a compiler, and takes a second.
+    of_norms = issubclass(nn.BatchNorm2d, BatchNormBase) and not issubclass(nn.GroupNorm, BatchNormBase)
+    of_convolutions = issubclass(nn.Conv1d, ConvolutionBase) and issubclass(nn.ConvTranspose2d, ConvolutionBase)
+    if not of_norms or not of_convolutions or not issubclass(FakeTensor, torch.Tensor):
+        raise _unexpected("derives its classes in another way")
+    if not issubclass(FakeTensorMode, TorchDispatchMode):
+        raise _unexpected("makes fake tensors in another way")
+
+
+for _check in (_check_calls, _check_operators, _check_dispatch, _check_classes):
     try:
         _check()
     except UnexpectedTorchError:

@@ -50,6 +50,9 @@ _ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
         "DistilBertForSequenceClassification",
         {"vocab_size": 96, "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 8, "max_position_embeddings": 64},
     ),
+    "Albert": ("AlbertForSequenceClassification", _TEXT | {"embedding_size": 16}),
+    "Electra": ("ElectraForSequenceClassification", _TEXT | {"embedding_size": 16}),
+    "DebertaV2": ("DebertaV2ForSequenceClassification", _TEXT),
 }
 _IMAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT": ("ViTForImageClassification", _IMAGE),
@@ -152,10 +155,40 @@ def _dit() -> Built:
     return _diffusers("DiTTransformer2DModel", options, inputs)
 
 
+def _pixart() -> Built:
+    options = {"num_attention_heads": 8, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 2}
+    options |= {"sample_size": 8, "patch_size": 2, "cross_attention_dim": 64, "caption_channels": 24}
+    inputs: dict[str, Any] = {"hidden_states": torch.randn(1, 4, 8, 8), "encoder_hidden_states": torch.randn(1, 5, 24)}
+    inputs["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+    return _diffusers("PixArtTransformer2DModel", options, inputs)
+
+
+_TEXT_OF_IMAGE = {"num_layers": 1, "joint_attention_dim": 24, "pooled_projection_dim": 16, "in_channels": 4}
+
+
+def _sd3() -> Built:
+    options = _TEXT_OF_IMAGE | {"sample_size": 8, "patch_size": 2, "attention_head_dim": 8, "num_attention_heads": 8}
+    options |= {"caption_projection_dim": 64, "out_channels": 4, "pos_embed_max_size": 8, "num_layers": 2}
+    inputs = {"hidden_states": torch.randn(1, 4, 8, 8), "encoder_hidden_states": torch.randn(1, 5, 24)}
+    return _diffusers("SD3Transformer2DModel", options, inputs | {"pooled_projections": torch.randn(1, 16)})
+
+
+def _flux() -> Built:
+    options: dict[str, Any] = _TEXT_OF_IMAGE | {"patch_size": 1, "attention_head_dim": 16, "num_attention_heads": 4}
+    options |= {"num_single_layers": 1, "axes_dims_rope": (4, 6, 6)}
+    inputs = {"hidden_states": torch.randn(1, 16, 4), "encoder_hidden_states": torch.randn(1, 5, 24)}
+    inputs |= {"pooled_projections": torch.randn(1, 16), "timestep": torch.tensor([0.5])}
+    places = {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(5, 3)}
+    return _diffusers("FluxTransformer2DModel", options, inputs | places)
+
+
 DIFFUSERS: dict[str, Callable[[], Built]] = {
     "UNet2D": _unet,
     "UNet2DCondition": _conditional_unet,
     "DiT": _dit,
+    "PixArt": _pixart,
+    "SD3": _sd3,
+    "Flux": _flux,
 }
 TRANSFORMERS: dict[str, Callable[[], Built]] = {
     **{n: lambda n=n, m=m, o=o: _of_tokens(n, m, o) for n, (m, o) in {**_LANGUAGE, **_ENCODERS}.items()},  # type: ignore[misc]

@@ -23,27 +23,28 @@ PACKAGE = str(ROOT / "allocator") + "/"
 INTERVAL = 0.001
 
 # A call below one of these files, or of these functions, belongs to its stage, whatever file it runs in.
-WITHIN_FILES = {"fvcore_count.py": "fvcore's count", "certificate.py": "certificate", "blocks.py": "blocks"}
-WITHIN = {
-    ("settle.py", "check_structure"): "structural check",
-    ("rewriting.py", "materialise"): "rewrite",
+WITHIN_FILES = {
+    "cost/fvcore.py": "fvcore's count",
+    "verifying/certificate.py": "certificate",
+    "graph/blocks.py": "blocks",
 }
-# Otherwise the innermost file of the package tells.
+WITHIN = {
+    ("fitting/fit.py", "check_structure"): "structural check",
+    ("rewriting/materialise.py", "materialise"): "rewrite",
+}
+# Otherwise the innermost file of the package tells, by its room.
 FILES = {
-    "tracing.py": "trace",
-    "skeleton.py": "trace",
-    "inputs.py": "trace",
-    "analysis.py": "flow",
-    "flow.py": "flow",
-    "graph.py": "flow",
-    "rules": "flow",
-    "criteria.py": "score",
-    "cost.py": "plan",
-    "planning.py": "plan",
-    "settle.py": "plan",
-    "rewriting.py": "plan",
-    "allocation.py": "plan",
-    "checks.py": "trace",
+    "tracing": "trace",
+    "modules.py": "trace",
+    "model_checks.py": "trace",
+    "flow": "flow",
+    "graph": "flow",
+    "operators": "flow",
+    "scoring": "score",
+    "cost": "plan",
+    "planning": "plan",
+    "fitting": "plan",
+    "rewriting": "plan",
 }
 ORDER = (
     "trace", "flow", "score", "plan", "structural check", "blocks", "rewrite", "fvcore's count", "certificate", "other",
@@ -56,11 +57,11 @@ def stage_of(frame: FrameType | None) -> str:
     while frame is not None:
         code = frame.f_code
         if code.co_filename.startswith(PACKAGE):
-            path = Path(code.co_filename[len(PACKAGE) :])
-            found = WITHIN_FILES.get(path.name) or WITHIN.get((path.name, code.co_name))
+            path = code.co_filename[len(PACKAGE) :]
+            found = WITHIN_FILES.get(path) or WITHIN.get((path, code.co_name))
             if found:
                 return found
-            innermost = innermost or path.parts[0]
+            innermost = innermost or path.partition("/")[0]
         frame = frame.f_back
     return FILES.get(innermost, "other")
 

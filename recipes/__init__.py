@@ -12,7 +12,7 @@ from allocator.io.models import register_builder
 if TYPE_CHECKING:
     from torch import nn
 
-    from allocator.recipes.run import RunResult
+    from allocator.recipes.outcome import RunResult
 
 __all__ = ["build", "call", "names", "train"]
 

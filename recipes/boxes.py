@@ -21,10 +21,10 @@ import allocator
 from allocator.errors import ConfigurationError, DataError, FileError, UnsafeFileError
 from allocator.io.models import BUILD_ATTRIBUTE
 from allocator.io.results import RESULT_SUFFIX, load_result_allocation
-from allocator.recipes.configuration import Config, Data, Detector, Training
 from allocator.recipes.data import Batch, DataSets, Samples, TestBatches, what_of_corrupt, without_gaps
 from allocator.recipes.detection import CocoBoxes, Target, check_backbone, faster_rcnn
 from allocator.recipes.engine import Engine
+from allocator.recipes.sections import Config, Data, Detector, Training
 from allocator.recipes.tasks import Met, build_network
 
 FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")

@@ -11,7 +11,7 @@ import torch
 
 from allocator.disk import existing, shorten, write_atomically
 from allocator.errors import ConfigurationError, FileError
-from allocator.recipes.configuration import Config
+from allocator.recipes.sections import Config
 
 FORMAT = 1
 NAME = "checkpoint.pt"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from allocator.errors import DataError, InputError, MissingPackageError, did_you_mean
-from allocator.recipes.configuration import Data
+from allocator.recipes.sections import Data
 
 Image = Any
 Key = tuple[int, int]

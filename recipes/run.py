@@ -2,112 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from torch import nn
 
 import allocator
-from allocator.disk import shorten, write_text
-from allocator.errors import AllocatorError, ConfigurationError, DataError, FileError, MissingPackageError
-from allocator.modules import shapes_of
+from allocator.errors import ConfigurationError, DataError
 from allocator.recipes.boxes import Detection
-from allocator.recipes.checkpoints import NAME, load_checkpoint, remove_leftovers, save_checkpoint
-from allocator.recipes.configuration import AllocationPlan, Config, Training, load_config
+from allocator.recipes.configuration import load_config
 from allocator.recipes.data import Batches, TestBatches, number, unreadable
+from allocator.recipes.outcome import RunResult, Stage, as_test
+from allocator.recipes.processes import agree, average_weights, make_accelerator
+from allocator.recipes.run_folder import RunFolder
+from allocator.recipes.sections import AllocationPlan, Config, Training
 from allocator.recipes.tasks import Classification, Task, classification_loss
 from allocator.recipes.training import Fit, as_text, training_bar
 from allocator.recovering.record import forget_recovery
-from allocator.rewriting.allocation import architecture_hash
 from allocator.settings import RECOVERING, Method, method_of
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 LOG_UPDATES = 50
 """Updates between two entries in TensorBoard's logs."""
 LOOKED_AT = 16
 """Images per forward where a criterion looks at them."""
 T = TypeVar("T")
-
-
-@dataclass
-class Stage:
-    """What became of one network of a run.
-
-    Attributes:
-        name: `seed` or `final`.
-        test: figures of the test images, each from 0 to 1: `accuracy` (share classified right), or a detector's
-            `AP`, `AP50` ... as COCO defines them.
-        flops: for one image, as fvcore counts.
-        parameters: how many numbers it has.
-        seconds: wall time of its training.
-        loss, accuracy: mean over the last epoch's training images; a detector has no accuracy.
-    """
-
-    name: str
-    test: dict[str, float]
-    flops: int
-    parameters: int
-    seconds: float
-    loss: float
-    accuracy: float | None = None
-
-    @property
-    def test_accuracy(self) -> float:
-        """Share of the test images classified right, of a classifier."""
-        return self.test["accuracy"]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Flat: `test_accuracy`, or `test_AP` and so on, beside the other figures that there are."""
-        figures = {}
-        for key, value in asdict(self).items():
-            # A detector has no accuracy, and JSON's null would look as if it were missing.
-            if key != "test" and value is not None:
-                figures[key] = value
-        return figures | _as_test(self.test)
-
-
-@dataclass
-class RunResult:
-    """What a run leaves.
-
-    Attributes:
-        model: the last network, in eval mode, on the CPU.
-        allocation: what was kept; None if nothing was allocated.
-        stages: the networks that were trained, in order.
-        folder: where the files are.
-        corrupt: images that could not be read, with the reason.
-        main: whether this is the process that talks and writes.
-    """
-
-    model: nn.Module
-    allocation: allocator.Allocation | None
-    stages: list[Stage]
-    folder: Path
-    corrupt: list[str] = field(default_factory=list)
-    main: bool = True
-
-    def to_dict(self) -> dict[str, Any]:
-        """For machines; without model and indices."""
-        figures = ("flops_asked", "flops_before", "flops_after", "policy", "criterion", "scope", "blocks")
-        allocation = self.allocation and {key: getattr(self.allocation, key) for key in figures}
-        return {
-            "stages": [stage.to_dict() for stage in self.stages],
-            "allocation": allocation,
-            "corrupt": self.corrupt,
-            "folder": str(self.folder),
-        }
 
 
 def train(
@@ -151,11 +75,6 @@ def train(
         return _Run(_shortened(loaded, dry_run, folder), dry_run, progress, console).execute(False)
 
 
-def _as_test(figures: Mapping[str, float]) -> dict[str, float]:
-    """Figures of the test images, named so that they can stand beside those of the training."""
-    return {f"test_{key}": value for key, value in figures.items()}
-
-
 def _shortened(config: Config, updates: int, folder: str) -> Config:
     """The configuration of a dry run; that it is over after some updates is said by the run's own limit."""
 
@@ -170,47 +89,6 @@ def _shortened(config: Config, updates: int, folder: str) -> Config:
         final=shorten(config.final),
         run=replace(config.run, output=folder),
     )
-
-
-def make_accelerator(config: Config) -> Accelerator:
-    """accelerate's view of the processes and devices there are.
-
-    Raises:
-        MissingPackageError: accelerate or TensorBoard is not installed.
-        ConfigurationError: the device cannot do the precision.
-    """
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-    except ImportError as error:
-        raise MissingPackageError("training needs accelerate: pip install 'neuron-allocator[train]'") from error
-    if config.run.tensorboard and find_spec("tensorboard") is None:
-        raise MissingPackageError(
-            "run.tensorboard needs TensorBoard: pip install 'neuron-allocator[train]', or set run.tensorboard=false"
-        )
-    # Its state is one for the whole process, and the first configuration's would hold for those after it.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        accelerator = Accelerator(
-            cpu=config.device == "cpu" or not torch.accelerator.is_available(),
-            mixed_precision="no" if config.precision == "fp32" else config.precision,
-            log_with="tensorboard" if config.run.tensorboard else None,
-            project_dir=config.run.output,
-            kwargs_handlers=[
-                # The loop averages statistics itself where it needs them; sent at every forward, those of one process
-                # would overwrite the others'.
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.timeout)),
-            ],
-        )
-    except ValueError as error:
-        raise ConfigurationError(f"precision={config.precision} on device={config.device}: {error}") from error
-    # Where accelerate does not see its launcher, every process would train alone and write to the same folder.
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise ConfigurationError(f"{launched} processes were launched, accelerate sees {accelerator.num_processes}")
-    return accelerator
 
 
 def _task_of(config: Config) -> Task:
@@ -229,14 +107,15 @@ class _Run:
         self.main = accelerator.is_main_process
         self.shown = progress and self.main
         self.console = console or Console(stderr=True)
-        self.folder = Path(config.run.output)
+        self.folder = RunFolder(config)
         self.allocation: allocator.Allocation | None = None
         self.stages: list[Stage] = []
         self.corrupt: set[str] = set()
 
     def execute(self, resume: bool) -> RunResult:
         # Whatever can be found wrong without training is looked for ahead of it.
-        saved = self._open_folder(resume)
+        saved = self.folder.checkpoint() if resume else None
+        self._agree(lambda: self.folder.prepare(resume))
         network = self.task.build(self.config)
         self.data = self.task.open(self.config)
         if self.config.data.check:
@@ -246,8 +125,8 @@ class _Run:
         if self.config.run.tensorboard:
             self.accelerator.init_trackers("logs")
         network = self._stages(network, saved)
-        result = RunResult(network, self.allocation, self.stages, self.folder, sorted(self.corrupt), self.main)
-        self._agree(lambda: self._write(result))
+        result = RunResult(network, self.allocation, self.stages, self.folder.path, sorted(self.corrupt), self.main)
+        self._agree(lambda: self.folder.write(result))
         self.accelerator.end_training()
         return result
 
@@ -274,7 +153,7 @@ class _Run:
         if config.seed is not None and not in_final:
             network = self._fit("seed", network, config.seed, saved)
             seed = network
-            self._agree(lambda: self._save_network(seed, None, "seed.safetensors"))
+            self._agree(lambda: self.folder.save_network(seed, None, "seed.safetensors"))
         if config.allocation is not None:
             result = None
             if not in_final:
@@ -302,7 +181,8 @@ class _Run:
         """Train, average, recalibrate and evaluate one network."""
         fit = Fit(network, self._batches(options), options, self.accelerator, self.config.random_seed, name, self.task)
         if saved is not None:
-            self._load(fit, saved["fit"])
+            self.folder.restore(fit, saved["fit"])
+            self._say(f"{name}: going on at update {fit.step} of {fit.total}")
         else:
             # Ahead of the first update: a run that is stopped early goes on here, and does not allocate again.
             self._save_state(fit)
@@ -425,80 +305,16 @@ class _Run:
                 self.corrupt |= set(chunk.corrupt)
                 yield chunk.images, chunk.labels
 
-    # ---------------------------------------------------------------------------------------------- on disk
-
-    def _open_folder(self, resume: bool) -> dict[str, Any] | None:
-        """Make the run's folder; the checkpoint in it, if the run is to go on."""
-
-        def prepare() -> None:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise FileError(f"cannot make the folder {self.folder}: {error.strerror}") from error
-            if (self.folder / NAME).exists() and not resume:
-                raise FileError(
-                    f"{self.folder} holds a run already: resume it (--resume), or choose another run.output"
-                )
-            remove_leftovers(self.folder)
-            write_text(self.folder / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
-
-        saved = None
-        if resume:
-            saved = load_checkpoint(self.folder, self.config)
-        self._agree(prepare)
-        return saved
-
-    def _save_state(self, fit: Fit) -> None:
-        state = {
-            "stage": fit.name,
-            "stages": [asdict(stage) for stage in self.stages],
-            "allocation": self.allocation and self.allocation.to_dict(),
-            "fit": fit.state_dict(),
-        }
-        if self.main:
-            save_checkpoint(self.folder, self.config, state)
-
-    def _load(self, fit: Fit, state: dict[str, Any]) -> None:
-        try:
-            fit.load_state_dict(state)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise FileError(
-                f"{self.folder / NAME} holds the state of another network: {shorten(str(error), 400)}"
-            ) from error
-        self._say(f"{fit.name}: going on at update {fit.step} of {fit.total}")
-
-    def _save_network(self, network: nn.Module, allocation: allocator.Allocation | None, name: str) -> None:
-        if allocation is None:
-            # One that keeps everything, so that all files of a run are read alike.
-            allocation = allocator.Allocation(architecture=architecture_hash(shapes_of(network)))
-        allocator.save((network, allocation), self.folder / name)
-
-    def _write(self, result: RunResult) -> None:
-        self._save_network(result.model, self.allocation, "model.safetensors")
-        if self.allocation is not None:
-            self.allocation.save(self.folder / "allocation.json")
-        write_text(self.folder / "results.json", json.dumps(result.to_dict(), indent=2) + "\n")
-
     # ------------------------------------------------------------------------------------- talking and agreeing
 
     def _agree(self, make: Callable[[], T]) -> T:
-        """What the main process makes, on every process; if it fails, they all do."""
-        # The error travels, too: the others would wait for what never comes until they time out.
-        outcome: list[Any] = [None, None]
-        if self.main:
-            try:
-                outcome[0] = make()
-            except AllocatorError as error:
-                outcome[1] = error
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
+        return agree(self.accelerator, make)
 
-            broadcast_object_list(outcome)
-        made, failure = outcome
-        if failure is not None:
-            raise failure
-        agreed: T = made
-        return agreed
+    def _save_state(self, fit: Fit) -> None:
+        # Every process makes it, as what they differ in is averaged; one writes it.
+        state = fit.state_dict()
+        if self.main:
+            self.folder.save_state(fit.name, state, self.stages, self.allocation)
 
     def _say(self, text: str) -> None:
         if self.shown:
@@ -520,7 +336,7 @@ class _Run:
         for key, value in history.test[-1].items():
             shown[f"test {key}"] = value
         self._say(f"{fit.name} epoch {epoch}/{fit.options.epochs}  {as_text(shown)}  {history.seconds:.0f} s")
-        self._log(fit, fit.figures() | _as_test(history.test[-1]))
+        self._log(fit, fit.figures() | as_test(history.test[-1]))
         unread = fit.corrupt | self.corrupt
         if unread:
             self._say(f"{len(unread)} images cannot be read, such as {min(unread)}")
@@ -533,15 +349,3 @@ class _Run:
 def _count(network: nn.Module) -> int:
     """How many numbers a network's parameters are."""
     return sum(parameter.numel() for parameter in network.parameters())
-
-
-@torch.no_grad()
-def average_weights(network: nn.Module, accelerator: Accelerator) -> None:
-    """Replace every weight, and so every neuron's importance, by its mean over the processes.
-
-    They hold the same weights, so this changes nothing but what rounding on unlike devices may have set apart.
-    """
-    if accelerator.num_processes > 1:
-        for tensor in (*network.parameters(), *network.buffers()):
-            if tensor.is_floating_point():
-                tensor.copy_(accelerator.reduce(tensor, reduction="mean"))

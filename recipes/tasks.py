@@ -14,9 +14,9 @@ import allocator
 from allocator.cost.fvcore import fvcore_flops
 from allocator.disk import shorten
 from allocator.errors import ConfigurationError, DataError, FileError, InputError
-from allocator.recipes.configuration import Config, Training
 from allocator.recipes.data import Batch, DataSets, TestBatches, number, open_data
 from allocator.recipes.engine import Engine, summed
+from allocator.recipes.sections import Config, Training
 from allocator.tracing.inputs import as_inputs
 
 

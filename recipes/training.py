@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from allocator.errors import AllocatorError, InputError
-from allocator.recipes.configuration import Training
 from allocator.recipes.data import Batch, Batches, Samples, Tensors, TestBatches, number
 from allocator.recipes.engine import Engine, OneProcess, average_buffers, seed_torch, summed
+from allocator.recipes.sections import Training
 from allocator.recipes.tasks import Classification, Task, accuracy_on
 
 WARMUP_SHARE = 0.05
@@ -366,12 +366,7 @@ def train_network(
         InputError: no images, or as many labels as images are not given, or epochs is below 1.
         NonFiniteLossError: the loss is NaN or infinite; the weights are those before that update.
     """
-    count = len(data.images)
-    if count == 0 or count != len(data.labels) or epochs < 1 or batch_size < 1:
-        raise InputError(
-            f"expected images with a label each, and epochs and batch_size above 0, got {count} images, "
-            f"{len(data.labels)} labels, epochs={epochs}, batch_size={batch_size}"
-        )
+    _check_labelled(data, epochs, batch_size)
     options = Training(
         epochs,
         lr,
@@ -389,6 +384,15 @@ def train_network(
     with shown as show:
         fit.run(show, show)
     return fit.history
+
+
+def _check_labelled(data: Data, epochs: int, batch_size: int) -> None:
+    count = len(data.images)
+    if count == 0 or count != len(data.labels) or epochs < 1 or batch_size < 1:
+        raise InputError(
+            f"expected images with a label each, and epochs and batch_size above 0, got {count} images, "
+            f"{len(data.labels)} labels, epochs={epochs}, batch_size={batch_size}"
+        )
 
 
 # A short name for `training.train(model, ...)`. `allocator.recipes.train(config)` is a whole run, from seed to result.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from fvcore.nn import FlopCountAnalysis
-from random_layers import NonLocal, Project
+from random_layers import NonLocal, Project, Reorder, Standardised
 from random_networks import Spec, build, convert
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -228,8 +228,12 @@ def check_again(model: nn.Module, result: allocator.Result, x: Tensor) -> None:
 
 def is_mixed(model: nn.Module, allocation: allocator.Allocation) -> bool:
     """Whether channels may be gone from under a norm that takes them all together, which changes outputs."""
-    joint = [m for m in model.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm))]
+    joint = [m for m in model.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm, Standardised)) or _normalises(m)]
     return allocation.norms == "loose" and bool(joint)
+
+
+def _normalises(module: nn.Module) -> bool:
+    return isinstance(module, Reorder) and module.how == "normalise"
 
 
 def check_excluded(model: nn.Module, result: allocator.Result, exclude: tuple[str | type, ...]) -> None:

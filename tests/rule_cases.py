@@ -162,6 +162,13 @@ def batch_norm(m: Any, x: torch.Tensor) -> torch.Tensor:
     return F.batch_norm(x, m.mean, m.var, m.g, m.b)
 
 
+def _by_length(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer by its weight's directions and lengths."""
+    if len(m.g) != len(m.w):
+        raise RuntimeError("torch takes it for granted that there are as many, and ends the process")
+    return F.linear(x, torch._weight_norm(m.w, m.g, 0))
+
+
 def group_norm(m: Any, x: torch.Tensor) -> torch.Tensor:
     return F.group_norm(x, m.groups, m.g, m.b)
 
@@ -208,6 +215,15 @@ NORMS = {
     ),
     "_batch_norm_no_update": normed(raw_norm(lambda x, *m: aten._batch_norm_no_update(x, *m, 0.1, 1e-5)[0])),
     "_batch_norm_with_update": normed(raw_norm(lambda x, *m: aten._batch_norm_with_update(x, *m, 0.1, 1e-5)[:3])),
+    "_weight_norm_interface": [
+        case(
+            _by_length,
+            FEATURES,
+            weights={"w": (4, 6), "g": (4, 1)},
+            contracts=True,
+            cautious="the length is of all columns, of which the original reads none as zero",
+        )
+    ],
     "native_layer_norm": [
         *normed(lambda m, x: F.layer_norm(x, x.shape[2:], m.g, m.b), TOKENS, weights=_AFFINE),
         *normed(lambda m, x: F.layer_norm(x, x.shape[2:]), Data((2, 6, 5), (1,)), weights={}),
@@ -432,6 +448,12 @@ def _boxes(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor([[0, 0.0, 0.0, 2.0, 3.0], [1, 1.0, 0.0, 3.0, 3.0], [0, 1.0, 1.0, 3.0, 2.0]]).double()
 
 
+def _deformed(m: Any, x: torch.Tensor, offset: torch.Tensor) -> Any:
+    import torchvision.ops
+
+    return torchvision.ops.deform_conv2d(x, offset, m.w, m.b, padding=1)
+
+
 def _roi(name: str) -> Callable[..., Any]:
     def run(x: torch.Tensor, boxes: torch.Tensor) -> Any:
         import torchvision.ops
@@ -504,6 +526,11 @@ SPATIAL = {
         *each(lambda x, g: F.grid_sample(x, g, align_corners=False), image(dims=(2,)), Data((2, 3, 3, 2))),
     ],
     "grid_sampler_3d": each(lambda x, g: F.grid_sample(x, g, align_corners=False), VOLUME, Data((2, 3, 3, 3, 3))),
+    "torchvision::deform_conv2d": [
+        case(_deformed, IMAGE, Data((2, 18, 4, 4)), weights={"w": (5, 6, 3, 3), "b": (5,)}, contracts=True),
+        case(_deformed, IMAGE, Data((2, 36, 4, 4)), weights={"w": (5, 6, 3, 3), "b": (5,)}, contracts=True),
+        case(_deformed, IMAGE, Data((2, 18, 4, 4)), weights={"w": (4, 3, 3, 3), "b": (4,)}, refused=True),
+    ],
     "torchvision::roi_align": [
         *each(_roi("roi_align"), IMAGE, _ROIS),
         *each(_roi("roi_align"), image(dims=(2,)), _ROIS),

@@ -20,6 +20,14 @@ def _shuffle(x: torch.Tensor, groups: int) -> torch.Tensor:
     return x.reshape(len(x), groups, -1, 4, 4).transpose(1, 2).reshape(x.shape)
 
 
+ROWS_OF = Data((2, 6, 4), (1,))
+PICK_FIVE = Data((4,), (), below(5))
+
+
+def _scattered(name: str) -> Callable[..., Any]:
+    return lambda x, i: getattr(x.new_zeros(2, x.shape[1], 5), name)(2, i.expand_as(x), x)
+
+
 VIEWS = {
     "alias": each(aten.alias, IMAGE),
     "detach": each(torch.detach, IMAGE),
@@ -315,6 +323,21 @@ PARTS = {
     "_index_put_impl": each(
         lambda x, i, v: aten._index_put_impl(x, [i], v), Data((4, 6), (1,)), PLACES, Data((3, 6), (1,))
     ),
+    "index_add": [
+        *each(lambda x, i: x.new_zeros(2, x.shape[1], 5).index_add(2, i, x), ROWS_OF, PICK_FIVE),
+        *each(lambda x, y, i: x.index_add(0, i, y), Data((5, 6), (1,)), Data((3, 6), (1,)), Data((3,), (), below(5))),
+        *each(lambda x, i: x.index_add(1, i, x), FEATURES, Data((6,), (), below(6))),
+    ],
+    "scatter_add": [
+        *each(_scattered("scatter_add"), ROWS_OF, Data((1, 1, 4), (), below(5))),
+        *each(lambda x, i: x.scatter_add(1, i, x), FEATURES, Data((3, 6), (), below(6))),
+        *each(lambda x, i: x.scatter_add(2, i, x), ROWS_OF, Data((2, 6, 4), (1,), below(4))),
+        *each(lambda x, i: x[:1].scatter_add(1, i[:1], x), FEATURES, Data((3, 6), (), below(6)), refused=True),
+    ],
+    "scatter_reduce": each(
+        lambda x, i: x.scatter_reduce(2, i.expand_as(x), x, "amax"), ROWS_OF, Data((1, 1, 4), (), below(4))
+    ),
+    "index_reduce": each(lambda x, i: x.index_reduce(2, i, x, "amax"), ROWS_OF, Data((4,), (), below(4))),
     "nonzero": each(torch.nonzero, Data((3, 6), (1,), truth)),
     "masked_select": each(torch.masked_select, FEATURES, Data((3, 6), (1,), truth)),
     "topk": [

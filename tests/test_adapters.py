@@ -228,7 +228,8 @@ def test_a_ghost_module_cuts_off_what_it_cut_off(channels: int) -> None:
     if channels == 16:
         assert small.out_chs == written + made < 16
     else:
-        assert small.out_chs == result.model.get_submodule("3").in_channels <= written + made
+        # As a bound of a slice, a number beyond what there is means all; torch 2.6 records such slices, and lets it be.
+        assert min(small.out_chs, written + made) == result.model.get_submodule("3").in_channels
 
 
 class Misleading(nn.Module):

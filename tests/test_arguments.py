@@ -139,9 +139,16 @@ def test_numbers_of_numpy_and_paths_of_any_kind_are_taken(
     assert allocator.apply(model, str(tmp_path / "a.json")) is not None
 
 
-def test_what_pythons_own_error_says_is_left_to_it(model: nn.Module) -> None:
-    with pytest.raises(TypeError, match="missing 1 required positional argument: 'allocation'"):
+def test_missing_and_unknown_arguments_are_errors_of_this_package(model: nn.Module, result: allocator.Result) -> None:
+    with pytest.raises(allocator.ArgumentsError, match=r"^verify: missing a required argument: 'all") as raised:
         allocator.verify(model, model)  # type: ignore[call-arg]
+    assert isinstance(raised.value, TypeError)
+    with pytest.raises(UnsupportedModelError, match=r"small is a Result.*pass its \.model; verify: missing"):
+        allocator.verify(model, result)  # type: ignore[call-arg, arg-type]
+    with pytest.raises(allocator.ArgumentsError, match=r"allocate: got an unexpected keyword .*; did you mean flops\?"):
+        allocator.allocate(model, flop="50%")  # type: ignore[call-arg]
+    with pytest.raises(allocator.ArgumentsError, match="apply: too many positional arguments"):
+        allocator.apply(model, result.allocation, "keep", "reset")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_what_is_not_a_module_is_refused(name: str, kind: str) -> None:
     [
         ("torchvision:resnet18", "torchvision.models", r"neuron-allocator\[zoo\]"),
         ("timm:resnet18", "timm", r"neuron-allocator\[zoo\]"),
-        ("hf:ResNetConfig", "transformers", "pip install transformers"),
+        ("hf:ResNetConfig", "transformers", r"pip install 'neuron-allocator\[language\]'"),
     ],
 )
 def test_missing_library_says_what_to_install(

@@ -114,7 +114,7 @@ def test_its_numbers_are_those_of_a_computation_by_hand() -> None:
         whole, expected, got = original(x), cut(x), copy.deepcopy(result.model).double()(x)
     assert float((expected - got).abs().max() / expected.abs().max()) < 1e-14
     effect = float((whole - expected).abs().max() / whole.abs().max())
-    assert result.certificate.effect == pytest.approx(effect, rel=1e-9)
+    assert result.certificate.effect == pytest.approx(effect, rel=1e-5)
 
 
 def test_the_structural_check_can_be_made_alone(result: Result, small: Any) -> None:

@@ -274,7 +274,7 @@ def test_error_and_effect_are_those_of_the_arithmetic() -> None:
     found = compare_outputs(graph, kept, maps, small, seed=3)
 
     assert found.outputs == 2
-    assert found.effect == pytest.approx(effect, rel=1e-9)
+    assert found.effect == pytest.approx(effect, rel=1e-5)
     assert found.error < 1e-14
     assert not found.drawn
     with torch.no_grad():
@@ -390,7 +390,7 @@ def test_drawn_weights_are_the_same_for_a_name_whatever_is_kept(graph: ChannelGr
         if name == "norm.num_batches_tracked":
             assert drawn is own
         else:
-            assert drawn.dtype == torch.float64
+            assert drawn.dtype == torch.float32
             assert not torch.equal(drawn, other(name, own))
     vector, matrix = (whole(name, graph.tensors[name]) for name in ("norm.running_var", "first.weight"))
     assert 0.5 <= float(vector.min()) <= float(vector.max()) <= 1.5

@@ -14,6 +14,7 @@ from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 import allocator
+import allocator.operators  # declares what torch's tracer is to record
 from allocator.cost.fvcore import fvcore_flops
 from allocator.tracing.inputs import as_inputs
 
@@ -33,6 +34,24 @@ def test_a_call_costs_what_fvcore_counts(name: str) -> None:
     expected = by_fvcore(model, *inputs)
     assert allocator.trace(model, inputs).flops == expected
     assert (expected == 0) == uncounted(name)
+
+
+@pytest.mark.parametrize("name", list(WHOLE))
+def test_on_sizes_alone_fvcore_counts_the_same(name: str) -> None:
+    model, shapes = WHOLE[name]
+    inputs = inputs_of(shapes)
+    given = as_inputs(inputs, model)
+    if name.startswith("convolution") and "without a batch" in name:
+        with pytest.raises(allocator.TraceError, match="is not recorded on meta tensors"):
+            fvcore_flops(model, given, on_meta=True)
+    else:
+        assert fvcore_flops(model, given, on_meta=True)[0] == by_fvcore(model, *inputs)
+
+
+def test_on_sizes_alone_what_the_tracer_does_not_record_is_refused() -> None:
+    model = nn.Conv2d(3, 4, 3, padding="same")
+    with pytest.raises(allocator.TraceError, match="is not recorded on meta tensors"):
+        fvcore_flops(model, as_inputs(torch.zeros(1, 3, 8, 8), model), on_meta=True)
 
 
 def uncounted(name: str) -> bool:

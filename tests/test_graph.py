@@ -486,15 +486,18 @@ def test_a_list_of_layers_that_are_to_stay_alike_is_one_group() -> None:
 
 def test_what_matches_nothing_is_noted_and_what_is_no_pattern_refused() -> None:
     model = nested()
-    assert unmatched(model, "exclude", ("stem", "body.*", nn.Conv2d, [nn.ReLU, "body.2"])) == [
+    modules, tensors = dict(model.named_modules()), [name for name, _ in model.named_parameters()]
+    assert unmatched(modules, tensors, "exclude", ("stem", "body.*", nn.Conv2d, [nn.ReLU, "body.2"])) == [
         "exclude=ReLU matches no module of the model"
     ]
-    assert unmatched(model, "same", (["sten", "last"], nn.Linear)) == [
+    assert unmatched(modules, tensors, "same", (["sten", "last"], nn.Linear)) == [
         "same='sten' matches no module or parameter; did you mean 'stem'?",
         "same=Linear matches no module of the model",
     ]
-    assert selected(model, (model.body,)) == {f"body.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")}
-    assert selected(model, (model,)) == set(dict(model.named_parameters()))
+    assert selected(modules, tensors, (model.body,)) == {
+        f"body.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")
+    }
+    assert selected(modules, tensors, (model,)) == set(tensors)
     assert as_items(None) == ()
     assert as_items("stem") == ("stem",)
     assert as_items(model.stem) == (model.stem,)

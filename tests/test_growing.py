@@ -222,8 +222,10 @@ def test_a_budget_above_the_models_own_widens_it_where_that_is_asked_for() -> No
     assert small.flops_after < small.flops_before
     with pytest.warns(BudgetNotBindingWarning):
         allocator.allocate(model, flops="150%", example_inputs=IMAGE)
-    with pytest.raises(InputError, match="grow=True goes with a budget in flops alone, not flops and params"):
-        allocator.allocate(model, flops="150%", params="150%", grow=True, example_inputs=IMAGE)
+    several = allocator.allocate(model, params="150%", activations="200%", grow=True, example_inputs=IMAGE)
+    assert sum(p.numel() for p in several.model.parameters()) <= 1.5 * sum(p.numel() for p in model.parameters())
+    with pytest.raises(InputError, match="budgets that are counted, not with latency: how long wider layers take was"):
+        allocator.allocate(model, latency="150%", grow=True, example_inputs=IMAGE)
 
 
 def test_smaller_by_importance_and_wider_again() -> None:
@@ -275,7 +277,7 @@ def test_attention_grows_by_whole_heads(init: Any) -> None:
     block: Any = result.model.get_submodule("blocks.0")
     assert (block.attn.num_heads, block.attn.qkv.out_features, block.mlp.fc1.out_features) == (6, 144, 192)
     assert block.attn.qkv.in_features == 32
-    assert any("a norm over the channels mixes them all (native_layer_norm)" in note for note in result.notes)
+    assert any("32 neurons that a norm averages over (patch_embed.proj.weight)" in note for note in result.notes)
 
 
 def test_what_follows_an_attention_grows_though_its_heads_cannot() -> None:

@@ -251,7 +251,8 @@ def test_adapters_are_put_on_a_result_and_trained() -> None:
 def test_models_of_diffusers_are_cut_as_built(name: str) -> None:
     pytest.importorskip("diffusers")
     model, inputs = tiny(name)
-    result = allocator.allocate(model, "60%")
+    says = name in ("UNet2D", "UNet2DCondition", "DiT")  # the configuration of others does not tell what they take
+    result = allocator.allocate(model, "60%", example_inputs=None if says else inputs)
     assert result.certificate.ok
     assert 0.59 < result.flops_after / result.flops_before <= 0.6
     assert outputs(result.model, inputs).shape == outputs(model, inputs).shape

@@ -393,6 +393,82 @@ def test_weights_of_one_seed_may_show_nothing() -> None:
     assert check(Case(spec, 0.2, scope="all", fill=False, again=0.86), by_turns=True) == "budget"
 
 
+def test_layers_that_are_off_show_on_drawn_weights_where_the_forward_looks_at_values() -> None:
+    """Drawn weights may lead to another path, so that they were not tried; where the two agree on them they show it."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.body(x * 0 if float(x.max()) > 1e9 else x) * net.gate.weight.relu())
+
+    model = _net(run, lambda: {"body": nn.Linear(8, 6), "gate": nn.Linear(6, 1, bias=False), "head": nn.Linear(6, 3)})
+    nn.init.constant_(model.get_parameter("gate.weight"), -1)
+    with pytest.warns(allocator.AllocatorWarning):
+        result = allocator.allocate(model, "70%", example_inputs=torch.zeros(1, 8), criterion="magnitude")
+    assert result.certificate.drawn
+    assert result.certificate.shown
+
+
+def test_a_mean_over_what_a_batch_norm_made_of_one_sample_shows_in_two() -> None:
+    """It is the norm's shift, whatever the channels hold."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.norm(net.body(net.stem(x))).mean((2, 3))
+
+    def layers() -> dict[str, nn.Module]:
+        norm = nn.BatchNorm2d(5, track_running_stats=False)
+        return {"stem": nn.Conv2d(3, 8, 3), "body": nn.Conv2d(8, 5, 1), "norm": norm}
+
+    model = Net(run, **layers())
+    assert allocator.allocate(model, "70%", example_inputs=X, criterion="magnitude").certificate.shown
+
+
+def _first_half(net: Any, x: Tensor) -> Tensor:
+    return net.head(net.stem(x)[:, :4])
+
+
+def test_channels_that_nothing_reads_can_go() -> None:
+    """Their effect on the outputs is none by nature; the result was refused, as no input showed any."""
+
+    def make() -> nn.Module:
+        model = _net(_first_half, lambda: {"stem": _unit(3, 8), "head": _head(4)})
+        nn.init.constant_(model.get_parameter("stem.1.weight"), 1.0)[4:].div_(10)
+        return model
+
+    with torch.no_grad():
+        result = allocator.allocate(make(), "70%", example_inputs=X, scope="all")
+        assert check_model(make(), make(), X, Case(Spec(IMAGE, ()), 0.7, scope="all")) == "result"
+    assert (result.certificate.effect, result.certificate.unread) == (0.0, True)
+    assert "none of them reads the dropped neurons" in str(result.certificate)
+
+
+def _where_off(net: Any, x: Tensor) -> Tensor:
+    return torch.where(net.gate > 0, net.head(net.stem(x)), x.mean((1, 2, 3))[:, None])
+
+
+def _written_off(net: Any, x: Tensor) -> Tensor:
+    y = net.head(net.stem(x))
+    y[(net.gate < 0).expand_as(y)] = 1
+    return y
+
+
+def _off(net: Any, x: Tensor) -> Tensor:
+    return net.head((net.stem(x) - 1e9).relu())
+
+
+@pytest.mark.parametrize("run", [_where_off, _written_off, _off])
+def test_what_is_merely_off_is_not_unread(run: Run) -> None:
+    """A gate that is shut on all inputs that were tried may open on others."""
+
+    def layers() -> dict[str, nn.Module]:
+        net = nn.Module()
+        net.gate = nn.Parameter(torch.tensor(-1.0))
+        return {"stem": _unit(3, 8), "head": _head(8), "holds": net}
+
+    model = _net(lambda net, x: run(net, x), layers)
+    model.gate = model.get_parameter("holds.gate")
+    with pytest.raises(allocator.CertificateError, match="none of them was seen to depend"):
+        allocator.allocate(model, "70%", example_inputs=X)
+
+
 # Allocating again -----------------------------------------------------------------------------------
 
 

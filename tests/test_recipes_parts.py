@@ -20,7 +20,7 @@ from allocator.recipes.checkpoints import NAME, load_checkpoint, remove_leftover
 from allocator.recipes.configuration import CONFIGS, Training, config_names, load_config
 from allocator.recipes.data import Batches, Samples, Tensors, TestBatches, open_data
 from allocator.recipes.engine import OneProcess, average_buffers, summed
-from allocator.recipes.run import average_weights, make_accelerator
+from allocator.recipes.processes import average_weights, make_accelerator
 from allocator.recipes.training import Fit, train_network
 from allocator.recipes.training import train as train_by_its_short_name
 from allocator.settings import BUDGETS, OPTIONS
@@ -284,7 +284,7 @@ def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest
 
 
 def test_tensorboard_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("allocator.recipes.run.find_spec", lambda name: None)
+    monkeypatch.setattr("allocator.recipes.processes.find_spec", lambda name: None)
     config = load_config(tiny_config(tmp_path), ["run.tensorboard=true"])
     with pytest.raises(MissingPackageError, match=r"run\.tensorboard needs TensorBoard"):
         make_accelerator(config)

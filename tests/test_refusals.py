@@ -136,7 +136,7 @@ def test_outputs_in_objects_are_counted_by_fvcore() -> None:
 def test_a_count_that_nobody_shares_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net(conv, one=nn.Conv2d(3, 16, 3), two=nn.Conv2d(16, 4, 1))
     for counted in (10**12, 1):
-        monkeypatch.setattr("allocator.pipeline.run.fvcore_flops", lambda *_, counted=counted: (counted, {}))
+        monkeypatch.setattr("allocator.pipeline.run.fvcore_flops", lambda *_, counted=counted, **__: (counted, {}))
         monkeypatch.setattr("allocator.pipeline.run.products_by_torch", lambda *_, **__: 7)
         with pytest.raises(CostMismatchError, match=f"fvcore counts {counted:,} FLOPs in the result, the cost model"):
             allocate(model)

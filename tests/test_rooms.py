@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Literal, get_origin, get_type_hints
+
+import pytest
 
 import allocator
+import allocator.operators  # fills the tables, also where no other test has done so
+from allocator.settings import BUDGETS, DEFAULTS, OPTIONS, Settings
 from allocator.tracing.operators import DECLARATIONS, FUNCTIONS
 
 PACKAGE = Path(allocator.__file__).parent
@@ -27,15 +33,13 @@ WORDS = {
     "uniform": "a policy",
     "zero": "what is added to a wider network",
 }
-# Files that speak of other things than the calls of a forward: words and charts of reports, the shell, fvcore's names,
-# functions that draw from a generator, and the language of TorchScript's files, whose arithmetic on numbers is called
+# Files that speak of other things than the calls of a forward: words and charts of reports, fvcore's names, a call that
+# torch's private names are tried on, and the language of TorchScript's files, whose arithmetic on numbers is called
 # like operators on tensors.
 ELSEWHERE = (
     "operators/",
     "reporting/",
-    "cli/",
     "cost/fvcore.py",
-    "isolation.py",
     "io/programs/torchscript_operators.py",
     "torch_private.py",
 )
@@ -83,6 +87,7 @@ print(*sorted({name.partition(".")[0] for name in sys.modules.keys() - of_torch}
 
 
 def test_operators_are_named_where_they_are_declared_and_nowhere_else() -> None:
+    assert {"convolution", "cat", "native_group_norm"} <= OPERATORS
     named = []
     for path in sorted(PACKAGE.rglob("*.py")):
         place = path.relative_to(PACKAGE).as_posix()
@@ -94,3 +99,17 @@ def test_operators_are_named_where_they_are_declared_and_nowhere_else() -> None:
                 if name in OPERATORS and name not in WORDS:
                     named.append(f"{place}:{node.lineno} names {node.value!r}")
     assert named == []
+
+
+@pytest.mark.parametrize("function", [allocator.allocate, allocator.trace, allocator.plan])
+def test_keyword_arguments_are_options_and_budgets_with_the_defaults_that_are_declared(function: Any) -> None:
+    """They are written out, so that an editor completes them; what they may be stands in `settings`."""
+    parameters = inspect.signature(function).parameters
+    names = {*OPTIONS, *BUDGETS} if function is allocator.allocate else OPTIONS.keys() & parameters.keys()
+    assert len(names) > 4
+    declared = {**dict.fromkeys(BUDGETS), **{name: getattr(DEFAULTS, name) for name in OPTIONS}}
+    assert {name: parameters[name].default for name in names} == {name: declared[name] for name in names}
+    hints, of_settings = get_type_hints(function), get_type_hints(Settings)
+    for name in names & of_settings.keys():
+        if get_origin(of_settings[name]) is Literal:
+            assert hints[name] == of_settings[name], name

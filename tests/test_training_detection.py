@@ -25,7 +25,8 @@ from allocator.recipes import train
 from allocator.recipes.boxes import Detection, average_precision, mirrored
 from allocator.recipes.configuration import load_config
 from allocator.recipes.detection import CocoBoxes, predict
-from allocator.recipes.run import RunResult, _Run
+from allocator.recipes.outcome import RunResult
+from allocator.recipes.run import _Run
 from allocator.recipes.training import Fit
 
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]

@@ -31,7 +31,7 @@ from allocator.recipes import train
 from allocator.recipes.checkpoints import load_checkpoint, save_checkpoint
 from allocator.recipes.configuration import load_config
 from allocator.recipes.data import Batches, Samples, Tensors
-from allocator.recipes.run import RunResult
+from allocator.recipes.outcome import RunResult
 from allocator.recipes.training import NonFiniteLossError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -44,10 +45,10 @@ def masked(layer: nn.Module) -> nn.Module:
 # Each with the words that name it where it stays whole; None where it can be narrowed.
 COMPUTED: dict[str, tuple[Wrap, str | None]] = {
     "spectral_norm": (parametrizations.spectral_norm, "a weight is computed from all of these channels"),
-    "weight_norm": (parametrizations.weight_norm, "_weight_norm_interface"),
+    "weight_norm": (parametrizations.weight_norm, None),
     "orthogonal": (parametrizations.orthogonal, "no rule for this operator"),
     "spectral_norm by hook": (nn.utils.spectral_norm, "a weight is computed from all of these channels"),
-    "weight_norm by hook": (nn.utils.weight_norm, "_weight_norm_interface"),
+    "weight_norm by hook": (nn.utils.weight_norm, None),
     "positive": (positive, None),
     "masked": (masked, None),
 }
@@ -104,7 +105,7 @@ def test_a_computed_weight_is_cut_rightly_or_left_whole_and_named(kind: str, lay
         assert any(stays in reason for reason in reasons), reasons
 
 
-@pytest.mark.parametrize("kind", [kind for kind in COMPUTED if "norm" in kind])
+@pytest.mark.parametrize("kind", [kind for kind in COMPUTED if "spectral" in kind])
 def test_nothing_but_computed_weights_says_why(kind: str) -> None:
     wrap, stays = COMPUTED[kind]
     model = computed(wrap, "stem", "narrow", "wide")
@@ -370,3 +371,114 @@ def test_the_number_of_groups_follows_in_a_module_of_ones_own() -> None:
     assert isinstance(own, OwnGroups)
     assert own.groups < 8
     assert own.weight.shape == (2 * own.groups, 2, 3, 3)
+
+
+ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "softplus": F.softplus,
+    "exp": torch.exp,
+    "cos of the transposed": lambda w: w.mT.cos().mT,
+    "several": lambda w: 1 + (w.sigmoid() - 3).abs().sqrt(),
+}
+
+
+@pytest.mark.parametrize("kind", ELEMENTWISE)
+def test_a_weight_that_the_forward_makes_number_by_number_reads_as_zero_where_it_was_dropped(kind: str) -> None:
+    """What it was made of was zeroed, of which such a function makes another number: right results were refused."""
+
+    class Made(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, ELEMENTWISE[kind](self.weight), self.bias)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Made(6, 16), nn.ReLU(), Made(16, 16), nn.ReLU(), Made(16, 4))
+    x = torch.randn(2, 6)
+    result = allocator.allocate(model, "60%", example_inputs=x, criterion="magnitude")
+    assert result.certificate.effect is not None
+    assert result.certificate.effect > 1e-3
+    kept = [result.allocation.kept[f"{i}.weight"][0] for i in (0, 2)]
+    h = x.double()
+    for i, (rows, columns) in zip((0, 2, 4), [(kept[0], None), (kept[1], kept[0]), (None, kept[1])], strict=True):
+        weight, bias = (getattr(model[i], name).detach().double() for name in ("weight", "bias"))
+        weight = ELEMENTWISE[kind](weight)
+        weight, bias = (t if rows is None else t[rows] for t in (weight, bias))
+        h = h @ (weight if columns is None else weight[:, columns]).T + bias
+        h = h if i == 4 else h.relu()
+    assert torch.allclose(result.model.double()(x.double()), h, rtol=1e-12)
+
+
+def _by_place(name: str) -> Callable[[Tensor], Tensor]:
+    def run(y: Tensor) -> Tensor:
+        index = torch.arange(y.shape[2]) % 5
+        fresh = torch.zeros(*y.shape[:2], 5).to(y)
+        return getattr(fresh, name)(2, index.view(1, 1, -1).expand_as(y) if name == "scatter_add" else index, y)
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["scatter_add", "index_add", "index_add_"])
+def test_places_are_added_up_for_every_channel_alone(name: str) -> None:
+    """Into zeros that the forward makes on the CPU and brings over: these follow the channels too."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(_by_place(name)(self.stem(x).relu().flatten(2)).sqrt().mean(2))
+
+    model = Pooled()
+    result = allocate(model, criterion="magnitude")
+    kept = result.allocation.kept["head.weight"][1] or []
+    assert 4 < len(kept) < 12
+    weight, bias = (model.get_parameter(f"stem.{name}").double()[kept] for name in ("weight", "bias"))
+    stem = F.conv2d(IMAGE.double(), weight, bias, padding=1)
+    features = _by_place(name)(stem.relu().flatten(2)).sqrt().mean(2)
+    expected = F.linear(features, model.head.weight[:, kept].double(), model.head.bias.double())
+    assert torch.allclose(result.model.double()(IMAGE.double()), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "weight_norm by hook"])
+def test_outputs_of_a_layer_whose_weight_has_a_length_go_with_their_lengths(kind: str) -> None:
+    """Its inputs stay, since the length is of all of them; with norms="loose" they go too."""
+    wrap = COMPUTED[kind][0]
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), wrap(nn.Conv2d(16, 16, 3)), nn.ReLU(), nn.Conv2d(16, 4, 3))
+    result = allocate(model, "70%", criterion="magnitude")
+    sizes = {name: tuple(p.shape) for name, p in result.model.named_parameters()}
+    kept = result.allocation.kept["2.bias"][0] or []
+    direction = next(name for name, size in sizes.items() if name.startswith("2.") and len(size) == 4 and size[-1] == 3)
+    assert sizes[direction] == (len(kept), 16, 3, 3)
+    assert (len(kept), 1, 1, 1) in sizes.values()
+    torch.testing.assert_close(effective(result.model, "2"), effective(model, "2")[kept])
+    loose = allocate(model, "70%", criterion="magnitude", norms="loose")
+    assert loose.model.get_parameter("0.weight").shape[0] < 16
+    assert not loose.certificate.exact
+
+
+@pytest.mark.parametrize("offset_groups", [1, 2])
+def test_what_a_deformed_convolution_reads_and_writes_goes(offset_groups: int) -> None:
+    ops = pytest.importorskip("torchvision.ops")
+
+    class Deformed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.where = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 18 * offset_groups, 3, padding=1)
+            self.deformed, self.head = ops.DeformConv2d(16, 12, 3, padding=1), nn.Conv2d(12, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x).relu()
+            return self.head(self.deformed(y, self.where(y)).relu())
+
+    model = Deformed()
+    result = allocate(model, criterion="magnitude")
+    small: Any = result.model.get_submodule("deformed")
+    assert (small.out_channels, small.in_channels) == tuple(small.weight.shape[:2])
+    assert small.in_channels < 16
+    masked = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for name, dims in result.allocation.kept.items():
+            p = masked.get_parameter(name)
+            if p.dim() == 4 and dims[1] is not None:
+                p.index_fill_(1, torch.tensor(sorted(set(range(p.shape[1])) - set(dims[1]))), 0)
+    x = IMAGE.double()
+    assert torch.allclose(result.model.double()(x), masked(x), rtol=1e-12)

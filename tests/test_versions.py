@@ -143,7 +143,7 @@ def test_an_allocation_is_applied_out_of_a_result_too(saved: Path) -> None:
         ({"attributes": {"0": 7}}, "attributes of 0"),
         ({"input_shapes": [["a"]]}, "input shapes"),
         ({"flops_after": "many"}, "flops_after is a str"),
-        ({"format": 5}, "has format 5"),
+        ({"format": 6}, "has format 6"),
         ({"costs": {"flops": 7}, "format": 3}, "costs in flops"),
         ({"costs": {"flops": {"after": "many"}}, "format": 3}, "costs in flops"),
     ],

@@ -216,7 +216,7 @@ class Normed(nn.Module):
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_groups_grow_whole_and_a_norm_over_all_channels_is_named(init: Any) -> None:
+def test_groups_grow_whole_and_what_a_norm_averages_over_is_named(init: Any) -> None:
     torch.manual_seed(0)
     model = Normed().eval()
     result = allocator.widen(model, factor=5 / 3, init=init, example_inputs=IMAGE)
@@ -225,7 +225,7 @@ def test_groups_grow_whole_and_a_norm_over_all_channels_is_named(init: Any) -> N
     assert (wide.norm.num_groups, wide.norm.num_channels) == (5, 20)
     assert (wide.grouped.groups, wide.grouped.in_channels, wide.grouped.out_channels) == (5, 20, 10)
     assert (wide.inner.out_features, wide.last.out_channels) == (33, 8)
-    assert any("would not be exact: a norm over the channels mixes them all" in note for note in result.notes)
+    assert any("8 neurons that a norm averages over (last.weight), which grow to whole" in s for s in result.notes)
     narrow = allocator.widen(model, factor=1.5, init=init, groups="width", include="grouped", example_inputs=IMAGE)
     check_widened(model, narrow, IMAGE)
 
@@ -280,12 +280,15 @@ def test_a_wider_network_is_allocated_and_widened_again(tmp_path: Path) -> None:
     [
         ({"factor": 0.5}, InputError, "factor=0.5 would make layers narrower: pass 1.5, for example; allocate takes"),
         ({"factor": float("nan")}, InputError, "factor=nan is no number such as 1.5"),
+        ({"factor": True}, InputError, "factor=True is no number such as 1.5"),
         ({"factor": "2"}, InputError, "factor='2' is no number such as 1.5"),
         ({"factor": 1e30}, InputError, r"factor=1e\+30 is more than 1024, the most that layers are widened by"),
         ({"flops": "1e30%"}, BudgetError, "would make every layer more than 1024 times as wide: ask for less"),
-        ({"factor": 1.01}, NothingToAllocateError, "adds no whole neuron .* has 32, and 1.02 adds one to it"),
+        ({"factor": 1.01}, NothingToAllocateError, "adds nothing to any layer: .* has 32 neurons, and 1.016 adds 1"),
         ({"flops": "50%"}, BudgetError, "694,512 FLOPs are below the model's own 1,389,024 FLOPs: widen adds neurons"),
         ({"flops": "100%"}, BudgetError, "leave no room for another neuron .* the least that adds one is 1,[0-9,]+"),
+        ({"flops": "150%", "multiple": 10**9}, NothingToAllocateError, r"no number added .* a multiple of 1000000000"),
+        ({"flops": "150%", "multiple": 3000}, BudgetError, "leave no room for another neuron .* the least that adds"),
         ({"flops": "much"}, BudgetError, "flops='much' is not a number"),
         ({}, InputError, "none of flops, factor and like given: pass one of them"),
         ({"flops": "150%", "factor": 2}, InputError, "flops and factor given: pass one of them"),
@@ -301,8 +304,8 @@ def test_what_is_asked_must_be_wider(asked: dict[str, Any], error: type[Exceptio
 
 
 def test_where_nothing_can_be_added_the_error_says_what_would_be_inexact() -> None:
-    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)).eval()
-    with pytest.raises(NothingToAllocateError, match=r"exactly: a norm over the channels mixes them all .* in 1 \(8"):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Softmax(-1), nn.Linear(8, 3)).eval()
+    with pytest.raises(NothingToAllocateError, match=r"exactly: every channel depends on all others .* in 1 \(8"):
         allocator.widen(model, factor=2, example_inputs=torch.zeros(1, 6))
 
 

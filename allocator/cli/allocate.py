@@ -17,6 +17,7 @@ from allocator.cli.arguments import (
 )
 from allocator.cli.data import add_data_options, data_options
 from allocator.cli.opening import example_inputs, open_model
+from allocator.cli.outputs import folder_named, source_folder, without_weights
 from allocator.cli.results import add_file_options, add_weight_options, certify_of, check_files, show, write_files
 from allocator.cli.talk import Talk
 from allocator.cli.words import in_shell
@@ -36,6 +37,7 @@ _EXAMPLE = """\
   allocator-cli allocate model.pt --params 10M --activations 70% --multiple 8 --at-least 25% -o small.pt
   allocator-cli allocate model.pt --latency 8ms --exclude 'head*' --same 'encoder.layer.*' -o small.pt
   allocator-cli allocate model.pt --flops 60% --data photographs/ --recover -o small.pt
+  allocator-cli allocate hf:FOLDER --flops 70% -o hf:OUT
   allocator-cli allocate model.pt --flops 60% -o small.pt --report report.html --plot shares.png"""
 
 
@@ -44,7 +46,7 @@ def register(commands: Any) -> None:
     parser = add_command(commands, "allocate", "allocate a model's neurons under a budget", _EXAMPLE)
     parser.add_argument("model", metavar="MODEL", help="a file or a name")
     add_budget_options(parser.add_argument_group("budgets, of which at least one is needed"))
-    add_file_options(parser)
+    add_file_options(parser, folders=True)
     plan = parser.add_argument_group("plan")
     add_plan_options(plan)
     add_data_options(parser)
@@ -66,10 +68,13 @@ def run(args: argparse.Namespace) -> int:
     """Allocate, write the files, print the report."""
     if not budgets(args):
         raise UsageError("no budget is given, such as --flops 60%")
-    check_files(args)
+    check_files(args, folders=True)
     talk = Talk(args)
-    model = open_model(args.model, args, talk)
-    result = _allocate(model, args, talk)
+    folder = folder_named(args.output)
+    if folder is not None:
+        result = _from_folder(folder, args, talk)
+    else:
+        result = _allocate(open_model(args.model, args, talk), args, talk)
     written = write_files(args, talk, result)
     show(args, talk, result, written)
     return 0
@@ -91,6 +96,29 @@ def _allocate(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
             seed=args.seed,
             progress=update,
         )
+    return _told(result, talk)
+
+
+def _from_folder(output: str, args: argparse.Namespace, talk: Talk) -> Result:
+    """From the folder of the model into another, tensor by tensor."""
+    from allocator.folders import allocate_folder
+
+    folder = source_folder(args, "arch", "data", "loss", "latency", "recover", "weights")
+    model = without_weights(args, talk)
+    with talk.stage("allocating") as update:
+        result = allocate_folder(
+            folder,
+            output,
+            **budgets(args),
+            model=model,
+            example_inputs=example_inputs(args, model),
+            **plan_options(args),
+            progress=update,
+        )
+    return _told(result, talk)
+
+
+def _told(result: Result, talk: Talk) -> Result:
     talk.times(result.timings)
     result.notes = list(map(in_shell, result.notes))
     return result

@@ -6,11 +6,15 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from allocator.cli.arguments import UsageError
-from allocator.disk import check_writable
+from allocator.cli.talk import Talk
+from allocator.disk import check_new_folder, check_writable
 from allocator.errors import FileError, UnknownNameError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 MODEL_SUFFIXES = (".pt", ".pth", ".safetensors")
 
@@ -21,9 +25,55 @@ def check_outputs(args: argparse.Namespace, *paths: str | None) -> None:
     if len({os.path.realpath(path) for path in given}) < len(given):
         raise UsageError("two outputs have the same name")
     for path in given:
+        folder = folder_named(path)
+        if folder is not None:
+            check_new_folder(folder)
+            continue
         check_writable(path)
         if os.path.exists(path) and not args.force:
             raise FileError(f"{path} exists; use --force to overwrite it")
+
+
+def folder_named(path: str | None) -> str | None:
+    """The folder in `hf:FOLDER`, into which weights are written tensor by tensor; None for a file."""
+    return path.removeprefix("hf:") if path is not None and path.startswith("hf:") else None
+
+
+def source_folder(args: argparse.Namespace, *unfit: str) -> str:
+    """The folder that is read where the output is one.
+
+    Args:
+        args: of the command line.
+        unfit: destinations of options by which weights would have to be in memory.
+
+    Raises:
+        UsageError: the model lies in no folder, or such an option is given.
+    """
+    folder = folder_named(args.model)
+    if folder is None or not os.path.isdir(folder):
+        raise UsageError("-o hf:OUT writes weights from folder to folder: MODEL must be hf:FOLDER, or OUT a file")
+    parser = args.parsers[args.command]
+    given = [name for name in unfit if getattr(args, name) != parser.get_default(name)]
+    if given:
+        flag = "--" + given[0].replace("_", "-")
+        raise UsageError(f"{flag} needs the weights in memory, and -o hf:OUT leaves them in their folder")
+    return folder
+
+
+def without_weights(args: argparse.Namespace, talk: Talk) -> nn.Module:
+    """The network that a folder's configuration names, on the meta device."""
+    import torch
+
+    from allocator.io.models import build_as_asked
+
+    with talk.stage(f"building {args.model}"), torch.device("meta"):
+        return build_as_asked(args.model, dict(args.set)).eval()
+
+
+def check_model_output(path: str | None) -> None:
+    """Usage error where this is neither a file's name for a model nor `hf:FOLDER`."""
+    if folder_named(path) is None:
+        check_suffix(path, MODEL_SUFFIXES, "the model (-o)")
 
 
 def check_suffix(path: str | None, suffixes: tuple[str, ...], what: str) -> None:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from allocator.cli.arguments import add_layers_option, add_output_options
 from allocator.cli.next_step import command
-from allocator.cli.outputs import MODEL_SUFFIXES, check_outputs, check_report, check_suffix, write_model
+from allocator.cli.outputs import (
+    MODEL_SUFFIXES,
+    check_model_output,
+    check_outputs,
+    check_report,
+    check_suffix,
+    folder_named,
+    write_model,
+)
 from allocator.cli.talk import Talk
 from allocator.settings import SIZES, Certify
 
@@ -15,9 +23,9 @@ if TYPE_CHECKING:
     from allocator.result import Result
 
 
-def add_file_options(parser: argparse.ArgumentParser) -> None:
-    """What is written, and whether layers are listed."""
-    add_output_options(parser)
+def add_file_options(parser: argparse.ArgumentParser, *, folders: bool = False) -> None:
+    """What is written, and whether layers are listed; the model may go into a folder."""
+    add_output_options(parser, folders=folders)
     parser.add_argument("--allocation", metavar="FILE", help="also write the allocation, as .json")
     parser.add_argument("--report", metavar="FILE", help="also write the report: .html, .md, .csv, .json or .txt")
     parser.add_argument("--plot", metavar="FILE", help="also draw each block's neurons per scale: .png, .svg or .pdf")
@@ -50,9 +58,17 @@ def certify_of(args: argparse.Namespace) -> Certify:
     return not args.no_certificate and args.certify
 
 
-def check_files(args: argparse.Namespace) -> None:
-    """Refuse, before any work is done, what could not be written."""
-    check_suffix(args.output, MODEL_SUFFIXES, "the model (-o)")
+def check_files(args: argparse.Namespace, *, folders: bool = False) -> None:
+    """Refuse, before any work is done, what could not be written.
+
+    Args:
+        args: of the command line.
+        folders: the model may also be written into a folder, `hf:OUT`.
+    """
+    if folders:
+        check_model_output(args.output)
+    else:
+        check_suffix(args.output, MODEL_SUFFIXES, "the model (-o)")
     check_suffix(args.allocation, (".json",), "the allocation (--allocation)")
     check_report(args.report, args.plot)
     check_outputs(args, args.output, args.allocation, args.report, args.plot)
@@ -62,8 +78,9 @@ def write_files(args: argparse.Namespace, talk: Talk, result: Result) -> dict[st
     """Write the files that were asked for; paths by what they hold."""
     written = {}
     if args.output is not None:
-        with talk.stage(f"writing {args.output}"):
-            write_model(result, args.output)
+        if folder_named(args.output) is None:
+            with talk.stage(f"writing {args.output}"):
+                write_model(result, args.output)
         written["model"] = args.output
     if args.allocation is not None:
         result.allocation.save(args.allocation)

@@ -11,7 +11,7 @@ from allocator.cli.talk import Talk
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from allocator.recipes.run import RunResult
+    from allocator.recipes.outcome import RunResult
 
 _MOST_TESTS = 3
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from allocator.cli.arguments import UsageError, add_command, add_input_options, add_model_options
 from allocator.cli.opening import example_inputs, open_model
+from allocator.cli.outputs import folder_named
 from allocator.cli.talk import Talk
 from allocator.errors import FileError
 
@@ -27,7 +28,7 @@ def register(commands: Any) -> None:
         commands, "verify", "check that a smaller model is the original minus the removed neurons", _EXAMPLE
     )
     parser.add_argument("model", metavar="MODEL", help="the original: a file or a name")
-    parser.add_argument("small", metavar="SMALL", help="the smaller model's file")
+    parser.add_argument("small", metavar="SMALL", help="the smaller model's file, or hf:FOLDER")
     parser.add_argument(
         "allocation", metavar="ALLOCATION", nargs="?", help="alloc.json; a .safetensors SMALL holds its own"
     )
@@ -63,6 +64,8 @@ def _small(args: argparse.Namespace, model: nn.Module) -> nn.Module:
     from allocator.io.files import load_model
     from allocator.io.results import load_result
 
+    if folder_named(args.small) is not None:
+        return load_result(args.small)
     try:
         return load_model(args.small, trust=args.trust)
     except FileError:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from allocator.cli.arguments import (
     UsageError,
+    add_budget_options,
     add_command,
     add_input_options,
     add_model_options,
     add_plan_options,
-    parse_budget,
+    budgets,
     plan_options,
 )
 from allocator.cli.opening import example_inputs, open_model
@@ -29,15 +30,15 @@ _EXAMPLE = """\
   allocator-cli widen model.pt --factor 1.5 --init copy -o wide.safetensors --allocation wide.json
   allocator-cli widen model.pt --like learned.json --include 'layer3.*' -o wide.pt
   allocator-cli widen torchvision:googlenet --neurons 100% --weights reset -o seed.pt"""
-_PLAN = ("scope", "groups", "exclude", "include")
+_PLAN = ("scope", "groups", "exclude", "include", "multiple")
 
 
 def register(commands: Any) -> None:
     """Add the subcommand."""
     parser = add_command(commands, "widen", "make a model wider without changing what it computes", _EXAMPLE)
     parser.add_argument("model", metavar="MODEL", help="a file or a name")
-    how = parser.add_argument_group("how wide, one of these")
-    how.add_argument("--flops", type=parse_budget, metavar="N", help="FLOPs above its own: 4.2e9, 4.2G or 150%%")
+    how = parser.add_argument_group("how wide: budgets above its own (150%%, for example), or one of the others")
+    add_budget_options(how, without=("latency",))
     how.add_argument("--factor", type=float, metavar="N", help=WIDENING_OPTIONS["factor"].help)
     how.add_argument("--like", metavar="FILE", help="every layer as wide as this allocation, .json, leaves it")
     how.add_argument(
@@ -55,11 +56,11 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Widen, write the files, print the report."""
-    asked = [name for name in ("flops", "factor", "like", "neurons") if getattr(args, name) is not None]
-    if len(asked) != 1:
-        raise UsageError("one of --flops, --factor, --like and --neurons is needed, such as --flops 150%")
-    if args.neurons is not None and (args.scope, args.groups) != ("auto", "whole"):
-        raise UsageError("--scope and --groups do not go with --neurons, which names the branches itself")
+    asked = [name for name in ("factor", "like", "neurons") if getattr(args, name) is not None]
+    if len(asked) + bool(budgets(args)) != 1:
+        raise UsageError("one of budgets, --factor, --like and --neurons is needed, such as --flops 150%")
+    if args.neurons is not None and (args.scope, args.groups, args.multiple) != ("auto", "whole", 1):
+        raise UsageError("--scope, --groups and --multiple do not go with --neurons, which names the branches itself")
     check_files(args)
     talk = Talk(args)
     model = open_model(args.model, args, talk)
@@ -87,7 +88,7 @@ def _widen(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
             neurons = int(args.neurons) if args.neurons.isdecimal() else args.neurons
             result = seed(model, neurons, **options)
         else:
-            options |= {"scope": plan["scope"], "groups": plan["groups"]}
-            result = widen(model, args.flops, factor=args.factor, like=args.like, **options)
+            options |= {**budgets(args), **{name: plan[name] for name in ("scope", "groups", "multiple")}}
+            result = widen(model, factor=args.factor, like=args.like, **options)
     talk.times(result.timings)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import warnings
@@ -11,12 +12,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from allocator.errors import TraceError
 from allocator.logs import hidden
-from allocator.modules import set_training, skeleton
+from allocator.modules import set_training, skeleton, tensor_names
+from allocator.torch_private import TorchDispatchMode, gives_new_tensors, is_being_recorded
+from allocator.tracing import meta_kernels
 from allocator.tracing.inputs import Inputs
 from allocator.tracing.isolation import undisturbed
+from allocator.tracing.operators import IN_GRAPHS
 from allocator.tracing.record import tensors_in
 
 # Convolutions and linear layers, as fvcore calls them.
@@ -24,7 +29,7 @@ _LAYERS = ("conv", "linear", "addmm", "mm")
 
 
 def fvcore_flops(
-    model: nn.Module, inputs: Inputs, written: Collection[str] | None = None
+    model: nn.Module, inputs: Inputs, written: Collection[str] | None = None, *, on_meta: bool = False
 ) -> tuple[int, dict[str, int]]:
     """FLOPs of one eval-mode forward by `fvcore.nn.FlopCountAnalysis`.
 
@@ -32,6 +37,7 @@ def fvcore_flops(
         model: any module; a copy of it is run.
         inputs: positional example inputs.
         written: names of the parameters that the forward writes into, where that is known: no others are copied.
+        on_meta: run it on tensors of the same sizes without storage, which takes less time and fails more often.
 
     Returns:
         (total FLOPs, operators that fvcore does not count with the number of their calls). A product of a matrix
@@ -41,7 +47,7 @@ def fvcore_flops(
     Raises:
         TraceError: fvcore cannot follow or count the forward.
     """
-    counts, unsupported = _count(model, inputs, written)
+    counts, unsupported = _count(model, inputs, written, on_meta=on_meta)
     return sum(counts.values()), unsupported
 
 
@@ -56,17 +62,17 @@ def fvcore_layer_flops(model: nn.Module, inputs: Inputs) -> int:
 
 
 def _count(
-    model: nn.Module, inputs: Inputs, written: Collection[str] | None = None
+    model: nn.Module, inputs: Inputs, written: Collection[str] | None = None, *, on_meta: bool = False
 ) -> tuple[dict[str, int], dict[str, int]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its import touches parts of torch that are deprecated
         import fvcore.nn  # noqa: F401
 
     try:
-        return _analyse(model, inputs, written, plain=True)
+        return _analyse(model, inputs, written, plain=True, on_meta=on_meta)
     except Exception:  # of what a model returns, torch's tracer takes tensors in plain containers only
         try:
-            return _analyse(model, inputs, written, plain=False)
+            return _analyse(model, inputs, written, plain=False, on_meta=on_meta)
         except Exception as error:
             raise TraceError(
                 f"fvcore cannot count {type(model).__name__}: {type(error).__name__}: {error}; check that "
@@ -75,25 +81,62 @@ def _count(
 
 
 def _analyse(
-    model: nn.Module, inputs: Inputs, written: Collection[str] | None, *, plain: bool
+    model: nn.Module, inputs: Inputs, written: Collection[str] | None, *, plain: bool, on_meta: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """`plain`: the model itself is called; else one that gives the tensors alone of what it returns."""
+    """`plain`: the model returns what it returns itself; else the tensors alone of that."""
     from fvcore.nn import FlopCountAnalysis
 
     def own(name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A forward may write into buffers, and, where nothing is known of it, into parameters."""
+        if on_meta:
+            return torch.empty_like(tensor, device="meta")
         shared = written is not None and isinstance(tensor, nn.Parameter) and name not in written
         return tensor.detach() if shared else tensor.detach().clone()
 
-    copied = set_training(skeleton(model, own), False)
-    inputs = inputs.map(torch.clone)  # a forward may write into its inputs
-    called = copied if plain and not inputs.kwargs else _Bound(copied, inputs.kwargs, plain)
-    with torch.no_grad(), undisturbed(model), hidden("fvcore.nn.jit_analysis", logging.WARNING):
+    inputs = inputs.map(lambda t: own("", t.detach()))  # a forward may write into its inputs
+    called = _Whole(set_training(skeleton(model, own), False), inputs.kwargs, plain)
+    with contextlib.ExitStack() as stack:
+        for context in (torch.no_grad(), undisturbed(model), hidden("fvcore.nn.jit_analysis", logging.WARNING)):
+            stack.enter_context(context)
+        if on_meta:
+            stack.enter_context(_AsWithValues())
+            stack.enter_context(_Sizes())
         analysis = FlopCountAnalysis(called, tuple(inputs.args))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         analysis.set_op_handle("aten::matmul", _matmul_flops, "aten::_convolution_mode", _convolution_flops)
         counts = {name: int(flops) for name, flops in analysis.by_operator().items()}
         return counts, dict(analysis.unsupported_ops())
+
+
+class _Whole(nn.Module):
+    """A model as one module: fvcore passes positional arguments only, and would keep a count for every part of it."""
+
+    def __init__(self, model: nn.Module, kwargs: dict[str, object], plain: bool) -> None:
+        super().__init__()
+        self.network, self.kwargs, self.plain = (model,), kwargs, plain  # in a tuple it is no part of this module
+        for i, tensor in enumerate(tensor_names(model).values()):
+            fields: dict[str, Any] = self._parameters if isinstance(tensor, nn.Parameter) else self._buffers
+            fields[str(i)] = tensor
+
+    def forward(self, *args: object) -> object:
+        output = self.network[0](*args, **self.kwargs)
+        return output if self.plain else tuple(tensors_in(output))
+
+
+class _AsWithValues(TorchFunctionMode):
+    """Has torch's tracer record what is called on meta tensors as it does on others."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return IN_GRAPHS.get(func, func)(*args, **(kwargs or {}))
+
+
+class _Sizes(TorchDispatchMode):
+    """Finds the sizes of what calls on meta tensors give, below torch's tracer."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_being_recorded() and gives_new_tensors(func):
+            raise NotImplementedError(f"{func} is not recorded on meta tensors")  # its kernel would be recorded instead
+        return meta_kernels.run(func, args, kwargs or {})
 
 
 def _convolution_flops(inputs: list[Any], outputs: list[Any]) -> Any:
@@ -107,15 +150,3 @@ def _matmul_flops(inputs: list[Any], outputs: list[Any]) -> Any:
 
     a, b = (get_shape(value) for value in inputs)
     return math.prod(a) if len(b) == 1 else matmul_flop_jit(inputs, outputs)
-
-
-class _Bound(nn.Module):
-    """A module with its keyword arguments set, since fvcore passes positional ones only; may give tensors alone."""
-
-    def __init__(self, model: nn.Module, kwargs: dict[str, object], plain: bool) -> None:
-        super().__init__()
-        self.model, self.kwargs, self.plain = model, kwargs, plain
-
-    def forward(self, *args: object) -> object:
-        output = self.model(*args, **self.kwargs)
-        return output if self.plain else tuple(tensors_in(output))

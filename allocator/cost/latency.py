@@ -83,9 +83,9 @@ def latencies(
             scope = {"network": network, "args": inputs.args, "kwargs": inputs.kwargs}
             timers.append((network, inputs, Timer("network(*args, **kwargs)", globals=scope, num_threads=threads)))
             timers[-1][-1].timeit(1)  # threads are started at the first use of their number
-        rounds = [
-            [timer.blocked_autorange(min_run_time=seconds / ROUNDS) for _, _, timer in timers] for _ in range(ROUNDS)
-        ]
+        rounds = []
+        for _ in range(ROUNDS):  # in turn, so that whatever else the machine does meets all of them
+            rounds.append([timer.blocked_autorange(min_run_time=seconds / ROUNDS) for _, _, timer in timers])
     found = []
     for (network, inputs, _), blocks in zip(timers, zip(*rounds, strict=True), strict=True):
         (merged,) = Measurement.merge(blocks)

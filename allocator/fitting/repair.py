@@ -158,27 +158,36 @@ def _attribute_of_size(
     module = scene.graph.modules[owner]
     if describes_itself(module):
         return None
-    stays = scene.graph.stays(scene.plan.kept)
     taken = _taken(scene, owner, module)
+    attributes = {}
+    for name, current in vars(module).items():
+        if name not in taken and only in (None, name):
+            attributes[name] = current
+    stays = scene.graph.stays(scene.plan.kept)
+    # A single number is the plainer reading; lists of sizes are looked at only where there is none.
     for label in _labels_of(scene.flow, op):
         if (stays[label] == 1).all():
             continue
-        for name, current in vars(module).items():
-            if name in taken or (only is not None and name != only):
-                continue
-            counts_heads = name == "num_heads" and scene.flow.counts_heads(label)
-            if type(current) is int and current == len(label) and (name not in _STRUCTURAL or counts_heads):
+        for name, current in attributes.items():
+            if _counts(scene.flow, name, current, label):
                 return name, (label,)
-    for name, current in vars(module).items():
-        pieces = None if name in taken or only not in (None, name) else _dims_of_sizes(scene.flow, op, current)
+    for name, current in attributes.items():
+        pieces = _dims_of_sizes(scene.flow, op, current)
         if pieces is not None and not all((stays[piece] == 1).all() for piece in pieces):
             return name, pieces
     return None
 
 
+def _counts(flow: Flow, name: str, current: Any, label: np.ndarray) -> bool:
+    """Whether an attribute may be the number of a dim's channels; what shapes a layer is that only of heads."""
+    if type(current) is not int or current != len(label):
+        return False
+    return name not in _STRUCTURAL or (name == "num_heads" and flow.counts_heads(label))
+
+
 def _dims_of_sizes(flow: Flow, op: Op, sizes: Any) -> tuple[np.ndarray, ...] | None:
     """Labels of the dims of a result that have these sizes in this order; of a dim without channels, ones that stay."""
-    whole = isinstance(sizes, (list, tuple)) and len(sizes) > 1 and all(type(n) is int for n in sizes)
+    whole = isinstance(sizes, (list, tuple)) and len(sizes) > 0 and all(type(n) is int for n in sizes)
     shape = flow.shape(op.outputs[0]) if whole and op.outputs else ()
     for first in range(len(shape) - len(sizes) + 1 if shape else 0):
         if shape[first : first + len(sizes)] == tuple(sizes):

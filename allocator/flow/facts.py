@@ -1,7 +1,7 @@
 """What the operator rules note of a model: what goes together, what must stay, what writes and reads its neurons.
 
-`Tie`, `Frozen`, `AtLeast` and `Multiple` are the constraints of a plan. Whatever forbids something says so with one of
-these, whether a rule found it, a repair, or the caller asked for it.
+`Tie`, `Frozen`, `AtLeast`, `Multiple` and `Even` are the constraints of a plan. Whatever forbids something says so with
+one of these, whether a rule found it, a repair, or the caller asked for it.
 """
 
 from __future__ import annotations
@@ -47,6 +47,14 @@ class Multiple(NamedTuple):
     of: int
 
 
+class Even(NamedTuple):
+    """Slots of which there are equally many each, as an average is taken over them, because of what a module does."""
+
+    label: np.ndarray
+    module: str
+    reason: str
+
+
 class Written(NamedTuple):
     """Slots of neurons that a parameter writes, in a module."""
 
@@ -88,6 +96,7 @@ class Facts:
         frozen: what must stay.
         at_least: of what some must stay.
         multiples: of what a multiple of a number must stay, or all.
+        even: what a wider network has equally many of each.
         written: neurons, by the parameters that write them; only these can be removed.
         read: slots of parameters along which they are contracted with an activation.
         multiplied: slots of activations that are contracted with one another, where no weight reads them.
@@ -104,6 +113,7 @@ class Facts:
     frozen: list[Frozen] = field(default_factory=list)
     at_least: list[AtLeast] = field(default_factory=list)
     multiples: list[Multiple] = field(default_factory=list)
+    even: list[Even] = field(default_factory=list)
     written: list[Written] = field(default_factory=list)
     read: list[np.ndarray] = field(default_factory=list)
     multiplied: list[np.ndarray] = field(default_factory=list)
@@ -140,6 +150,7 @@ class Facts:
             computed_ties=[tie._replace(op=-1) for tie in loose if id(tie) in computed],
             frozen=[each for each in other.frozen if (component[each.label] != component[FROZEN]).any()],
             at_least=_unknown(self.at_least, other.at_least),
+            even=_unknown(self.even, other.even),
             written=_unknown(self.written, other.written),
             read=_beyond_slots(self.read, other.read, len(component)),
             multiplied=_beyond_slots(self.multiplied, other.multiplied, len(component)),
@@ -152,16 +163,16 @@ class Facts:
         )
 
 
-F = TypeVar("F", AtLeast, Written, Gamma)
+F = TypeVar("F", AtLeast, Even, Written, Gamma)
 
 
 def _apart(ties: list[Tie], component: np.ndarray) -> list[Tie]:
     """Ties of what does not go together yet."""
     if not ties:
         return []
-    a, b = (
-        np.concatenate([side.reshape(-1) for side in sides]) for sides in zip(*(tie[:2] for tie in ties), strict=True)
-    )
+    # All at once first: of most networks, further forwards tie nothing that the first did not.
+    a = np.concatenate([tie.a.reshape(-1) for tie in ties])
+    b = np.concatenate([tie.b.reshape(-1) for tie in ties])
     if np.array_equal(component[a], component[b]):
         return []
     return [tie for tie in ties if not np.array_equal(component[tie.a], component[tie.b])]
@@ -176,7 +187,7 @@ def _unknown(own: list[F], further: list[F]) -> list[F]:
     return [fact for fact in fresh if _key(fact, np.unique(fact.label)) not in known]
 
 
-def _key(fact: AtLeast | Written | Gamma, label: np.ndarray) -> tuple[object, ...]:
+def _key(fact: AtLeast | Even | Written | Gamma, label: np.ndarray) -> tuple[object, ...]:
     return (label.tobytes(), *fact[1:])
 
 

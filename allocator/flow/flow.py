@@ -10,7 +10,7 @@ import numpy as np
 
 from allocator.adapters import how_to, narrows_heads
 from allocator.flow.attributes import attributes_of_groups, attributes_of_sizes, not_told_apart
-from allocator.flow.facts import AtLeast, Facts, Frozen, Gamma, Tie, Written
+from allocator.flow.facts import AtLeast, Even, Facts, Frozen, Gamma, Tie, Written
 from allocator.flow.labels import Label, Labels, Slots
 from allocator.flow.options import Options, Place, places_of
 from allocator.tracing.calls import Op, Ref, Trace, Value
@@ -151,6 +151,21 @@ class Flow:
         self._labels[index] = tuple(labels)
         self.uniform.discard(index)
 
+    def same_everywhere(self, index: int) -> list[int]:
+        """A value and what it is a view or copy of, as far as these are the same everywhere."""
+        found: list[int] = []
+        while index in self.uniform and index not in found:
+            found.append(index)
+            root = self.trace.root(index)
+            reads = self._made_by.get(root, ())
+            index = root if root != index else reads[0] if len(reads) == 1 else index
+        return found
+
+    @cached_property
+    def _made_by(self) -> dict[int, tuple[int, ...]]:
+        """Per value, what the call that made it read."""
+        return {value: op.reads for op in reversed(self.trace.ops) for value in op.outputs}
+
     def tie(self, a: np.ndarray, b: np.ndarray, op: Op) -> None:
         """Slots in the same place of `a` and `b` (broadcast) go together."""
         if a is b:
@@ -253,6 +268,16 @@ class Flow:
         """These slots must stay."""
         if label is not None:
             self.facts.frozen.append(Frozen(label, op.module, f"{reason} ({op.name})"))
+
+    def average(self, label: Label, op: Op, reason: str) -> None:
+        """An average over these slots is taken, which more of them leave as it is where there are equally many of each.
+
+        Other choices would change it: unless norms are "loose", the slots stay.
+        """
+        if self.options.grows and label is not None:
+            self.facts.even.append(Even(label, op.module, f"{reason} ({op.name})"))
+        elif self.options.norms == "exact":
+            self.freeze(label, op, reason)
 
     def freeze_output(self, index: int) -> None:
         """What the model returns keeps its channels."""

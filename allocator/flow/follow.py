@@ -38,7 +38,7 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
     flow = Flow(trace, slots, facts, options or Options())
     unused = _unused(trace)
     for op in trace.ops:
-        frozen = len(facts.frozen)
+        frozen, even = len(facts.frozen), len(facts.even)
         if not flow.active.isdisjoint(op.inputs()):
             flow.active.update(op.outputs)
         if op.operator.gives_views and flow.picked.issuperset(op.inputs()):
@@ -54,7 +54,7 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
         except (IndexError, KeyError, TypeError) as error:
             flow.refuse(op, f"the rule of this operator raised {type(error).__name__}: {error}")
         if op.index in unused:
-            del facts.frozen[frozen:]
+            del facts.frozen[frozen:], facts.even[even:]
     flow.freeze_computed_weights()
     for index in _unread(trace) if trace.unfinished else trace.outputs:
         flow.freeze_output(index)

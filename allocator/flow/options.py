@@ -38,7 +38,7 @@ class Options:
     Attributes:
         groups: "whole" removes whole groups of a grouped convolution, "width" the same places of every group.
         norms: "exact" keeps channels under a norm over channels (of a group norm, whole groups may go), "loose" lets
-            them go.
+            them go, "even" is for wider networks: there are equally many of each.
         exclude: what stays as it is: module or parameter name patterns, module classes, or modules.
         include: what alone may change, in the same words; all of the model where there is none.
         same: layers whose outputs stay alike, in the same words; one group of layers per item.
@@ -60,6 +60,11 @@ class Options:
     frozen: frozenset[Place] = frozenset()
     heads: dict[Place, int] | None = field(default=None, hash=False)
     channels: dict[Place, int] = field(default_factory=dict, hash=False)
+
+    @property
+    def grows(self) -> bool:
+        """Whether neurons are to be added."""
+        return self.norms == "even"
 
     def freezes(self, place: Place) -> bool:
         """Whether the neurons at this call stay."""

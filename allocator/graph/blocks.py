@@ -337,10 +337,16 @@ def _rounds(flow: Flow) -> dict[int, int]:
         alike[op.module, op.target].append(op)
     numbers: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for (module, target), ops in alike.items():
-        for op in ops if len(ops) > LOOP else ():
+        if len(ops) <= LOOP:
+            continue
+        for op in ops:
             labels = [label if label is None else label.tobytes() for i in op.outputs for label in flow.labels(i)]
             numbers[(module, target, *labels)].append(op.index)
-    return {index: n for n, same in enumerate(numbers.values()) if len(same) > LOOP for index in same}
+    rounds = {}
+    for number, same in enumerate(numbers.values()):
+        if len(same) > LOOP:
+            rounds.update(dict.fromkeys(same, number))
+    return rounds
 
 
 Input = tuple[int, int]
@@ -350,11 +356,11 @@ Input = tuple[int, int]
 def _merged(flow: Flow, calls: nx.DiGraph) -> Iterator[tuple[Join, list[Input]]]:
     """Joins with their inputs; one that only feeds another of its kind is part of it."""
     writers = {(data["value"], target): source for source, target, data in calls.edges(data=True)}
-    joins = {
-        join.op: join
-        for join in flow.joins
-        if join.kind != "groups" and not (join.kind == "sum" and flow.is_one_stream(join))
-    }
+    joins = {}
+    for join in flow.joins:
+        one_stream = join.kind == "sum" and flow.is_one_stream(join)
+        if join.kind != "groups" and not one_stream:
+            joins[join.op] = join
     inputs: dict[int, list[Input]] = {}
     for index, join in joins.items():
         inputs[index] = [(value, writers[value, index]) for value in join.inputs if (value, index) in writers]

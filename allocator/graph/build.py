@@ -56,9 +56,9 @@ def build_graph(
         facts.gammas.append(Gamma(slots.labels(name)[0], name))
     for path, name, dim, of in adapters.multiples(trace.modules):
         facts.multiples.append(Multiple(slots.labels(name)[dim], path, of))
-    _heed_the_caller(model, options, slots, facts)
+    _heed_the_caller(trace.modules, options, slots, facts)
     _heed_the_adapters(trace.modules, slots, facts)
-    _spare(model, trace.modules, options, slots, facts)
+    _spare(trace.modules, options, slots, facts)
     freeze_beyond_fixed_maps(tensors, slots, facts)
     component, unit_of_slot, size = number_neurons(slots, facts)
     return ChannelGraph(
@@ -146,23 +146,23 @@ def _declared_widths(flow: Flow) -> list[Attribute]:
     return found
 
 
-def _heed_the_caller(model: nn.Module, options: Options, slots: Slots, facts: Facts) -> None:
+def _heed_the_caller(modules: Mapping[str, nn.Module], options: Options, slots: Slots, facts: Facts) -> None:
     """Freeze what is excluded or not included, and tie what is to stay alike."""
-    for name in selected(model, options.exclude):
+    for name in selected(modules, slots.shapes, options.exclude):
         for label in slots.labels(name):
             facts.frozen.append(Frozen(label, "", "excluded by the caller"))
     if options.include:
-        included = selected(model, options.include)
+        included = selected(modules, slots.shapes, options.include)
         for label, _ in facts.written:  # what others write; that they read less is no change of theirs
             if slots.name_of(int(label[0])) not in included:
                 facts.frozen.append(Frozen(label, "", "not included by the caller"))
     for group in options.same:
-        _tie_alike(model, as_items(group), slots, facts)
+        _tie_alike(modules, as_items(group), slots, facts)
 
 
-def _tie_alike(model: nn.Module, group: tuple[Any, ...], slots: Slots, facts: Facts) -> None:
+def _tie_alike(modules: Mapping[str, nn.Module], group: tuple[Any, ...], slots: Slots, facts: Facts) -> None:
     """What the layers of a group write goes together, place by place."""
-    names = selected(model, group)
+    names = selected(modules, slots.shapes, group)
     written = {id(label): label for label, _ in facts.written}.values()
     labels = [label for label in written if slots.name_of(int(label[0])) in names]
     for label in labels[1:]:
@@ -189,10 +189,10 @@ def _heed_the_adapters(modules: Mapping[str, nn.Module], slots: Slots, facts: Fa
             facts.frozen.append(Frozen(slots.labels(name)[0], path, "a head of the model"))
 
 
-def _spare(model: nn.Module, modules: Mapping[str, nn.Module], options: Options, slots: Slots, facts: Facts) -> None:
+def _spare(modules: Mapping[str, nn.Module], options: Options, slots: Slots, facts: Facts) -> None:
     """Layers that are none of the model's own (an adapter's rank) keep their outputs, unless the caller means them."""
     spared = [f"{path}.weight" for path in adapters.spared_layers(modules)]
-    included = selected(model, options.include) if spared else set()
+    included = selected(modules, slots.shapes, options.include) if spared else set()
     for name in spared:
         if name in slots.shapes and name not in included:
             facts.frozen.append(Frozen(slots.labels(name)[0], "", "part of an adapter, and not included by name"))

@@ -117,7 +117,7 @@ class ChannelGraph(Shown):
     @property
     def exact(self) -> bool:
         """Whether the smaller network computes exactly what the original does without the dropped neurons."""
-        return self.options.norms == "exact"
+        return self.options.norms != "loose"
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:

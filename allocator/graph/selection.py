@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from allocator.errors import InputError, a_kind, did_you_mean
-from allocator.modules import modules_of, tensor_names
+
+Modules = Mapping[str, nn.Module]
 
 
 def as_items(given: Any) -> tuple[Any, ...]:
@@ -28,52 +29,51 @@ def as_groups(given: Any) -> tuple[tuple[Any, ...], ...]:
     return tuple(as_items(item) for item in items) if several else (items,) if items else ()
 
 
-def selected(model: nn.Module, items: Sequence[Any]) -> set[str]:
+def selected(modules: Modules, tensors: Collection[str], items: Sequence[Any]) -> set[str]:
     """Names of the parameters and buffers that lie in what is meant.
 
     Args:
-        model: where to look.
+        modules: all of the model's, by path.
+        tensors: names of all of its parameters and buffers.
         items: name patterns of modules or tensors (`"layer1.*"`, which holds for all below too), module classes, or
             modules.
 
     Raises:
         InputError: an item is none of these, or a module that the model does not have.
     """
-    return {name for item in items for name in _tensors_of(model, item)}
+    return {name for item in items for name in _tensors_of(modules, tensors, item)}
 
 
-def unmatched(model: nn.Module, what: str, items: Sequence[Any]) -> list[str]:
+def unmatched(modules: Modules, tensors: Collection[str], what: str, items: Sequence[Any]) -> list[str]:
     """A note for every item that matches nothing, since it may be misspelled.
 
     Args:
-        model: where to look.
+        modules, tensors, items: as for `selected`.
         what: the option that the items were given for.
-        items: as for `selected`.
     """
     notes = []
     for item in items:
         if isinstance(item, (list, tuple)):
-            notes += unmatched(model, what, item)
-        elif isinstance(item, str) and not _tensors_of(model, item):
-            near = did_you_mean(item, modules_of(model), mark="'")
+            notes += unmatched(modules, tensors, what, item)
+        elif isinstance(item, str) and not _tensors_of(modules, tensors, item):
+            near = did_you_mean(item, modules, mark="'")
             notes.append(f"{what}={item!r} matches no module or parameter{near and '; ' + near}")
-        elif isinstance(item, type) and not _tensors_of(model, item):
+        elif isinstance(item, type) and not _tensors_of(modules, tensors, item):
             notes.append(f"{what}={item.__name__} matches no module of the model")
     return notes
 
 
-def _tensors_of(model: nn.Module, item: Any) -> list[str]:
-    modules, names = modules_of(model), tensor_names(model)
+def _tensors_of(modules: Modules, tensors: Collection[str], item: Any) -> list[str]:
     if isinstance(item, str):
-        return [name for name in names if matches(name, item)]
+        return [name for name in tensors if matches(name, item)]
     if isinstance(item, nn.Module):
         paths = [path for path, module in modules.items() if module is item]
         if not paths:
             raise InputError(f"this {type(item).__name__} is no module of the model: pass one of model.modules()")
-        return [name for name in names if name.startswith(f"{paths[0]}." if paths[0] else "")]
+        return [name for name in tensors if name.startswith(f"{paths[0]}." if paths[0] else "")]
     if isinstance(item, type):
         owners = {path for path, module in modules.items() if isinstance(module, item)}
-        return [name for name in names if name.rpartition(".")[0] in owners]
+        return [name for name in tensors if name.rpartition(".")[0] in owners]
     raise InputError(f"{item!r:.60} is {a_kind(item)}: pass name patterns, module classes or modules")
 
 

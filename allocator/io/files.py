@@ -33,9 +33,9 @@ from allocator.io.results import (
     is_result,
     load_result,
     load_result_allocation,
-    read_safetensors,
     save_result,
 )
+from allocator.io.safetensors_files import read_safetensors
 from allocator.rewriting.allocation import Allocation
 
 __all__ = [

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from allocator import adapters
@@ -22,6 +20,7 @@ from allocator.errors import AllocationMismatchError, AllocatorError, FileError,
 from allocator.io.models import BUILD_ATTRIBUTE, build
 from allocator.io.programs.program import Program
 from allocator.io.rebuild import build_on_meta, build_quietly, build_spec, check_harmless, has_meta, no_larger_than
+from allocator.io.safetensors_files import read_safetensors, write_safetensors
 from allocator.modules import shapes_of, tensor_names
 from allocator.recovering.record import Recovery, recovery_of, remember_recovery
 from allocator.rewriting.allocation import Allocation, architecture_hash
@@ -79,10 +78,7 @@ def save_result(result: Any, path: PathLike) -> None:
         metadata["program"] = json.dumps(model.to_dict())
     metadata["digest"] = _digest(metadata, tensors)
     with write_atomically(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:  # a full disk, which others tell by an OSError
-            raise FileError(f"cannot write {path}: {error}") from error
+        write_safetensors(tensors, temporary, metadata)
 
 
 def _parts(result: Any) -> tuple[nn.Module, Allocation, dict[str, Any] | None]:
@@ -283,21 +279,6 @@ def _distinct_tensors(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor]
         seen[identity] = name
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
     return tensors, aliases
-
-
-def read_safetensors(path: PathLike, *, tensors: bool = True) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Metadata and, unless it is enough, tensors of any safetensors file, whoever wrote it.
-
-    Raises:
-        FileError: truncated or damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as opened:
-            names = opened.keys() if tensors else ()
-            # copies, because torch's kernels round differently where memory is not aligned
-            return dict(opened.metadata() or {}), {name: opened.get_tensor(name).clone() for name in names}
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise FileError(f"{path} is truncated or damaged: {shorten(str(error))}") from error
 
 
 def is_result(metadata: dict[str, str]) -> bool:

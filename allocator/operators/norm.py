@@ -88,7 +88,7 @@ def batch_norm(flow: Flow, op: Op) -> None:
 @operator("native_layer_norm", flops=_norm_flops, sized=True)
 @operator("rms_norm", recent=("_fused_rms_norm",))
 def layer_norm(flow: Flow, op: Op) -> None:
-    """The trailing dims are normalised together, so by default they stay."""
+    """The trailing dims are normalised together, by averages over them."""
     labels = list(flow.labels(op.inputs()[0]))
     rank = len(op.arg("normalized_shape"))
     for offset, dim in enumerate(range(len(labels) - rank, len(labels))):
@@ -96,8 +96,7 @@ def layer_norm(flow: Flow, op: Op) -> None:
             ref = op.arg(name)
             if ref is not None:
                 flow.unify(labels[dim], flow.labels(ref.index)[offset], op)
-        if flow.options.norms == "exact":
-            flow.freeze(labels[dim], op, _JOINT)
+        flow.average(labels[dim], op, _JOINT)
     flow.set(op.outputs[0], labels)
 
 
@@ -122,11 +121,27 @@ def group_norm(flow: Flow, op: Op) -> None:
 
 
 def _whole_groups(flow: Flow, op: Op, grouped: np.ndarray) -> None:
-    """Each row of channels stays or goes as one, with its mean and deviation; a single row stays."""
+    """Each row of channels stays or goes as one, with its mean and deviation; a single row is normalised together."""
     if len(grouped) == 1:
-        flow.freeze(grouped[0], op, _JOINT)
+        flow.average(grouped[0], op, _JOINT)
+        if flow.options.grows:  # its channels become more, and it stays one group
+            return
     else:
         flow.tie(grouped, grouped[:, :1], op)
         flow.group(op, op.arg("weight"), grouped[:, 0])
     for index in op.outputs[1:]:
         flow.set(index, [flow.labels(op.inputs()[0])[0], grouped[:, 0]])
+
+
+@operator("_weight_norm_interface")
+def weight_norm(flow: Flow, op: Op) -> None:
+    """Direction and length of a weight: along one dim an index goes with its length, which is of all the others."""
+    direction, length = op.inputs()
+    labels = list(flow.labels(direction))
+    dim = int(op.arg("dim")) % len(labels)
+    flow.unify(labels[dim], flow.labels(length)[dim], op)
+    if flow.options.norms != "loose":  # twice as many inputs make it longer
+        for other in (*labels[:dim], *labels[dim + 1 :]):
+            flow.freeze(other, op, _JOINT)
+    flow.set(op.outputs[0], labels)
+    flow.set(op.outputs[1], [labels[dim] if d == dim else None for d in range(len(labels))])

@@ -53,21 +53,27 @@ def pointwise(flow: Flow, op: Op) -> None:
             own = dim - len(out) + len(flow.shape(i))
             if own >= 0 and flow.shape(i)[own] == size:
                 present.append((i, flow.labels(i)[own]))
+            elif own >= 0 and flow.options.grows:  # of a single one that goes with all others, there cannot be two
+                flow.freeze(flow.labels(i)[own], op, "a dim of size 1 is repeated")
         result.append(flow.unify_all([label for _, label in present], op))
         _note_join(flow, op, dim - len(out), present)
     uniform = bool(inputs) and flow.uniform.issuperset(inputs)
     if not uniform:
         for i in flow.uniform.intersection(inputs):
-            for memory in {i, flow.trace.root(i)} & flow.uniform:
-                _adopt(flow, op, memory, result)
+            adopt(flow, op, i, result)
     for index in op.outputs:
         flow.set(index, result)
     if uniform:
         flow.uniform.update(op.outputs)
 
 
-def _adopt(flow: Flow, op: Op, index: int, labels: list[Label]) -> None:
+def adopt(flow: Flow, op: Op, index: int, labels: list[Label]) -> None:
     """A tensor that is the same everywhere has the channels that it meets: as many as are left of these, wherever."""
+    for memory in flow.same_everywhere(index):
+        _take(flow, op, memory, labels)
+
+
+def _take(flow: Flow, op: Op, index: int, labels: list[Label]) -> None:
     own, shape = list(flow.labels(index)), flow.shape(index)
     for back in range(1, min(len(shape), len(labels)) + 1):
         label = labels[-back]

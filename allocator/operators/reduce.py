@@ -35,14 +35,31 @@ def reduce(flow: Flow, op: Op) -> None:
     dims = op.arg("dim")
     dims = [dims] if isinstance(dims, int) else dims
     reduced = {d % len(labels) for d in dims} if dims else set(range(len(labels)))
-    if not (flow.options.norms == "loose" and _normalises(flow, op)):
-        for d in reduced:
-            flow.freeze(labels[d], op, "a reduction runs over these channels")
+    reason = "a reduction runs over these channels"
+    for d in reduced:
+        if flow.options.grows and _averages(flow, op):
+            flow.average(labels[d], op, reason)
+        elif not (flow.options.norms == "loose" and _normalises(flow, op)):
+            flow.freeze(labels[d], op, reason)
     kept: list[Label] = [label for d, label in enumerate(labels) if d not in reduced]
     if len(flow.shape(op.outputs[0])) == len(labels):
         kept = [None if d in reduced else label for d, label in enumerate(labels)]
     for index in op.outputs:
         flow.set(index, kept)
+
+
+_DEVIATIONS = frozenset({"var", "std", "var_mean", "std_mean"})
+_EXTREMES = frozenset({"amax", "amin", "max", "min", "aminmax", "any", "all"})
+
+
+def _averages(flow: Flow, op: Op) -> bool:
+    """Whether the result is the same where every index is there equally often: no sum, and no number of an index."""
+    if op.name in _DEVIATIONS:
+        return (op.arg("correction") if "correction" in op.operator.arguments else op.arg("unbiased")) in (0, False)
+    if op.name in _EXTREMES:
+        numbers = op.outputs[1:] if op.name in ("max", "min") else []
+        return not any(flow.users.get(value) or value in flow.trace.outputs for value in numbers)
+    return op.name == "mean"
 
 
 # What a norm is written with: a statistic, the way to its scale, and back to the channels.

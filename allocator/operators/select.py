@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from allocator.flow.flow import Flow
 from allocator.flow.labels import Label
+from allocator.operators.pointwise import adopt
 from allocator.tracing.calls import Op, Trace
 from allocator.tracing.operators import Declaration, declare, operator
 from allocator.tracing.value_sized import MASKS, everywhere, without_values
@@ -175,13 +177,43 @@ def _pick(flow: Flow, op: Op, named: list[int]) -> None:
 def put(flow: Flow, op: Op) -> None:
     """Places along one dim are written; on the other dims what is written is the same channels."""
     target, *indices, values = op.inputs()
-    labels, shape = list(flow.labels(target)), flow.shape(target)
     if len(indices) != 1 or len(flow.shape(indices[0])) != 1:
         flow.refuse(op, "writing to places named by several tensors")
         return
+    at = next(d for d, ref in enumerate(op.arg("indices")) if ref is not None)
+    _into_places(flow, op, target, values, at)
+
+
+@operator("scatter_add", "index_add", "scatter_reduce", "index_reduce")
+def put_together(flow: Flow, op: Op) -> None:
+    """What goes to the same place of one dim becomes one there; on the other dims it is the same channels."""
+    target, index, values = op.inputs()
+    shape, at = flow.shape(target), int(op.arg("dim")) % len(flow.shape(target))
+    others = [d for d in range(len(shape)) if d != at]
+    if any(flow.shape(values)[d] != shape[d] for d in others):
+        flow.refuse(op, "a part of what there is goes to its places")
+        return
+    for dim in others if len(flow.shape(index)) == len(shape) and len(shape) > 1 else ():
+        own, label = list(flow.labels(index)), flow.labels(values)[dim]
+        if own[dim] is None and _is_repeated(flow, index, dim):
+            own[dim] = label
+            flow.set(index, own)
+        else:
+            flow.unify(label, own[dim], op)
+    _into_places(flow, op, target, values, at)
+
+
+def _is_repeated(flow: Flow, value: int, dim: int) -> bool:
+    """Whether a view holds the same numbers all along this dim."""
+    own, seen = math.prod(flow.shape(flow.trace.root(value))), math.prod(flow.shape(value))
+    return own < seen and seen % (own * flow.shape(value)[dim]) == 0
+
+
+def _into_places(flow: Flow, op: Op, target: int, values: int, at: int) -> None:
+    """Values go to places along one dim of the target."""
+    labels, shape = list(flow.labels(target)), flow.shape(target)
     written = [None] * (len(shape) - len(flow.shape(values))) + list(flow.labels(values))
     sizes = [1] * (len(shape) - len(flow.shape(values))) + list(flow.shape(values))
-    at = next(d for d, ref in enumerate(op.arg("indices")) if ref is not None)
     for dim, label in enumerate(written):
         if dim == at:
             flow.freeze(label, op, "channels are picked by an index tensor")
@@ -193,6 +225,8 @@ def put(flow: Flow, op: Op) -> None:
     memory = flow.trace.root(op.outputs[0])
     if memory in flow.uniform and flow.shape(memory) == shape:
         flow.set(memory, labels)
+    elif target in flow.uniform:
+        adopt(flow, op, target, labels)
     flow.set(op.outputs[0], labels)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from allocator import adapters
 from allocator.clock import Progress
+from allocator.cost.budget import Budgets
 from allocator.errors import AllocatorError, InputError, IterationError
 from allocator.model_checks import check_model
 from allocator.modules import shapes_of
@@ -19,7 +20,7 @@ from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.model import trace_model
 from allocator.pipeline.recover import recover_result
 from allocator.pipeline.run import run
-from allocator.pipeline.widen import by_flops, widen_model
+from allocator.pipeline.widen import by_budgets, widen_model
 from allocator.planning.problem import Widths
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
@@ -106,19 +107,15 @@ def iterate_model(
     last = budgets_of(graph, limits)
     if len(schedule) > 1 and not last.met(graph.everything):  # what can't be met is said before anything is trained
         choose(graph, last, settings, score(graph, "random"))
-    ends = {budget.metric.name: (budget.metric.whole, budget.limit) for budget in last.each}
     settings = replace(settings, at_least=Widths(settings.at_least).of(graph))
     done: Iterated | None = None
     for number, far in enumerate(schedule, start=1):
-        budgets = {name: whole * min(limit / whole, 1.0) ** far for name, (whole, limit) in ends.items()}
-        if grow is not None:
-            budgets = {name: limit * grow for name, (_, limit) in ends.items()}
         source = model if done is None else done.model
         step = f"step {number} of {len(schedule)}"
         try:
             result = run(
                 source,
-                Limits(**budgets),
+                _limits_on_the_way(last, far) if grow is None else Limits(last.first.limit * grow),
                 graph.inputs,
                 settings,
                 data=data,
@@ -130,26 +127,41 @@ def iterate_model(
                 result = recover_result(result, data.loader, recover, samples=RECOVERING.samples, seed=seed)
             results = [result]
             if grow is not None:
-                wider = by_flops(ends["flops"][1])
+                wider = by_budgets(Limits(flops=last.first.limit))
                 result = widen_model(result.model, wider, graph.inputs, settings, numeric=numeric, seed=seed + number)
                 results.append(result)
         except AllocatorError as error:
             if done is None:
                 raise
             raise IterationError(f"{step}: {error}", done) from error
-        shapes = shapes_of(result.model)
-        results[-1] = result = replace(result, model=adapters.wrapped_like(model, result.model))
-        try:
-            train(result.model)
-        except Exception as error:
-            raise IterationError(f"{step}: training raised {type(error).__name__}: {error}", done) from error
-        other = sorted(name for name, _ in shapes.items() ^ shapes_of(check_model(result.model)).items())
-        if other:
-            raise IterationError(f"{step}: training gave the network other tensors ({', '.join(other[:3])})", done)
+        results[-1] = replace(result, model=adapters.wrapped_like(model, result.model))
+        _train(train, results[-1].model, step, done)
         for result in results:
             done = _after(done, result)
     assert done is not None
     return done
+
+
+def _limits_on_the_way(last: Budgets, far: float) -> Limits:
+    """The budgets of a step that goes so far, from 0 for the whole cost to 1 for the last budgets."""
+    limits = {}
+    for budget in last.each:
+        whole = budget.metric.whole
+        # A budget above the model's own cost binds nothing, and is to grow nothing on the way either.
+        limits[budget.metric.name] = whole * min(budget.limit / whole, 1.0) ** far
+    return Limits(**limits)
+
+
+def _train(train: Train, network: nn.Module, step: str, done: Iterated | None) -> None:
+    """Have the caller train a step's network; it must come back with tensors of the same names and sizes."""
+    before = shapes_of(check_model(network))
+    try:
+        train(network)
+    except Exception as error:
+        raise IterationError(f"{step}: training raised {type(error).__name__}: {error}", done) from error
+    other = sorted({name for name, _ in before.items() ^ shapes_of(check_model(network)).items()})
+    if other:
+        raise IterationError(f"{step}: training gave the network other tensors ({', '.join(other[:3])})", done)
 
 
 def _check_grow(grow: Any, limits: Limits) -> None:

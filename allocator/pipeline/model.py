@@ -36,21 +36,24 @@ def trace_model(
         settings: how channels are followed.
         data: what the network is for; where the caller gave no inputs, and the model does not say how large they are,
             they are of the size of its first sample.
-        growing: neurons are to be added, which buffers that name channels do not follow.
+        growing: neurons are to be added: buffers that name channels do not follow, and of what a norm averages over
+            there are equally many each, whatever the settings say.
     """
     settings = settings.checked()
     sampled = example_inputs is None and data is not None and not is_size_known(model)
     if sampled:
         example_inputs = first_sample(data, model)
     inputs = as_inputs(example_inputs, model)
-    options = replace(options_of(settings), renumbers=not growing)
+    options = options_of(settings)
+    if growing:
+        options = replace(options, renumbers=False, norms="even")
     try:
         graph = build_graph(model, inputs, options)
     except TraceError as error:
         raise _input_error(model, inputs, error, sampled=sampled) or error from error.__cause__
     _check_dtypes(graph)
     for name in ("exclude", "include", "same"):
-        for note in unmatched(model, name, getattr(options, name)):
+        for note in unmatched(graph.modules, graph.tensors, name, getattr(options, name)):
             warn(note, UnmatchedPatternWarning)
             graph.notes.append(note)
     if graph.flow.trace.mode == "real":

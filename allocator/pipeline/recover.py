@@ -1,4 +1,4 @@
-"""A result whose model is refitted; the proof of the cut stays with it."""
+"""Refitting: what was asked for, and a result whose model is refitted; the proof of the cut stays with it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,28 @@ from typing import Any
 
 from allocator import adapters
 from allocator.clock import Clock, Progress
+from allocator.errors import DataError, InputError
 from allocator.recovering.recover import recover
 from allocator.result import Result
+from allocator.settings import METHODS, Method, Weights, check_choice, method_of
+
+
+def asked_method(recover: bool | Method, data: Any, weights: Weights) -> Method | None:
+    """The method that was asked for, None for none.
+
+    Raises:
+        UnknownNameError: no such method.
+        DataError, InputError: it could do nothing, without data or with weights that are reset.
+    """
+    method = method_of(recover)
+    if method is None:
+        return None
+    check_choice("recover", method, METHODS)
+    if data is None:
+        raise DataError("recover needs data: a few hundred inputs without labels are enough")
+    if weights == "reset":
+        raise InputError('recover refits the weights that are kept: leave out weights="reset", or recover')
+    return method
 
 
 def recover_result(

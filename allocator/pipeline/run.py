@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from allocator.clock import Clock, Progress
@@ -38,6 +40,7 @@ def run(
     numeric: Certify = "small",
     seed: int = 0,
     progress: Progress | None = None,
+    stored: Mapping[str, torch.Tensor] | None = None,
 ) -> Result:
     """The whole flow; see `allocator.allocate`.
 
@@ -51,9 +54,11 @@ def run(
         numeric: compare weights and outputs too, at which size.
         seed: of the certificate's input.
         progress: called with the name of each stage.
+        stored: the values of a model that lies on the meta device, by name, to rank neurons by; what comes back lies
+            there too.
     """
     check_certify(numeric)
-    model = check_model(model, values=True)
+    model = check_model(model, values=stored is None)
     clock = Clock(progress)
     with clock("trace"):
         graph = trace_model(model, example_inputs, settings, None if data is None else data.loader)
@@ -66,7 +71,7 @@ def run(
         check_criterion(graph, settings.criterion)  # also where the budgets leave nothing to choose
         scores = None
         if not budgets.met(graph.everything):
-            scores, tried = suitable_scores(graph, budgets, settings, data)
+            scores, tried = suitable_scores(graph, budgets, settings, data, stored)
             notes += tried
         plan = choose if "latency" not in budgets.names else choose_in_time
         fitted = plan(graph, budgets, settings, scores)
@@ -99,6 +104,12 @@ def _count(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, planned: int
     Returns:
         What fvcore does not count, with the number of calls.
     """
+    on_meta = graph.flow.trace.mode == "meta"
+    if on_meta:
+        with contextlib.suppress(TraceError):
+            counted, uncounted = fvcore_flops(small, graph.inputs, on_meta=True)
+            if counted == planned:
+                return uncounted
     try:
         counted, uncounted = fvcore_flops(small, graph.inputs, graph.flow.trace.written())
     except TraceError as error:
@@ -111,7 +122,7 @@ def _count(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, planned: int
         failed = CostMismatchError(f"{said}; please report the model") if counted > planned else None
     products = products_by_the_trace(graph.flow, graph.unit_of_slot, kept)
     try:
-        by_torch = products_by_torch(small, graph.inputs, on_meta=graph.flow.trace.mode == "meta")
+        by_torch = products_by_torch(small, graph.inputs, on_meta=on_meta)
     except Exception:  # whatever the model's own code raises
         by_torch = -1
     if isinstance(failed, CostMismatchError) or products != by_torch:

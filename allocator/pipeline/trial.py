@@ -23,7 +23,7 @@ from allocator.recovering.compare import distances
 from allocator.recovering.samples import Samples, gather
 from allocator.rewriting.materialise import materialise
 from allocator.scoring.batches import again_and_again
-from allocator.scoring.registry import AUTO, Data, score, score_each
+from allocator.scoring.registry import AUTO, Data, Stored, score, score_each
 from allocator.scoring.scores import Scores
 from allocator.settings import Settings
 from allocator.tracing.isolation import undisturbed
@@ -35,7 +35,7 @@ SAMPLES = 128
 
 
 def suitable_scores(
-    graph: ChannelGraph, budgets: Budgets, settings: Settings, data: Data | None
+    graph: ChannelGraph, budgets: Budgets, settings: Settings, data: Data | None, stored: Stored = None
 ) -> tuple[Scores, list[str]]:
     """Scores by the settings' criterion; where that is "auto" and there are data, by the best of `CANDIDATES`.
 
@@ -44,6 +44,7 @@ def suitable_scores(
         budgets: what the plans that are compared have to meet.
         settings: how neurons are chosen.
         data: what criteria may look at, and what the networks are compared on.
+        stored: as for `score`; without data.
 
     Returns:
         The scores, and a note on what was tried, if anything.
@@ -52,9 +53,9 @@ def suitable_scores(
         UnknownNameError, CriterionError, DataError: as for `score`.
     """
     if data is None or settings.criterion != AUTO or "latency" in budgets.names:
-        return score(graph, settings.criterion, data), []
+        return score(graph, settings.criterion, data, stored), []
     data = replace(data, loader=again_and_again(data.loader))
-    scored = score_each(graph, CANDIDATES, data)
+    scored = score_each(graph, CANDIDATES, data, stored)
     try:
         samples = gather(data.loader, graph.model, graph.inputs, SAMPLES, data.progress)
     except DataError:  # too few to compare on

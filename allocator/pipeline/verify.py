@@ -43,10 +43,12 @@ def verify_model(
         return _verify_parts(model, small, allocation, example_inputs, numeric, seed)
     if example_inputs is None:
         example_inputs = inputs_like(allocation.input_shapes, model)
-    settings = Settings(groups=allocation.groups, norms=allocation.norms)  # type: ignore[arg-type]
-    graph = elsewhere(trace_model(model, example_inputs, settings, growing=bool(allocation.added)))
+    settings = Settings(groups=allocation.groups)  # type: ignore[arg-type]
     if allocation.added:
+        graph = elsewhere(trace_model(model, example_inputs, settings, growing=True))
         return verify_growth(graph, allocation, small, seed=seed, numeric=numeric)
+    settings = replace(settings, norms=allocation.norms)  # type: ignore[arg-type]
+    graph = elsewhere(trace_model(model, example_inputs, settings))
     kept = kept_by(graph, allocation)
     if kept is None:
         return no_certificate(graph, seed)

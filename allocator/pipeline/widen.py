@@ -11,12 +11,15 @@ import numpy as np
 from torch import nn
 
 from allocator.clock import Clock, Progress
-from allocator.cost.budget import Budget, Budgets, parse_limit
-from allocator.errors import BudgetError, InputError, NothingToAllocateError
+from allocator.cost.budget import Budget, Budgets
+from allocator.cost.metric import Metric
+from allocator.errors import BudgetError, InputError, NothingToAllocateError, plural
 from allocator.fitting.fit import fit
 from allocator.graph.blocks import Block
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.graph.even import EvenNeurons
 from allocator.model_checks import check_model
+from allocator.pipeline.choice import budgets_of
 from allocator.pipeline.model import trace_model
 from allocator.pipeline.run import finish
 from allocator.planning.plan import Plan
@@ -31,12 +34,13 @@ from allocator.settings import Certify, Limits, Settings, check_certify
 from allocator.verifying.certificate import Certificate
 from allocator.verifying.growth import certify_growth
 
-Widths = Callable[[Layers], tuple[np.ndarray, float | None]]
-"""How wide a network becomes: (layers,) how many neurons to add to each, and the budget in FLOPs, if there is any."""
+Widths = Callable[[Layers], tuple[np.ndarray, Budgets | None]]
+"""How wide a network becomes: (layers,) how many neurons to add to each, and the budgets, if there are any."""
 _NO_REASONS = (
     "excluded by the caller",
     "not included by the caller",
     "an output of the model",
+    "rows of an embedding are read by their index",
     "meets a dim that must keep its size (convolution)",
     "meets a dim that must keep its size (linear)",
 )
@@ -62,7 +66,7 @@ def widen_model(
         model: the network; not changed.
         widths: how wide it becomes.
         example_inputs: as the caller gave them.
-        settings: which layers may grow.
+        settings: which layers may grow, and what their widths are multiples of.
         init: what added neurons are filled with.
         weights: "keep" or "reset".
         numeric: compare weights and outputs too, at which size.
@@ -73,16 +77,17 @@ def widen_model(
     model = check_model(model, values=True)
     clock = Clock(progress)
     with clock("trace"):
-        traced = trace_model(model, example_inputs, replace(settings, norms="exact"), growing=True)
+        traced = trace_model(model, example_inputs, settings, growing=True)
     with clock("plan"):
-        planner = _Planner(settings.scope, widths, init)
+        planner = _Planner(settings, widths, init)
         fitted = fit(traced, planner, planner.hold)
         graph, maps = fitted.graph, fitted.maps
         notes = [*traced.notes, *fitted.notes]
-        notes += [f"not widened, as it would not be exact: {why}" for why in _why_not(graph, init)[:_MOST_REASONS]]
+        notes += [f"not widened, as it would not be exact: {why}" for why in planner.why_not(graph)[:_MOST_REASONS]]
+        notes += planner.as_they_were
     with clock("rewrite"):
         reads = {name: [graph.reads[label] for label in graph.slots.labels(name)] for name in maps}
-        filling = Filling.by(init, seed, maps, reads)
+        filling = Filling.by(init, seed, maps, reads, EvenNeurons.of(graph).slots(graph))
         fitted.allocation = replace(fitted.allocation, added=filling.to_dict())
         if not planner.has_budget:
             fitted.allocation.costs["flops"]["asked"] = None
@@ -95,17 +100,19 @@ def widen_model(
     return finish(wide, fitted, notes, weights, prove, clock)
 
 
-def room_to_grow(model: nn.Module, limits: Limits, example_inputs: Any, settings: Settings) -> float | None:
-    """The budget in FLOPs, where it is above the model's own; None where it is not.
+def has_room_to_grow(model: nn.Module, limits: Limits, example_inputs: Any, settings: Settings) -> bool:
+    """Whether all budgets are above the model's own figures.
 
     Raises:
-        InputError: another budget, which says nothing of how wide a network may become.
+        InputError: a budget of time, which is not known of wider layers than there are.
     """
-    if limits.flops is None or len(limits.given()) > 1:
-        raise InputError(f"grow=True goes with a budget in flops alone, not {' and '.join(limits.given()) or 'none'}")
-    metric = trace_model(check_model(model), example_inputs, settings).metric("flops")
-    limit = parse_limit("flops", limits.flops, metric)
-    return limit if limit > metric.whole else None
+    if limits.latency is not None:
+        raise InputError(
+            "grow=True goes with budgets that are counted, not with latency: how long wider layers take was never "
+            "measured; pass flops or params, for example"
+        )
+    budgets = budgets_of(trace_model(check_model(model), example_inputs, settings), limits)
+    return all(budget.limit > budget.metric.whole for budget in budgets.each)
 
 
 def by_factor(factor: Any) -> Widths:
@@ -114,7 +121,7 @@ def by_factor(factor: Any) -> Widths:
     Raises:
         InputError: no number from 1 on.
     """
-    if not isinstance(factor, (int, float)) or not factor < math.inf:
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor < math.inf:
         raise InputError(f"factor={factor!r} is no number such as 1.5")
     if factor > WIDEST:
         raise InputError(f"factor={factor!r} is more than {WIDEST:.0f}, the most that layers are widened by")
@@ -126,46 +133,52 @@ def by_factor(factor: Any) -> Widths:
     def widths(layers: Layers) -> tuple[np.ndarray, None]:
         more = layers.evenly(factor)
         if not more.any():
-            widest = int(layers.widths.max())
+            first = min(layers.each, key=lambda layer: layer.least_factor)
+            which = "what an average is taken over" if first.together else "the layer that needs least"
             raise NothingToAllocateError(
-                f"factor={factor!r} adds no whole neuron to any layer: the widest that can grow has {widest}, and "
-                f"{1 + 0.5 / widest:.3g} adds one to it"
+                f"factor={factor!r} adds nothing to any layer: {which} has {len(first.units)} neurons, and "
+                f"{math.ceil(first.least_factor * 1000) / 1000:g} adds {first.first} to it"
             )
         return more, None
 
     return widths
 
 
-def by_flops(asked: float | str) -> Widths:
-    """As many neurons as a budget allows, every layer the same factor, what is left one by one.
+def by_budgets(limits: Limits) -> Widths:
+    """As many neurons as budgets allow, every layer the same factor, what is left one by one.
 
     Raises:
         BudgetError: no number, the model's own or less, or less than the cheapest neuron more.
     """
 
-    def widths(layers: Layers) -> tuple[np.ndarray, float]:
-        metric = layers.graph.metric("flops")
-        limit = parse_limit("flops", asked, metric)
-        if limit < metric.whole:
+    def widths(layers: Layers) -> tuple[np.ndarray, Budgets]:
+        budgets = budgets_of(layers.graph, limits)
+        for budget in budgets.unmet(layers.graph.everything):
+            metric = budget.metric
             raise BudgetError(
-                f"{metric.show(limit)} are below the model's own {metric.show(metric.whole)}: widen adds neurons, "
-                "allocate(model, flops=...) takes some away",
-                asked=limit,
+                f"{metric.show(budget.limit)} are below the model's own {metric.show(metric.whole)}: widen adds "
+                f"neurons, allocate(model, {metric.name}=...) takes some away",
+                asked=budget.limit,
                 reachable=metric.whole,
             )
-        more = widest_within(layers, metric, limit)
+        more = widest_within(layers, budgets)
         if not more.any():
-            cheapest = cheapest_next(layers, metric, more)
-            reachable = metric.whole + (cheapest or 0)
+            tightest = min(budgets.each, key=lambda each: each.limit - _least(layers, each.metric))
+            metric, reachable = tightest.metric, _least(layers, tightest.metric)
             raise BudgetError(
-                f"{metric.show(limit)} leave no room for another neuron beside the model's own "
+                f"{metric.show(tightest.limit)} leave no room for another neuron beside the model's own "
                 f"{metric.show(metric.whole)}: the least that adds one is {metric.show(reachable)}",
-                asked=limit,
+                asked=tightest.limit,
                 reachable=reachable,
             )
-        return more, limit
+        return more, budgets
 
     return widths
+
+
+def _least(layers: Layers, metric: Metric) -> int:
+    """The least cost with anything added."""
+    return metric.whole + (cheapest_next(layers, metric, np.zeros(len(layers.each), dtype=np.int64)) or 0)
 
 
 def by_allocation(allocation: Allocation) -> Widths:
@@ -175,13 +188,20 @@ def by_allocation(allocation: Allocation) -> Widths:
         target.update({(name, dim): length(kept) for dim, kept in enumerate(dims) if kept is not None})
 
     def widths(layers: Layers) -> tuple[np.ndarray, None]:
-        more = np.zeros(len(layers.units), dtype=np.int64)
-        narrower = []
-        for i, (name, dim, channels, units) in enumerate(layers):
-            wanted = target.get((name, dim), channels)
-            more[i] = round(len(units) * wanted / channels) - len(units)
+        more = np.zeros(len(layers.each), dtype=np.int64)
+        narrower, uneven = [], []
+        for i, (name, dim, channels, layer) in enumerate(layers):
+            wanted, width = target.get((name, dim), channels), len(layer.units)
+            more[i] = round(width * wanted / channels) - width
             if wanted < channels:
                 narrower.append(f"{name} has {channels} channels, and {wanted} there")
+            elif more[i] != layer.nearest(int(more[i])):
+                uneven.append(f"{name} can have {channels + layer.first * channels // width}, and has {wanted} there")
+        if uneven and not narrower:
+            raise InputError(
+                f"layers cannot be as wide as in the allocation ({'; '.join(uneven[:3])}): under a norm over channels "
+                "there are equally many of each"
+            )
         if narrower:
             raise InputError(
                 f"the allocation makes layers narrower than they are ({'; '.join(narrower[:3])}): widen only adds, "
@@ -205,7 +225,7 @@ def by_branches(neurons: int | str) -> Widths:
     share = _share(neurons)
 
     def widths(layers: Layers) -> tuple[np.ndarray, None]:
-        graph, more = layers.graph, np.zeros(len(layers.units), dtype=np.int64)
+        graph, more = layers.graph, np.zeros(len(layers.each), dtype=np.int64)
         wider = []
         for block in _competing(graph):
             widest = max(branch.channels for branch in block.branches)
@@ -214,12 +234,13 @@ def by_branches(neurons: int | str) -> Widths:
                 raise InputError(f"neurons={neurons!r} are more than {WIDEST:.0f} times the {widest} of {block.name}")
             for branch in block.branches:
                 units = graph.units(branch.label)
-                own = [i for i, of_layer in enumerate(layers.units) if np.isin(of_layer, units).any()]
+                own = [i for i, layer in enumerate(layers.each) if np.isin(layer.units, units).any()]
                 if own and branch.channels > wanted:
                     wider.append(f"{block.name}.{branch.name} has {branch.channels}")
                 for i in own:  # a layer whose parts are branches grows as they do
-                    width = len(layers.units[i])
-                    more[i] = max(more[i], round(width * wanted / branch.channels) - width)
+                    width = len(layers.each[i].units)
+                    asked = round(width * wanted / branch.channels) - width
+                    more[i] = max(more[i], layers.each[i].nearest(asked))
         if wider:
             raise InputError(
                 f"neurons={neurons!r} are fewer than branches have ({'; '.join(wider[:3])}): pass more, or a share of "
@@ -268,9 +289,10 @@ class _Planner:
     shuffle keeps together.
     """
 
-    def __init__(self, scope: str, widths: Widths, init: str) -> None:
-        self.scope, self.widths, self.init = scope, widths, init
+    def __init__(self, settings: Settings, widths: Widths, init: str) -> None:
+        self.settings, self.widths, self.init = settings, widths, init
         self.has_budget = False
+        self.as_they_were: list[str] = []  # what could have been added to, and was not
         self.held = np.zeros(0, dtype=np.int64)  # slots, as a repair may change what a neuron is
 
     def hold(self, slots: np.ndarray) -> bool:
@@ -279,29 +301,71 @@ class _Planner:
         self.held = np.append(self.held, fresh)
         return bool(len(fresh))
 
+    def why_not(self, graph: ChannelGraph) -> list[str]:
+        """What can't be added to without changing what is computed, a line per reason."""
+        held = len(np.unique(graph.units(self.held)))
+        places = f"what is added would not stand where it belongs, as beside a shuffle ({plural(held, 'neuron')})"
+        return [*_why_not(graph, self.init), *([places] if held else [])]
+
     def __call__(self, graph: ChannelGraph) -> Plan:
-        layers = Layers.of(graph, self.scope).without(graph.units(self.held))
-        if self.init == "copy":
-            layers = layers.without(np.flatnonzero(tied(graph)))
-        if not layers.units:
-            reasons = _why_not(graph, self.init)
-            listed = "; ".join(reasons[:_MOST_REASONS]) or "it has no layer whose outputs are read inside it"
+        held = np.append(graph.units(self.held), np.flatnonzero(_uncopied(graph, self.init)))
+        layers = Layers.of(graph, self.settings.scope, held, self.settings.multiple)
+        if not layers.each:
+            reasons = [*self.why_not(graph), *(_no_multiple(self.settings.multiple, *s) for s in layers.stuck)]
+            reasons = reasons or _nothing_left(graph)
+            listed = "; ".join(reasons[:_MOST_REASONS])
             raise NothingToAllocateError(f"no neuron can be added to the model exactly: {listed}", reasons=reasons)
         metric = graph.metric("flops")
         more, asked = self.widths(layers)
         self.has_budget = asked is not None
-        times, cheapest = layers.times(more), cheapest_next(layers, metric, more)
-        costs = {} if cheapest is None else {metric.name: cheapest}
-        budget = Budget(metric, metric.value(times) if asked is None else asked)
-        return Plan(times, Budgets([budget]), self.scope, "even", "none", costs)
+        times = layers.times(more)
+        budgets = asked or Budgets([Budget(metric, metric.value(times))])
+        following = {each.metric.name: cheapest_next(layers, each.metric, more) for each in budgets.each}
+        costs = {name: cost for name, cost in following.items() if cost is not None}
+        self.as_they_were = _not_repeated(layers, more)
+        self.as_they_were += [_no_multiple(self.settings.multiple, *stuck) for stuck in layers.stuck[:_MOST_REASONS]]
+        return Plan(times, budgets, self.settings.scope, "even", "none", costs)
+
+
+def _nothing_left(graph: ChannelGraph) -> list[str]:
+    """Why there is nothing to add to where no neuron of a layer would be inexact."""
+    if any(reason.endswith("by the caller") for *_, reason in graph.facts.frozen):
+        return ["what exclude and include leave is written by others too, or read by nothing inside it"]
+    return graph.why() or ["it has no layer whose outputs are read inside it"]
+
+
+def _not_repeated(layers: Layers, more: np.ndarray) -> list[str]:
+    """What is there once, as there are equally many of each and another of each was not asked for."""
+    once = [each for each, added in zip(layers, more.tolist(), strict=True) if each[3].together and not added]
+    if not once:
+        return []
+    names = [name for name, *_ in once]
+    others = f" and {len(names) - 1} more" if names[1:] else ""
+    return [
+        f"as wide as they were: {sum(len(layer.units) for *_, layer in once):,} neurons that a norm averages over "
+        f"({names[0]}{others}), which grow to whole multiples only, from factor={once[0][3].least_factor:g} on"
+    ]
+
+
+def _no_multiple(multiple: int, name: str, neurons: int) -> str:
+    return f"as wide as it was: no number added to the {neurons} neurons of {name} makes it a multiple of {multiple}"
+
+
+def _uncopied(graph: ChannelGraph, init: str) -> np.ndarray:
+    """(neurons,) bool: those that one weight writes and reads, where what is added has to be copies."""
+    both = tied(graph)
+    return both if init == "copy" else both & EvenNeurons.of(graph).grows
 
 
 def _why_not(graph: ChannelGraph, init: str) -> list[str]:
     """What can't be added to without changing what is computed: a line per reason, that with most channels first."""
     channels: dict[str, int] = {}
     modules: dict[str, list[str]] = {}
+    written = np.zeros(graph.slots.total, dtype=bool)
+    for label, _ in graph.facts.written:
+        written[label] = True
     for label, module, reason in graph.facts.frozen:
-        if not reason.startswith(_NO_REASONS):
+        if written[label].any() and not reason.startswith(_NO_REASONS):  # else positions or pixels, which nobody widens
             channels[reason] = channels.get(reason, 0) + len(label)
             modules.setdefault(reason, []).append(module)
     lines = []
@@ -309,7 +373,11 @@ def _why_not(graph: ChannelGraph, init: str) -> list[str]:
         first, *others = dict.fromkeys(modules[reason])
         more = f" and {len(others)} more" if others else ""
         lines.append(f"{reason} in {first or 'the model'}{more} ({channels[reason]:,} channels)")
-    both = int(tied(graph).sum()) if init == "copy" else 0
+    fixed = int(EvenNeurons.of(graph).fixed.sum())
+    if fixed:
+        lines.insert(0, f"an average is taken over them and over what stays ({plural(fixed, 'neuron')})")
+    both = int(_uncopied(graph, init).sum())
     if both:
-        lines.insert(0, f"one weight writes and reads them, so that no copy can share it ({both:,}; init='zero' can)")
+        hint = "" if _uncopied(graph, "zero").any() else "; init='zero' can"
+        lines.insert(0, f"one weight writes and reads them, so that no copy can share it ({both:,}{hint})")
     return lines

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 
+from allocator.graph.channel_graph import ChannelGraph
 from allocator.planning.problem import Problem
 from allocator.planning.unmet import unmet
 from allocator.settings import DEFAULTS
@@ -27,8 +28,8 @@ def to_multiples(problem: Problem, kept: np.ndarray, scope: str = DEFAULTS.scope
     """
     if problem.widths.multiple == 1 and not problem.graph.facts.multiples:
         return kept
-    asked = _asked(problem)
-    layers = [_Layer(problem, units, asked[number]) for number, units in _layers(problem).items()]
+    asked = asked_multiples(problem.graph, problem.widths.multiple)
+    layers = [_Layer(problem, units, asked[number]) for number, units in _layers(problem.graph).items()]
     kept = kept.copy()
     for layer in layers:
         layer.take(kept, layer.at_or_below(int(kept[layer.order].sum())))
@@ -36,16 +37,15 @@ def to_multiples(problem: Problem, kept: np.ndarray, scope: str = DEFAULTS.scope
     return _widened(problem, layers, kept) if problem.fill else kept
 
 
-def _layers(problem: Problem) -> dict[int, np.ndarray]:
+def _layers(graph: ChannelGraph) -> dict[int, np.ndarray]:
     """Neurons by the layer that writes them."""
-    branch = problem.graph.branch_of
+    branch = graph.branch_of
     return {int(number): np.flatnonzero(branch == number) for number in np.unique(branch[branch >= 0])}
 
 
-def _asked(problem: Problem) -> dict[int, int]:
+def asked_multiples(graph: ChannelGraph, multiple: int) -> dict[int, int]:
     """By layer what its width is a multiple of: what the caller asks for, and what its readers need."""
-    graph = problem.graph
-    asked = dict.fromkeys(_layers(problem), problem.widths.multiple)
+    asked = dict.fromkeys(_layers(graph), multiple)
     for label, _, of in graph.facts.multiples:
         units, times = np.unique(graph.units(label), return_counts=True)
         for number in np.unique(graph.branch_of[units]).tolist():

@@ -100,10 +100,9 @@ def make_plan(
         policy = usual_policy(scores.criterion)
         floors = usual_floors(policy, widths)
     choose = find_policy(policy)
-    check_choice("scope", scope, CHOICES["scope"])
     least: list[np.ndarray] = []
     coarse: Plan | None = None
-    for name in SCOPES if scope == "narrowest" else ("all" if scope == "auto" else scope,):
+    for name in _scopes(scope):
         free = free_neurons(graph, scores, name)
         if not free.any():
             continue
@@ -111,7 +110,7 @@ def make_plan(
         least.append(forced)
         if not budgets.met(forced):
             continue
-        problem = Problem(graph, scores, forced, budgets, fill, floor, None if gone is None else _units(graph, gone))
+        problem = Problem(graph, scores, forced, budgets, fill, floor, _units(graph, gone))
         kept = to_multiples(problem, _checked(policy, choose(problem), problem), scope)
         plan = Plan(kept, budgets, name, policy, scores.criterion, next_costs(problem, kept), problem)
         if budgets.used(kept) >= CLOSE or not fill:
@@ -126,6 +125,14 @@ def make_plan(
     raise unmet(exceeded, scope, widths, [budget.metric.value(nearest) for budget in exceeded])
 
 
+def _scopes(scope: str) -> Sequence[str]:
+    """The scopes to try, in this order."""
+    check_choice("scope", scope, CHOICES["scope"])
+    if scope == "narrowest":
+        return tuple(SCOPES)
+    return ("all",) if scope == "auto" else (scope,)
+
+
 def _forced(
     graph: ChannelGraph, scores: Scores, free: np.ndarray, floors: Sequence[Widths], budgets: Budgets
 ) -> tuple[np.ndarray, Widths]:
@@ -137,8 +144,10 @@ def _forced(
     return forced, floor
 
 
-def _units(graph: ChannelGraph, slots: np.ndarray) -> np.ndarray:
-    """(neurons,) bool: those that hold any of these slots."""
+def _units(graph: ChannelGraph, slots: np.ndarray | None) -> np.ndarray | None:
+    """(neurons,) bool: those that hold any of these slots; None without any."""
+    if slots is None:
+        return None
     units = graph.unit_of_slot[slots]
     found = np.zeros(graph.size, dtype=bool)
     found[units[units >= 0]] = True

@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from allocator.cost.budget import Budgets
 from allocator.cost.metric import Metric
 from allocator.errors import BudgetError
 from allocator.graph.channel_graph import ALL, SCOPES, ChannelGraph
+from allocator.graph.even import EvenNeurons
+from allocator.planning.multiples import asked_multiples
+
+WIDEST = 1024.0
+"""No layer is made more often as wide than this."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Neurons that one layer writes and that can be added to, and how many may be.
+
+    Attributes:
+        units: the neurons, in order.
+        number: which of `graph.facts.written` it is.
+        together: there are equally many of each, as averages are taken over them.
+        first, step: what may be added: nothing, `first`, or so many times `step` more.
+    """
+
+    units: np.ndarray
+    number: int
+    together: bool = False
+    first: int = 1
+    step: int = 1
+
+    def at_most(self, count: float) -> int:
+        """The most that may be added of a number."""
+        return 0 if count < self.first else self.first + int((count - self.first) // self.step) * self.step
+
+    def following(self, added: int) -> int:
+        """The next larger number that may be added."""
+        return self.first if added < self.first else added + self.step
+
+    def nearest(self, count: float) -> int:
+        """The number that may be added nearest to another; never above it where all neurons are repeated."""
+        below = self.at_most(count)
+        above = self.following(below)
+        return above if not self.together and above - count <= count - below else below
+
+    @property
+    def least_factor(self) -> float:
+        """The least by which it has to be widened for anything to be added."""
+        return 1 + self.first / (len(self.units) * (1 if self.together else 2))
 
 
 @dataclass(frozen=True)
@@ -20,57 +63,88 @@ class Layers:
 
     Attributes:
         graph: the model's neurons.
-        units: per layer its neurons that can be added to, in order.
-        numbers: per layer, which of `graph.facts.written` it is.
+        each: the layers.
+        stuck: what no number of neurons added makes a multiple of what is asked for, as (weight, channels).
     """
 
     graph: ChannelGraph
-    units: list[np.ndarray] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
+    each: list[Layer] = field(default_factory=list)
+    stuck: list[tuple[str, int]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, graph: ChannelGraph, scope: str) -> Layers:
-        """Those of a scope."""
+    def of(cls, graph: ChannelGraph, scope: str, held: np.ndarray, multiple: int = 1) -> Layers:
+        """Those of a scope.
+
+        Args:
+            graph: the model's neurons.
+            scope: "branches", "inner" or "all".
+            held: neurons that stay as they are.
+            multiple: of what the widths of layers are multiples, where they change at all.
+        """
         grows = (graph.scope_of <= SCOPES.get(scope, ALL)) & ~_unread(graph)
-        layers = cls(graph)
-        for number in np.unique(graph.branch_of[grows]).tolist():
-            layers.units.append(np.flatnonzero(grows & (graph.branch_of == number)))
-            layers.numbers.append(number)
+        grows[held] = False
+        even = EvenNeurons.of(graph)
+        grows &= (even.number < 0) | (even.grows & ~np.isin(even.number, even.number[~grows]))
+        layers, asked = cls(graph), asked_multiples(graph, multiple)
+        for number in np.unique(graph.branch_of[grows & (even.number < 0)]).tolist():
+            layers._add(np.flatnonzero(grows & (even.number < 0) & (graph.branch_of == number)), asked)
+        for of_set in np.unique(even.number[grows & (even.number >= 0)]).tolist():
+            layers._add(np.flatnonzero(even.number == of_set), asked, together=True)
+        layers.each.sort(key=lambda layer: layer.number)
         return layers
 
-    def without(self, held: np.ndarray) -> Layers:
-        """These layers without some neurons."""
-        layers = Layers(self.graph)
-        for units, number in zip(self.units, self.numbers, strict=True):
-            others = np.setdiff1d(units, held)
-            if len(others):
-                layers.units.append(others)
-                layers.numbers.append(number)
-        return layers
+    def _add(self, units: np.ndarray, asked: Mapping[int, int], *, together: bool = False) -> None:
+        """Add a layer, with how many neurons may be added to it."""
+        branches, size = self.graph.branch_of[units], self.graph.size
+        first = step = 1
+        period = int(np.lcm.reduce([asked[number] for number in branches.tolist()]))
+        if together or period > 1:
+            rounds = np.arange(1, min(2 * period, int(WIDEST) * len(units)) + 1)
+            fits, at_once = np.ones(len(rounds), dtype=bool), len(units)
+            for number in np.unique(branches).tolist():
+                label = self.graph.facts.written[number].label
+                held = np.bincount(self.graph.units(label), minlength=size)[units]
+                if not together and (held == held[0]).all():  # else all are repeated, as it counts which are
+                    at_once = 1
+                fits &= (len(label) + rounds * int(held.sum()) * at_once // len(units)) % asked[number] == 0
+            if not fits.any():
+                self.stuck.append((self._name(int(branches[0]))[0], len(units)))
+                return
+            first, *others = (rounds[fits][:2] * at_once).tolist()
+            step = others[0] - first if others else period * at_once
+        self.each.append(Layer(units, int(branches[0]), together, first, step))
 
-    def __iter__(self) -> Iterator[tuple[str, int, int, np.ndarray]]:
-        """(name of a layer's weight, dim that it writes, channels, neurons that can be added to)."""
+    def _name(self, number: int) -> tuple[str, int]:
+        """Name and dim of the weight that writes a layer."""
         slots = self.graph.slots
-        for units, number in zip(self.units, self.numbers, strict=True):
-            label = self.graph.facts.written[number].label
-            _, name, dim = slots.names[int(np.searchsorted(slots.starts, label[0], side="right")) - 1]
-            yield name, dim, len(label), units
+        _, name, dim = slots.names[
+            int(np.searchsorted(slots.starts, self.graph.facts.written[number].label[0], side="right")) - 1
+        ]
+        return name, dim
+
+    def __iter__(self) -> Iterator[tuple[str, int, int, Layer]]:
+        """(name of a layer's weight, dim that it writes, channels, the layer)."""
+        for layer in self.each:
+            name, dim = self._name(layer.number)
+            yield name, dim, len(self.graph.facts.written[layer.number].label), layer
 
     @property
     def widths(self) -> np.ndarray:
         """(layers,) neurons of each."""
-        return np.array([len(units) for units in self.units], dtype=np.int64)
+        return np.array([len(layer.units) for layer in self.each], dtype=np.int64)
 
     def times(self, more: np.ndarray) -> np.ndarray:
         """(neurons,) how many there are of each, when (layers,) `more` are added to the layers, spread evenly."""
         times = np.ones(self.graph.size, dtype=np.int64)
-        for units, added in zip(self.units, more.tolist(), strict=True):
-            times[units] += np.diff(np.arange(len(units) + 1) * added // len(units))
+        for layer, added in zip(self.each, more.tolist(), strict=True):
+            width = len(layer.units)
+            times[layer.units] += np.diff(np.arange(width + 1) * added // width)
         return times
 
     def evenly(self, factor: float) -> np.ndarray:
-        """(layers,) what is to be added for every layer to be so many times as wide, rounded."""
-        return np.floor(self.widths * (factor - 1) + 0.5).astype(np.int64)
+        """(layers,) what is to be added for every layer to be so many times as wide, as nearly as may be."""
+        wanted = zip(self.each, (self.widths * (factor - 1)).tolist(), strict=True)
+        return np.array([layer.nearest(count) for layer, count in wanted], dtype=np.int64)
 
 
 def _unread(graph: ChannelGraph) -> np.ndarray:
@@ -95,33 +169,36 @@ def tied(graph: ChannelGraph) -> np.ndarray:
     return found
 
 
-def widest_within(layers: Layers, metric: Metric, limit: float) -> np.ndarray:
-    """(layers,) what to add for the largest even factor that a budget allows; what is left goes to single layers.
+def widest_within(layers: Layers, budgets: Budgets) -> np.ndarray:
+    """(layers,) what to add for the largest even factor that budgets allow; what is left goes to single layers.
 
     Those that are furthest below the factor come first, until no layer's next neuron fits.
 
     Args:
         layers: what can be added to.
-        metric: what is limited.
-        limit: the most of it; the model's own or more.
+        budgets: what is limited; each allows the model's own at least.
 
     Raises:
-        BudgetError: the limit is so large that nobody can mean it.
+        BudgetError: the limits are so large that nobody can mean them.
     """
-    if metric.value(layers.times(layers.evenly(WIDEST))) <= limit:
+    most = layers.evenly(WIDEST)
+    if most.any() and budgets.met(layers.times(most)):
+        first = budgets.first
         raise BudgetError(
-            f"{metric.show(limit)} would make every layer more than {WIDEST:.0f} times as wide: ask for less",
-            asked=limit,
-            reachable=metric.whole,
+            f"{first.metric.show(first.limit)} would make every layer more than {WIDEST:.0f} times as wide: ask for "
+            "less",
+            asked=first.limit,
+            reachable=first.metric.whole,
         )
-    factor = _largest(lambda f: metric.value(layers.times(layers.evenly(f))) <= limit)
+    factor = _largest(lambda f: budgets.met(layers.times(layers.evenly(f))))
     more = layers.evenly(factor)
     # What runs in train mode only costs nothing here, and could be added without end.
-    waiting = {layer for layer, cost in enumerate(next_costs(layers, metric, more)) if cost > 0}
+    costs = [next_costs(layers, budget.metric, more) for budget in budgets.each]
+    waiting = {layer for layer, each in enumerate(zip(*costs, strict=True)) if max(each) > 0}
     while waiting:
         layer = max(waiting, key=lambda i: factor - 1 - more[i] / layers.widths[i])
-        wider = _with_one(more, layer)
-        if metric.value(layers.times(wider)) <= limit:
+        wider = _with_next(layers, more, layer)
+        if budgets.met(layers.times(wider)):
             more = wider
         else:
             waiting.remove(layer)  # no neuron gets cheaper while others are added
@@ -129,9 +206,9 @@ def widest_within(layers: Layers, metric: Metric, limit: float) -> np.ndarray:
 
 
 def next_costs(layers: Layers, metric: Metric, more: np.ndarray) -> list[int]:
-    """What one further neuron of each layer costs."""
+    """What the next that may be added to each layer costs."""
     now = metric.value(layers.times(more))
-    return [metric.value(layers.times(_with_one(more, layer))) - now for layer in range(len(more))]
+    return [metric.value(layers.times(_with_next(layers, more, layer))) - now for layer in range(len(more))]
 
 
 def cheapest_next(layers: Layers, metric: Metric, more: np.ndarray) -> int | None:
@@ -139,14 +216,10 @@ def cheapest_next(layers: Layers, metric: Metric, more: np.ndarray) -> int | Non
     return min((cost for cost in next_costs(layers, metric, more) if cost > 0), default=None)
 
 
-def _with_one(more: np.ndarray, layer: int) -> np.ndarray:
+def _with_next(layers: Layers, more: np.ndarray, layer: int) -> np.ndarray:
     wider = more.copy()
-    wider[layer] += 1
+    wider[layer] = layers.each[layer].following(int(more[layer]))
     return wider
-
-
-WIDEST = 1024.0
-"""No layer is made more often as wide than this."""
 
 
 def _largest(fits: Callable[[float], bool]) -> float:

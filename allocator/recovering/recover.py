@@ -168,13 +168,13 @@ def _readers(graph: ChannelGraph, stays: np.ndarray, small: nn.Module) -> tuple[
     """Those that are left in the smaller network; and of those that can't be refitted, the ones that lost neurons."""
     readers, left = readers_of(graph)
     there = tensor_names(small)
-    lost = {
-        name
-        for name, _ in left.items()
-        if any(len(label) and not stays[label].all() for label in graph.slots.labels(name))
-    }
     present = {name: reader for name, reader in readers.items() if name in there and there[name].numel()}
-    return present, {name: why for name, why in left.items() if name in lost and name in there}
+    narrowed = {}
+    for name, why in left.items():
+        lost = any(not stays[label].all() for label in graph.slots.labels(name))
+        if lost and name in there:
+            narrowed[name] = why
+    return present, narrowed
 
 
 def _finish(small: nn.Module, best: Made, subject: Subject, tried: dict[str, float]) -> tuple[nn.Module, Recovery]:

@@ -77,10 +77,8 @@ def summarise(
     written, fixed = _fixed(graph)
     budget = None
     if allocation is not None and kept is not None:
-        budget = _budget(graph, allocation, kept, scores)
+        budget = _budget(graph, allocation, kept, scores, optimality)
         budget = replace(budget, certificate=certificate, recovery=recovery, latency=latency_kept)
-        if optimality is not None:
-            budget = replace(budget, bound=optimality.bound, gap=optimality.gap)
     layers = list(layers_of(graph, everything if kept is None else kept))
     return Summary(
         model=name,
@@ -108,7 +106,13 @@ def summarise(
     )
 
 
-def _budget(graph: ChannelGraph, allocation: Allocation, kept: np.ndarray, scores: Scores | None) -> Budget:
+def _budget(
+    graph: ChannelGraph,
+    allocation: Allocation,
+    kept: np.ndarray,
+    scores: Scores | None,
+    optimality: Optimality | None,
+) -> Budget:
     """What an allocation leaves of a model, before it was proven or timed."""
     return Budget(
         asked=allocation.flops_asked,
@@ -118,6 +122,8 @@ def _budget(graph: ChannelGraph, allocation: Allocation, kept: np.ndarray, score
         scope=allocation.scope,
         neurons=int(kept.sum()),
         importance=importance(scores, kept),
+        bound=None if optimality is None else optimality.bound,
+        gap=None if optimality is None else optimality.gap,
     )
 
 

@@ -18,15 +18,14 @@ def places(blocks: Sequence[Block]) -> tuple[dict[int, Place], list[Place | None
 
     The groups of a convolution are one call: it belongs to the first of them.
     """
-    branches = [
-        (len(branch.calls), (i, j))
-        for i, block in enumerate(blocks)
-        for j, branch in enumerate(block.branches)
-        if block.kind != "groups"
-    ]
+    branches = []
+    for i, block in enumerate(blocks):
+        if block.kind != "groups":
+            branches += [(i, j, branch.calls) for j, branch in enumerate(block.branches)]
     owner: dict[int, Place] = {}
-    for _, (i, j) in sorted(branches, key=lambda item: -item[0]):
-        for call in blocks[i].branches[j].calls:
+    # The longest first: an inner branch has fewer calls, and comes after those around it.
+    for i, j, calls in sorted(branches, key=lambda item: -len(item[2])):
+        for call in calls:
             owner[call] = (i, j)
     parents = [owner.get(block.call) for block in blocks]
     owner.update({block.call: (i, 0) for i, block in enumerate(blocks) if block.kind == "groups"})

@@ -18,9 +18,10 @@ from allocator.modules import lies_within
 from allocator.rewriting import allocation_checks as checks
 from allocator.shown import Shown
 
-FORMAT = 4
-READABLE = (1, 2, 3, FORMAT)
-"""Formats 1 and 2 knew one budget, of FLOPs, in fields of its own; 3 knew no wider networks."""
+FORMAT = 5
+READABLE = (1, 2, 3, 4, FORMAT)
+"""Formats 1 and 2 knew one budget, of FLOPs, in fields of its own; 3 knew no wider networks, 4 none
+in which averages are taken over what was added."""
 Indices = list[Any]
 """Original indices kept of one dim, in order; one row per output for a grouped weight's dim 1."""
 
@@ -44,7 +45,8 @@ class Allocation(Shown):
         input_shapes: the shapes that the FLOPs hold for.
         parts: the allocations that it was composed of, first to last; none for one that was planned as a whole.
         added: of a wider network, what added indices are filled with: "init" ("zero" or "copy"), "seed", and "reads",
-            per tensor and dim the added indices that read a neuron. Empty where nothing was added.
+            per tensor and dim the added indices that read a neuron, and "averaged", those that averages are taken
+            over. Empty where nothing was added.
     """
 
     kept: dict[str, list[Indices | None]] = field(default_factory=dict, repr=False)
@@ -309,14 +311,20 @@ def _compose_costs(first: dict[str, dict[str, Any]], second: dict[str, dict[str,
 
 
 def _compose_blocks(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    before = {(b["name"], r["name"]): r["before"] for b in first for r in b["branches"]}
-    return [
-        {
-            **b,
-            "branches": [{**r, "before": before.get((b["name"], r["name"]), r["before"])} for r in b["branches"]],
-        }
-        for b in second
-    ]
+    """What the second has left of the branches that there were before the first."""
+    before = {}
+    for block in first:
+        for branch in block["branches"]:
+            before[block["name"], branch["name"]] = branch["before"]
+    composed = []
+    for block in second:
+        branches = []
+        for branch in block["branches"]:
+            # Of a branch that the first did not know, the second says what there was.
+            widest = before.get((block["name"], branch["name"]), branch["before"])
+            branches.append({**branch, "before": widest})
+        composed.append({**block, "branches": branches})
+    return composed
 
 
 def architecture_hash(shapes: Mapping[str, tuple[int, ...]]) -> str:

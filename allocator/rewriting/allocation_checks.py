@@ -61,6 +61,9 @@ def check_added(added: Mapping[str, Any]) -> None:
     if added.get("init") not in ("zero", "copy") or type(added.get("seed")) is not int or not isinstance(reads, dict):
         raise FileError("the allocation's added indices are not said to be filled by 'init', 'seed' and 'reads'")
     check_kept(reads)
+    if not isinstance(added.get("averaged", {}), dict):
+        raise FileError("the allocation's added indices that averages are taken over are not a mapping")
+    check_kept(added.get("averaged", {}))
 
 
 def check_attributes(attributes: Mapping[str, Any]) -> None:

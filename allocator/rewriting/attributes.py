@@ -40,14 +40,19 @@ def standard_attributes(
         if lies_within(path, absent) or not any(name in shapes or name in groups for name in names.values()):
             continue
         sizes = {field: shapes.get(names[field], tuple(tensor.shape)) for field, tensor in sources.items()}
-        described = _describe(module, sizes, groups.get(names.get("weight", "")))
-        differs = {}
-        for key, value in described.items():
-            if getattr(module, key) != value:
-                differs[key] = list(value) if isinstance(value, tuple) else value  # as it comes back from a file
+        differs = _differing(module, _describe(module, sizes, groups.get(names.get("weight", ""))))
         if differs:
             changed[path] = differs
     return changed
+
+
+def _differing(module: nn.Module, described: Mapping[str, Any]) -> dict[str, Any]:
+    """What a layer says of itself otherwise."""
+    differs = {}
+    for key, value in described.items():
+        if getattr(module, key) != value:
+            differs[key] = list(value) if isinstance(value, tuple) else value  # as it comes back from a file
+    return differs
 
 
 def norms_without_tensors(flow: Flow) -> list[tuple[str, str, np.ndarray]]:
@@ -117,10 +122,12 @@ def _describe(module: nn.Module, sizes: Mapping[str, Sequence[int]], groups: int
         return {"out_channels": first, "in_channels": second, "groups": groups}
     if isinstance(module, nn.GroupNorm):
         return {"num_channels": weight[0], "num_groups": module.num_groups if groups is None else groups}
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return {"normalized_shape": tuple(weight)}
     for kind, fields in _SIZES.items():
         if isinstance(module, kind):
             return {field: weight[dim] for field, dim in fields.items()}
-    return {"normalized_shape": tuple(weight)} if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else {}
+    return {}
 
 
 _SIZES: dict[type[nn.Module], dict[str, int]] = {

@@ -11,26 +11,16 @@ from allocator.rewriting.index_map import maps_of
 
 def kept_by(graph: ChannelGraph, allocation: Allocation) -> np.ndarray | None:
     """(neurons,) bool that an allocation keeps; None where it keeps a neuron in part, or in another order."""
-    stays = np.ones(graph.slots.total, dtype=bool)
+    stays = _stays_by(graph, allocation)
+    if stays is None:
+        return None
     known = np.ones(graph.slots.total, dtype=bool)
-    for name, dims in allocation.kept.items():
-        starts, shape = graph.slots.base[name], graph.slots.shapes[name]
-        for start, size, indices in zip(starts, shape, dims, strict=True):
-            rows = None if indices is None else np.atleast_2d(np.asarray(indices, dtype=np.int64))
-            if rows is None:
-                continue
-            if not (rows == rows[0]).all() or (np.diff(rows[0]) <= 0).any():
-                return None
-            stays[start : start + size] = False
-            stays[start + rows[0]] = True
-    for path in allocation.absent:
-        for name, shape in graph.slots.shapes.items():
-            if name.startswith(f"{path}."):
-                first = graph.slots.base[name][0] if shape else 0
-                size = shape[0] if shape else 0
-                known[first : first + int(np.sum(shape))] = False
-                known[first : first + size] = True
-                stays[first : first + size] = False
+    for name, shape in graph.slots.shapes.items():
+        if shape and any(name.startswith(f"{path}.") for path in allocation.absent):
+            # A layer that is gone has none of its outputs; of what it read, the allocation says nothing.
+            first, size = graph.slots.base[name][0], shape[0]
+            known[first + size : first + sum(shape)] = False
+            stays[first : first + size] = False
     free = (graph.unit_of_slot >= 0) & known
     units = graph.unit_of_slot[free]
     count = np.bincount(units, minlength=graph.size)
@@ -39,6 +29,21 @@ def kept_by(graph: ChannelGraph, allocation: Allocation) -> np.ndarray | None:
     if ((kept != 0) & (kept != count)).any() or not stays[fixed].all():
         return None
     return kept > 0
+
+
+def _stays_by(graph: ChannelGraph, allocation: Allocation) -> np.ndarray | None:
+    """(slots,) bool that the allocation's indices name; None where some are named twice or in another order."""
+    stays = np.ones(graph.slots.total, dtype=bool)
+    for name, dims in allocation.kept.items():
+        for start, size, indices in zip(graph.slots.base[name], graph.slots.shapes[name], dims, strict=True):
+            if indices is None:
+                continue
+            rows = np.atleast_2d(np.asarray(indices, dtype=np.int64))
+            if not (rows == rows[0]).all() or (np.diff(rows[0]) <= 0).any():
+                return None
+            stays[start : start + size] = False
+            stays[start + rows[0]] = True
+    return stays
 
 
 def times_by(graph: ChannelGraph, allocation: Allocation) -> np.ndarray | None:

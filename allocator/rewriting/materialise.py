@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 
 from allocator import adapters
 from allocator.errors import AllocationMismatchError
-from allocator.modules import attribute_of, lies_within, set_attribute, shapes_of, skeleton
+from allocator.modules import Replace, attribute_of, lies_within, set_attribute, shapes_of, skeleton
 from allocator.rewriting.added import Filling
 from allocator.rewriting.allocation import Allocation, Indices, architecture_hash
 from allocator.rewriting.index_map import length, renumber, take, take_on_meta
@@ -26,18 +27,7 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
     Untouched tensors are copied too, so that training the result leaves the original as it is. What a wider network
     adds is filled so that it computes the same.
     """
-    filling = Filling.of(allocation.added)
-
-    def replace(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        sources = allocation.kept.get(name)
-        taken = cut(tensor, sources)
-        if name in allocation.renumbered and sources and sources[0] is not None and cut is not take_on_meta:
-            taken = renumber(tensor, sources[0])
-        if filling is None or sources is None or cut is not take:
-            return taken
-        return filling.fill(name, taken, sources, like=tensor)
-
-    small = skeleton(model, replace)
+    small = skeleton(model, replacing(allocation, cut))
     for path in allocation.absent:
         owner, _, name = path.rpartition(".")
         small.get_submodule(owner)._modules[name] = None
@@ -52,6 +42,22 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
     return small
 
 
+def replacing(allocation: Allocation, cut: Slice = take) -> Replace:
+    """A function that gives, of a tensor of the original and its name, the one in its place."""
+    filling = Filling.of(allocation.added)
+
+    def replace(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        sources = allocation.kept.get(name)
+        taken = cut(tensor, sources)
+        if name in allocation.renumbered and sources and sources[0] is not None and cut is not take_on_meta:
+            taken = renumber(tensor, sources[0])
+        if filling is None or sources is None or cut is not take:
+            return taken
+        return filling.fill(name, taken, sources, like=tensor)
+
+    return replace
+
+
 def check_fits(model: nn.Module, allocation: Allocation) -> None:
     """Raise AllocationMismatchError unless the allocation was made for a model of this architecture."""
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
@@ -59,6 +65,9 @@ def check_fits(model: nn.Module, allocation: Allocation) -> None:
         if name not in tensors:
             raise AllocationMismatchError(f"the allocation names {name}, which {type(model).__name__} does not have")
         _check_indices(name, dims, tuple(tensors[name].shape))
+    for field in ("reads", "averaged"):
+        for name, dims in allocation.added.get(field, {}).items():
+            _check_added(name, dims, allocation.kept.get(name, []))
     _check_attributes(model, allocation)
     architecture = architecture_hash(shapes_of(model))
     if allocation.architecture and allocation.architecture != architecture:
@@ -66,6 +75,14 @@ def check_fits(model: nn.Module, allocation: Allocation) -> None:
             f"the allocation was made for another architecture ({allocation.architecture}, "
             f"this {type(model).__name__} is {architecture}): build the model as it was then"
         )
+
+
+def _check_added(name: str, dims: Sequence[Indices | None], kept: Sequence[Indices | None]) -> None:
+    """What is said of added indices is said of indices that there are."""
+    for places, sources in zip_longest(dims, kept):
+        size = 0 if sources is None else length(sources)
+        if places and not all(0 <= place < size for place in places):
+            raise AllocationMismatchError(f"{name}: the allocation fills added indices beyond the {size} that it has")
 
 
 def _check_attributes(model: nn.Module, allocation: Allocation) -> None:

@@ -20,7 +20,7 @@ from allocator.errors import (
 )
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.scoring.answers import Loss
-from allocator.scoring.calibration import collect, with_gradients
+from allocator.scoring.calibration import Statistics, collect, with_gradients
 from allocator.scoring.scores import Scores, SlotScores, as_array
 from allocator.scoring.torch_pruning import importance_scores, is_importance
 from allocator.tracing.isolation import undisturbed
@@ -29,6 +29,7 @@ Weights = Callable[[str], torch.Tensor]
 """Gives a parameter or buffer of the model by its name."""
 Function = Callable[..., "np.ndarray | SlotScores"]
 """Of the graph, of `Weights`, and of `Statistics` where it needs data: one number per neuron, or scores by slot."""
+Stored = Mapping[str, torch.Tensor] | None
 AUTO = "auto"
 
 
@@ -123,7 +124,7 @@ def usual_criterion(data: Data | None) -> str:
     return "group_norm" if data is None else "fisher"
 
 
-def score(graph: ChannelGraph, criterion: Any = AUTO, data: Data | None = None) -> Scores:
+def score(graph: ChannelGraph, criterion: Any = AUTO, data: Data | None = None, stored: Stored = None) -> Scores:
     """Rank all neurons.
 
     Args:
@@ -132,6 +133,7 @@ def score(graph: ChannelGraph, criterion: Any = AUTO, data: Data | None = None) 
             one; one of Torch-Pruning's importances; an array of one number per neuron; or, by the names of
             parameters, arrays of their shapes, whose entries are added up over everything that goes with a neuron.
         data: what criteria may look at.
+        stored: the values of a model on the meta device, by name, read one by one.
 
     Raises:
         UnknownNameError: no such criterion, or no such parameter.
@@ -145,50 +147,55 @@ def score(graph: ChannelGraph, criterion: Any = AUTO, data: Data | None = None) 
     if isinstance(criterion, Mapping):
         return _checked(graph, "own", _by_parameter(graph, criterion))
     if isinstance(criterion, str):
-        return _by_names(graph, (usual_criterion(data) if criterion == AUTO else criterion,), data)
+        return _by_names(graph, (usual_criterion(data) if criterion == AUTO else criterion,), data, stored)
     if isinstance(criterion, Sequence) and criterion and all(isinstance(name, str) for name in criterion):
-        return _by_names(graph, tuple(criterion), data)
+        return _by_names(graph, tuple(criterion), data, stored)
     if callable(criterion):
-        return _by_function(graph, criterion, data)
+        return _by_function(graph, criterion, data, stored)
     return _checked(graph, "own", criterion)
 
 
-def _by_names(graph: ChannelGraph, names: tuple[str, ...], data: Data | None) -> Scores:
+def _by_names(graph: ChannelGraph, names: tuple[str, ...], data: Data | None, stored: Stored) -> Scores:
     """By one criterion, or by the mean rank of several."""
-    found = score_each(graph, names, data)
+    found = score_each(graph, names, data, stored)
     if len(found) == 1:
         return found[0]
     ranks = np.mean([_rank(scores.values) for scores in found], axis=0)
     return Scores("+".join(names), ranks)
 
 
-def score_each(graph: ChannelGraph, names: Sequence[str], data: Data | None) -> list[Scores]:
+def score_each(graph: ChannelGraph, names: Sequence[str], data: Data | None, stored: Stored) -> list[Scores]:
     """The scores by each of several criteria; the data are looked at once for all of them.
 
     Args:
         graph: the model's neurons.
         names: of registered criteria.
-        data: what they may look at.
+        data, stored: as for `score`.
 
     Raises:
         UnknownNameError, CriterionError, DataError: as for `score`.
     """
     criteria = [find_criterion(name) for name in names]
-    needs = {need for each in criteria for need in each.needs}
-    statistics = None
-    if needs:
-        if data is None:
-            asking = next(each.name for each in criteria if each.needs)
-            raise CriterionError(f"criterion {asking!r} looks at data: pass data=loader")
-        for each in criteria:
-            if each.labels and data.loss is None:
-                raise CriterionError(f"criterion {each.name!r} needs labels: pass loss=function beside the data")
-        statistics = collect(graph, data.loader, needs, loss=data.loss, seed=data.seed, progress=data.progress)
+    statistics = _statistics(graph, [each for each in criteria if each.needs], data)
     found = []
     for each in criteria:
         extra = (statistics,) if each.needs else ()
-        found.append(_checked(graph, each.name, each.function(graph, _weights_of(graph, each.name), *extra)))
+        found.append(_checked(graph, each.name, each.function(graph, _weights_of(graph, each.name, stored), *extra)))
     return found
+
+
+def _statistics(graph: ChannelGraph, criteria: Sequence[Criterion], data: Data | None) -> Statistics | None:
+    """What these criteria need to know of the data; None where there are none that look at data."""
+    if not criteria:
+        return None
+    if data is None:
+        raise CriterionError(f"criterion {criteria[0].name!r} looks at data: pass data=loader")
+    needs: set[str] = set()
+    for each in criteria:
+        needs.update(each.needs)
+        if each.labels and data.loss is None:
+            raise CriterionError(f"criterion {each.name!r} needs labels: pass loss=function beside the data")
+    return collect(graph, data.loader, needs, loss=data.loss, seed=data.seed, progress=data.progress)
 
 
 def _rank(values: np.ndarray) -> np.ndarray:
@@ -200,22 +207,26 @@ def _rank(values: np.ndarray) -> np.ndarray:
     return result
 
 
-def _by_function(graph: ChannelGraph, function: Any, data: Data | None) -> Scores:
+def _by_function(graph: ChannelGraph, function: Any, data: Data | None, stored: Stored) -> Scores:
     name = getattr(function, "__name__", type(function).__name__)
     if is_importance(function):
+        if stored is not None:
+            raise CriterionError(f"{name} of Torch-Pruning reads the whole model, whose weights stay in their folder")
         model = graph.model
         if data is not None:  # on a copy, so that the caller's gradients stay as they are
             model = with_gradients(graph, data.loader, loss=data.loss, seed=data.seed, progress=data.progress)
         with undisturbed(model, itself=True):  # one of them draws
             values = importance_scores(graph, function, model)
         return _checked(graph, name, values)
-    return _checked(graph, name, function(graph, _weights_of(graph, name)))
+    return _checked(graph, name, function(graph, _weights_of(graph, name, stored)))
 
 
-def _weights_of(graph: ChannelGraph, criterion: str) -> Weights:
+def _weights_of(graph: ChannelGraph, criterion: str, stored: Stored) -> Weights:
     tensors = graph.tensors
 
     def weights(name: str) -> torch.Tensor:
+        if stored is not None and name in stored:
+            return stored[name]
         if tensors[name].is_meta:
             raise CriterionError(
                 f"criterion {criterion!r} reads {name}, which lies on the meta device and has no values: build the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +28,11 @@ def bn_scale(graph: ChannelGraph, weights: Weights) -> SlotScores:
 @criterion("magnitude")
 def magnitude(graph: ChannelGraph, weights: Weights) -> SlotScores:
     """Root mean square of the weights that write a neuron, relative to its layer's (Li et al., ICLR 2017)."""
-    return SlotScores.of((label, _over_mean(_norms(weights(name), dim, name))) for name, dim, label in _written(graph))
+    rows = []
+    for name, dim, label in _written(graph):
+        (norms,) = _norms(weights(name), [dim], name)
+        rows.append((label, _over_mean(norms)))
+    return SlotScores.of(rows)
 
 
 @criterion("group_norm")
@@ -38,9 +42,10 @@ def group_norm(graph: ChannelGraph, weights: Weights) -> SlotScores:
     After the group L2 norm of Fang et al. (CVPR 2023), with every tensor's slices brought to one scale first.
     """
     rows = []
-    for name, dim, label in _dims_of_neurons(graph):
-        rows.append((label, _norms(weights(name), dim, name)))
-    return SlotScores.of((label, _over_branch(graph, label, norms)) for label, norms in rows)
+    for name, labels in _dims_of_neurons(graph):
+        for label, norms in zip(labels.values(), _norms(weights(name), list(labels), name), strict=True):
+            rows.append((label, _over_branch(graph, label, norms)))
+    return SlotScores.of(rows)
 
 
 @criterion("fpgm")
@@ -60,11 +65,17 @@ def random(graph: ChannelGraph, weights: Weights) -> np.ndarray:
     return np.random.default_rng(0).random(graph.size)
 
 
-def _norms(tensor: torch.Tensor, dim: int, name: str) -> np.ndarray:
-    """(n,) the L2 norm of every slice along a dim; the name is for messages."""
-    wide = tensor.detach().to(torch.float64)
-    others = [d for d in range(wide.dim()) if d != dim]
-    return _finite(torch.linalg.vector_norm(wide, dim=others) if others else wide.abs(), name)
+def _norms(tensor: torch.Tensor, dims: Sequence[int], name: str) -> list[np.ndarray]:
+    """Per dim, (n,) the L2 norm of every slice along it; the name is for messages."""
+    squares = tensor.detach().to(torch.float64, copy=True).square_()
+    squares = _sum_but(squares, dims, keepdim=True)
+    return [_finite(_sum_but(squares, [dim]).sqrt(), name) for dim in dims]
+
+
+def _sum_but(tensor: torch.Tensor, dims: Sequence[int], *, keepdim: bool = False) -> torch.Tensor:
+    """The sum over all dims but these."""
+    others = [d for d in range(tensor.dim()) if d not in dims]
+    return tensor.sum(others, keepdim=keepdim) if others else tensor
 
 
 def _finite(numbers: torch.Tensor, name: str) -> np.ndarray:
@@ -105,14 +116,15 @@ def _written(graph: ChannelGraph) -> list[tuple[str, int, np.ndarray]]:
     return list(found.values())
 
 
-def _dims_of_neurons(graph: ChannelGraph) -> Iterator[tuple[str, int, np.ndarray]]:
-    """(parameter, dim, its slots) of every dim of a weight or scale that holds neurons; shifts tell nothing of size."""
+def _dims_of_neurons(graph: ChannelGraph) -> Iterator[tuple[str, dict[int, np.ndarray]]]:
+    """The slots of every dim that holds neurons, by weight or scale; shifts tell nothing of size."""
     scales = {gamma.name for gamma in graph.facts.gammas}
     for name, tensor in graph.tensors.items():
         if not isinstance(tensor, torch.nn.Parameter) or not tensor.is_floating_point():
             continue
         if tensor.dim() < 2 and name not in scales:
             continue
-        for dim, label in enumerate(graph.slots.labels(name)):
-            if (graph.unit_of_slot[label] >= 0).any():
-                yield name, dim, label
+        labels = enumerate(graph.slots.labels(name))
+        found = {dim: label for dim, label in labels if (graph.unit_of_slot[label] >= 0).any()}
+        if found:
+            yield name, found

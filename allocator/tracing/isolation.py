@@ -12,7 +12,7 @@ import functools
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, MappingProxyType, ModuleType
 from typing import Any, ParamSpec, TypeVar
 
@@ -47,11 +47,12 @@ def undisturbed(model: nn.Module, *, itself: bool = False) -> Iterator[None]:
     Raises:
         UnsupportedModelError: the forward reached the model itself instead of the copy, and wrote into it.
     """
-    tensors = {} if itself else tensor_names(model)
+    modules = modules_of(model)
+    tensors = {} if itself else tensor_names(model, modules)
     versions = {name: _version(tensor) for name, tensor in tensors.items()}
     with _ONE_AT_A_TIME:
-        memory, restore_states = _Memory(model), _states()
-        watch, watched = _Watch(), _has_to_be_watched(model)
+        memory, restore_states = _Memory(modules.values()), _states()
+        watch, watched = _Watch(), _has_to_be_watched(modules.values())
         try:
             with watch if watched else contextlib.nullcontext(), adapters.in_calls_that_are_followed():
                 yield
@@ -96,9 +97,9 @@ def as_usual(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def _has_to_be_watched(model: nn.Module) -> bool:
+def _has_to_be_watched(modules: Iterable[nn.Module]) -> bool:
     """Alone in the process, and without attention of torch's own, nothing is to be told apart; a mode takes time."""
-    return threading.active_count() > 1 or any(isinstance(module, _FUSED) for module in modules_of(model).values())
+    return threading.active_count() > 1 or any(isinstance(module, _FUSED) for module in modules)
 
 
 class _Watch(TorchFunctionMode):
@@ -141,12 +142,14 @@ class _Memory:
     into too, only what holds tensors.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._containers: list[tuple[Any, Any, bool]] = []  # (container, copy of it, whether all of it is put back)
         self._classes: list[tuple[type, dict[str, Any]]] = []
         self._caches: list[tuple[Any, int]] = []
         self._seen: set[int] = set()
-        classes = {base for module in modules_of(model).values() for base in type(module).__mro__ if _is_own(base)}
+        classes: set[type] = set()
+        for kind in {type(module) for module in modules}:
+            classes.update(base for base in kind.__mro__ if _is_own(base))
         for cls in classes:
             self._classes.append((cls, dict(vars(cls))))
             for value in vars(cls).values():
@@ -158,23 +161,13 @@ class _Memory:
         if isinstance(value, _ATOMS) or not depth or id(value) in self._seen:
             return
         self._seen.add(id(value))
-        inside: list[Any] = []
         if isinstance(value, (dict, list, set)):
             self._containers.append((value, value.copy(), everything))
-            if len(value) <= _REGISTRY or depth == _DEPTH:
-                inside = list(value.values()) if isinstance(value, dict) else list(value)
+            if len(value) > _REGISTRY and depth < _DEPTH:
+                return
         elif isinstance(value, functools._lru_cache_wrapper):
             self._caches.append((value, value.cache_info().misses))
-        elif isinstance(value, FunctionType):
-            inside = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
-            inside += [*(value.__defaults__ or ()), vars(value)]
-        elif isinstance(value, (staticmethod, classmethod)):
-            inside = [value.__func__]
-        elif isinstance(value, tuple):
-            inside = list(value)
-        elif _is_own(type(value)) and hasattr(value, "__dict__"):
-            inside = [vars(value)]
-        for each in inside:
+        for each in _held_by(value):
             self._look(each, everything, depth - 1)
 
     def restore(self) -> None:
@@ -183,18 +176,38 @@ class _Memory:
             if cache.cache_info().misses != misses:
                 cache.cache_clear()
         for cls, before in self._classes:
-            now = dict(vars(cls))
-            for key in (key for key in now if key not in before and not _is_pythons(key)):
-                delattr(cls, key)
-            for key, value in before.items():
-                if now.get(key) is not value and not _is_pythons(key):
-                    setattr(cls, key, value)
+            _restore_class(cls, before)
         for container, before, everything in self._containers:
             if isinstance(container, dict):
                 _restore_mapping(container, before, everything)
             elif not _same(container, before) and (everything or _holds_tensors(list(container))):
                 container.clear()
                 container.update(before) if isinstance(container, set) else container.extend(before)
+
+
+def _held_by(value: Any) -> list[Any]:
+    """What a model's code may write into, one step further in."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, set, tuple)):
+        return list(value)
+    if isinstance(value, (staticmethod, classmethod)):
+        return [value.__func__]
+    if isinstance(value, FunctionType):
+        held = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
+        return [*held, *(value.__defaults__ or ()), vars(value)]
+    # Objects of torch's or of the language's own classes keep nothing of a forward, and are many.
+    return [vars(value)] if _is_own(type(value)) and hasattr(value, "__dict__") else []
+
+
+def _restore_class(cls: type, before: dict[str, Any]) -> None:
+    now = dict(vars(cls))
+    for key in now:
+        if key not in before and not _is_pythons(key):
+            delattr(cls, key)
+    for key, value in before.items():
+        if now.get(key) is not value and not _is_pythons(key):
+            setattr(cls, key, value)
 
 
 def _is_pythons(name: str) -> bool:

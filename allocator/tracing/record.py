@@ -18,6 +18,7 @@ from allocator.logs import hidden
 from allocator.modules import modules_of, set_training, skeleton, tensor_names
 from allocator.torch_private import (
     FAKE_LOGGER,
+    LITERALS,
     FakeTensorMode,
     TorchDispatchMode,
     call_as_usual,
@@ -221,7 +222,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Trace:
         names = {id(tensor): name for name, tensor in tensor_names(self.model, self.modules).items()}
         values: list[Value] = []
-        index: dict[int, int] = {}
+        index: dict[int, Ref] = {}
 
         read: list[int] = []
 
@@ -230,12 +231,12 @@ class _Recorder(TorchDispatchMode):
                 return leaf
             known = index.get(id(leaf))
             if known is None:
-                known = index[id(leaf)] = len(values)
+                known = index[id(leaf)] = Ref(len(values))
                 shape = (self.before.get(id(leaf)) or [_shape(leaf)])[0]
                 literal = self.literals[id(leaf)][1] if id(leaf) in self.literals else _numbers(leaf, mode)
                 values.append(Value(shape, leaf.dtype, names.get(id(leaf)), literal=literal))
-            read.append(known)
-            return Ref(known)
+            read.append(known.index)
+            return known
 
         def outputs(tree: Any) -> tuple[int, ...]:
             leaves = [tree] if isinstance(tree, torch.Tensor) else tree_flatten(tree)[0]
@@ -262,11 +263,15 @@ class _Recorder(TorchDispatchMode):
 def _numbers(tensor: torch.Tensor, mode: str) -> tuple[Any, ...]:
     """What a forward without values reads of a tensor that has some: numbers that it made, however it did.
 
-    Of many, a checksum.
+    What is repeated counts once, however often: all, or along a dim that was expanded. Of many others a checksum.
     """
     if mode == "real" or without_values(tensor) or tensor.layout is not torch.strided:
         return ()
+    for dim, stride in enumerate(tensor.stride()):
+        tensor = tensor.detach().narrow(dim, 0, 1) if stride == 0 and tensor.shape[dim] else tensor
     numbers = tensor.detach().cpu().reshape(-1)
+    if len(numbers) > 1 and bool((numbers == numbers[0]).all()):
+        return tuple(numbers[:1].tolist())
     if len(numbers) <= _MOST_NUMBERS:
         return tuple(numbers.tolist())
     return (zlib.crc32(numbers.contiguous().view(torch.uint8).numpy().tobytes()),)
@@ -297,7 +302,7 @@ class _Functions(TorchFunctionMode):
             out = func(*args, **kwargs)
             if func in _WRITTEN_DOWN:
                 leaves = [getattr(leaf, "tolist", lambda leaf=leaf: leaf)() for leaf in _given(args, kwargs)]
-                numbers = [leaf for leaf in tree_flatten(leaves)[0] if type(leaf) in _LITERALS]
+                numbers = [leaf for leaf in tree_flatten(leaves)[0] if type(leaf) in LITERALS]
                 self.recorder.literals[id(out)] = out, tuple(numbers)  # held, so that no other tensor has its id
             return out
         call = Call(name, args, kwargs)
@@ -324,17 +329,14 @@ def _composite(func: Any) -> str | None:
 
 
 def _replace(tree: Any, ref: Callable[[Any], Any]) -> Any:
-    """`tree_map` for the few containers that ATen arguments use; several times faster."""
-    if type(tree) in _LITERALS:
+    """`map_arguments` that makes tuples of lists, which the forward may go on to change."""
+    if type(tree) in LITERALS:
         return tree
     if isinstance(tree, (list, tuple)):
-        return tuple([item if type(item) in _LITERALS else _replace(item, ref) for item in tree])
+        return tuple([item if type(item) in LITERALS else _replace(item, ref) for item in tree])
     if isinstance(tree, dict):
         return {key: _replace(item, ref) for key, item in tree.items()}
     return ref(tree)
-
-
-_LITERALS = frozenset({int, float, bool, str, type(None)})
 
 
 def _note_views(op: Op, values: list[Value]) -> None:

@@ -37,12 +37,13 @@ class Certificate:
         weights: every parameter and buffer is, bit for bit, the slice of the original's that the allocation
             names; None if not compared. False for a model that was trained since.
         effect: how much the original's outputs change when the dropped neurons are cut, in the same measure
-            as `relative_error`: what a mistake would have changed; None if not measured.
+            as `relative_error`: what a mistake would have changed; None if not measured. To about 1e-6: where it is
+            large, the original as it is was run in float32.
         drawn: the outputs were compared on weights drawn from the seed too, and `effect` is theirs: with the
             model's own, neurons do not reach the outputs (an untrained network whose signal dies away, or
             residual branches whose last scale is zero), so that their agreement would show little.
         shown: the outputs could be compared, and depend on the dropped neurons; without that, their agreement shows
-            nothing. True where nothing was dropped or measured.
+            nothing. True where nothing was dropped or measured, and where `unread`.
         compared: numbers in the outputs that were compared, over all inputs that were tried.
         dtype: what was computed in; "float32" where the forward refuses float64.
         compared_shapes: of the inputs that the outputs were compared on first: those of `input_shapes`, or with fewer
@@ -51,6 +52,7 @@ class Certificate:
             `weights` and `relative_error` are of the cut. None where they were not.
         widens: of a wider network. It computes what the original does, and the original is what is left of it without
             the neurons that were added: these are the dropped ones above.
+        unread: no output reads the dropped neurons, as those of a branch that ends dead, so that `effect` is none.
     """
 
     structural: bool
@@ -68,6 +70,7 @@ class Certificate:
     compared_shapes: tuple[tuple[int, ...], ...] = ()
     refitted: int | None = None
     widens: bool = False
+    unread: bool = False
 
     @property
     def tolerance(self) -> float:
@@ -105,6 +108,8 @@ class Certificate:
         if not self.shown:
             neurons = "added" if self.widens else "dropped"
             said.append(f"but none of them was seen to depend on the {neurons} neurons")
+        elif self.unread:
+            said.append("none of them reads the dropped neurons")
         verdict = "passed" if self.ok else "NOT SHOWN" if self.agrees else "FAILED"
         after = "" if self.refitted is None else f"; structure proven, weights refitted on {self.refitted} inputs"
         return f"{verdict}: {', '.join(said)}{after}"
@@ -142,6 +147,7 @@ def certificate_of(
     seed: int,
     numeric: Certify,
     widens: bool = False,
+    copies: Maps | None = None,
 ) -> Certificate:
     """The certificate of two models of which the smaller passed the structural check.
 
@@ -149,6 +155,8 @@ def certificate_of(
         graph, kept, maps, small, seed, numeric: as for `certify`.
         same_weights: whether the weights are those that there should be.
         widens: the smaller one came first, and the two compute the same.
+        copies: per tensor of the graph's model which index holds what each holds, where there are copies that weights
+            which are drawn have to be as well.
     """
     shapes = _shapes(graph.inputs)
     if not numeric:
@@ -156,11 +164,11 @@ def certificate_of(
     same = same_weights(graph, maps, small)
     fewer = None if numeric == "full" else smaller_inputs(graph)
     like = [graph.inputs] if fewer is None else [fewer, graph.inputs]
-    found = compare_outputs(graph, kept, maps, small, seed, like, uncut=widens)
+    found = compare_outputs(graph, kept, maps, small, seed, like, uncut=widens, copies=copies or {})
     shown = found.shows or bool(kept.all())
     compared = (found.compared, found.dtype, _shapes(found.like or graph.inputs))
     numbers = (found.outputs, same, found.effect, found.drawn, shown, *compared)
-    return Certificate(True, found.error, graph.exact, seed, shapes, *numbers, widens=widens)
+    return Certificate(True, found.error, graph.exact, seed, shapes, *numbers, widens=widens, unread=found.unread)
 
 
 def no_certificate(graph: ChannelGraph, seed: int = 0) -> Certificate:

@@ -13,7 +13,8 @@ from allocator.errors import AllocatorError, CertificateError, first_line
 from allocator.flow.labels import FROZEN
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.rewriting.index_map import Maps
-from allocator.tracing.inputs import Inputs, device_of
+from allocator.tracing.inputs import Inputs, device_of, dtype_of
+from allocator.tracing.variations import batch_of, with_batch
 from allocator.verifying.difference import Difference, difference, noise_floors
 from allocator.verifying.float64 import Draw, Rows, run_float64
 
@@ -26,6 +27,8 @@ MEASURABLE = 1e-6
 SHOWS = 10
 # The share of an output that has to be compared on some input: of the others NaN is all that is known.
 ENOUGH = 0.01
+# An effect that float32 tells from rounding, so that the network as it is need not run in float64.
+PLAIN = 0.01
 NUDGES = 3
 # By how much the largest inputs that are tried exceed standard normal ones: biases then count for little.
 LOUD = 16.0
@@ -45,6 +48,7 @@ class Comparison:
         compared: numbers that were compared, over all inputs.
         dtype: what was computed in.
         like: the inputs that those compared on first were drawn like.
+        unread: no output reads the dropped neurons, so that there is no effect to see.
     """
 
     error: float
@@ -55,11 +59,13 @@ class Comparison:
     compared: int = 0
     dtype: str = "float64"
     like: Inputs | None = None
+    unread: bool = False
 
     @property
     def shows(self) -> bool:
         """Whether a mistake would have been seen."""
-        return self.effect >= SHOWS * TOLERANCES[self.dtype] and min(self.shares, default=0.0) >= ENOUGH
+        seen = self.unread or self.effect >= SHOWS * TOLERANCES[self.dtype]
+        return seen and min(self.shares, default=0.0) >= ENOUGH
 
     def on_another_input(self, other: Comparison, effect: float) -> Comparison:
         """Both together, with the effect that counts."""
@@ -80,6 +86,7 @@ def compare_outputs(
     like: Sequence[Inputs] = (),
     *,
     uncut: bool = False,
+    copies: Maps | None = None,
 ) -> Comparison:
     """Compare the two models on inputs drawn from the seed, in float64 or, where the forward refuses that, in float32.
 
@@ -97,6 +104,7 @@ def compare_outputs(
             run on them; the graph's own where there are none.
         uncut: with its own weights the original computes what the rewritten model does, though it has more neurons; it
             is compared as it is.
+        copies: per tensor of the original, which index holds what each holds, for weights that are drawn.
 
     Raises:
         CertificateError: the forward runs in neither dtype.
@@ -104,7 +112,7 @@ def compare_outputs(
     said = []
     for dtype in (torch.float64, torch.float32):
         try:
-            return _compare(_Pair(graph, kept, maps, small, seed, like or (graph.inputs,), dtype, uncut))
+            return _compare(_Pair(graph, kept, maps, small, seed, like or (graph.inputs,), dtype, uncut, copies or {}))
         except AllocatorError:
             raise
         except Exception as error:  # whatever the model's own code raises
@@ -130,13 +138,13 @@ def _compare(pair: _Pair) -> Comparison:
         if np.isfinite(drawn.effect):
             found = own.on_another_input(drawn, drawn.effect)
     for number, other in enumerate(others, 1):
-        for weights in (None,) if by_value else (None, pair.seed + number):
+        for weights in (None, pair.seed + number):
             if found.shows:
                 return found
-            again = pair.tried(other, weights)
+            again = pair.tried(other, weights) if weights is None or not by_value else pair.agreed(other, weights)
             if again is not None:
                 found = found.on_another_input(again, max(found.effect, again.effect))
-    return found
+    return found if found.shows else replace(found, unread=pair.is_unread())
 
 
 @dataclass
@@ -151,6 +159,7 @@ class _Pair:
     like: Sequence[Inputs]
     dtype: torch.dtype
     uncut: bool
+    copies: Maps
 
     def inputs(self) -> Iterator[Inputs]:
         """Those to compare on, the ones that say most first."""
@@ -164,6 +173,10 @@ class _Pair:
             yield own
             yield own.noise(self.seed + 2, device, torch.float64, scale=LOUD)
             yield own.noise(self.seed + 3, device, torch.float64, scale=LOUD)
+            batch = batch_of(own)
+            # A mean over what a batch norm made of one sample is the norm's shift. Other samples hold no whole numbers.
+            if batch is not None and all(t.is_floating_point() for t in own.tensors()):
+                yield with_batch(own, batch + 1).noise(self.seed + 4, device, torch.float64)
 
     def compare(self, inputs: Inputs, weights: int | None = None) -> Comparison:
         """The two models on one input, with their own weights or with those of a seed."""
@@ -177,14 +190,63 @@ class _Pair:
             return None
         return self._beside(given, inputs, weights)
 
+    def agreed(self, inputs: Inputs, weights: int) -> Comparison | None:
+        """As `tried`; None where the two do not agree: a forward that needs values may take another path with these."""
+        try:
+            found = self.compare(inputs, weights)
+        except Exception:  # whatever the model's own code raises
+            return None
+        return found if found.error <= TOLERANCES[found.dtype] else None
+
     def _draw(self, weights: int | None) -> Draw | None:
-        return None if weights is None else Draw(self.graph, weights)
+        return None if weights is None else Draw(self.graph, weights, self.copies)
 
     def _original(self, inputs: Inputs, draw: Draw | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Outputs of the original with the dropped neurons cut, and without that."""
         cut = self._cut(inputs, draw)
-        told = not self.kept.all() and any(t.numel() for t in cut)  # a detector may find nothing
-        return cut, run_float64(self.graph.model, inputs, draw=draw, dtype=self.dtype) if told else cut
+        if self.kept.all() or not any(t.numel() for t in cut):  # a detector may find nothing
+            return cut, cut
+        only_for_the_effect = draw is not None or not self.uncut
+        if only_for_the_effect and dtype_of(self.graph.model) is torch.float32:
+            whole = self._whole(inputs, draw, torch.float32)
+            if PLAIN <= difference(whole, cut, patterns=False).worst < float("inf"):
+                return cut, whole
+        return cut, self._whole(inputs, draw, self.dtype)
+
+    def _whole(self, inputs: Inputs, draw: Draw | None, dtype: torch.dtype) -> list[torch.Tensor]:
+        written = self.graph.flow.trace.written()
+        return run_float64(self.graph.model, inputs, draw=draw, dtype=dtype, written=written)
+
+    def is_unread(self) -> bool:
+        """Whether the original gives the same outputs where every weight of a dropped neuron is no number.
+
+        That passes through all arithmetic, where a zero may be lost in a layer that is off. What compares numbers takes
+        none for small, and is asked with the largest and the smallest too.
+        """
+        rows, found = _dropped_rows(self.graph, self.kept), []
+        for number, inputs in enumerate(self.inputs()):
+            for weights in (None, self.seed + number):
+                found.append(self._same_outputs(inputs, rows, self._draw(weights)))
+                if found[-1] is False:
+                    return False
+        return True in found
+
+    def _same_outputs(self, inputs: Inputs, rows: Rows, draw: Draw | None) -> bool | None:
+        """Whether no output reads these rows; None where there is none to see that of."""
+        try:
+            usual = run_float64(self.graph.model, inputs, draw=draw, dtype=self.dtype)
+        except Exception:  # whatever the model's own code raises
+            return None
+        if not all(t.numel() for t in usual):
+            return None
+        for fill in (float("nan"), float("inf"), -float("inf")):
+            try:
+                spoilt = run_float64(self.graph.model, inputs, zeroed=rows, draw=draw, dtype=self.dtype, fill=fill)
+            except Exception:  # the forward asks for numbers, or chooses between them
+                return False
+            if difference(usual, spoilt).worst:
+                return False
+        return True
 
     def _cut(self, inputs: Inputs, draw: Draw | None, nudge: int = 0) -> list[torch.Tensor]:
         zeroed = _zeroed_rows(self.graph, self.kept)
@@ -220,7 +282,7 @@ def _silenced(graph: ChannelGraph) -> bool:
     scales = {gamma.name for gamma in graph.facts.gammas}
     for name, parameter in graph.model.named_parameters():
         multiplies = parameter.dim() > 1 or name in scales
-        if multiplies and parameter.numel() and not bool(parameter.any()):
+        if multiplies and parameter.numel() and not (parameter.dim() and parameter[0].any()) and not parameter.any():
             return True
     return False
 
@@ -236,7 +298,16 @@ def _zeroed_rows(graph: ChannelGraph, kept: np.ndarray) -> Rows:
     for label in graph.facts.multiplied:
         units = np.unique(graph.units(label))
         slots |= np.isin(graph.unit_of_slot, units)
-    slots &= dropped
+    return _rows(graph, slots & dropped)
+
+
+def _dropped_rows(graph: ChannelGraph, kept: np.ndarray) -> Rows:
+    """Per floating-point tensor, the (dim, indices) that are dropped."""
+    rows = _rows(graph, ~graph.stays(kept))
+    return {name: found for name, found in rows.items() if graph.tensors[name].is_floating_point()}
+
+
+def _rows(graph: ChannelGraph, slots: np.ndarray) -> Rows:
     slots[FROZEN] = False
     rows: Rows = {}
     for name, shape in graph.slots.shapes.items():

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from torch.overrides import TorchFunctionMode
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import set_training, skeleton, tensor_names
 from allocator.rewriting.index_map import IndexMap, Maps
-from allocator.torch_private import tree_map
+from allocator.torch_private import map_arguments
 from allocator.tracing.inputs import Inputs, dtype_of
 from allocator.tracing.isolation import undisturbed
 from allocator.tracing.operators import FUNCTIONS, Function
 from allocator.tracing.record import tensors_in
 
-Rows = dict[str, list[tuple[int, np.ndarray]]]
+_Dims = list[tuple[int, np.ndarray]]
+Rows = dict[str, _Dims]
 # Bytes of the columns that a convolution on the CPU may unfold its input to, all channels together.
 COLUMNS = 4 << 20
 
@@ -37,7 +39,7 @@ def part_of(tensor: torch.Tensor, maps: Sequence[IndexMap | None]) -> torch.Tens
     for dim, index_map in enumerate(maps):
         if index_map is not None:
             index = torch.as_tensor(index_map.source, device=tensor.device)
-            tensor = tensor[(slice(None),) * dim + (index,)]
+            tensor = tensor.index_select(dim, index)
     return tensor
 
 
@@ -49,6 +51,8 @@ def run_float64(
     draw: Draw | None = None,
     dtype: torch.dtype = torch.float64,
     nudge: int = 0,
+    fill: float = 0.0,
+    written: Collection[str] | None = None,
 ) -> list[torch.Tensor]:
     """Output tensors of an eval-mode forward in float64; weights are converted one call at a time.
 
@@ -59,14 +63,22 @@ def run_float64(
         draw: gives values to use in place of the model's parameters and running statistics.
         dtype: what is computed in, float32 where a forward refuses float64.
         nudge: a seed by which every weight is changed a little, to see what outputs owe to rounding; 0 for none.
+        fill: what `zeroed` is read as instead; of a weight that is computed, what it is computed from. What chooses by
+            truth values then gives no number for one that it left out.
+        written: names of the parameters that the forward writes into, where that is known: no others are copied.
 
     Returns:
         Tensors on the CPU in float64; of complex ones the last dim is (real, imaginary). Where all are of whole
         numbers, what the last of them were made from as well (of an argmax, the scores): that they agree shows more.
     """
-    copied = set_training(skeleton(model, lambda _, t: t if _reads_only(t, dtype) else t.clone()), False)
-    direct = {name: rows for name, rows in (zeroed or {}).items() if not _zero_computed(copied, name, rows)}
-    with torch.no_grad(), undisturbed(model), _Wide(copied, direct, draw, dtype, nudge) as mode:
+
+    def own(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        known = written is not None and isinstance(tensor, nn.Parameter) and name not in written
+        return tensor if known or _reads_only(tensor, dtype) else tensor.clone()
+
+    copied = set_training(skeleton(model, own), False)
+    direct = {name: rows for name, rows in (zeroed or {}).items() if fill or not _zero_computed(copied, name, rows)}
+    with torch.no_grad(), undisturbed(model), _Wide(copied, direct, draw, dtype, nudge, fill) as mode:
         arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs
         output = copied(*arguments.args, **arguments.kwargs)
     tensors = tensors_in(output)
@@ -87,17 +99,20 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to("cpu", torch.float64)
 
 
-def _zero_computed(copied: nn.Module, name: str, rows: list[tuple[int, np.ndarray]]) -> bool:
+def _filled(tensor: torch.Tensor, rows: _Dims, value: float) -> torch.Tensor:
+    for dim, indices in rows:
+        tensor.index_fill_(dim, torch.as_tensor(indices, device=tensor.device), value)
+    return tensor
+
+
+def _zero_computed(copied: nn.Module, name: str, rows: _Dims) -> bool:
     """Zero a weight that a parametrisation computes after it was computed; whether there was one to zero."""
     owner = copied.get_submodule(name.rpartition(".")[0])
     if not isinstance(owner, ParametrizationList):
         return False
 
     def zero(module: nn.Module, args: Any, weight: torch.Tensor) -> torch.Tensor:
-        weight = weight.clone()
-        for dim, indices in rows:
-            weight.index_fill_(dim, torch.as_tensor(indices, device=weight.device), 0)
-        return weight
+        return _filled(weight.clone(), rows, 0.0)
 
     owner.register_forward_hook(zero)
     return True
@@ -107,7 +122,8 @@ class Draw:
     """Weights drawn from a seed, the same for a name whatever is kept of it.
 
     Matrices and kernels are uniform with the variance 2 / fan-in (He et al., ICCV 2015), vectors uniform in
-    0.5..1.5, so that signals neither vanish nor grow on their way; of buffers only running statistics are drawn.
+    0.5..1.5, so that signals neither vanish nor grow on their way; of buffers only running statistics are drawn. They
+    are numbers of float32, which any wider dtype holds.
     """
 
     def __init__(self, graph: ChannelGraph, seed: int, maps: Maps | None = None) -> None:
@@ -118,8 +134,8 @@ class Draw:
         statistic = name.endswith(("running_mean", "running_var"))
         if not shape or not (isinstance(own, nn.Parameter) or statistic):
             return own
-        generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
-        values = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+        generator = np.random.Generator(np.random.SFC64(zlib.crc32(f"{self.seed} {name}".encode())))
+        values = torch.from_numpy(generator.random(shape, dtype=np.float32))
         if len(shape) == 1:
             values += 0.5
         else:
@@ -130,12 +146,15 @@ class Draw:
 class _Wide(TorchFunctionMode):
     """Runs every function in one wide dtype, with rows of some weights read as zero; copies one weight at a time."""
 
-    def __init__(self, model: nn.Module, zeroed: Rows, draw: Draw | None, dtype: torch.dtype, nudge: int) -> None:
+    def __init__(
+        self, model: nn.Module, zeroed: Rows, draw: Draw | None, dtype: torch.dtype, nudge: int, fill: float
+    ) -> None:
         """`rounded` holds what the last call that gave whole numbers read; `written` what was converted and written."""
         super().__init__()
         names = tensor_names(model)
         self.rows = {id(names[name]): rows for name, rows in zeroed.items()}
-        self.draw, self.dtype, self.nudge = draw, dtype, nudge
+        self.zeroed: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor | _Dims]] = {}
+        self.draw, self.dtype, self.nudge, self.fill = draw, dtype, nudge, fill
         self.names = {id(tensor): name for name, tensor in names.items()} if draw is not None or nudge else {}
         self.said = dtype_of(model)
         self.complex = dtype.to_complex()
@@ -151,19 +170,50 @@ class _Wide(TorchFunctionMode):
         if func in _NARROWING:
             return args[0].to(self.dtype)
         given = args, kwargs or {}
-        args, kwargs = tree_map(self.convert, given)
+        args, kwargs = map_arguments(self.convert, given)
         declared = FUNCTIONS.get(name)
         if declared is not None and declared.orders:
-            args, kwargs = tree_map(_rounded, (args, kwargs))
+            args, kwargs = map_arguments(_rounded, (args, kwargs))
         out = _convolve(func, *args, **kwargs) if func in _CONVOLUTIONS else func(*args, **kwargs)
+        out = self._zero_again(func, args, kwargs, out) if self.zeroed and isinstance(out, torch.Tensor) else out
         if name.endswith("_") or "out" in kwargs:
             self._note_written(given, (args, kwargs))
+        if self.fill:
+            out = _with_left_out(name, tensors_in((args, kwargs)), out)
         if isinstance(out, torch.Tensor):
             self._note_rounded(args, out, declared)
             return self.widen(out)
         if out is self.dtype:
             return self.said
-        return tree_map(self.widen, out) if isinstance(out, (tuple, list)) else out
+        return map_arguments(self.widen, out) if isinstance(out, (tuple, list)) else out
+
+    def _zero_again(self, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> torch.Tensor:
+        """What is computed from weights alone, number by number, is zero where they are read as zero.
+
+        Where that is, is seen by numbers that are none: those of a function that mixes them are another number.
+        """
+        given = [t for t in tensors_in((args, kwargs)) if t.is_floating_point() and t.numel() > 1]
+        if not given or not out.is_floating_point() or out.numel() != given[0].numel():
+            return out
+        if not all(self._is_zeroed(t) for t in given):
+            return out
+        spoilt = map_arguments(self._spoilt, (args, kwargs))
+        where = func(*spoilt[0], **spoilt[1]).isnan() & ~out.isnan()
+        if int(where.sum()) == int(self._spoilt(given[0]).isnan().sum()):
+            out = out.masked_fill(where, 0.0)
+            self.zeroed[id(out)] = weakref.ref(out), where
+        return out
+
+    def _is_zeroed(self, leaf: Any) -> bool:
+        return id(leaf) in self.zeroed and self.zeroed[id(leaf)][0]() is leaf
+
+    def _spoilt(self, leaf: Any) -> Any:
+        if not self._is_zeroed(leaf):
+            return leaf
+        where = self.zeroed[id(leaf)][1]
+        if isinstance(where, torch.Tensor):
+            return leaf.masked_fill(where, float("nan"))
+        return _filled(leaf.clone(), where, float("nan"))
 
     def _note_rounded(self, args: Any, out: torch.Tensor, declared: Function | None) -> None:
         """Remember what a call made whole numbers of; where it had been rounded before, what that was."""
@@ -206,9 +256,27 @@ class _Wide(TorchFunctionMode):
         rows = self.rows.get(id(leaf))
         if rows is not None:
             wide = wide.clone() if wide is leaf else wide
-            for dim, indices in rows:
-                wide.index_fill_(dim, torch.as_tensor(indices, device=wide.device), 0)
+            _filled(wide, rows, self.fill)
+            if not self.fill:
+                self.zeroed[id(wide)] = weakref.ref(wide), rows
         return wide
+
+
+def _with_left_out(name: str, given: list[torch.Tensor], out: Any) -> Any:
+    """What a call gave that chooses by truth values, no number wherever one of those that it chose from is none.
+
+    Raises:
+        ValueError: it wrote over numbers, or gave a part of them.
+    """
+    if not any(t.dtype == torch.bool for t in given):
+        return out
+    if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+        raise ValueError(f"{name} writes by truth values")
+    if isinstance(out, torch.Tensor) and out.is_floating_point():
+        for t in given:
+            if t.is_floating_point():
+                out = out + 0 * t
+    return out
 
 
 NUDGE = {torch.float64: 2.0**-40, torch.float32: 2.0**-16}

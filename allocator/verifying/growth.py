@@ -6,6 +6,7 @@ original is what is left of it without the neurons that were added. The second i
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,10 +14,11 @@ from torch import nn
 
 from allocator.graph.build import build_graph
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.graph.even import EvenNeurons
 from allocator.modules import tensor_names
-from allocator.rewriting.added import Filling
+from allocator.rewriting.added import Filling, Places, added_where, first_places
 from allocator.rewriting.allocation import Allocation
-from allocator.rewriting.index_map import Maps, maps_of
+from allocator.rewriting.index_map import IndexMap, Maps, maps_of
 from allocator.rewriting.kept import times_by
 from allocator.settings import Certify
 from allocator.verifying.certificate import (
@@ -43,6 +45,9 @@ def certify_growth(
         seed: of the input that the two are compared on.
         numeric: compare weights and float64 outputs too, at which size, as for `certify`.
     """
+    even = EvenNeurons.of(graph)
+    if not even.keeps_averages(_times(graph, maps)):
+        return no_certificate(graph, seed)
     options = replace(graph.options, include=(), exclude=(), same=())  # modules of the original are none of this one
     back = build_graph(wide, graph.inputs, options, graph.forwards.of(wide))
     kept = _originals(back, maps)
@@ -52,10 +57,22 @@ def certify_growth(
     if find_mismatch(back, back_maps, graph.model) is not None:
         return no_certificate(graph, seed)
 
-    def same_weights(_: ChannelGraph, back_maps: Maps, __: nn.Module) -> bool:
-        return _weights_match(graph, back_maps, maps, wide, filling)
+    averaged = added_where(maps, even.slots(graph))
 
-    return certificate_of(back, kept, back_maps, graph.model, same_weights, seed=seed, numeric=numeric, widens=True)
+    def same_weights(_: ChannelGraph, back_maps: Maps, __: nn.Module) -> bool:
+        return _weights_match(graph, back_maps, maps, wide, filling, averaged)
+
+    return certificate_of(
+        back,
+        kept,
+        back_maps,
+        graph.model,
+        same_weights,
+        seed=seed,
+        numeric=numeric,
+        widens=True,
+        copies=_copies(maps, averaged),
+    )
 
 
 def verify_growth(
@@ -78,6 +95,33 @@ def verify_growth(
     return certify_growth(graph, maps, wide, filling, seed=seed, numeric=numeric)
 
 
+def _times(graph: ChannelGraph, maps: Maps) -> np.ndarray:
+    """(neurons,) how many of each there are in the wider network."""
+    times = np.ones(graph.size, dtype=np.int64)
+    for name, dims in maps.items():
+        for start, size, index_map in zip(graph.slots.base[name], graph.slots.shapes[name], dims, strict=True):
+            if index_map is not None:
+                units = graph.unit_of_slot[start : start + size]
+                times[units[units >= 0]] = np.bincount(index_map.source, minlength=size)[units >= 0]
+    return times
+
+
+def _copies(maps: Maps, averaged: Mapping[str, Sequence[Places | None]]) -> Maps:
+    """Per tensor of the wider network, which index holds what each holds: of what averages are taken over, the first.
+
+    So weights that are drawn keep the averages as well.
+    """
+    copies: Maps = {}
+    for name, dims in averaged.items():
+        copies[name] = [None] * len(dims)
+        for dim, (index_map, places) in enumerate(zip(maps[name], dims, strict=True)):
+            if index_map is not None and places:
+                holds = np.arange(len(index_map))
+                holds[places] = first_places(index_map.source)[index_map.source[places]]
+                copies[name][dim] = IndexMap.of(holds)
+    return copies
+
+
 def _originals(back: ChannelGraph, maps: Maps) -> np.ndarray | None:
     """(neurons,) bool: those of the wider network that are the original's; None where one is so in part."""
     stays = np.ones(back.slots.total, dtype=bool)
@@ -93,7 +137,14 @@ def _originals(back: ChannelGraph, maps: Maps) -> np.ndarray | None:
     return left > 0
 
 
-def _weights_match(graph: ChannelGraph, back_maps: Maps, maps: Maps, wide: nn.Module, filling: Filling) -> bool:
+def _weights_match(
+    graph: ChannelGraph,
+    back_maps: Maps,
+    maps: Maps,
+    wide: nn.Module,
+    filling: Filling,
+    averaged: Mapping[str, Sequence[Places | None]],
+) -> bool:
     """Whether the wider network without what was added has the original's tensors, bit for bit.
 
     And whether what was added changes nothing: that its readers are zero, or the shares of copies add up.
@@ -105,7 +156,7 @@ def _weights_match(graph: ChannelGraph, back_maps: Maps, maps: Maps, wide: nn.Mo
         if dims is not None:
             sources = [None if index_map is None else index_map.source for index_map in dims]
             own = filling.undo(name, own, sources)
-            if not filling.is_neutral(name, own, sources):
+            if not filling.is_neutral(name, own, sources, averaged.get(name)):
                 return False
             own = part_of(own, back_maps.get(name, ()))
         if not same_bits(tensor.detach(), own):
