@@ -7,6 +7,7 @@ made, and the one whose network answers most like the original is it.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -32,6 +33,8 @@ CANDIDATES = ("fisher", "group_norm", "activation")
 """The first is taken where nothing can be tried."""
 SAMPLES = 128
 """Inputs that the networks are compared on, at most."""
+USELESS = 1.0
+"""A distance, in nats or of the outputs' own size, at which a network says next to nothing of the original's answers."""
 
 
 def suitable_scores(
@@ -66,8 +69,8 @@ def suitable_scores(
     best = min(tried, key=lambda name: tried[name])
     listed = ", ".join(f"{name} {tried[name]:.3g}" for name in sorted(tried, key=lambda name: tried[name]))
     note = (
-        f"criterion {best} was chosen by trial: distance of the answers from the original's on "
-        f"{samples.count + samples.held_count} inputs, {listed}"
+        f"criterion {best} was chosen by trial: how far answers are from the original's on "
+        f"{samples.count + samples.held_count} inputs ({listed})"
     )
     return next(scores for scores in scored if scores.criterion == best), [note]
 
@@ -94,11 +97,13 @@ def _tried(
 
 
 def _distance(model: nn.Module, small: nn.Module, samples: Samples) -> float:
-    """As it was cut, or once its batch norms hold the statistics of the data, whichever is nearer."""
+    """As it was cut, and once its batch norms hold the statistics of the data: the geometric mean of the two.
+
+    The first is what is handed back, the second what a few steps of training or a recovery begin with. As cut, answers
+    that are further off than `USELESS` all count alike.
+    """
     smalls = [small, for_inference(small)]
-    try:
-        if not take_statistics(smalls[1], samples):
-            smalls.pop()
-    except DataError:  # a norm meets a single number
-        smalls.pop()
-    return min(distances(model, smalls, (*samples.seen, *samples.held)))
+    with contextlib.suppress(DataError):  # where a norm meets a single number
+        take_statistics(smalls[1], samples)
+    as_cut, after = distances(model, smalls, (*samples.seen, *samples.held))
+    return math.sqrt(min(as_cut, USELESS) * after)
