@@ -197,6 +197,12 @@ def test_where_zeros_are_divided_by_the_error_says_what_else_there_is() -> None:
         torch.testing.assert_close(restored(IMAGES), result.model(IMAGES), rtol=1e-3, atol=1e-3)
 
 
+def test_a_wider_network_has_nothing_to_recover() -> None:
+    wide = allocator.widen(trained(), factor=1.5, example_inputs=IMAGE)
+    with pytest.raises(InputError, match=r"this result is wider than its original .* there is nothing to recover"):
+        allocator.recover(wide, torch.randn(16, *IMAGE.shape[1:]))
+
+
 def test_what_cannot_be_restored() -> None:
     model = trained()
     wide = allocator.widen(model, factor=1.5, example_inputs=IMAGE)
@@ -322,6 +328,21 @@ def test_a_language_model(init: Any) -> None:
 
 
 # In a shell -------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_speaks_of_what_is_wider(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = str(tmp_path / "wide.safetensors")
+    model = ("recipe:resnet-small", "--input-size", "1x1x32x32", "-q")
+    assert main(["widen", *model, "--factor", "1.2", "-o", wide]) == 0
+    assert main(["verify", "recipe:resnet-small", wide]) == 0
+    assert "verdict    the original with neurons that change nothing" in capsys.readouterr().out
+    assert main(["widen", *model, "--flops", "50%"]) == 1
+    assert "widen adds neurons, allocator-cli allocate MODEL --flops ... takes some away" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["widen", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the wider model: .pt" in said
+    assert "budgets above its own (150%, for example)" in said
 
 
 def test_the_command_line_widens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
