@@ -8,7 +8,7 @@
 - `<!-- skip: next "reason" -->` leaves the next block out; `next if(quick, reason="...")` where it is run quickly, and
   `start if(not installed("NAME"), reason="...")` all up to `<!-- skip: end -->` where a package is missing.
 - `<!-- quick: OLD -> NEW -->` changes a later block where the page is run quickly. What follows rests on training or
-  is changed, so that figures in printed text may differ, and the criterion that was chosen by trial; other words may not.
+  is changed, so that figures in printed text may differ, and the criterion that a trial chose; other words may not.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ CANDIDATES = ("fisher", "group_norm", "activation")
 SAMPLES = 128
 """Inputs that the networks are compared on, at most."""
 USELESS = 1.0
-"""A distance, in nats or of the outputs' own size, at which a network says next to nothing of the original's answers."""
+"""A distance, in nats or of the outputs' own size, at which answers say next to nothing of the original's."""
 
 
 def suitable_scores(
