@@ -221,7 +221,8 @@ def _freeze(graph: ChannelGraph, flow: Flow, op: Op, plan: Plan) -> Options:
     """Keep the neurons at a call; where it loses none (a number in it changed), those at the last before it.
 
     What its module does comes first, also what it would do next: a module may check its sizes before it does anything.
-    The same call is meant in all modules of the class; where one of them is named a second time, all its calls.
+    The same call is meant in all modules of the class, but not where it splits heads of an attention and here none, or
+    the other way: of a single head nothing in a view tells. Where one is named a second time, all its calls are meant.
     """
     stays = graph.stays(plan.kept)
     ops = flow.trace.ops
@@ -236,7 +237,10 @@ def _freeze(graph: ChannelGraph, flow: Flow, op: Op, plan: Plan) -> Options:
     named = {(other.module, other.operator) for other in graph.options.frozen}
     call = None if (place.module, place.operator) in named else place.call
     modules = _alike_modules(graph.modules, culprit.module)
-    return graph.options.freezing(Place(path, culprit.name, call) for path in modules)
+    in_heads = {flow.places[other.index]: flow.heads_at(other) is not None for other in ops}
+    here = in_heads[place]
+    places = (Place(path, culprit.name, call) for path in modules)
+    return graph.options.freezing(each for each in places if in_heads.get(each, here) == here)
 
 
 def _alike_modules(modules: dict[str, nn.Module], path: str) -> set[str]:

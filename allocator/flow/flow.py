@@ -71,6 +71,7 @@ class Flow:
         self._divided: list[tuple[Op, Sequence[int], np.ndarray]] = []
         self._multiplied = np.zeros(slots.total, dtype=bool)
         self._counts_heads = np.zeros(slots.total, dtype=bool)
+        self._stay = np.zeros(slots.total, dtype=bool)
 
     # Reading ------------------------------------------------------------------------------------
 
@@ -313,7 +314,12 @@ class Flow:
     def freeze(self, label: Label, op: Op, reason: str) -> None:
         """These slots must stay."""
         if label is not None:
+            self._stay[label] = True
             self.facts.frozen.append(Frozen(label, op.module, f"{reason} ({op.name})"))
+
+    def stay(self, label: Label) -> bool:
+        """Whether it is known already that all of these slots must stay."""
+        return label is None or bool(self._stay[label].all())
 
     def average(self, label: Label, op: Op, reason: str) -> None:
         """An average over these slots is taken, which more of them leave as it is where there are equally many of each.

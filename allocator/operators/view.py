@@ -94,9 +94,10 @@ def factor_groups(shape: Shape, target: Shape) -> list[tuple[list[int], list[int
 
 
 def _merge(flow: Flow, op: Op, labels: Sequence[Label], sizes: Sequence[int]) -> Label:
-    """Labels of the flattened dims; only one of them may lose indices."""
+    """Labels of the flattened dims; only one of them may lose indices, one that does not stay anyway where there is."""
     labelled = [k for k, label in enumerate(labels) if label is not None]
     labelled = [k for k in labelled if sizes[k] > 1] or labelled[:1]
+    labelled.sort(key=lambda k: flow.stay(labels[k]))
     for k in labelled[1:]:
         flow.freeze(labels[k], op, "two dims with neurons are flattened into one")
     if not labelled:
