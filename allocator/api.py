@@ -106,7 +106,8 @@ def allocate(
         policy: who competes with whom; "auto" for what suits the criterion; see `plan`.
         criterion: what ranks neurons; see `score`. "auto" is "group_norm" without data. With data, networks by
             "fisher", "group_norm" and "activation" are made and compared with the original on up to 128 inputs, as cut
-            and after batch-norm statistics, and the nearest is taken; the notes say how near each was.
+            and after batch-norm statistics, and the nearest is taken; the notes say how near each was. With `recover`
+            it is "fisher", whose networks come back best.
         scope: "branches" (neurons that enter a concatenation or a grouped convolution), "inner" (all but residual
             streams), "all" (which "auto" is), or "narrowest" for the narrowest of them that can meet the budgets.
         fill: spend the rest of the budgets on the next best neurons.
@@ -157,6 +158,7 @@ def allocate(
         example_inputs,
         settings,
         data=None if data is None else Data(data, loss, seed, progress),
+        recovers=method is not None,
         weights=weights,
         numeric=certify,
         seed=seed,

@@ -98,6 +98,12 @@ def test_a_single_input_can_only_be_looked_at(images: Tensor) -> None:
     assert not any("by trial" in note for note in found.notes)
 
 
+def test_nothing_is_tried_where_the_network_is_recovered(images: Tensor) -> None:
+    found = allocator.allocate(net(0), "50%", example_inputs=IMAGE, data=images, recover=True)
+    assert found.allocation.criterion == trial.CANDIDATES[0]
+    assert not any("by trial" in note for note in found.notes)
+
+
 def test_data_that_can_be_read_once_only(images: Tensor) -> None:
     def once() -> Iterator[Tensor]:
         yield from images.split(16)

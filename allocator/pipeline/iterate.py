@@ -120,6 +120,7 @@ def iterate_model(
                 graph.inputs,
                 settings,
                 data=data,
+                recovers=recover is not None,
                 numeric=numeric,
                 seed=seed,
                 progress=None if progress is None else partial(_say, progress, step),

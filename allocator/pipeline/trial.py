@@ -38,7 +38,13 @@ USELESS = 1.0
 
 
 def suitable_scores(
-    graph: ChannelGraph, budgets: Budgets, settings: Settings, data: Data | None, stored: Stored = None
+    graph: ChannelGraph,
+    budgets: Budgets,
+    settings: Settings,
+    data: Data | None,
+    stored: Stored = None,
+    *,
+    recovers: bool = False,
 ) -> tuple[Scores, list[str]]:
     """Scores by the settings' criterion; where that is "auto" and there are data, by the best of `CANDIDATES`.
 
@@ -48,6 +54,8 @@ def suitable_scores(
         settings: how neurons are chosen.
         data: what criteria may look at, and what the networks are compared on.
         stored: as for `score`; without data.
+        recovers: what is left will be refitted. Nothing is tried then: refitted, networks by the first of `CANDIDATES`
+            err least whichever is nearest as cut (benchmarks/results/quality.md).
 
     Returns:
         The scores, and a note on what was tried, if anything.
@@ -55,7 +63,7 @@ def suitable_scores(
     Raises:
         UnknownNameError, CriterionError, DataError: as for `score`.
     """
-    if data is None or settings.criterion != AUTO or "latency" in budgets.names:
+    if data is None or recovers or settings.criterion != AUTO or "latency" in budgets.names:
         return score(graph, settings.criterion, data, stored), []
     data = replace(data, loader=again_and_again(data.loader))
     scored = score_each(graph, CANDIDATES, data, stored)
