@@ -27,6 +27,8 @@ _HOLDERS = ("model", "allocation", "graph")
 """Attributes of results by which one kind of value holds another."""
 _MAKERS = {"ChannelGraph": "trace", "Scores": "score", "Allocation": "plan", "Result": "allocate"}
 _NOTHING = object()
+LARGEST_SEED = 2**63
+"""Seeds lie below it: numpy takes none below zero, and torch none of more bits with what is added to them here."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,6 +65,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             _check(given, kinds(), f"; {said}")
             raise ArgumentsError(said) from None
         _check(bound.arguments, kinds())
+        _check_seed(bound.arguments.get("seed", 0))
         for name, found in kinds().items():
             if int in found and isinstance(bound.arguments.get(name), numbers.Integral):
                 bound.arguments[name] = int(bound.arguments[name])  # numpy's, which torch does not take
@@ -71,11 +74,22 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def is_real(value: Any) -> bool:
+    """Whether this is a number, one of numpy's too; a truth value is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _check(given: dict[str, Any], kinds: dict[str, tuple[Any, ...]], also: str = "") -> None:
     """Raise for the first argument that does not fit; `also` is said beside it."""
     for name, found in kinds.items():
         if name in given and not _fits(given[name], found):
             _refuse(name, given, kinds, also)
+
+
+def _check_seed(seed: int) -> None:
+    """Raise for a number from which torch or numpy would not draw."""
+    if not 0 <= seed < LARGEST_SEED:
+        raise InputError(f"seed={seed!r:.40} is no whole number from 0 to 2**63 - 1")
 
 
 def _meant(signature: inspect.Signature, kwargs: dict[str, Any]) -> str:

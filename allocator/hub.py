@@ -12,7 +12,7 @@ from torch import nn
 from allocator.adapters import hub
 from allocator.arguments import checked
 from allocator.errors import FileError
-from allocator.io.models import build
+from allocator.io.models import build_as_asked
 from allocator.io.results import load_result, save_result
 from allocator.io.shards import SUFFIX
 
@@ -88,5 +88,5 @@ def from_hub(
     if (folder / _RESULT).exists():
         return load_result(folder / _RESULT, model=model, trust=trust)
     if (folder / "config.json").exists() and any(folder.glob(f"*{SUFFIX}")):
-        return build(f"hf:{folder}")
+        return build_as_asked(f"hf:{folder}", {})
     raise FileError(f"the repository {repository} holds neither {_RESULT} nor a config.json beside weights as {SUFFIX}")

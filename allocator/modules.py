@@ -166,6 +166,15 @@ def skeleton(model: nn.Module, replace: Replace) -> nn.Module:
         ) from error
 
 
+def for_inference(model: nn.Module) -> nn.Module:
+    """A copy in eval mode that shares the parameters; buffers, which a forward may write into, are its own."""
+
+    def share(_: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+
+    return set_training(skeleton(model, share), False)
+
+
 def _copy(value: Any, memo: Memo) -> Any:
     """`copy.deepcopy`, with a short way for modules and plain containers: most of a network is these.
 

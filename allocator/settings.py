@@ -56,8 +56,8 @@ class Settings:
     criterion: Annotated[
         Any,
         Option(
-            "what ranks neurons, such as group_norm, bn_scale or fisher; several are averaged; auto is the best that "
-            "is known: fisher where data are given, else group_norm",
+            "what ranks neurons, such as group_norm, bn_scale or fisher; several are averaged; auto is group_norm, or, "
+            "where data are given, whichever of fisher, group_norm and activation does best on them",
             metavar="NAME",
         ),
     ] = "auto"

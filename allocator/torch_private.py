@@ -55,6 +55,7 @@ __all__ = [
     "convolution_in_graphs",
     "map_arguments",
     "gives_new_tensors",
+    "gives_number",
     "is_being_recorded",
     "schema_of",
     "state_without_compiled_call",
@@ -129,6 +130,11 @@ def schema_of(target: OpOverload) -> Any:
 def gives_new_tensors(target: OpOverload) -> bool:
     """Whether an overload gives a tensor that is no view of another."""
     return any("Tensor" in str(result.type) and result.alias_info is None for result in schema_of(target).returns)
+
+
+def gives_number(target: OpOverload) -> bool:
+    """Whether an overload gives a number, the value of a tensor."""
+    return [str(result.type) for result in schema_of(target).returns] == ["number"]
 
 
 def is_being_recorded() -> bool:

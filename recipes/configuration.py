@@ -81,10 +81,9 @@ def _read(source: str | Path) -> dict[str, Any]:
             names = config_names()
             hint = did_you_mean(str(source), names, most=3, cutoff=0.4) or f"installed: {', '.join(names)}"
             raise UnknownNameError(f"{str(source)!r} is neither a .yaml file nor an installed configuration; {hint}")
-    yaml = _yaml()
     try:
-        data = yaml.safe_load(existing(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = _parsed(existing(path).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigurationError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigurationError(f"{path}: expected sections (network, data, ...), got {a_kind(data)}")
@@ -106,8 +105,18 @@ def _set(data: dict[str, Any], setting: str) -> None:
         # A copy: sections that YAML's anchors make alike are one dict, of which only this one is to change.
         data[section] = dict(values)
         data = data[section]
+    try:
+        data[key] = _parsed(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{setting!r}: the value is not YAML ({error})") from error
+
+
+def _parsed(text: str) -> Any:
+    """What this YAML says; ValueError where it says nothing, lists lie too deep in lists, or numbers are too long."""
     yaml = _yaml()
     try:
-        data[key] = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"{setting!r}: the value is not YAML ({error})") from error
+        raise ValueError(str(error)) from error
+    except RecursionError:
+        raise ValueError("lists or sections lie too deep within one another") from None

@@ -8,7 +8,7 @@
 - `<!-- skip: next "reason" -->` leaves the next block out; `next if(quick, reason="...")` where it is run quickly, and
   `start if(not installed("NAME"), reason="...")` all up to `<!-- skip: end -->` where a package is missing.
 - `<!-- quick: OLD -> NEW -->` changes a later block where the page is run quickly. What follows rests on training or
-  is changed, so that figures in printed text may differ; words may not.
+  is changed, so that figures in printed text may differ, and the criterion that a trial chose; other words may not.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if
 _OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 _INFO = re.compile(r'(?P<language>\w+)(?: title="(?P<title>[^"]+)")?[^\n]*\n')
 _ROUNDING = re.compile(r"\d\.\de[-+]\d\d")  # float64 errors: other on another processor
-_FIGURE = re.compile(r"\d[\d,.]*(?:e[-+]\d+)?(?: → \d[\d,.]*)?|[━─]+")  # "8", "8 → 6"
+_CHOICE = "fisher|activation|group_norm|priced|global"  # which suits a network, a trial decides
+_FIGURE = re.compile(rf"\d[\d,.]*(?:e[-+]\d+)?(?: → \d[\d,.]*)?|[━─]+|\b(?:{_CHOICE})\b")  # "8", "8 → 6"
 
 
 class Page:

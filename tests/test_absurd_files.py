@@ -70,6 +70,8 @@ NAN, INF = float("nan"), float("inf")
         {"blocks": [{"name": "b", "kind": "sum", "branches": [{"name": "x", "before": 1}]}]},
         {"blocks": [{"name": "b", "kind": "sum", "branches": [{"name": "x", "before": 1, "after": "many"}]}]},
         {"blocks": [{"branches": 3}]},
+        {"added": {"init": "copy", "seed": -1, "reads": {}}},
+        {"added": {"init": "copy", "seed": 2**63, "reads": {}}},
     ],
 )
 def test_allocations_that_mean_nothing_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,16 +68,22 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
-def chosen(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+def chosen(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert main([*ALLOCATE, *arguments]) == 0
-    facts: dict[str, object] = json.loads(capsys.readouterr().out)
+    facts: dict[str, Any] = json.loads(capsys.readouterr().out)
     return facts
+
+
+def is_by_trial(facts: dict[str, Any]) -> bool:
+    """Whether the notes name what was tried."""
+    return any(f"criterion {facts['criterion']} was chosen by trial" in note for note in facts["notes"])
 
 
 def test_a_folder_of_pictures(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = chosen(capsys, "--data", str(pictures))
-    assert (facts["criterion"], facts["policy"], facts["scope"]) == ("fisher", "priced", "all")
-    assert chosen(capsys, "--data", str(pictures / "cat"), "--samples", "3")["criterion"] == "fisher"
+    assert facts["scope"] == "all"
+    assert is_by_trial(facts)
+    assert chosen(capsys, "--data", str(pictures / "cat"), "--samples", "1")["criterion"] == "fisher"
 
 
 def test_pictures_with_their_classes_and_a_loss(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,18 +114,18 @@ def test_a_file_of_a_tensor(name: str, capsys: pytest.CaptureFixture[str]) -> No
     inputs = torch.randn(24, 3, 16, 16)
     torch.save(inputs, "inputs.pt")
     np.save("inputs.npy", inputs.numpy())
-    assert chosen(capsys, "--data", name)["criterion"] == "fisher"
+    assert is_by_trial(chosen(capsys, "--data", name))
 
 
 def test_a_function_that_gives_a_loader(capsys: pytest.CaptureFixture[str]) -> None:
-    assert chosen(capsys, "--data", "data_nets:batches", *LOSS, "--samples", "32")["criterion"] == "fisher"
+    assert is_by_trial(chosen(capsys, "--data", "data_nets:batches", *LOSS, "--samples", "32"))
 
 
 @pytest.mark.parametrize("name", ["inputs", "ready"])
 def test_a_function_that_gives_a_tensor_and_a_list_that_lies_there(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert chosen(capsys, "--data", f"data_nets:{name}")["criterion"] == "fisher"
+    assert is_by_trial(chosen(capsys, "--data", f"data_nets:{name}"))
 
 
 def test_a_sweep_by_pictures_with_its_table_and_picture(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:

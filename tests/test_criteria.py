@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from subjects import IMAGE, Branches, trained, untouched
+from subjects import IMAGE, Branches, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,15 +22,6 @@ def test_without_data_the_norm_of_all_that_goes_with_a_neuron_ranks_it() -> None
     assert (allocation.criterion, allocation.policy, allocation.scope) == ("group_norm", "global", "all")
     named = allocator.allocate(model, "60%", example_inputs=IMAGE, criterion="group_norm", policy="global")
     assert allocation.kept == named.allocation.kept
-
-
-def test_with_data_the_loss_that_a_neuron_costs_is_held_against_its_price() -> None:
-    model = trained()
-    with untouched(model):
-        result = allocator.allocate(model, "60%", example_inputs=IMAGE, data=torch.randn(16, *IMAGE.shape[1:]))
-    allocation = result.allocation
-    assert (allocation.criterion, allocation.policy, allocation.scope) == ("fisher", "priced", "all")
-    assert result.certificate.ok
 
 
 def test_batch_norms_compare_within_a_block() -> None:

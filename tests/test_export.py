@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,55 @@ def test_wrong_outputs_are_noticed_and_nothing_is_written(tmp_path: Path, monkey
         allocator.export(Plain(), tmp_path / "m.pt2", example_inputs=SMALL)
     assert [each.name for each in tmp_path.iterdir()] == ["m.pt2"]
     assert (tmp_path / "m.pt2").read_text() == "old"
+
+
+class Sharp(Plain):
+    """So steep that the last bits of float32 show in what it gives, as in a softmax of large numbers."""
+
+    def forward(self, x: Tensor) -> Any:
+        answer = torch.sin(1e4 * super().forward(x))
+        return (answer, [answer.sum(1), {"means": answer.mean(0)}]), answer[:, :2]
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.3])
+def test_what_the_module_itself_rounds_away_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    original = exporting._WRITERS["pt2"]
+
+    def in_another_order(program: Any, path: Path, inputs: Any) -> Any:
+        _, facts = original(program, path, inputs)
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.b.weight.mul_(1 + 2e-7).add_(wrong * other.b.weight.abs().mean())
+        return lambda given: exporting._tensors(other(*given.args)), facts
+
+    torch.manual_seed(0)
+    model = Sharp()
+    monkeypatch.setitem(exporting._WRITERS, "pt2", in_another_order)
+    with pytest.raises(ExportError, match="module itself rounds to") if wrong else nullcontext():
+        made = allocator.export(model, tmp_path / "m.pt2", example_inputs=SMALL)
+        assert made.difference > 1e-4
+        assert "the module itself rounds to" in made.notes[-1]
+
+
+def test_a_small_output_beside_a_large_one_is_compared_by_its_own_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Two(Plain):
+        def forward(self, x: Tensor) -> Any:
+            small = super().forward(x)
+            return small, small * 1e6
+
+    original = exporting._WRITERS["pt2"]
+
+    def wrong(program: Any, path: Path, inputs: Any) -> Any:
+        run, facts = original(program, path, inputs)
+        return lambda given: [run(given)[0] * 1.5, run(given)[1]], facts
+
+    monkeypatch.setitem(exporting._WRITERS, "pt2", wrong)
+    with pytest.raises(ExportError, match=r"was not written: its outputs differ from the module's by 0\.5"):
+        allocator.export(Two(), tmp_path / "m.pt2", example_inputs=SMALL)
 
 
 @pytest.mark.parametrize("wrong", ["more FLOPs", "other channels", "nan"])

@@ -16,7 +16,7 @@ from torch import nn
 
 import allocator
 from allocator.cli import main
-from allocator.errors import AllocationMismatchError, FileError, InputError
+from allocator.errors import AllocationMismatchError, FileError, InputError, UnsupportedModelError
 from allocator.io.shards import Shards, write_shards
 
 
@@ -231,6 +231,20 @@ def test_a_language_model_goes_from_folder_to_folder(llama: Any, settings: dict[
         assert torch.equal(again.eval()(ids).logits, expected(ids).logits)
         assert again.config.intermediate_size == expected.config.intermediate_size
     assert (tmp_path / "small" / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("damage", [{"architectures": 3}, {"num_attention_heads": 5}, {"model_type": "zzz"}])
+def test_a_config_that_describes_no_model_is_told(tmp_path: Path, damage: dict[str, Any]) -> None:
+    pytest.importorskip("transformers")
+    source = tmp_path / "source"
+    source.mkdir()
+    config = {"model_type": "llama", "hidden_size": 32, "vocab_size": 50, "num_attention_heads": 4, "head_dim": 8}
+    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "intermediate_size": 8} | damage))
+    save_file({"lm_head.weight": torch.zeros(50, 32)}, source / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"building .*hf:.* raised \w+: "):
+        allocator.allocate_folder(source, tmp_path / "out", "70%")
+    with pytest.raises(UnsupportedModelError, match=r"building .*hf:.* raised \w+: "):
+        allocator.load(f"hf:{source}")
 
 
 def test_from_folder_to_folder_in_the_shell(llama: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

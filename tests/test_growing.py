@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from subjects import IMAGE, Branches, Nested, trained, untouched
-from test_widening import INITS, check_widened
+from test_widening import INITS, added_neurons, check_widened, same_bits
 from torch import Tensor, nn
 
 import allocator
@@ -197,6 +198,12 @@ def test_where_zeros_are_divided_by_the_error_says_what_else_there_is() -> None:
         torch.testing.assert_close(restored(IMAGES), result.model(IMAGES), rtol=1e-3, atol=1e-3)
 
 
+def test_a_wider_network_has_nothing_to_recover() -> None:
+    wide = allocator.widen(trained(), factor=1.5, example_inputs=IMAGE)
+    with pytest.raises(InputError, match=r"this result is wider than its original .* there is nothing to recover"):
+        allocator.recover(wide, torch.randn(16, *IMAGE.shape[1:]))
+
+
 def test_what_cannot_be_restored() -> None:
     model = trained()
     wide = allocator.widen(model, factor=1.5, example_inputs=IMAGE)
@@ -280,6 +287,38 @@ def test_attention_grows_by_whole_heads(init: Any) -> None:
     assert any("32 neurons that a norm averages over (patch_embed.proj.weight)" in note for note in result.notes)
 
 
+def maxvit() -> nn.Module:
+    """One head in the first stage, two in the second; windows, then a grid, with tables of relative positions."""
+    maxxvit = pytest.importorskip("timm.models.maxxvit")
+    torch.manual_seed(0)
+    attention = maxxvit.MaxxVitTransformerCfg(dim_head=32, window_size=(2, 2))
+    sizes = {"embed_dim": (32, 64), "depths": (1, 1), "block_type": ("M", "M"), "stem_width": (16, 16)}
+    return maxxvit.MaxxVit(maxxvit.MaxxVitCfg(**sizes, transformer_cfg=attention), img_size=64, num_classes=5).eval()
+
+
+def test_a_network_with_one_head_here_and_several_there_comes_back() -> None:
+    model, x = maxvit(), torch.zeros(1, 3, 64, 64)
+    wide = allocator.widen(model, factor=2, certify=False, example_inputs=x)
+    worth = np.where(added_neurons(wide, allocator.trace(wide.model, x, norms="loose")), 0.0, 1.0)
+    own: Any = {"flops": wide.flops_before, "params": sum(p.numel() for p in model.parameters())}
+    how: Any = {"criterion": worth, "policy": "global", "norms": "loose", "certify": False, "example_inputs": x}
+    assert same_bits(allocator.allocate(wide.model, **own, **how).model, model)
+
+
+def test_of_several_heads_some_go_where_one_stays() -> None:
+    """That a view of one head takes no other width says nothing of several; nor are positions neurons on a grid."""
+    wide = allocator.widen(maxvit(), factor=2, certify=False, example_inputs=torch.zeros(1, 3, 64, 64)).model
+    graph = allocator.trace(wide, torch.zeros(1, 3, 64, 64))
+    for name in ("stages.1.blocks.0.attn_block.attn.qkv.weight", "stages.1.blocks.0.attn_grid.attn.qkv.weight"):
+        assert len(np.unique(graph.unit_of_slot[graph.slots.labels(name)[0]])) == 4
+    result = allocator.allocate(wide, flops="25%", example_inputs=torch.zeros(1, 3, 64, 64))
+    assert result.certificate.ok
+    modules = dict(result.model.named_modules())
+    heads = [modules[f"stages.{n}.blocks.0.attn_{kind}.attn"].num_heads for n in (0, 1) for kind in ("block", "grid")]
+    assert heads[:2] == [1, 1]
+    assert heads[2:] == [2, 2]
+
+
 def test_what_follows_an_attention_grows_though_its_heads_cannot() -> None:
     """torch's own attention holds its width to that of the stream, and says so before it does anything."""
     torchvision = pytest.importorskip("torchvision")
@@ -322,6 +361,21 @@ def test_a_language_model(init: Any) -> None:
 
 
 # In a shell -------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_speaks_of_what_is_wider(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = str(tmp_path / "wide.safetensors")
+    model = ("recipe:resnet-small", "--input-size", "1x1x32x32", "-q")
+    assert main(["widen", *model, "--factor", "1.2", "-o", wide]) == 0
+    assert main(["verify", "recipe:resnet-small", wide]) == 0
+    assert "verdict    the original with neurons that change nothing" in capsys.readouterr().out
+    assert main(["widen", *model, "--flops", "50%"]) == 1
+    assert "widen adds neurons, allocator-cli allocate MODEL --flops ... takes some away" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["widen", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the wider model: .pt" in said
+    assert "budgets above its own (150%, for example)" in said
 
 
 def test_the_command_line_widens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

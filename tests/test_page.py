@@ -192,6 +192,7 @@ def test_bars_of_one_colour_are_left_out_and_charts_name_the_network() -> None:
     graph = allocator.trace(allocator.build("recipe:resnet-small"))
     data = page_data(summarise(graph, "a network"))
     assert list(data["charts"]) == ["flops"]
+    assert data["charts"]["flops"]["encoding"]["color"]["legend"] is None  # without a budget there is one series
     assert data["charts"]["flops"]["title"]["text"] == "a network"
     both = page_data(summary("60%", True))
     assert list(both["charts"]) == ["flops", "shares", "kept", "curve"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import rule_cases as compute
 import rule_cases_moves as moves
+import rule_cases_recurrent as recurrent
 import torch
 import torch.nn.functional as F
 from declarations import scratch, with_rule
@@ -33,6 +34,7 @@ _ROWS: dict[str, list[Case]] = {
     **moves.CREATION,
     **moves.JOINS,
     **moves.PARTS,
+    **recurrent.RECURRENT,
 }
 TABLE = {name: rows for name, rows in _ROWS.items() if "::" in name or hasattr(torch.ops.aten, name)}
 """Without operators that an older torch does not have."""

@@ -133,6 +133,10 @@ def test_not_a_configuration(tmp_path: Path) -> None:
     path.write_text("!!python/object/apply:os.system ['true']")
     with pytest.raises(ConfigurationError, match=r"a.yaml is not YAML.*python/object/apply"):
         load_config(path)
+    for text, says in (("[" * 20_000 + "]" * 20_000, "too deep within one another"), ("1" * 9_999, "limit")):
+        path.write_text(f"a: {text}")
+        with pytest.raises(ConfigurationError, match=rf"a.yaml is not YAML: .*{says}"):
+            load_config(path)
     with pytest.raises(FileError, match=r"there is no file"):
         load_config(tmp_path / "none.yaml")
 

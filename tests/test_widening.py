@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,11 @@ def test_a_wider_network_is_saved_loaded_applied_and_verified(init: Any, tmp_pat
     assert same_bits(allocator.load(tmp_path / "wide.safetensors", model=trained(Nested())), result.model)
     assert same_bits(allocator.apply(model, tmp_path / "wide.json"), result.model)
     assert allocator.verify(model, result.model, tmp_path / "wide.json", example_inputs=IMAGE).ok
+    unsaid = replace(result.allocation, added={})
+    with pytest.raises(AllocationMismatchError, match="its field 'added' does not say what they are filled with"):
+        allocator.apply(model, unsaid)
+    with pytest.raises(AllocationMismatchError, match="its field 'added' does not say what they are filled with"):
+        allocator.verify(model, result.model, unsaid, example_inputs=IMAGE)
     changed = copy.deepcopy(result.model)
     with torch.no_grad():
         changed.left.weight[0, -1] += 1e-3  # type: ignore[index,union-attr,operator]
@@ -282,6 +288,7 @@ def test_a_wider_network_is_allocated_and_widened_again(tmp_path: Path) -> None:
         ({"factor": float("nan")}, InputError, "factor=nan is no number such as 1.5"),
         ({"factor": True}, InputError, "factor=True is no number such as 1.5"),
         ({"factor": "2"}, InputError, "factor='2' is no number such as 1.5"),
+        ({"factor": 10**400}, InputError, "factor=1000+ is more than 1024"),
         ({"factor": 1e30}, InputError, r"factor=1e\+30 is more than 1024, the most that layers are widened by"),
         ({"flops": "1e30%"}, BudgetError, "would make every layer more than 1024 times as wide: ask for less"),
         ({"factor": 1.01}, NothingToAllocateError, "adds nothing to any layer: .* has 32 neurons, and 1.016 adds 1"),
@@ -293,7 +300,13 @@ def test_a_wider_network_is_allocated_and_widened_again(tmp_path: Path) -> None:
         ({}, InputError, "none of flops, factor and like given: pass one of them"),
         ({"flops": "150%", "factor": 2}, InputError, "flops and factor given: pass one of them"),
         ({"factor": 2, "init": "ones"}, allocator.UnknownNameError, "no init 'ones'"),
-        ({"factor": 2, "like": None, "include": "nothing*"}, NothingToAllocateError, "no neuron can be added"),
+        (
+            {"factor": 2, "like": None, "include": "nothing*"},
+            NothingToAllocateError,
+            r"no neuron can be added to the model exactly: include='nothing\*' matches no module or parameter",
+        ),
+        ({"factor": 2, "seed": -1}, InputError, r"seed=-1 is no whole number from 0 to 2\*\*63 - 1"),
+        ({"factor": 2, "init": "copy", "seed": 2**63}, InputError, "seed=9223372036854775808 is no whole number"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::allocator.UnmatchedPatternWarning")
@@ -301,6 +314,19 @@ def test_what_is_asked_must_be_wider(asked: dict[str, Any], error: type[Exceptio
     model = trained()
     with untouched(model), pytest.raises(error, match=message):
         allocator.widen(model, **asked, example_inputs=IMAGE)
+
+
+@pytest.mark.parametrize("factor", [np.float32(1.5), np.int64(2), np.float64(1.5)])
+def test_numbers_of_numpy_are_numbers(factor: Any) -> None:
+    model = trained()
+    wide, same = (allocator.widen(model, factor=each, example_inputs=IMAGE) for each in (factor, float(factor)))
+    assert wide.flops_before < wide.flops_after == same.flops_after
+
+
+def test_a_scope_without_neurons_is_named() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    with pytest.raises(NothingToAllocateError, match="8 neurons can only be added to in a wider scope than 'branches'"):
+        allocator.widen(model, factor=2, scope="branches", example_inputs=torch.zeros(1, 6))
 
 
 def test_where_nothing_can_be_added_the_error_says_what_would_be_inexact() -> None:

@@ -157,6 +157,21 @@ def test_narrow_formats_are_shared_to_the_last_bit(dtype: torch.dtype, init: Any
     assert result.certificate.relative_error <= 1e-9  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("init", INITS)
+def test_complex_weights(dtype: torch.dtype, init: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8, dtype=dtype), nn.Linear(8, 5, dtype=dtype), nn.Linear(5, 2, dtype=dtype))
+    torch.view_as_real(model[1].weight.detach())[0, 0, 0] = -0.0  # type: ignore[operator]  # its sign is kept
+    x = torch.randn(3, 6, dtype=dtype)
+    result = allocator.widen(model.eval(), factor=3, init=init, example_inputs=x)
+    wide: Any = result.model
+    assert result.certificate.weights
+    torch.testing.assert_close(wide(x), model(x), rtol=1e-4, atol=1e-5)
+    assert wide[0].weight[8:].imag.abs().min() > 0
+    assert wide[0].bias[8:].abs().min() > 0
+
+
 # Budgets and multiples --------------------------------------------------------------------------------
 
 

@@ -80,12 +80,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def add_output_options(parser: argparse.ArgumentParser, *, folders: bool = False) -> None:
+def add_output_options(parser: argparse.ArgumentParser, *, what: str = "smaller", folders: bool = False) -> None:
     """Options for the model that is written, which may go from folder to folder."""
-    what = "the smaller model: .pt, .pth or .safetensors"
+    said = f"the {what} model: .pt, .pth or .safetensors"
     if folders:
-        what += "; or hf:OUT, a new folder, into which the weights in hf:FOLDER go one by one"
-    parser.add_argument("-o", "--output", metavar="OUT", help=what)
+        said += "; or hf:OUT, a new folder, into which the weights in hf:FOLDER go one by one"
+    parser.add_argument("-o", "--output", metavar="OUT", help=said)
     parser.add_argument("--force", action="store_true", help="overwrite files that exist")
 
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from allocator.result import Result
 
 
-def add_file_options(parser: argparse.ArgumentParser, *, folders: bool = False) -> None:
+def add_file_options(parser: argparse.ArgumentParser, *, what: str = "smaller", folders: bool = False) -> None:
     """What is written, and whether layers are listed; the model may go into a folder."""
-    add_output_options(parser, folders=folders)
+    add_output_options(parser, what=what, folders=folders)
     parser.add_argument("--allocation", metavar="FILE", help="also write the allocation, as .json")
     parser.add_argument("--report", metavar="FILE", help="also write the report: .html, .md, .csv, .json or .txt")
     parser.add_argument("--plot", metavar="FILE", help="also draw each block's neurons per scale: .png, .svg or .pdf")

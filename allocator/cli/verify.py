@@ -87,6 +87,8 @@ def _text(certificate: Certificate) -> str:
         if not certificate.exact:
             numbers += " (inexact by nature: a norm over channels)"
     verdict = "the original minus the removed neurons"
+    if certificate.widens:
+        verdict = "the original with neurons that change nothing"
     if not certificate.ok:
         verdict = f"NOT {verdict}"
     return f"structure  {structure}\nweights    {weights}\nnumbers    {numbers}\nverdict    {verdict}"

@@ -37,14 +37,14 @@ def register(commands: Any) -> None:
     """Add the subcommand."""
     parser = add_command(commands, "widen", "make a model wider without changing what it computes", _EXAMPLE)
     parser.add_argument("model", metavar="MODEL", help="a file or a name")
-    how = parser.add_argument_group("how wide: budgets above its own (150%%, for example), or one of the others")
+    how = parser.add_argument_group("how wide: budgets above its own (150%, for example), or one of the others")
     add_budget_options(how, without=("latency",))
     how.add_argument("--factor", type=float, metavar="N", help=WIDENING_OPTIONS["factor"].help)
     how.add_argument("--like", metavar="FILE", help="every layer as wide as this allocation, .json, leaves it")
     how.add_argument(
         "--neurons", metavar="N", help="make a seed: every branch of a block as many, or a share of its widest branch"
     )
-    add_file_options(parser)
+    add_file_options(parser, what="wider")
     plan = parser.add_argument_group("plan")
     add_plan_options(plan, *_PLAN)
     plan.add_argument("--init", default="zero", choices=get_args(Init), help=WIDENING_OPTIONS["init"].help)
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """Widen, write the files, print the report."""
     asked = [name for name in ("factor", "like", "neurons") if getattr(args, name) is not None]
     if len(asked) + bool(budgets(args)) != 1:
-        raise UsageError("one of budgets, --factor, --like and --neurons is needed, such as --flops 150%")
+        raise UsageError("budgets, or one of --factor, --like and --neurons, are needed, such as --flops 150% alone")
     if args.neurons is not None and (args.scope, args.groups, args.multiple) != ("auto", "whole", 1):
         raise UsageError("--scope, --groups and --multiple do not go with --neurons, which names the branches itself")
     check_files(args)

@@ -12,6 +12,8 @@ _PHRASES = (
     (r"pass example_inputs, for example example_inputs=[^)]+\), or in a shell --input-size", "give --input-size"),
     (r"check that model\(\*example_inputs\) runs, or pass other example_inputs", "give another --input-size"),
     (r"fresh network with model=\.\.\. \(or --arch NAME\)", "network with --arch NAME"),
+    (r"\b(?:allocate|apply)\(model, allocation\)", "apply"),
+    (r"\ballocate\(model, (\w+)=\.\.\.\)", r"allocator-cli allocate MODEL --\1 ..."),
     (r"pass data=loader", "give --data FOLDER, a folder of pictures or a file of a tensor"),
     (r"recover needs data: a few hundred", "--recover needs --data: a few hundred"),
     (r"pass certify=False", "--no-certificate"),

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from allocator import adapters
 from allocator.errors import TraceError
 from allocator.logs import hidden
 from allocator.modules import set_training, skeleton, tensor_names
-from allocator.torch_private import TorchDispatchMode, gives_new_tensors, is_being_recorded
+from allocator.torch_private import TorchDispatchMode, gives_new_tensors, gives_number, is_being_recorded
 from allocator.tracing import meta_kernels
 from allocator.tracing.inputs import Inputs
 from allocator.tracing.isolation import undisturbed
@@ -98,13 +99,16 @@ def _analyse(
     with contextlib.ExitStack() as stack:
         for context in (torch.no_grad(), undisturbed(model), hidden("fvcore.nn.jit_analysis", logging.WARNING)):
             stack.enter_context(context)
+        sizes = _Sizes()
         if on_meta:
-            stack.enter_context(_AsWithValues())
-            stack.enter_context(_Sizes())
+            stack.enter_context(adapters.while_tracing())
+            stack.enter_context(_AsWithValues(sizes))
+            stack.enter_context(sizes)
         analysis = FlopCountAnalysis(called, tuple(inputs.args))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         analysis.set_op_handle("aten::matmul", _matmul_flops, "aten::_convolution_mode", _convolution_flops)
         counts = {name: int(flops) for name, flops in analysis.by_operator().items()}
+        sizes.check()
         return counts, dict(analysis.unsupported_ops())
 
 
@@ -124,19 +128,39 @@ class _Whole(nn.Module):
 
 
 class _AsWithValues(TorchFunctionMode):
-    """Has torch's tracer record what is called on meta tensors as it does on others."""
+    """Has torch's tracer record what is called on meta tensors as it does on others, as far as it can."""
+
+    def __init__(self, sizes: _Sizes) -> None:
+        super().__init__()
+        self.sizes = sizes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return IN_GRAPHS.get(func, func)(*args, **(kwargs or {}))
+        out = IN_GRAPHS.get(func, func)(*args, **(kwargs or {}))
+        self.sizes.check()
+        return out
 
 
 class _Sizes(TorchDispatchMode):
-    """Finds the sizes of what calls on meta tensors give, below torch's tracer."""
+    """Finds the sizes of what calls on meta tensors give, below torch's tracer.
+
+    What goes wrong is noted here, and raised once the call is over: else the tracer keeps the sizes that this call was
+    given, and takes them for the next one's, when their graph is gone and with it their memory.
+    """
+
+    refused = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if is_being_recorded() and gives_new_tensors(func):
-            raise NotImplementedError(f"{func} is not recorded on meta tensors")  # its kernel would be recorded instead
+        if gives_number(func) and args[0].is_meta:
+            self.refused = f"{func} reads a value"
+            return 1
+        if is_being_recorded() and gives_new_tensors(func):  # its kernel is recorded instead
+            self.refused = f"{func} is not recorded on meta tensors"
         return meta_kernels.run(func, args, kwargs or {})
+
+    def check(self) -> None:
+        """Raise what was noted."""
+        if self.refused:
+            raise NotImplementedError(self.refused)
 
 
 def _convolution_flops(inputs: list[Any], outputs: list[Any]) -> Any:

@@ -27,6 +27,8 @@ from allocator.verifying.structure import Mismatch, numbers_in
 # Attributes that count something else, even where they happen to equal a number of channels.
 _STRUCTURAL = frozenset({"groups", "num_heads", "stride", "padding", "dilation", "kernel_size", "training"})
 
+_NEAR = 3  # calls before a module that raises, of which one gave it what it got
+
 
 @dataclass
 class Mends:
@@ -98,9 +100,14 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
             others = _alike_modules(graph.modules, owner)
             mends.notes.setdefault(note, []).extend((path, attribute) for path in others)
             return graph
+    given = _given(graph, flow, mismatch, plan)
     if op.declared.splits and op.declared.sized and not alike <= graph.options.equal_parts:
         notes.append(f"the parts of {op} stay equal: {mismatch.what}")
         options = graph.options.equalising(alike)
+    elif given is not None:
+        hint = _hint(graph.modules[mismatch.module or ""], flow, given)
+        notes.append(f"the neurons at {given} stay: {mismatch.module} is given them, and {mismatch.what}{hint}")
+        options = graph.options.freezing([flow.places[given.index]])
     else:
         notes.append(f"the neurons at {op} stay: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
         options = _freeze(graph, flow, op, plan)
@@ -217,11 +224,30 @@ def _labels_of(flow: Flow, op: Op) -> Iterable[np.ndarray]:
 # What stays -----------------------------------------------------------------------------------------
 
 
+def _given(graph: ChannelGraph, flow: Flow, mismatch: Mismatch, plan: Plan) -> Op | None:
+    """What made the neurons that a module was given which raised before it made a call; None where that is not so.
+
+    The call that the forward stopped at is then of another module, which has nothing to do with it.
+    """
+    op, where = mismatch.op, mismatch.module
+    if op is None or not where or lies_within(op.module, [where]) or lies_within(where, [op.module or "."]):
+        return None
+    stays = graph.stays(plan.kept)
+    for other in flow.trace.ops[max(op.index - _NEAR, 0) : op.index][::-1]:
+        place = flow.places[other.index]
+        if place in graph.options.frozen:
+            return None
+        if any((stays[label] != 1).any() for label in _labels_of(flow, other)):
+            return other
+    return None
+
+
 def _freeze(graph: ChannelGraph, flow: Flow, op: Op, plan: Plan) -> Options:
     """Keep the neurons at a call; where it loses none (a number in it changed), those at the last before it.
 
     What its module does comes first, also what it would do next: a module may check its sizes before it does anything.
-    The same call is meant in all modules of the class; where one of them is named a second time, all its calls.
+    The same call is meant in all modules of the class, but not where it splits heads of an attention and here none, or
+    the other way: of a single head nothing in a view tells. Where one is named a second time, all its calls are meant.
     """
     stays = graph.stays(plan.kept)
     ops = flow.trace.ops
@@ -236,7 +262,10 @@ def _freeze(graph: ChannelGraph, flow: Flow, op: Op, plan: Plan) -> Options:
     named = {(other.module, other.operator) for other in graph.options.frozen}
     call = None if (place.module, place.operator) in named else place.call
     modules = _alike_modules(graph.modules, culprit.module)
-    return graph.options.freezing(Place(path, culprit.name, call) for path in modules)
+    in_heads = {flow.places[other.index]: flow.heads_at(other) is not None for other in ops}
+    here = in_heads[place]
+    places = (Place(path, culprit.name, call) for path in modules)
+    return graph.options.freezing(each for each in places if in_heads.get(each, here) == here)
 
 
 def _alike_modules(modules: dict[str, nn.Module], path: str) -> set[str]:

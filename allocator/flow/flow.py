@@ -45,6 +45,7 @@ class Flow:
         picked: those of them that are parts of parameters, where only which of them depends on the inputs (the matrices
             of a token's experts).
         uniform: values that are the same everywhere, so that they fit any channels.
+        zeros: tensors that were made as zeros.
         joins: where branches meet, in order.
         grouped: per call of a grouped convolution or norm whose groups come and go whole, one slot per group.
     """
@@ -60,14 +61,17 @@ class Flow:
         self.active = unnamed - produced - written_down
         self.picked: set[int] = set()
         self.uniform: set[int] = set()
+        self.zeros: set[int] = set()
         self.joins: list[Join] = []
         self.grouped: dict[int, np.ndarray] = {}
+        self._rewritten: set[int] = set()
         self._labels: list[Labels | None] = [None] * len(trace.values)
         self._used = np.zeros(slots.total, dtype=bool)
         self._summed_alone: list[tuple[np.ndarray, Op]] = []
         self._divided: list[tuple[Op, Sequence[int], np.ndarray]] = []
         self._multiplied = np.zeros(slots.total, dtype=bool)
         self._counts_heads = np.zeros(slots.total, dtype=bool)
+        self._stay = np.zeros(slots.total, dtype=bool)
 
     # Reading ------------------------------------------------------------------------------------
 
@@ -87,6 +91,22 @@ class Flow:
     def is_activation(self, index: int) -> bool:
         """Whether a value's numbers depend on the model's inputs."""
         return index in self.active and index not in self.picked
+
+    def activate(self, op: Op) -> None:
+        """What a call gives depends on the model's inputs, and so does what is read later of memory it writes into."""
+        self.active.update(op.outputs)
+        for root in {self.trace.root(value) for value in op.outputs} - self._rewritten if op.writes() else ():
+            self._rewritten.add(root)
+            read_later = (i for i in self._sharing[root] if i in self.users and self.users[i][-1].index > op.index)
+            self.active.update(read_later)
+
+    @cached_property
+    def _sharing(self) -> dict[int, list[int]]:
+        """By value all that share its memory, itself among them."""
+        sharing: dict[int, list[int]] = {}
+        for index in range(len(self.trace.values)):
+            sharing.setdefault(self.trace.root(index), []).append(index)
+        return sharing
 
     def statistics_from_batch(self, op: Op) -> bool:
         """Whether a batch norm runs in training mode outside a model in train mode (weight standardisation)."""
@@ -156,15 +176,30 @@ class Flow:
         found: list[int] = []
         while index in self.uniform and index not in found:
             found.append(index)
-            root = self.trace.root(index)
-            reads = self._made_by.get(root, ())
-            index = root if root != index else reads[0] if len(reads) == 1 else index
+            reads = self._made_by.get(index, ())
+            is_view = self.trace.root(index) != index
+            index = reads[0] if len(reads) == 1 or (is_view and reads) else index
         return found
+
+    def is_zero(self, index: int) -> bool:
+        """Whether a value is nothing but zeros, as the first state of a recurrent layer is."""
+        root = self.trace.root(index)
+        return root in self.zeros and root not in self._written_into
+
+    @cached_property
+    def _written_into(self) -> frozenset[int]:
+        """Values whose memory some call writes into."""
+        return frozenset(self.trace.root(value) for op in self.trace.ops if op.writes() for value in op.outputs)
 
     @cached_property
     def _made_by(self) -> dict[int, tuple[int, ...]]:
         """Per value, what the call that made it read."""
         return {value: op.reads for op in reversed(self.trace.ops) for value in op.outputs}
+
+    def pass_uniform(self, op: Op) -> None:
+        """Results of a call whose first tensor is the same everywhere are so too."""
+        if op.inputs()[0] in self.uniform:
+            self.uniform.update(op.outputs)
 
     def tie(self, a: np.ndarray, b: np.ndarray, op: Op) -> None:
         """Slots in the same place of `a` and `b` (broadcast) go together."""
@@ -185,6 +220,16 @@ class Flow:
             return labelled
         self.tie(a, b, op)
         return a
+
+    def reads_channels(self, op: Op, value: int, dim: int) -> Label:
+        """Labels of the dim of a weight that is summed over with this dim of a value, where a call reads it so."""
+        declared, reads = op.declared, op.inputs()
+        if declared.read_dim is None or len(declared.multiplies) < 2 or reads[declared.multiplies[0]] != value:
+            return None
+        weight = reads[declared.multiplies[1]]
+        label = self.labels(weight)[declared.read_dim]
+        summed = 1 if len(self.shape(weight)) > 2 else len(self.shape(value)) - 1
+        return label if dim == summed and label is not None and len(label) == self.shape(value)[dim] else None
 
     def unify_all(self, labels: Sequence[Label], op: Op) -> Label:
         """`unify` over any number of dims; returns the first label there is."""
@@ -233,10 +278,12 @@ class Flow:
 
     def _note_use(self, label: Label, op: Op) -> None:
         """Channels that a layer reads or writes, or that are summed over among parameters alone."""
-        if label is not None and self.active.isdisjoint(op.inputs()):
-            self._summed_alone.append((label, op))
-        elif label is not None:
+        if label is None:
+            return
+        if not self.active.isdisjoint(op.inputs()):
             self._used[label] = True
+        elif not any(self.is_zero(op.inputs()[k]) for k in op.declared.multiplies):
+            self._summed_alone.append((label, op))
 
     def freeze_computed_weights(self) -> None:
         """Channels of a layer that a number computed from its weights depends on (spectral norm) must stay.
@@ -267,7 +314,12 @@ class Flow:
     def freeze(self, label: Label, op: Op, reason: str) -> None:
         """These slots must stay."""
         if label is not None:
+            self._stay[label] = True
             self.facts.frozen.append(Frozen(label, op.module, f"{reason} ({op.name})"))
+
+    def stay(self, label: Label) -> bool:
+        """Whether it is known already that all of these slots must stay."""
+        return label is None or bool(self._stay[label].all())
 
     def average(self, label: Label, op: Op, reason: str) -> None:
         """An average over these slots is taken, which more of them leave as it is where there are equally many of each.

@@ -40,7 +40,7 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
     for op in trace.ops:
         frozen, even = len(facts.frozen), len(facts.even)
         if not flow.active.isdisjoint(op.inputs()):
-            flow.active.update(op.outputs)
+            flow.activate(op)
         if op.operator.gives_views and flow.picked.issuperset(op.inputs()):
             flow.picked.update(op.outputs)
         rule = op.declared.rule

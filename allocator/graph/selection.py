@@ -11,6 +11,8 @@ from torch import nn
 from allocator.errors import InputError, a_kind, did_you_mean
 
 Modules = Mapping[str, nn.Module]
+UNMATCHED = "matches no module"
+"""What every note of `unmatched` says."""
 
 
 def as_items(given: Any) -> tuple[Any, ...]:
@@ -57,9 +59,9 @@ def unmatched(modules: Modules, tensors: Collection[str], what: str, items: Sequ
             notes += unmatched(modules, tensors, what, item)
         elif isinstance(item, str) and not _tensors_of(modules, tensors, item):
             near = did_you_mean(item, modules, mark="'")
-            notes.append(f"{what}={item!r} matches no module or parameter{near and '; ' + near}")
+            notes.append(f"{what}={item!r} {UNMATCHED} or parameter{near and '; ' + near}")
         elif isinstance(item, type) and not _tensors_of(modules, tensors, item):
-            notes.append(f"{what}={item.__name__} matches no module of the model")
+            notes.append(f"{what}={item.__name__} {UNMATCHED} of the model")
     return notes
 
 

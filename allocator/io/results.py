@@ -17,7 +17,7 @@ from allocator import adapters
 from allocator.arguments import checked
 from allocator.disk import PathLike, existing, shorten, write_atomically
 from allocator.errors import AllocationMismatchError, AllocatorError, FileError, a_kind
-from allocator.io.models import BUILD_ATTRIBUTE, build
+from allocator.io.models import BUILD_ATTRIBUTE, build_as_asked
 from allocator.io.programs.program import Program
 from allocator.io.rebuild import build_on_meta, build_quietly, build_spec, check_harmless, has_meta, no_larger_than
 from allocator.io.safetensors_files import read_safetensors, write_safetensors
@@ -120,7 +120,7 @@ def load_result(
         AllocationMismatchError: ``model`` is not the architecture the allocation was made for.
     """
     if isinstance(path, str) and path.startswith("hf:") and model is None:
-        return build(path)
+        return build_as_asked(path, {})
     metadata, tensors = _read_result(path)
     allocation = _allocation_of(metadata, path)
     _add_aliases(tensors, _parse(metadata, "aliases", path, dict), path)

@@ -12,10 +12,23 @@ from allocator.operators import (
     join,
     norm,
     pointwise,
+    recurrent,
     reduce,
     select,
     spatial,
     view,
 )
 
-__all__ = ["contraction", "create", "functions", "join", "norm", "pointwise", "reduce", "select", "spatial", "view"]
+__all__ = [
+    "contraction",
+    "create",
+    "functions",
+    "join",
+    "norm",
+    "pointwise",
+    "recurrent",
+    "reduce",
+    "select",
+    "spatial",
+    "view",
+]

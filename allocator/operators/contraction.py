@@ -11,6 +11,7 @@ from torch.nn import functional
 from allocator.cost.terms import Product, elements, times
 from allocator.flow.flow import Flow
 from allocator.flow.labels import Label
+from allocator.operators.pointwise import adopt
 from allocator.torch_private import convolution_in_graphs
 from allocator.tracing.calls import Op
 from allocator.tracing.meta_kernels import empty
@@ -226,15 +227,19 @@ def biased_matrix_product(flow: Flow, op: Op) -> None:
 def _product(flow: Flow, op: Op, a: int, b: int) -> None:
     (rows, inner_a), (inner_b, columns) = flow.labels(a), flow.labels(b)
     flow.multiply(a, b)
-    _contract(flow, op, (a, inner_a), (b, inner_b))
+    sum_over(flow, op, (a, inner_a), (b, inner_b))
     flow.produce(columns, op, b)
     flow.produce(rows, op, a)
     flow.set(op.outputs[0], [rows, columns])
 
 
-def _contract(flow: Flow, op: Op, a: tuple[int, Label], b: tuple[int, Label]) -> None:
+def sum_over(flow: Flow, op: Op, a: tuple[int, Label], b: tuple[int, Label]) -> None:
     """Sum over one dim of two operands, on either side of which a parameter may stand and read neurons."""
-    (_, x), (weight_value, weight) = (b, a) if flow.is_activation(b[0]) else (a, b)
+    (value, x), (weight_value, weight) = (b, a) if flow.is_activation(b[0]) else (a, b)
+    last = value == a[0] or len(flow.shape(value)) == 1
+    if x is None and weight is not None and last and value in flow.uniform and not flow.is_activation(weight_value):
+        adopt(flow, op, value, [weight])  # the first state of a recurrent layer
+        x = weight
     flow.contract(x, weight, op, weight_value)
 
 
@@ -268,7 +273,7 @@ def linear(flow: Flow, op: Op) -> None:
     """(..., k) with a weight (m, k)."""
     x, weight, *bias = op.inputs()
     written, read = flow.labels(weight)
-    flow.contract(flow.labels(x)[-1], read, op, weight)
+    sum_over(flow, op, (x, flow.labels(x)[-1]), (weight, read))
     flow.produce(written, op, weight)
     flow.set(op.outputs[0], [*flow.labels(x)[:-1], written])
     for index in bias:
@@ -302,7 +307,7 @@ def _batched(flow: Flow, op: Op, a: int, b: int) -> None:
     (batch_a, rows, inner_a), (batch_b, inner_b, columns) = flow.labels(a), flow.labels(b)
     flow.multiply(a, b)
     batch = flow.unify_all([batch_a, batch_b], op)
-    _contract(flow, op, (a, inner_a), (b, inner_b))
+    sum_over(flow, op, (a, inner_a), (b, inner_b))
     flow.produce(columns, op, b)
     flow.produce(rows, op, a)
     flow.set(op.outputs[0], [batch, rows, columns])
@@ -313,7 +318,7 @@ def matrix_vector(flow: Flow, op: Op) -> None:
     """(n, k) @ (k)."""
     a, b = op.inputs()
     rows, inner = flow.labels(a)
-    _contract(flow, op, (a, inner), (b, flow.labels(b)[0]))
+    sum_over(flow, op, (a, inner), (b, flow.labels(b)[0]))
     flow.produce(rows, op, a)
     flow.set(op.outputs[0], [rows])
 
@@ -322,7 +327,7 @@ def matrix_vector(flow: Flow, op: Op) -> None:
 def inner_product(flow: Flow, op: Op) -> None:
     """(k) @ (k)."""
     a, b = op.inputs()
-    _contract(flow, op, (a, flow.labels(a)[0]), (b, flow.labels(b)[0]))
+    sum_over(flow, op, (a, flow.labels(a)[0]), (b, flow.labels(b)[0]))
     flow.set(op.outputs[0], [])
 
 

@@ -10,10 +10,10 @@ from allocator.tracing.operators import operator
 operator("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")(identity)
 
 
-@operator("zeros", "ones", "full", sized=True, creates=True)
+@operator("ones", "full", sized=True, creates=True)
 @operator("scalar_tensor", creates=True)
 @operator(
-    "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided",
+    "empty", "rand", "randn", "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided",
     sized=True,
 )  # fmt: skip
 def constant(flow: Flow, op: Op) -> None:
@@ -21,6 +21,14 @@ def constant(flow: Flow, op: Op) -> None:
     for index in op.outputs:
         flow.set(index, [None] * len(flow.shape(index)))
         flow.uniform.add(index)
+
+
+@operator("zeros", sized=True, creates=True)
+@operator("new_zeros", sized=True)
+def zeros(flow: Flow, op: Op) -> None:
+    """A constant of which no sum holds anything: a product with it reads no neuron."""
+    constant(flow, op)
+    flow.zeros.update(op.outputs)
 
 
 @operator("arange", creates=True)

@@ -6,6 +6,7 @@ import numpy as np
 
 from allocator.flow.flow import Flow
 from allocator.flow.labels import Label
+from allocator.operators.pointwise import adopt
 from allocator.tracing.calls import Op
 from allocator.tracing.operators import operator
 
@@ -16,11 +17,26 @@ def concatenate(flow: Flow, op: Op) -> None:
     inputs = [i for i in op.inputs() if flow.shape(i) != (0,)]
     out = flow.shape(op.outputs[0])
     dim = int(op.arg("dim") or 0) % len(out)
+    _told_by_reader(flow, op, inputs, dim)
     result = [
         _joined(flow, op, inputs, dim) if d == dim else flow.unify_all([flow.labels(i)[d] for i in inputs], op)
         for d in range(len(out))
     ]
     flow.set(op.outputs[0], result)
+
+
+def _told_by_reader(flow: Flow, op: Op, inputs: list[int], dim: int) -> None:
+    """A part that is the same everywhere (a first state of zeros) has the channels that a layer reads of it next."""
+    open_parts = [i for i in inputs if i in flow.uniform and flow.labels(i)[dim] is None]
+    reads = [flow.reads_channels(user, op.outputs[0], dim) for user in flow.users.get(op.outputs[0], ())]
+    label = next((label for label in reads if label is not None), None)
+    if not open_parts or label is None:
+        return
+    starts = np.cumsum([0, *(flow.shape(i)[dim] for i in inputs)])
+    for i, start in zip(inputs, starts, strict=False):
+        if i in open_parts:
+            part = label[start : start + flow.shape(i)[dim]]
+            adopt(flow, op, i, [part, *[None] * (len(flow.shape(i)) - 1 - dim)])
 
 
 def _joined(flow: Flow, op: Op, inputs: list[int], dim: int) -> Label:

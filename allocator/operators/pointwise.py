@@ -77,7 +77,10 @@ def _take(flow: Flow, op: Op, index: int, labels: list[Label]) -> None:
     own, shape = list(flow.labels(index)), flow.shape(index)
     for back in range(1, min(len(shape), len(labels)) + 1):
         label = labels[-back]
-        if label is None or len(label) != shape[-back] or len(label) == 1:
+        if label is None or len(label) == 1 or shape[-back] == 1:
+            continue
+        if len(label) != shape[-back]:
+            flow.freeze(label, op, "a part of a constant is written")
             continue
         if own[-back] is None:
             own[-back] = label

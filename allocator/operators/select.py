@@ -83,6 +83,7 @@ def slice_(flow: Flow, op: Op) -> None:
         if 0 < len(part) < shape[dim]:
             flow.floor(part, op)
     flow.set(op.outputs[0], labels)
+    flow.pass_uniform(op)
 
 
 @operator("select", "select_copy")
@@ -91,6 +92,7 @@ def select(flow: Flow, op: Op) -> None:
     labels = list(flow.labels(op.inputs()[0]))
     flow.freeze(labels.pop(int(op.arg("dim"))), op, "one index is read by number")
     flow.set(op.outputs[0], labels)
+    flow.pass_uniform(op)
 
 
 @operator("unbind", "unbind_copy", splits=True)
@@ -100,6 +102,7 @@ def unbind(flow: Flow, op: Op) -> None:
     flow.freeze(labels.pop(int(op.arg("dim") or 0)), op, "a dim is taken apart index by index")
     for index in op.outputs:
         flow.set(index, labels)
+    flow.pass_uniform(op)
 
 
 @operator("index_select")

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from allocator.cost.terms import Product, elements
 from allocator.flow.flow import Flow
 from allocator.flow.labels import Label
 from allocator.operators.functions import area_flops
 from allocator.tracing.calls import Op
+from allocator.tracing.meta_kernels import empty
 from allocator.tracing.operators import operator
 
 
@@ -28,13 +30,21 @@ def _bilinear_flops(flow: Flow, op: Op) -> list[Product]:
     return [elements(flow, op.outputs[0], 4)]
 
 
+def _resampled(x: torch.Tensor, size: list[int] | None, *_: Any) -> torch.Tensor | None:
+    """What a change of the sides gives on meta tensors; None where the result may lie in memory in another order."""
+    last = torch.channels_last
+    if size is None or x.dim() != 4 or not x.is_contiguous() or x.is_contiguous(memory_format=last):
+        return None
+    return empty([x.shape[0], x.shape[1], *size], x.dtype)
+
+
 @operator("max_pool2d_with_indices", "max_pool3d_with_indices", window=_pool_window, drawn_as="max pool")
 @operator("avg_pool1d", "avg_pool2d", "avg_pool3d", window=_pool_window, drawn_as="average pool")
 @operator("max_pool2d", "max_pool3d", drawn_as="max pool")
 @operator("_adaptive_avg_pool2d", flops=area_flops, drawn_as="adaptive average pool")
 @operator("_adaptive_avg_pool3d", drawn_as="adaptive average pool")
-@operator("upsample_nearest2d", flops=_nearest_flops, drawn_as="upsample")
-@operator("upsample_bilinear2d", flops=_bilinear_flops, drawn_as="upsample")
+@operator("upsample_nearest2d", flops=_nearest_flops, on_meta=_resampled, drawn_as="upsample")
+@operator("upsample_bilinear2d", flops=_bilinear_flops, on_meta=_resampled, drawn_as="upsample")
 @operator(
     "upsample_nearest1d", "upsample_nearest3d", "upsample_linear1d", "upsample_trilinear3d", "upsample_bicubic2d",
     drawn_as="upsample",

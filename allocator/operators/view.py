@@ -31,6 +31,8 @@ def identity(flow: Flow, op: Op) -> None:
         flow.set(index, flow.labels(source))
     if uniform:
         flow.uniform.update(op.outputs)
+    if op.declared.copies and flow.is_zero(source):
+        flow.zeros.update(op.outputs)
 
 
 @operator("as_strided", restrides=True)
@@ -62,8 +64,7 @@ def view(flow: Flow, op: Op) -> None:
     if shape == (1,) and len(target) in _CHANNELS_SECOND:
         result[:2] = [None, labels[0]]
     flow.set(out, result)
-    if source in flow.uniform:
-        flow.uniform.add(out)
+    flow.pass_uniform(op)
 
 
 def factor_groups(shape: Shape, target: Shape) -> list[tuple[list[int], list[int]]]:
@@ -93,9 +94,10 @@ def factor_groups(shape: Shape, target: Shape) -> list[tuple[list[int], list[int
 
 
 def _merge(flow: Flow, op: Op, labels: Sequence[Label], sizes: Sequence[int]) -> Label:
-    """Labels of the flattened dims; only one of them may lose indices."""
+    """Labels of the flattened dims; only one of them may lose indices, one that does not stay anyway where there is."""
     labelled = [k for k, label in enumerate(labels) if label is not None]
     labelled = [k for k in labelled if sizes[k] > 1] or labelled[:1]
+    labelled.sort(key=lambda k: flow.stay(labels[k]))
     for k in labelled[1:]:
         flow.freeze(labels[k], op, "two dims with neurons are flattened into one")
     if not labelled:
@@ -145,8 +147,7 @@ def unsqueeze(flow: Flow, op: Op) -> None:
     dim = int(op.arg("dim"))
     labels.insert(dim if dim >= 0 else dim + len(labels) + 1, None)
     flow.set(op.outputs[0], labels)
-    if op.inputs()[0] in flow.uniform:
-        flow.uniform.add(op.outputs[0])
+    flow.pass_uniform(op)
 
 
 @operator("squeeze")
@@ -195,6 +196,7 @@ def expand(flow: Flow, op: Op) -> None:
             flow.freeze(labels[d], op, "a dim of size 1 is repeated")
             labels[d] = None
     flow.set(op.outputs[0], [None] * fresh + labels)
+    flow.pass_uniform(op)
 
 
 @operator("repeat", sized=True)

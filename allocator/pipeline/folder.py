@@ -15,7 +15,7 @@ from allocator import adapters
 from allocator.clock import Progress, bar
 from allocator.disk import PathLike, check_new_folder, write_folder_atomically
 from allocator.errors import FileError, InputError
-from allocator.io.models import build
+from allocator.io.models import build_as_asked
 from allocator.io.shards import SUFFIX, Renamed, Shards, write_shards
 from allocator.modules import lies_within
 from allocator.pipeline.run import run
@@ -45,7 +45,7 @@ class Source:
         self.shards = Shards(folder)
         if model is None:
             with torch.device("meta"):
-                model = build(f"hf:{folder}").eval()
+                model = build_as_asked(f"hf:{folder}", {}).eval()
         self.model = model
         self.first = _first_names(self.shards, model)
         self.weights = Renamed(self.shards, {first: stored for stored, first in self.first.items()})

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from allocator import adapters
+from allocator.arguments import is_real
 from allocator.clock import Progress
 from allocator.cost.budget import Budgets
 from allocator.errors import AllocatorError, InputError, IterationError
@@ -119,6 +120,7 @@ def iterate_model(
                 graph.inputs,
                 settings,
                 data=data,
+                recovers=recover is not None,
                 numeric=numeric,
                 seed=seed,
                 progress=None if progress is None else partial(_say, progress, step),
@@ -167,7 +169,7 @@ def _train(train: Train, network: nn.Module, step: str, done: Iterated | None) -
 def _check_grow(grow: Any, limits: Limits) -> None:
     if grow is None:
         return
-    if isinstance(grow, bool) or not isinstance(grow, (int, float)) or not 0 < grow < 1:
+    if not is_real(grow) or not 0 < grow < 1:
         raise InputError(f"grow={grow!r} is no share between 0 and 1, such as 0.7, that a step keeps before it widens")
     if list(limits.given()) != ["flops"]:
         raise InputError(f"with grow the budget is one of flops, not {' and '.join(limits.given()) or 'none'}")

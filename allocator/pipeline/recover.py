@@ -34,7 +34,16 @@ def asked_method(recover: bool | Method, data: Any, weights: Weights) -> Method 
 def recover_result(
     result: Result, data: Any, method: str, *, samples: int, seed: int = 0, progress: Progress | None = None
 ) -> Result:
-    """A new result; see `allocator.recover`."""
+    """A new result; see `allocator.recover`.
+
+    Raises:
+        InputError: nothing was dropped, as the result is a wider network.
+    """
+    if result.allocation.widens:
+        raise InputError(
+            "this result is wider than its original and computes the same, so that there is nothing to recover: "
+            "recover is for what allocate gave"
+        )
     clock = Clock(progress)
     with clock("recover"):
         model, recovery = recover(

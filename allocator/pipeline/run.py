@@ -20,10 +20,11 @@ from allocator.model_checks import check_model, without_reset
 from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.model import trace_model
 from allocator.pipeline.timing import choose_in_time, measure_speed
+from allocator.pipeline.trial import suitable_scores
 from allocator.result import Result
 from allocator.rewriting.lineage import remember
 from allocator.rewriting.materialise import materialise, reset_parameters
-from allocator.scoring.registry import Data, check_criterion, score
+from allocator.scoring.registry import Data, check_criterion
 from allocator.settings import Certify, Limits, Settings, check_certify
 from allocator.verifying.certificate import Certificate, certify, require
 
@@ -35,6 +36,7 @@ def run(
     settings: Settings,
     *,
     data: Data | None = None,
+    recovers: bool = False,
     weights: str = "keep",
     numeric: Certify = "small",
     seed: int = 0,
@@ -49,6 +51,7 @@ def run(
         example_inputs: as the caller gave them.
         settings: how neurons are chosen.
         data: what criteria may look at.
+        recovers: what is left will be refitted.
         weights: "keep" or "reset".
         numeric: compare weights and outputs too, at which size.
         seed: of the certificate's input.
@@ -68,7 +71,10 @@ def run(
         notes = list(graph.notes)
         budgets = budgets_of(graph, limits)
         check_criterion(graph, settings.criterion)  # also where the budgets leave nothing to choose
-        scores = None if budgets.met(graph.everything) else score(graph, settings.criterion, data, stored)
+        scores = None
+        if not budgets.met(graph.everything):
+            scores, tried = suitable_scores(graph, budgets, settings, data, stored, recovers=recovers)
+            notes += tried
         plan = choose if "latency" not in budgets.names else choose_in_time
         fitted = plan(graph, budgets, settings, scores)
         notes += fitted.notes

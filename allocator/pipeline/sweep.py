@@ -23,12 +23,13 @@ from allocator.graph.channel_graph import ChannelGraph
 from allocator.model_checks import check_model
 from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.model import trace_model
+from allocator.pipeline.trial import suitable_scores
 from allocator.reporting.charts import lines
 from allocator.reporting.pictures import save
 from allocator.reporting.words import percent, short
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.rewrite import rewrite
-from allocator.scoring.registry import Data, score
+from allocator.scoring.registry import Data
 from allocator.scoring.scores import Scores
 from allocator.settings import Limits, Settings
 from allocator.shown import Shown
@@ -158,7 +159,7 @@ def sweep_model(
     graph = trace_model(check_model(model), example_inputs, settings, None if data is None else data.loader)
     budgets = [budgets_of(graph, Limits(**{name: figure})) for figure in figures]
     budgets.sort(key=lambda each: each.first.limit, reverse=True)
-    scores = score(graph, settings.criterion, data)
+    scores, _ = suitable_scores(graph, budgets[-1], settings, data)
     points = []
     with bar("planning", progress, total=len(budgets)) as advance:
         for budget, fitted in zip(budgets, _nested(graph, scores, budgets, settings), strict=True):

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from allocator.arguments import is_real
 from allocator.clock import Clock, Progress
 from allocator.cost.budget import Budget, Budgets
 from allocator.cost.metric import Metric
 from allocator.errors import BudgetError, InputError, NothingToAllocateError, plural
 from allocator.fitting.fit import fit
 from allocator.graph.blocks import Block
-from allocator.graph.channel_graph import ChannelGraph
+from allocator.graph.channel_graph import ALL, SCOPES, ChannelGraph
 from allocator.graph.even import EvenNeurons
+from allocator.graph.selection import UNMATCHED
 from allocator.model_checks import check_model
 from allocator.pipeline.choice import budgets_of
 from allocator.pipeline.model import trace_model
@@ -121,7 +123,7 @@ def by_factor(factor: Any) -> Widths:
     Raises:
         InputError: no number from 1 on.
     """
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor < math.inf:
+    if not is_real(factor) or not factor < math.inf:
         raise InputError(f"factor={factor!r} is no number such as 1.5")
     if factor > WIDEST:
         raise InputError(f"factor={factor!r} is more than {WIDEST:.0f}, the most that layers are widened by")
@@ -129,9 +131,10 @@ def by_factor(factor: Any) -> Widths:
         raise InputError(
             f"factor={factor!r} would make layers narrower: pass 1.5, for example; allocate takes neurons away"
         )
+    times = float(factor)
 
     def widths(layers: Layers) -> tuple[np.ndarray, None]:
-        more = layers.evenly(factor)
+        more = layers.evenly(times)
         if not more.any():
             first = min(layers.each, key=lambda layer: layer.least_factor)
             which = "what an average is taken over" if first.together else "the layer that needs least"
@@ -312,7 +315,7 @@ class _Planner:
         layers = Layers.of(graph, self.settings.scope, held, self.settings.multiple)
         if not layers.each:
             reasons = [*self.why_not(graph), *(_no_multiple(self.settings.multiple, *s) for s in layers.stuck)]
-            reasons = reasons or _nothing_left(graph)
+            reasons = [*_out_of_reach(graph, self.settings.scope), *(reasons or _nothing_left(graph))]
             listed = "; ".join(reasons[:_MOST_REASONS])
             raise NothingToAllocateError(f"no neuron can be added to the model exactly: {listed}", reasons=reasons)
         metric = graph.metric("flops")
@@ -325,6 +328,15 @@ class _Planner:
         self.as_they_were = _not_repeated(layers, more)
         self.as_they_were += [_no_multiple(self.settings.multiple, *stuck) for stuck in layers.stuck[:_MOST_REASONS]]
         return Plan(times, budgets, self.settings.scope, "even", "none", costs)
+
+
+def _out_of_reach(graph: ChannelGraph, scope: str) -> list[str]:
+    """What the caller's options leave out: a line per option."""
+    notes = [note for note in graph.notes if UNMATCHED in note]
+    wider = int((graph.scope_of > SCOPES.get(scope, ALL)).sum())
+    if wider:
+        notes.append(f"{plural(wider, 'neuron')} can only be added to in a wider scope than {scope!r}")
+    return notes
 
 
 def _nothing_left(graph: ChannelGraph) -> list[str]:

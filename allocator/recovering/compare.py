@@ -17,27 +17,30 @@ from allocator.tracing.record import tensors_in
 
 
 @torch.no_grad()
-def distance(model: nn.Module, small: nn.Module, parts: Sequence[Inputs]) -> float:
-    """Mean over the inputs, and over all ranks, of how far the outputs are apart.
+def distances(model: nn.Module, smalls: Sequence[nn.Module], parts: Sequence[Inputs]) -> list[float]:
+    """Per smaller network, mean over the inputs, and over all ranks, of how far its outputs are from the original's.
 
     Of logits (N, classes), or what a language model calls so, Kullback-Leibler divergence in nats. Of other outputs the
     squared difference as a share of the original's square.
 
     Args:
-        model, small: in eval mode.
+        model, smalls: in eval mode.
         parts: inputs.
     """
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(1 + len(smalls), dtype=torch.float64)
     for inputs in parts:
         weight = size_of(inputs)
-        found = apart(outputs_of(model, inputs), outputs_of(small, inputs))
-        sums += torch.tensor([weight * (float(found) if bool(found.isfinite()) else torch.inf), weight])
+        original = outputs_of(model, inputs)
+        sums[0] += weight
+        for place, small in enumerate(smalls, start=1):
+            found = apart(original, outputs_of(small, inputs))
+            sums[place] += weight * (float(found) if bool(found.isfinite()) else torch.inf)
     all_reduce(sums)
-    return float(sums[0] / sums[1])
+    return (sums[1:] / sums[0]).tolist()
 
 
 def apart(original: Any, small: Any) -> torch.Tensor:
-    """A scalar: how far two outputs are from each other, as `distance` has it."""
+    """A scalar: how far two outputs are from each other, as `distances` has it."""
     known, given = logits_of(original), logits_of(small)
     if known is not None and given is not None and known.shape == given.shape:
         return functional.kl_div(

@@ -10,7 +10,7 @@ from torch import nn
 
 from allocator.clock import Progress, bar
 from allocator.errors import RecoveryError, first_line
-from allocator.recovering.compare import apart, distance
+from allocator.recovering.compare import apart, distances
 from allocator.recovering.moments import average
 from allocator.recovering.samples import Samples
 from allocator.scoring.batches import outputs_of
@@ -37,14 +37,14 @@ def distil(model: nn.Module, small: nn.Module, samples: Samples, progress: Progr
     for each in parameters.values():
         each.requires_grad_(True)
     optimiser = torch.optim.Adam(parameters.values(), RATE)
-    best, least = copy.deepcopy(small.state_dict()), distance(model, small, samples.held)
+    best, least = copy.deepcopy(small.state_dict()), distances(model, [small], samples.held)[0]
     with bar("distilling", progress, EPOCHS) as advance:
         for epoch in range(EPOCHS):
             for group in optimiser.param_groups:
                 group["lr"] = RATE * (1 + math.cos(math.pi * epoch / EPOCHS)) / 2
             for inputs in samples.seen:
                 _step(model, small, inputs, optimiser)
-            now = distance(model, small, samples.held)
+            now = distances(model, [small], samples.held)[0]
             if now < least:
                 best, least = copy.deepcopy(small.state_dict()), now
             advance(f"epoch {epoch + 1}, {now:.3g} from the original")

@@ -14,9 +14,9 @@ from torch import nn
 from allocator.clock import Progress
 from allocator.errors import DataError, RecoveryError
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.modules import set_training, skeleton, tensor_names
+from allocator.modules import for_inference, skeleton, tensor_names
 from allocator.recovering.batch_norm import take_statistics
-from allocator.recovering.compare import distance
+from allocator.recovering.compare import distances
 from allocator.recovering.distil import distil
 from allocator.recovering.least_squares import fit
 from allocator.recovering.readers import Reader, readers_of
@@ -91,8 +91,8 @@ def recover(
         raise RecoveryError(f"no layer that reads neurons can be refitted: {_listed(left)}")
     with undisturbed(graph.model):
         subject = Subject(
-            model=set_training(skeleton(graph.model, _shared), False),
-            small=set_training(skeleton(small, _shared), False),
+            model=for_inference(graph.model),
+            small=for_inference(small),
             stays=stays,
             readers=readers,
             left=left,
@@ -102,7 +102,8 @@ def recover(
         )
         as_cut = Made("none", subject.small)
         made = [as_cut, *(_all_that_may_help(subject) if method == "auto" else [MAKERS[method](subject)])]
-        tried = {each.method: distance(subject.model, each.model, subject.samples.held) for each in made}
+        found = distances(subject.model, [each.model for each in made], subject.samples.held)
+        tried = {each.method: far for each, far in zip(made, found, strict=True)}
         best = min(made, key=lambda each: tried[each.method]) if method == "auto" else made[-1]
         return _finish(small, best, subject, tried)
 
@@ -197,11 +198,6 @@ def _finish(small: nn.Module, best: Made, subject: Subject, tried: dict[str, flo
 
 def _listed(left: dict[str, str]) -> str:
     return "; ".join(f"{name} ({why})" for name, why in left.items()) or "no call multiplies by a parameter"
-
-
-def _shared(_: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter itself, and a buffer, which a forward may write into, of its own."""
-    return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
 
 
 def _copied(_: str, tensor: torch.Tensor) -> torch.Tensor:

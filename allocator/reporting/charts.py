@@ -190,7 +190,9 @@ def flops_rows(summary: Summary) -> list[dict[str, Any]]:
 
 
 def flops(rows: list[dict[str, Any]], *, title: str) -> Spec:
-    """FLOPs per block: a light bar before, a strong one in front of it after."""
+    """FLOPs per block: a light bar before, a strong one in front of it after, where there is a budget."""
+    colours = {BEFORE: COLOURS[7], AFTER: COLOURS[0]}
+    shown = [when for when in colours if any(row["when"] == when for row in rows)]
     return {
         "title": {"text": title, "anchor": "start"},
         "data": {"values": rows},
@@ -202,8 +204,8 @@ def flops(rows: list[dict[str, Any]], *, title: str) -> Spec:
             "color": {
                 "field": "when",
                 "type": "nominal",
-                "scale": {"domain": [BEFORE, AFTER], "range": [COLOURS[7], COLOURS[0]]},
-                "legend": {"title": None, "orient": "top"},
+                "scale": {"domain": shown, "range": [colours[when] for when in shown]},
+                "legend": {"title": None, "orient": "top"} if len(shown) > 1 else None,
             },
             "tooltip": [{"field": "block"}, {"field": "when", "title": " "}, {"field": "flops", "format": ","}],
         },

@@ -74,6 +74,8 @@ class Filling:
             sources: per dim the source indices, as in an allocation.
             like: the original's, which tells a parameter from a buffer.
         """
+        if taken.is_complex():
+            self.fill(name, torch.view_as_real(taken), sources, like=like)
         if not taken.is_floating_point():
             return taken
         reads = self.reads.get(name) or [None] * len(sources)
@@ -82,7 +84,7 @@ class Filling:
                 for share in _shares(source, places, self.seed):
                     share.split(taken, dim)
             return taken
-        if taken.dim() > 1 and isinstance(like, nn.Parameter):
+        if like.dim() > 1 and isinstance(like, nn.Parameter):
             generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
             for dim, source, places in _dims(sources, reads):
                 _draw(taken, dim, np.setdiff1d(added_places(source), places), generator)
@@ -117,7 +119,11 @@ class Filling:
 
     def undo(self, name: str, wide: torch.Tensor, sources: Sequence[Any]) -> torch.Tensor:
         """A tensor of the wider network in which the first of several copies reads all that they share again."""
-        if self.init != "copy" or name not in self.reads or not wide.is_floating_point():
+        if self.init != "copy" or name not in self.reads:
+            return wide
+        if wide.is_complex():
+            return torch.view_as_complex(self.undo(name, torch.view_as_real(wide), sources))
+        if not wide.is_floating_point():
             return wide
         wide = wide.clone()
         for dim, source, places in _dims(sources, self.reads[name]):

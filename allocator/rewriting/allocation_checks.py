@@ -58,8 +58,11 @@ def check_added(added: Mapping[str, Any]) -> None:
     if not added:
         return
     reads = added.get("reads")
-    if added.get("init") not in ("zero", "copy") or type(added.get("seed")) is not int or not isinstance(reads, dict):
+    seed = added.get("seed")
+    if added.get("init") not in ("zero", "copy") or type(seed) is not int or not isinstance(reads, dict):
         raise FileError("the allocation's added indices are not said to be filled by 'init', 'seed' and 'reads'")
+    if not 0 <= seed < _LARGEST:
+        raise FileError(f"the allocation draws what it adds from the seed {seed!r:.40}, which is none")
     check_kept(reads)
     if not isinstance(added.get("averaged", {}), dict):
         raise FileError("the allocation's added indices that averages are taken over are not a mapping")

@@ -82,9 +82,12 @@ def describes_itself(module: nn.Module) -> bool:
     return bool(_describe(module, {field: tuple(t.shape) for field, t in _sources(module).items()}, None))
 
 
-# Names under which a weight, or what it is computed from, is stored. weight_norm keeps a length (original0, weight_g)
-# beside the direction (original1, weight_v), which has the weight's size.
-_WEIGHTS = ("weight", "weight_original", "weight_orig", "weight_original1", "weight_v")
+# What is appended to a tensor's name where it is stored, or what it is computed from. weight_norm keeps a length
+# (original0, _g) beside the direction (original1, _v), which has the weight's size.
+_STORED = ("", "_original", "_orig", "_original1", "_v")
+# Of a recurrent layer: what reads its inputs, what reads its state, and what projects that, in a cell and in a layer.
+_RECURRENT = {name: (name, f"{name}_l0") for name in ("weight_ih", "weight_hh", "weight_hr")}
+_NAMES = {"weight": ("weight",), "running_mean": ("running_mean",), **_RECURRENT}
 
 
 def _sources(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -94,22 +97,21 @@ def _sources(module: nn.Module) -> dict[str, torch.Tensor]:
     """
     held: dict[str, torch.Tensor | None] = {**module._parameters, **module._buffers}
     computed = module._modules.get("parametrizations")
-    if isinstance(computed, nn.ModuleDict) and "weight" in computed:
-        held.update({f"weight_{name}": tensor for name, tensor in computed["weight"]._parameters.items()})
+    for name, computing in computed.items() if isinstance(computed, nn.ModuleDict) else ():
+        held.update({f"{name}_{key}": tensor for key, tensor in computing._parameters.items()})
     sources: dict[str, torch.Tensor] = {}
-    for name in _WEIGHTS:
-        weight = held.get(name)
-        if weight is not None:
-            sources["weight"] = weight
-            break
-    running_mean = held.get("running_mean")
-    if running_mean is not None:
-        sources["running_mean"] = running_mean
+    for field, names in _NAMES.items():
+        stored = (held.get(name + suffix) for name in names for suffix in _STORED)
+        found = next((tensor for tensor in stored if tensor is not None), None)
+        if found is not None:
+            sources[field] = found
     return sources
 
 
 def _describe(module: nn.Module, sizes: Mapping[str, Sequence[int]], groups: int | None) -> dict[str, Any]:
     weight = [int(n) for n in sizes.get("weight", ())]
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return _describe_recurrent(module, sizes)
     if isinstance(module, BatchNormBase) and sizes:
         return {"num_features": int(next(iter(sizes.values()))[0])}
     if not weight:
@@ -130,6 +132,20 @@ def _describe(module: nn.Module, sizes: Mapping[str, Sequence[int]], groups: int
     return {}
 
 
+def _describe_recurrent(module: nn.Module, sizes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Sizes by the first layer's weights, whose rows are so many gates of the hidden units."""
+    gates = next((count for kinds, count in _GATES.items() if isinstance(module, kinds)), None)
+    if gates is None or not {"weight_ih", "weight_hh"} <= sizes.keys():
+        return {}
+    described = {"input_size": int(sizes["weight_ih"][1]), "hidden_size": int(sizes["weight_hh"][0]) // gates}
+    return {**described, "proj_size": int(sizes["weight_hr"][0])} if "weight_hr" in sizes else described
+
+
+_GATES: dict[tuple[type[nn.Module], ...], int] = {
+    (nn.LSTM, nn.LSTMCell): 4,
+    (nn.GRU, nn.GRUCell): 3,
+    (nn.RNN, nn.RNNCell): 1,
+}
 _SIZES: dict[type[nn.Module], dict[str, int]] = {
     nn.Linear: {"out_features": 0, "in_features": 1},
     nn.Embedding: {"embedding_dim": 1},

@@ -65,6 +65,8 @@ def check_fits(model: nn.Module, allocation: Allocation) -> None:
         if name not in tensors:
             raise AllocationMismatchError(f"the allocation names {name}, which {type(model).__name__} does not have")
         _check_indices(name, dims, tuple(tensors[name].shape))
+        if not allocation.added and not allocation.parts:
+            _check_no_repeats(name, dims)
     for field in ("reads", "averaged"):
         for name, dims in allocation.added.get(field, {}).items():
             _check_added(name, dims, allocation.kept.get(name, []))
@@ -75,6 +77,16 @@ def check_fits(model: nn.Module, allocation: Allocation) -> None:
             f"the allocation was made for another architecture ({allocation.architecture}, "
             f"this {type(model).__name__} is {architecture}): build the model as it was then"
         )
+
+
+def _check_no_repeats(name: str, dims: Sequence[Indices | None]) -> None:
+    """Raise where an index is there twice, and nothing says what the added one is filled with."""
+    for indices in dims:
+        rows = indices if indices and isinstance(indices[0], Sequence) else [indices or []]
+        if any(len(set(row)) < len(row) for row in rows):
+            raise AllocationMismatchError(
+                f"{name}: the allocation adds indices, and its field 'added' does not say what they are filled with"
+            )
 
 
 def _check_added(name: str, dims: Sequence[Indices | None], kept: Sequence[Indices | None]) -> None:

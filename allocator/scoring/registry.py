@@ -156,17 +156,32 @@ def score(graph: ChannelGraph, criterion: Any = AUTO, data: Data | None = None, 
 
 
 def _by_names(graph: ChannelGraph, names: tuple[str, ...], data: Data | None, stored: Stored) -> Scores:
-    """By one criterion, or by the mean rank of several; the data are looked at once for all of them."""
+    """By one criterion, or by the mean rank of several."""
+    found = score_each(graph, names, data, stored)
+    if len(found) == 1:
+        return found[0]
+    ranks = np.mean([_rank(scores.values) for scores in found], axis=0)
+    return Scores("+".join(names), ranks)
+
+
+def score_each(graph: ChannelGraph, names: Sequence[str], data: Data | None, stored: Stored) -> list[Scores]:
+    """The scores by each of several criteria; the data are looked at once for all of them.
+
+    Args:
+        graph: the model's neurons.
+        names: of registered criteria.
+        data, stored: as for `score`.
+
+    Raises:
+        UnknownNameError, CriterionError, DataError: as for `score`.
+    """
     criteria = [find_criterion(name) for name in names]
     statistics = _statistics(graph, [each for each in criteria if each.needs], data)
     found = []
     for each in criteria:
         extra = (statistics,) if each.needs else ()
         found.append(_checked(graph, each.name, each.function(graph, _weights_of(graph, each.name, stored), *extra)))
-    if len(found) == 1:
-        return found[0]
-    ranks = np.mean([_rank(scores.values) for scores in found], axis=0)
-    return Scores("+".join(names), ranks)
+    return found
 
 
 def _statistics(graph: ChannelGraph, criteria: Sequence[Criterion], data: Data | None) -> Statistics | None:

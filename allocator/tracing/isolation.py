@@ -30,6 +30,9 @@ from allocator.tracing.operators import FUNCTIONS
 _FOREIGN = ("torch", "numpy", "builtins", "typing", "abc", "collections", "functools", "allocator")
 _ATOMS = (int, float, bool, str, bytes, type(None), type, ModuleType, torch.Tensor, nn.Module, torch.dtype)
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_ON_MODULES = {FunctionType, functools.partial, *_GENERATORS}
+"""What a module may hold that its forward changes, though no copy of the module has one of its own."""
 _DEPTH = 4
 # Two threads' forwards may share a cache, which neither is to see change under it.
 _ONE_AT_A_TIME = threading.RLock()
@@ -114,19 +117,22 @@ class _Watch(TorchFunctionMode):
 
 
 def _states() -> Callable[[bool], None]:
-    """The states of the process's generators, as a function that puts them back.
+    """The states of the process's generators, and its default dtype, as a function that puts them back.
 
     Other threads draw from these too. Torch's is put back where a function that draws was called, or where there is
     no other thread; those of Python and numpy where they changed.
     """
     on_cpu, python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    dtype = torch.get_default_dtype()
 
     def restore(drew: bool) -> None:
         if drew or threading.active_count() == 1:
             torch.set_rng_state(on_cpu)
             if on_gpus:
                 torch.cuda.set_rng_state_all(on_gpus)
+        if torch.get_default_dtype() is not dtype:
+            torch.set_default_dtype(dtype)
         if random.getstate() != python:
             random.setstate(python)
         if not all(map(np.array_equal, np.random.get_state(), of_numpy)):
@@ -146,15 +152,26 @@ class _Memory:
         self._containers: list[tuple[Any, Any, bool]] = []  # (container, copy of it, whether all of it is put back)
         self._classes: list[tuple[type, dict[str, Any]]] = []
         self._caches: list[tuple[Any, int]] = []
+        self._generators: list[Callable[[], None]] = []
         self._seen: set[int] = set()
         classes: set[type] = set()
-        for kind in {type(module) for module in modules}:
+        functions: list[FunctionType] = []
+        kinds: set[type] = set()
+        for module in modules:
+            kinds.add(type(module))
+            for value in vars(module).values():
+                if type(value) in _ON_MODULES:
+                    functions += [value] if isinstance(value, FunctionType) else []
+                    self._look(value, False, _DEPTH)
+        for kind in kinds:
             classes.update(base for base in kind.__mro__ if _is_own(base))
         for cls in classes:
             self._classes.append((cls, dict(vars(cls))))
             for value in vars(cls).values():
                 self._look(value, True, _DEPTH)
-        for namespace in {id(each): each for cls in classes for each in _namespaces(cls)}.values():
+        namespaces = [each for cls in classes for each in _namespaces(cls)]
+        namespaces += [f.__globals__ for f in functions if (f.__module__ or "").partition(".")[0] not in _FOREIGN]
+        for namespace in {id(each): each for each in namespaces}.values():
             self._look(namespace, False, _DEPTH)  # a namespace is looked into, however large
 
     def _look(self, value: Any, everything: bool, depth: int) -> None:
@@ -167,11 +184,15 @@ class _Memory:
                 return
         elif isinstance(value, functools._lru_cache_wrapper):
             self._caches.append((value, value.cache_info().misses))
+        elif isinstance(value, _GENERATORS):
+            self._generators.append(_state_of(value))
         for each in _held_by(value):
             self._look(each, everything, depth - 1)
 
     def restore(self) -> None:
         """Put everything back."""
+        for put_back in self._generators:
+            put_back()
         for cache, misses in self._caches:
             if cache.cache_info().misses != misses:
                 cache.cache_clear()
@@ -183,6 +204,16 @@ class _Memory:
             elif not _same(container, before) and (everything or _holds_tensors(list(container))):
                 container.clear()
                 container.update(before) if isinstance(container, set) else container.extend(before)
+
+
+def _state_of(generator: Any) -> Callable[[], None]:
+    """The state of a generator, as a function that puts it back."""
+    if isinstance(generator, np.random.Generator):
+        bits, state = generator.bit_generator, generator.bit_generator.state
+        return lambda: setattr(bits, "state", state)
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    return functools.partial(generator.set_state, generator.get_state())
 
 
 def _held_by(value: Any) -> list[Any]:

@@ -94,6 +94,8 @@ def _reads_only(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
+    if tensor.layout is not torch.strided and not tensor.is_nested:
+        tensor = tensor.to_dense()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.to("cpu", torch.float64)

@@ -116,6 +116,8 @@ def _peers() -> dict[str, Arm]:
 OURS: dict[str, Arm] = {
     "default": _ours(),
     "default with data": _ours(data="images"),
+    "fisher": _ours(criterion="fisher", data="images"),
+    "activation": _ours(criterion="activation", data="images"),
     "bn_scale, per_block, narrowest": _ours(criterion="bn_scale", policy="per_block", scope="narrowest"),
     "bn_scale, per_block": _ours(criterion="bn_scale", policy="per_block"),
     "bn_scale, global": _ours(criterion="bn_scale", policy="global"),

@@ -1,7 +1,7 @@
 """Networks of attention, cut and recovered: `python -m benchmarks.quality.attention`.
 
 A vision transformer on scikit-learn's digits, and a language model of letters on Python's documentation, both trained
-here, lose hidden units of their MLPs and heads, chosen by the default with data; residual streams stay, as they run
+here, lose hidden units of their MLPs and heads, chosen by `fisher`; residual streams stay, as they run
 under norms over channels. Recovered without labels. Every row is written as soon as it is there; a run that was stopped
 goes on.
 """
@@ -78,7 +78,9 @@ NETWORKS: dict[str, Callable[[int, Path], tuple[nn.Module, Tensor, Judge]]] = {"
 
 def row(model: nn.Module, share: float, data: Tensor, judge: Judge) -> dict[str, Any]:
     """Figures of one cut."""
-    result = allocator.allocate(model, f"{100 * share}%", data=data[:256], example_inputs=data[:1], certify=False)
+    result = allocator.allocate(
+        model, f"{100 * share}%", data=data[:256], example_inputs=data[:1], certify=False, criterion="fisher"
+    )
     recovered = allocator.recover(result, data)
     assert recovered.recovery is not None
     layers = dict(result.model.named_modules())

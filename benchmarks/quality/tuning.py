@@ -32,7 +32,7 @@ ROWS = RESULTS / "quality_tuning.jsonl"
 """One line per network, seed and share."""
 PAGE = RESULTS / "recovery_tuning.md"
 FAMILIES = ("residual", "inception", "inverted", "dense")
-CHOICE = "default with data"
+CHOICE = "fisher"
 
 
 def row(model: nn.Module, share: float, parts: dict[str, Part], seed: int) -> dict[str, float]:

@@ -1,0 +1,132 @@
+"""With data, the criterion is the one whose network is nearest to the original, worked out here a second time."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from subjects import untouched
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import allocator
+from allocator.pipeline import trial
+from allocator.scoring import registry
+
+IMAGE = torch.zeros(1, 3, 12, 12)
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(48, 3, 12, 12, generator=torch.Generator().manual_seed(3))
+
+
+class Net(nn.Module):
+    """Three convolutions with batch norms of many scales, of which many channels hardly matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for a, b in ((3, 12), (12, 16), (16, 12)):
+            layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def net(seed: int) -> Net:
+    torch.manual_seed(seed)
+    model = Net().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.exponential_()
+            module.running_var.uniform_(0.3, 3)  # type: ignore[union-attr]
+    return model
+
+
+@torch.no_grad()
+def distance(model: nn.Module, small: nn.Module, images: Tensor) -> float:
+    """In nats, the geometric mean of as cut, at most one, and with the statistics of the images."""
+    again = copy.deepcopy(small).eval()
+    for module in again.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum, module.training = None, True
+    for start in range(0, len(images), 16):
+        again(images[start : start + 16])
+    answers = F.log_softmax(model(images).double(), 1)
+    as_cut, after = (
+        float(F.kl_div(F.log_softmax(each(images).double(), 1), answers, log_target=True, reduction="batchmean"))
+        for each in (small, again.eval())
+    )
+    return float((min(as_cut, 1.0) * after) ** 0.5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_nearest_is_taken(images: Tensor, seed: int) -> None:
+    model = net(seed)
+    with untouched(model):
+        found = allocator.allocate(model, "50%", example_inputs=IMAGE, data=images)
+    said = next(note for note in found.notes if "by trial" in note)
+    figures = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.e+-]+)(?:,|\)$)", said)}
+    assert list(figures) == sorted(trial.CANDIDATES, key=lambda name: figures[name])
+    for name in trial.CANDIDATES:
+        alone = allocator.allocate(model, "50%", example_inputs=IMAGE, data=images, criterion=name)
+        assert not any("by trial" in note for note in alone.notes)
+        if name == found.allocation.criterion:
+            assert alone.allocation.kept == found.allocation.kept
+        # Statistics are of seven eighths of the images there, and of all here.
+        assert figures[name] == pytest.approx(distance(model, alone.model, images), rel=0.15), name
+    assert found.allocation.criterion == min(figures, key=lambda name: figures[name])
+
+
+def test_not_the_same_one_suits_every_network(images: Tensor) -> None:
+    taken = {
+        allocator.allocate(net(s), "50%", example_inputs=IMAGE, data=images).allocation.criterion for s in range(4)
+    }
+    assert len(taken) > 1
+
+
+def test_a_single_input_can_only_be_looked_at(images: Tensor) -> None:
+    found = allocator.allocate(net(0), "50%", example_inputs=IMAGE, data=images[:1])
+    assert found.allocation.criterion == trial.CANDIDATES[0]
+    assert not any("by trial" in note for note in found.notes)
+
+
+def test_nothing_is_tried_where_the_network_is_recovered(images: Tensor) -> None:
+    found = allocator.allocate(net(0), "50%", example_inputs=IMAGE, data=images, recover=True)
+    assert found.allocation.criterion == trial.CANDIDATES[0]
+    assert not any("by trial" in note for note in found.notes)
+
+
+def test_data_that_can_be_read_once_only(images: Tensor) -> None:
+    def once() -> Iterator[Tensor]:
+        yield from images.split(16)
+
+    found, again = (
+        allocator.allocate(net(1), "50%", example_inputs=IMAGE, data=data) for data in (once(), images.split(16))
+    )
+    assert found.allocation == again.allocation
+
+
+def test_a_criterion_that_leads_to_no_network_is_left_out(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(graph: allocator.ChannelGraph, *_: object) -> np.ndarray:
+        return np.full(graph.size, np.nan)
+
+    monkeypatch.setitem(registry.CRITERIA, "none", registry.Criterion("none", none))
+    monkeypatch.setattr(trial, "CANDIDATES", ("none", "magnitude"))
+    found = allocator.allocate(net(0), "60%", example_inputs=IMAGE, data=images)
+    assert found.allocation.criterion == "magnitude"
+    assert not any("none" in note for note in found.notes)
+
+
+def test_a_sweep_takes_what_suits_its_smallest_budget(images: Tensor) -> None:
+    model = net(2)
+    points = allocator.sweep(model, ["80%", "50%"], example_inputs=IMAGE, data=images).points
+    smallest = allocator.allocate(model, "50%", example_inputs=IMAGE, data=images, certify=False)
+    assert {point.allocation.criterion for point in points} == {smallest.allocation.criterion}
