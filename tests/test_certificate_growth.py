@@ -11,7 +11,7 @@ from small_graphs import channel_units, graph_of, net
 from torch import Tensor, nn
 
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.rewriting.index_map import IndexMap, maps_of
+from allocator.rewriting.index_map import IndexMap, Maps, maps_of
 from allocator.verifying.growth import _copies, _originals, _times
 
 
@@ -30,23 +30,22 @@ def test_how_many_there_are_of_each_is_read_off_the_maps(seed: int, graph: Chann
 
 def test_what_stays_counts_once_whatever_a_map_repeats(graph: ChannelGraph) -> None:
     """Inputs are no neurons."""
-    maps = {"first.weight": [None, IndexMap.of(np.array([0, 0, 1, 2])), None, None]}
+    maps: Maps = {"first.weight": [None, IndexMap.of(np.array([0, 0, 1, 2])), None, None]}
     assert _times(graph, maps).tolist() == [1] * graph.size
 
 
 def test_of_two_places_with_one_source_the_first_is_the_originals(graph: ChannelGraph) -> None:
     """Seen from the wider network, of which the second and fourth neurons repeat the first and third."""
     source = IndexMap.of(np.array([0, 0, 1, 1, 2]))
-    whole = {name: [source] for name in ("first.bias", "norm.weight", "norm.bias", "norm.running_mean")}
-    whole["norm.running_var"] = [source]
-    whole["first.weight"] = [source, None, None, None]  # type: ignore[list-item]
-    whole["last.weight"] = [None, source, None, None]  # type: ignore[list-item]
+    whole: Maps = {name: [source] for name in ("first.bias", "norm.weight", "norm.bias")}
+    whole |= {name: [source] for name in ("norm.running_mean", "norm.running_var")}
+    whole |= {"first.weight": [source, None, None, None], "last.weight": [None, source, None, None]}
     units = graph.unit_of_slot[graph.slots.labels("first.weight")[0]]
     kept = _originals(graph, whole)
     assert kept is not None
     assert kept[units].tolist() == [True, False, True, False, True]
     assert _originals(graph, {name: dims for name, dims in whole.items() if name != "norm.bias"}) is None, "in part"
-    outputs = {"last.weight": [IndexMap.of(np.array([0, 1, 2, 2])), source, None, None]}
+    outputs: Maps = {"last.weight": [IndexMap.of(np.array([0, 1, 2, 2])), source, None, None]}
     assert _originals(graph, {**whole, **outputs}) is None, "an output is no neuron that could go"
     everything = _originals(graph, {})
     assert everything is not None

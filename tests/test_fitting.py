@@ -171,7 +171,7 @@ class Fixed(Block):
 
 
 def test_where_no_attribute_helps_the_neurons_stay_and_attributes_with_them() -> None:
-    others = {"count": 11, "word": "6", "several": [11, 13], "many": [6, 13], "_hidden": 6, "on": True}
+    others: dict[str, Any] = {"count": 11, "word": "6", "several": [11, 13], "many": [6, 13], "_hidden": 6, "on": True}
     found = fitted(nn.Sequential(Fixed(number=6, other=6, **others)), {"0.first": [1]})
     assert "0" not in found.allocation.attributes
     assert found.allocation.kept == {}
@@ -405,9 +405,18 @@ def test_what_fits_at_once_needs_no_repair(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_result_is_traced_without_storage_where_the_original_is(monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[str] = []
-    for name in ("take", "take_on_meta"):
+
+    def noting(name: str) -> Callable[..., Any]:
         own = getattr(fitting, name)
-        monkeypatch.setattr(fitting, name, lambda *args, own=own, name=name: (copied.append(name), own(*args))[1])
+
+        def take(*args: Any) -> Any:
+            copied.append(name)
+            return own(*args)
+
+        return take
+
+    for name in ("take", "take_on_meta"):
+        monkeypatch.setattr(fitting, name, noting(name))
     model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 3, 1)).eval()
     fit(graph_of(model, X), planner({"0": [1]}))
     assert set(copied) == {"take_on_meta"}
