@@ -101,6 +101,11 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to("cpu", torch.float64)
 
 
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether one is a view of the other."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 def _filled(tensor: torch.Tensor, rows: _Dims, value: float) -> torch.Tensor:
     for dim, indices in rows:
         tensor.index_fill_(dim, torch.as_tensor(indices, device=tensor.device), value)
@@ -202,7 +207,10 @@ class _Wide(TorchFunctionMode):
         spoilt = map_arguments(self._spoilt, (args, kwargs))
         where = func(*spoilt[0], **spoilt[1]).isnan() & ~out.isnan()
         if int(where.sum()) == int(self._spoilt(given[0]).isnan().sum()):
-            out = out.masked_fill(where, 0.0)
+            if any(_share_memory(out, t) for t in given):  # a view, into which may be written, or written into
+                out.masked_fill_(where, 0.0)
+            else:
+                out = out.masked_fill(where, 0.0)
             self.zeroed[id(out)] = weakref.ref(out), where
         return out
 
