@@ -26,7 +26,6 @@ def _unexpected(what: str) -> UnexpectedTorchError:
 
 
 try:
-    from torch import _convolution
     from torch._ops import OpOverload
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.nn.modules.batchnorm import _NormBase as BatchNormBase
@@ -52,11 +51,7 @@ __all__ = [
     "call_as_usual",
     "call_by",
     "call_by_itself",
-    "convolution_in_graphs",
     "map_arguments",
-    "gives_new_tensors",
-    "gives_number",
-    "is_being_recorded",
     "schema_of",
     "state_without_compiled_call",
     "tree_flatten",
@@ -103,9 +98,6 @@ def state_without_compiled_call(module: nn.Module) -> Mapping[str, Any]:
     return module.__getstate__() if _COMPILED in vars(module) else vars(module)
 
 
-convolution_in_graphs: Callable[..., torch.Tensor] = _convolution
-"""The call by which graphs of torch.jit have every convolution; its last four arguments say what a backend may do."""
-
 LITERALS = frozenset({int, float, bool, str, type(None)})
 """What stands in the arguments of a call beside tensors, mostly."""
 
@@ -125,21 +117,6 @@ def map_arguments(function: Callable[[Any], Any], tree: Any) -> Any:
 def schema_of(target: OpOverload) -> Any:
     """The schema of an overload such as `torch.ops.aten.add.Tensor`: names and kinds of what it takes and gives."""
     return target._schema
-
-
-def gives_new_tensors(target: OpOverload) -> bool:
-    """Whether an overload gives a tensor that is no view of another."""
-    return any("Tensor" in str(result.type) and result.alias_info is None for result in schema_of(target).returns)
-
-
-def gives_number(target: OpOverload) -> bool:
-    """Whether an overload gives a number, the value of a tensor."""
-    return [str(result.type) for result in schema_of(target).returns] == ["number"]
-
-
-def is_being_recorded() -> bool:
-    """Whether torch.jit's tracer records what is called now; not so within a call that it has recorded."""
-    return torch._C._get_tracing_state() is not None
 
 
 def overload_for(name: str, args: list[Any], kwargs: dict[str, Any]) -> str:

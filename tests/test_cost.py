@@ -36,44 +36,6 @@ def test_a_call_costs_what_fvcore_counts(name: str) -> None:
     assert (expected == 0) == uncounted(name)
 
 
-@pytest.mark.parametrize("name", list(WHOLE))
-def test_on_sizes_alone_fvcore_counts_the_same(name: str) -> None:
-    model, shapes = WHOLE[name]
-    inputs = inputs_of(shapes)
-    given = as_inputs(inputs, model)
-    if name.startswith("convolution") and "without a batch" in name:
-        with pytest.raises(allocator.TraceError, match="is not recorded on meta tensors"):
-            fvcore_flops(model, given, on_meta=True)
-    else:
-        assert fvcore_flops(model, given, on_meta=True)[0] == by_fvcore(model, *inputs)
-
-
-def test_on_sizes_alone_what_the_tracer_does_not_record_is_refused() -> None:
-    model = nn.Conv2d(3, 4, 3, padding="same")
-    with pytest.raises(allocator.TraceError, match="is not recorded on meta tensors"):
-        fvcore_flops(model, as_inputs(torch.zeros(1, 3, 8, 8), model), on_meta=True)
-
-
-class Filled(nn.Module):
-    """A size of the input and a value of a tensor go into one call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.strides = nn.Conv2d(3, 4, 3), torch.tensor([8.0, 16.0])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv(x)
-        return x.new_full((x.shape[2] * x.shape[3], 1), self.strides[0])  # type: ignore[arg-type]
-
-
-def test_a_value_that_is_read_on_sizes_alone_leaves_nothing_in_torchs_tracer() -> None:
-    model = Filled()
-    with pytest.raises(allocator.TraceError, match="reads a value"):
-        fvcore_flops(model, as_inputs(torch.zeros(1, 3, 8, 8), model), on_meta=True)
-    traced = torch.jit.trace(lambda x: x.new_full((x.shape[0] * x.shape[1], 1), 2.0), torch.zeros(2, 3))
-    assert traced(torch.zeros(4, 5)).shape == (20, 1)
-
-
 def uncounted(name: str) -> bool:
     """What fvcore leaves out: pooling but adaptive mean pooling to an image, most resampling, and so on."""
     counted_pool = name.startswith("AdaptiveAvgPool2d") or "Pool" not in name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import warnings
@@ -12,17 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from allocator import adapters
 from allocator.errors import TraceError
 from allocator.logs import hidden
 from allocator.modules import set_training, skeleton, tensor_names
-from allocator.torch_private import TorchDispatchMode, gives_new_tensors, gives_number, is_being_recorded
-from allocator.tracing import meta_kernels
 from allocator.tracing.inputs import Inputs
 from allocator.tracing.isolation import undisturbed
-from allocator.tracing.operators import IN_GRAPHS
 from allocator.tracing.record import tensors_in
 
 # Convolutions and linear layers, as fvcore calls them.
@@ -30,7 +24,7 @@ _LAYERS = ("conv", "linear", "addmm", "mm")
 
 
 def fvcore_flops(
-    model: nn.Module, inputs: Inputs, written: Collection[str] | None = None, *, on_meta: bool = False
+    model: nn.Module, inputs: Inputs, written: Collection[str] | None = None
 ) -> tuple[int, dict[str, int]]:
     """FLOPs of one eval-mode forward by `fvcore.nn.FlopCountAnalysis`.
 
@@ -38,7 +32,6 @@ def fvcore_flops(
         model: any module; a copy of it is run.
         inputs: positional example inputs.
         written: names of the parameters that the forward writes into, where that is known: no others are copied.
-        on_meta: run it on tensors of the same sizes without storage, which takes less time and fails more often.
 
     Returns:
         (total FLOPs, operators that fvcore does not count with the number of their calls). A product of a matrix
@@ -48,7 +41,7 @@ def fvcore_flops(
     Raises:
         TraceError: fvcore cannot follow or count the forward.
     """
-    counts, unsupported = _count(model, inputs, written, on_meta=on_meta)
+    counts, unsupported = _count(model, inputs, written)
     return sum(counts.values()), unsupported
 
 
@@ -63,17 +56,17 @@ def fvcore_layer_flops(model: nn.Module, inputs: Inputs) -> int:
 
 
 def _count(
-    model: nn.Module, inputs: Inputs, written: Collection[str] | None = None, *, on_meta: bool = False
+    model: nn.Module, inputs: Inputs, written: Collection[str] | None = None
 ) -> tuple[dict[str, int], dict[str, int]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its import touches parts of torch that are deprecated
         import fvcore.nn  # noqa: F401
 
     try:
-        return _analyse(model, inputs, written, plain=True, on_meta=on_meta)
+        return _analyse(model, inputs, written, plain=True)
     except Exception:  # of what a model returns, torch's tracer takes tensors in plain containers only
         try:
-            return _analyse(model, inputs, written, plain=False, on_meta=on_meta)
+            return _analyse(model, inputs, written, plain=False)
         except Exception as error:
             raise TraceError(
                 f"fvcore cannot count {type(model).__name__}: {type(error).__name__}: {error}; check that "
@@ -82,33 +75,23 @@ def _count(
 
 
 def _analyse(
-    model: nn.Module, inputs: Inputs, written: Collection[str] | None, *, plain: bool, on_meta: bool
+    model: nn.Module, inputs: Inputs, written: Collection[str] | None, *, plain: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """`plain`: the model returns what it returns itself; else the tensors alone of that."""
     from fvcore.nn import FlopCountAnalysis
 
     def own(name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A forward may write into buffers, and, where nothing is known of it, into parameters."""
-        if on_meta:
-            return torch.empty_like(tensor, device="meta")
         shared = written is not None and isinstance(tensor, nn.Parameter) and name not in written
         return tensor.detach() if shared else tensor.detach().clone()
 
-    inputs = inputs.map(lambda t: own("", t.detach()))  # a forward may write into its inputs
+    inputs = inputs.map(torch.clone)  # a forward may write into its inputs
     called = _Whole(set_training(skeleton(model, own), False), inputs.kwargs, plain)
-    with contextlib.ExitStack() as stack:
-        for context in (torch.no_grad(), undisturbed(model), hidden("fvcore.nn.jit_analysis", logging.WARNING)):
-            stack.enter_context(context)
-        sizes = _Sizes()
-        if on_meta:
-            stack.enter_context(adapters.while_tracing())
-            stack.enter_context(_AsWithValues(sizes))
-            stack.enter_context(sizes)
+    with torch.no_grad(), undisturbed(model), hidden("fvcore.nn.jit_analysis", logging.WARNING):
         analysis = FlopCountAnalysis(called, tuple(inputs.args))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         analysis.set_op_handle("aten::matmul", _matmul_flops, "aten::_convolution_mode", _convolution_flops)
         counts = {name: int(flops) for name, flops in analysis.by_operator().items()}
-        sizes.check()
         return counts, dict(analysis.unsupported_ops())
 
 
@@ -125,42 +108,6 @@ class _Whole(nn.Module):
     def forward(self, *args: object) -> object:
         output = self.network[0](*args, **self.kwargs)
         return output if self.plain else tuple(tensors_in(output))
-
-
-class _AsWithValues(TorchFunctionMode):
-    """Has torch's tracer record what is called on meta tensors as it does on others, as far as it can."""
-
-    def __init__(self, sizes: _Sizes) -> None:
-        super().__init__()
-        self.sizes = sizes
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = IN_GRAPHS.get(func, func)(*args, **(kwargs or {}))
-        self.sizes.check()
-        return out
-
-
-class _Sizes(TorchDispatchMode):
-    """Finds the sizes of what calls on meta tensors give, below torch's tracer.
-
-    What goes wrong is noted here, and raised once the call is over: else the tracer keeps the sizes that this call was
-    given, and takes them for the next one's, when their graph is gone and with it their memory.
-    """
-
-    refused = ""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if gives_number(func) and args[0].is_meta:
-            self.refused = f"{func} reads a value"
-            return 1
-        if is_being_recorded() and gives_new_tensors(func):  # its kernel is recorded instead
-            self.refused = f"{func} is not recorded on meta tensors"
-        return meta_kernels.run(func, args, kwargs or {})
-
-    def check(self) -> None:
-        """Raise what was noted."""
-        if self.refused:
-            raise NotImplementedError(self.refused)
 
 
 def _convolution_flops(inputs: list[Any], outputs: list[Any]) -> Any:

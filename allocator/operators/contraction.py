@@ -12,10 +12,9 @@ from allocator.cost.terms import Product, elements, times
 from allocator.flow.flow import Flow
 from allocator.flow.labels import Label
 from allocator.operators.pointwise import adopt
-from allocator.torch_private import convolution_in_graphs
 from allocator.tracing.calls import Op
 from allocator.tracing.meta_kernels import empty
-from allocator.tracing.operators import AS_ONE_CALL, IN_GRAPHS, operator
+from allocator.tracing.operators import AS_ONE_CALL, operator
 
 _ATEN = torch.ops.aten
 AsOneCall = tuple[Any, tuple[Any, ...]]
@@ -93,45 +92,8 @@ def _convolution_as_one_call(
     return _ATEN.convolution.default, (input, weight, bias, *sizes)
 
 
-def _in_graphs(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-    *,
-    output_padding: Any = 0,
-    transposed: bool = False,
-) -> torch.Tensor:
-    """A convolution by the call that graphs of torch.jit have for it, with nothing said of what a backend may do."""
-    sizes = [[n] * (weight.dim() - 2) if type(n) is int else n for n in (stride, padding, dilation, output_padding)]
-    if input.dim() != weight.dim() or any(type(n) is not int for size in sizes for n in size):
-        raise NotImplementedError(f"a convolution with sizes {sizes} is not recorded on meta tensors")
-    backend = (False, False, False, False)
-    return convolution_in_graphs(input, weight, bias, *sizes[:3], transposed, sizes[3], groups, *backend)
-
-
-def _transposed_in_graphs(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> torch.Tensor:
-    sizes = (stride, padding, dilation)
-    return _in_graphs(input, weight, bias, *sizes, groups, output_padding=output_padding, transposed=True)
-
-
 for _function in (torch.conv1d, torch.conv2d, torch.conv3d):
     AS_ONE_CALL[_function] = _convolution_as_one_call
-    IN_GRAPHS[_function] = _in_graphs
-for _transposed in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d):
-    IN_GRAPHS[_transposed] = _transposed_in_graphs
 
 
 _CONVOLUTION: dict[str, Any] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -106,12 +105,6 @@ def _count(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, planned: int
     Returns:
         What fvcore does not count, with the number of calls.
     """
-    on_meta = graph.flow.trace.mode == "meta"
-    if on_meta:
-        with contextlib.suppress(TraceError):
-            counted, uncounted = fvcore_flops(small, graph.inputs, on_meta=True)
-            if counted == planned:
-                return uncounted
     try:
         counted, uncounted = fvcore_flops(small, graph.inputs, graph.flow.trace.written())
     except TraceError as error:
@@ -124,7 +117,7 @@ def _count(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, planned: int
         failed = CostMismatchError(f"{said}; please report the model") if counted > planned else None
     products = products_by_the_trace(graph.flow, graph.unit_of_slot, kept)
     try:
-        by_torch = products_by_torch(small, graph.inputs, on_meta=on_meta)
+        by_torch = products_by_torch(small, graph.inputs, on_meta=graph.flow.trace.mode == "meta")
     except Exception:  # whatever the model's own code raises
         by_torch = -1
     if isinstance(failed, CostMismatchError) or products != by_torch:

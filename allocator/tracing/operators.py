@@ -99,8 +99,6 @@ FUNCTIONS: dict[str, Function] = {}
 """By the function's name."""
 AS_ONE_CALL: dict[Callable[..., Any], Callable[..., tuple[Any, tuple[Any, ...]] | None]] = {}
 """Functions that are recorded as a single ATen call: given their arguments, that call, or None to look inside."""
-IN_GRAPHS: dict[Callable[..., Any], Callable[..., Any]] = {}
-"""Functions that torch.jit records otherwise on meta tensors: the same, recorded as on those with values."""
 _POINTWISE: list[Declaration] = []  # at most one: for what torch tags as pointwise and nobody declared
 
 
