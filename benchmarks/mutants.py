@@ -342,7 +342,7 @@ def judge(trial: Trial, known: dict[str, Any], mutant: Mutant, most: float, trus
 def main() -> None:
     """Try the mutants that no earlier run tried, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--most", type=int, default=40, help="mutants per file (default 40)")
+    parser.add_argument("--most", type=int, default=24, help="mutants per file (default 24)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="CPU seconds of tests per mutant")
     parser.add_argument("--tests", nargs="*", default=TESTS, help="names of test files, without test_")

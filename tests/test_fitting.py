@@ -373,6 +373,22 @@ def test_where_the_call_lost_nothing_the_last_before_it_that_did_is_frozen() -> 
     assert (place.module, place.operator) == ("0.read", "linear")
 
 
+class Strict(nn.Module):
+    """Takes one width, and makes no call of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != 6:
+            raise ValueError("six, please")
+        return x
+
+
+def test_where_a_module_refuses_what_it_is_given_the_call_that_made_it_is_frozen() -> None:
+    found = fitted(nn.Sequential(nn.Linear(4, 6), Strict(), nn.Linear(6, 3)), {"0": [1]}, torch.zeros(2, 4))
+    assert found.allocation.kept == {}
+    (place,) = found.graph.options.frozen
+    assert (place.module, place.operator) == ("0", "linear")
+
+
 def test_a_forward_that_is_another_every_time_cannot_be_fitted() -> None:
     numbers = itertools.count()
 

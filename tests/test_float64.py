@@ -161,3 +161,24 @@ def test_a_float64_weight_that_is_read_as_zero_is_no_other_afterwards() -> None:
     assert torch.equal(layer.weight, before)
     (whole,) = float64.run_float64(layer, as_inputs(x, layer), written=())
     assert not torch.equal(cut, whole)
+
+
+def test_outputs_of_another_layout_are_numbers_beside_one_another() -> None:
+    model: Any = Net(lambda m, x: m.first(x).relu().to_sparse(), first=nn.Linear(3, 4))
+    x = torch.randn(2, 3)
+    (found,) = float64.run_float64(model, as_inputs(x, model))
+    torch.testing.assert_close(found, model.first.double()(x.double()).relu().detach())
+
+
+def test_beside_whole_numbers_comes_what_they_were_made_of_and_nothing_later() -> None:
+    def run(m: Any, x: torch.Tensor) -> torch.Tensor:
+        largest = m.first(x).argmax(1)
+        m.kept = x.exp()
+        return largest
+
+    model: Any = Net(run, first=nn.Linear(3, 4))
+    x = torch.randn(2, 3)
+    places, scores = float64.run_float64(model, as_inputs(x, model))
+    expected = model.first.double()(x.double()).detach()
+    torch.testing.assert_close(scores, expected)
+    assert places.tolist() == expected.argmax(1).tolist()
