@@ -230,7 +230,9 @@ def _given(graph: ChannelGraph, flow: Flow, mismatch: Mismatch, plan: Plan) -> O
     The call that the forward stopped at is then of another module, which has nothing to do with it.
     """
     op, where = mismatch.op, mismatch.module
-    if op is None or not where or lies_within(op.module, [where]) or lies_within(where, [op.module or "."]):
+    if op is None or not where or not op.module:
+        return None
+    if lies_within(op.module, [where]) or lies_within(where, [op.module]):
         return None
     stays = graph.stays(plan.kept)
     for other in flow.trace.ops[max(op.index - _NEAR, 0) : op.index][::-1]:
