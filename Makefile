@@ -3,6 +3,7 @@
 #   make test    lint, format, types and tests
 #   make sweep   the long runs over many models
 #   make bench   the benchmarks
+#   make libraries  the tests that need transformers, diffusers, ultralytics and the like, with them
 #   make oldest  the main job on the oldest torch that is allowed, in an environment of its own
 #   make docs    the documentation as a site, in build/docs
 # Variables: PYTHON (which interpreter makes the environment), VENV, PIP_ARGS (passed to pip install),
@@ -21,10 +22,10 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet $(PIP_AR
 CODE := allocator adapters recipes tests benchmarks docs/hooks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types rooms unit sweep bench oldest docs clean
+.PHONY: help demo test lint format types rooms unit sweep libraries bench oldest docs clean
 
 help:
-	@sed -n '2,9s/^# \{0,1\}//p' Makefile
+	@sed -n '2,10s/^# \{0,1\}//p' Makefile
 
 $(PY):
 	"$(PYTHON)" -m venv $(VENV)
@@ -66,6 +67,11 @@ unit: $(VENV)/.installed-dev
 
 sweep: $(VENV)/.installed-dev
 	$(PY) -m pytest -m sweep -n $(WORKERS) --timeout 3600 $(PYTEST_ARGS)
+
+WITH_LIBRARIES := $(addprefix tests/test_,yolo.py hugging_face.py folders.py hub.py widening_norms.py)
+
+libraries: $(foreach extra,dev language ultralytics hub,$(VENV)/.installed-$(extra))
+	$(PY) -m pytest -n $(WORKERS) $(WITH_LIBRARIES) $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed-bench
 	$(PY) -m benchmarks.run
