@@ -252,7 +252,7 @@ def test_from_folder_to_folder_in_the_shell(llama: Any, tmp_path: Path, capsys: 
     a, b = (f"hf:{tmp_path / name}" for name in "ab")
     options = ["--flops", "60%", "--input-size", "1x20"]
     assert main(["allocate", large, *options, "--allocation", choice, "-o", a]) == 0
-    assert f"model written to {a}" in capsys.readouterr().out
+    assert f"modelwrittento{a}" in "".join(capsys.readouterr().out.split())  # lines are broken anywhere
     assert main(["apply", large, choice, "-o", b]) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert main(["verify", large, a, choice]) == 0
