@@ -55,6 +55,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any], Any]] = {
     "taylor": (Nested, lambda: "taylor", F.cross_entropy),
     "activation": (Nested, lambda: "activation", None),
     "reconstruction": (Nested, lambda: "reconstruction", None),
+    "by trial": (Nested, lambda: "auto", None),
     "several": (Nested, lambda: ["fisher", "activation"], None),
     "Torch-Pruning's": (Nested, _torch_pruning, F.cross_entropy),
 }
@@ -93,6 +94,7 @@ if __name__ == "__main__":
     found = {name: chosen(name, batches[rank::2]) for name in CASES}
     found["halves"] = chosen("activation", batches[4 * rank : 4 * rank + 4])
     found["accelerate"] = chosen("fisher of its own answers", accelerator.prepare(loader()))
+    found["one input"] = chosen("by trial", [(batches[0][0][:1], batches[0][1][:1])] if rank else batches)
     found["not finite"] = refused([torch.full((2, *SIZE), math.nan if rank else 1.0)])
     found["empty"] = refused([] if rank else batches)
     (folder / f"rank{rank}.json").write_text(json.dumps(found))

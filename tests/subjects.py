@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,6 +80,14 @@ class Nested(nn.Module):
         y = self.inner_norm(self.inner(x)).relu()
         y = torch.cat([self.left_norm(self.left(y)), self.right_norm(self.right(y))], 1).relu()
         return self.head((x + self.back_norm(self.back(y))).relu().mean((2, 3)))
+
+
+def vision_transformer(depth: int) -> Any:
+    """timm's, of 32 channels, 4 heads and images of 16x16, in eval mode; skips where timm is not installed."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    kind = timm.models.vision_transformer.VisionTransformer
+    return kind(img_size=16, patch_size=8, embed_dim=32, depth=depth, num_heads=4, num_classes=6).eval()
 
 
 def randomised_norms(model: nn.Module, seed: int = 0) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from subjects import IMAGE, Branches, Nested, trained, untouched
+from subjects import IMAGE, Branches, Nested, trained, untouched, vision_transformer
 from test_widening import INITS, added_neurons, check_widened, same_bits
 from torch import Tensor, nn
 
@@ -275,10 +275,7 @@ def test_a_loop_needs_a_share_and_flops(asked: dict[str, Any], message: str) -> 
 
 @pytest.mark.parametrize("init", INITS)
 def test_attention_grows_by_whole_heads(init: Any) -> None:
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    kind = timm.models.vision_transformer.VisionTransformer
-    model = kind(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=4, num_classes=6).eval()
+    model = vision_transformer(1)
     result = allocator.widen(model, factor=1.5, init=init, example_inputs=IMAGE)
     check_widened(model, result, IMAGE)
     block: Any = result.model.get_submodule("blocks.0")

@@ -39,6 +39,10 @@ def test_half_of_the_data_alone_would_choose_otherwise() -> None:
         assert any(chosen(name, batches[turn::2]) != everything for turn in (0, 1)), name
 
 
+def test_where_one_process_has_too_few_inputs_to_compare_on_all_go_without(both: list[dict[str, Any]]) -> None:
+    assert both[0]["one input"] == both[1]["one input"]
+
+
 def test_it_does_not_matter_which_half_is_whose(both: list[dict[str, Any]]) -> None:
     assert both[0]["halves"] == both[1]["halves"] == both[0]["activation"]
 

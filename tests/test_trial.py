@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 import allocator
 from allocator.pipeline import trial
+from allocator.recovering.samples import Samples
 from allocator.scoring import registry
 
 IMAGE = torch.zeros(1, 3, 12, 12)
@@ -83,6 +85,15 @@ def test_the_nearest_is_taken(images: Tensor, seed: int) -> None:
         # Statistics are of seven eighths of the images there, and of all here.
         assert figures[name] == pytest.approx(distance(model, alone.model, images), rel=0.15), name
     assert found.allocation.criterion == min(figures, key=lambda name: figures[name])
+
+
+def test_answers_that_are_of_no_use_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cut, one is twice as far off as the other, both beyond use: what they begin training with decides."""
+    apart = iter([(4.0, 0.1), (2.0, 0.2), (0.5, math.inf)])
+    monkeypatch.setattr(trial, "distances", lambda *_: next(apart))
+    monkeypatch.setattr(trial, "take_statistics", lambda *_: ["running_mean"])
+    found = [trial._distance(net(0), net(0), Samples((), (), 0, 0)) for _ in range(3)]
+    assert found == pytest.approx([0.1**0.5, 0.2**0.5, math.inf])
 
 
 def test_not_the_same_one_suits_every_network(images: Tensor) -> None:

@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from subjects import IMAGE, untouched
+from subjects import IMAGE, untouched, vision_transformer
 from test_widening import INITS, added_neurons, check_widened, copies, same_bits
 from torch import Tensor, nn
 
 import allocator
 from allocator import InputError, NothingToAllocateError, Result
+from allocator.graph.even import EvenNeurons
+from allocator.pipeline.model import trace_model
+from allocator.settings import Settings
 
 NUMBERS = torch.zeros(1, 6)
 
@@ -207,12 +210,23 @@ def test_a_copy_that_differs_is_noticed_without_a_forward() -> None:
     assert not allocator.verify(model, wide, uneven, example_inputs=NUMBERS).structural
 
 
+def test_averages_stay_where_there_are_equally_many_of_each() -> None:
+    graph = trace_model(made(Stream(nn.LayerNorm)), NUMBERS, Settings(), growing=True)
+    even = EvenNeurons.of(graph)
+    stream = even.number >= 0
+    assert (int(stream.sum()), len(np.unique(even.number[stream]))) == (8, 1)
+    times = np.ones(graph.size, dtype=np.int64)
+    times[~stream] = 3
+    assert even.keeps_averages(times)
+    times[stream] = 2
+    assert even.keeps_averages(times)
+    times[np.flatnonzero(stream)[-1]] = 1
+    assert not even.keeps_averages(times)
+
+
 @pytest.mark.parametrize("init", INITS)
 def test_a_vision_transformer_becomes_twice_as_wide(init: Any) -> None:
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    kind = timm.models.vision_transformer.VisionTransformer
-    model = kind(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=6).eval()
+    model = vision_transformer(2)
     result = allocator.widen(model, factor=2, init=init, example_inputs=IMAGE)
     check_widened(model, result, IMAGE)
     block: Any = result.model.get_submodule("blocks.0")

@@ -32,8 +32,7 @@ def _bilinear_flops(flow: Flow, op: Op) -> list[Product]:
 
 def _resampled(x: torch.Tensor, size: list[int] | None, *_: Any) -> torch.Tensor | None:
     """What a change of the sides gives on meta tensors; None where the result may lie in memory in another order."""
-    last = torch.channels_last
-    if size is None or x.dim() != 4 or not x.is_contiguous() or x.is_contiguous(memory_format=last):
+    if size is None or x.dim() != 4 or not x.is_contiguous():
         return None
     return empty([x.shape[0], x.shape[1], *size], x.dtype)
 

@@ -76,13 +76,7 @@ def run(
             notes += tried
         plan = choose if "latency" not in budgets.names else choose_in_time
         fitted = plan(graph, budgets, settings, scores)
-        notes += fitted.notes
-        problem = fitted.plan.problem
-        if problem is not None and problem.widths.at_least != settings.at_least:
-            floor = problem.widths.at_least
-            but = ", but those that a block can do without" if graph.optional else ""
-            notes.append(f"every layer keeps at least {floor} of its channels{but} (at_least=0: any number)")
-        notes.append(fitted.graph.forwards.holds())
+        notes += [*fitted.notes, *_floors(fitted, settings), fitted.graph.forwards.holds()]
     with clock("rewrite"):
         small = materialise(model, fitted.allocation)
         remember(small, model, fitted.allocation)
@@ -91,6 +85,15 @@ def run(
         return certify(fitted.graph, fitted.plan.kept, fitted.maps, small, seed=seed, numeric=numeric)
 
     return finish(small, fitted, notes, weights, prove, clock)
+
+
+def _floors(fitted: Fitted, settings: Settings) -> list[str]:
+    """What every layer keeps at least where the caller left it open."""
+    problem = fitted.plan.problem
+    if problem is None or problem.widths.at_least == settings.at_least:
+        return []
+    but = ", but those that a block can do without" if fitted.graph.optional else ""
+    return [f"every layer keeps at least {problem.widths.at_least} of its channels{but} (at_least=0: any number)"]
 
 
 def _count(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, planned: int, notes: list[str]) -> dict[str, int]:

@@ -23,6 +23,7 @@ from allocator.recovering.batch_norm import take_statistics
 from allocator.recovering.compare import distances
 from allocator.recovering.samples import Samples, gather
 from allocator.rewriting.materialise import materialise
+from allocator.scoring import ranks
 from allocator.scoring.batches import again_and_again
 from allocator.scoring.registry import AUTO, Data, Stored, score, score_each
 from allocator.scoring.scores import Scores
@@ -67,9 +68,8 @@ def suitable_scores(
         return score(graph, settings.criterion, data, stored), []
     data = replace(data, loader=again_and_again(data.loader))
     scored = score_each(graph, CANDIDATES, data, stored)
-    try:
-        samples = gather(data.loader, graph.model, graph.inputs, SAMPLES, data.progress)
-    except DataError:  # too few to compare on
+    samples = _samples(graph, data)
+    if samples is None:
         return scored[0], []
     tried = _tried(graph, budgets, settings, scored, samples, data.progress)
     if not tried:
@@ -81,6 +81,14 @@ def suitable_scores(
         f"{samples.count + samples.held_count} inputs ({listed})"
     )
     return next(scores for scores in scored if scores.criterion == best), [note]
+
+
+def _samples(graph: ChannelGraph, data: Data) -> Samples | None:
+    """Inputs to compare on; None where this process, or another rank, has too few."""
+    samples = None
+    with contextlib.suppress(DataError):
+        samples = gather(data.loader, graph.model, graph.inputs, SAMPLES, data.progress)
+    return samples if all(ranks.gathered(lambda: samples is not None)) else None
 
 
 def _tried(
@@ -114,4 +122,4 @@ def _distance(model: nn.Module, small: nn.Module, samples: Samples) -> float:
     with contextlib.suppress(DataError):  # where a norm meets a single number
         take_statistics(smalls[1], samples)
     as_cut, after = distances(model, smalls, (*samples.seen, *samples.held))
-    return math.sqrt(min(as_cut, USELESS) * after)
+    return math.sqrt(min(as_cut, USELESS) * after) if math.isfinite(after) else math.inf

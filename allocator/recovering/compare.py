@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from allocator.recovering.moments import all_reduce
 from allocator.recovering.samples import size_of
+from allocator.scoring import ranks
 from allocator.scoring.batches import outputs_of
 from allocator.tracing.inputs import Inputs
 from allocator.tracing.record import tensors_in
@@ -35,7 +35,7 @@ def distances(model: nn.Module, smalls: Sequence[nn.Module], parts: Sequence[Inp
         for place, small in enumerate(smalls, start=1):
             found = apart(original, outputs_of(small, inputs))
             sums[place] += weight * (float(found) if bool(found.isfinite()) else torch.inf)
-    all_reduce(sums)
+    ranks.add_up(sums)
     return (sums[1:] / sums[0]).tolist()
 
 

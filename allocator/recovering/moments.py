@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from allocator.scoring import ranks
+
 STRIP = 1024
 """Columns that are multiplied at a time, so that what is made on the way is small beside the sum."""
 
@@ -51,17 +53,17 @@ class Products:
 
     def reduce(self) -> None:
         """Add those of all ranks, where `torch.distributed` runs."""
-        if ranks() == 1:
+        if ranks.count() == 1:
             return
         means = []
         rows = torch.tensor(self.rows, dtype=torch.float64)
-        all_reduce(rows)
+        ranks.add_up(rows)
         for own in (self.first, self.second):
             mean = own * (self.rows / float(rows))
-            all_reduce(mean)
+            ranks.add_up(mean)
             means.append(mean)
         self._shift(self.first - means[0], self.second - means[1], self.rows)
-        all_reduce(self.product)
+        ranks.add_up(self.product)
         self.rows, self.first, self.second = float(rows), *means
 
     def about_zero(self) -> torch.Tensor:
@@ -73,19 +75,7 @@ def _about(rows: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     return rows - mean[:, None].to(rows.dtype)
 
 
-def all_reduce(tensor: torch.Tensor) -> None:
-    """Add up, in place, over all ranks where `torch.distributed` runs."""
-    if ranks() > 1:
-        torch.distributed.all_reduce(tensor)
-
-
 def average(tensor: torch.Tensor) -> None:
     """Take the mean, in place, over all ranks where `torch.distributed` runs."""
-    all_reduce(tensor)
-    tensor /= ranks()
-
-
-def ranks() -> int:
-    """How many there are."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    ranks.add_up(tensor)
+    tensor /= ranks.count()

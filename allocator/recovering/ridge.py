@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from allocator.recovering.moments import Products, ranks
+from allocator.recovering.moments import Products
 from allocator.recovering.targets import Part, Parts, gather, judge, predicted, way
+from allocator.scoring import ranks
 
 STRENGTHS = (1e-8, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of the mean of the diagonal of X's covariance, per row."""
@@ -119,7 +120,7 @@ def refit(parts: Parts, start: torch.Tensor, *, offset: bool, weights: bool = Tr
     same = (SAME * torch.finfo(start.dtype).eps) ** 2
     if before <= same or not math.isfinite(before) or not (weights or offset):
         return Refit(None, before, before)
-    if weights and few and ranks() == 1:
+    if weights and few and ranks.count() == 1:
         found = _fit_few(parts, start, error, offset=offset, cuts_off=cuts_off)
     else:
         found = _fit(parts, start, error, offset=offset, weights=weights, cuts_off=cuts_off)

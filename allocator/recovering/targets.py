@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from allocator.recovering.moments import Products, all_reduce
+from allocator.recovering.moments import Products
+from allocator.scoring import ranks
 
 Ends = tuple[torch.Tensor, torch.Tensor]
 
@@ -52,8 +53,8 @@ def judge(held: Iterable[Part], solution: torch.Tensor) -> tuple[float, float, b
         sums += torch.stack([_squares(off), _squares(y), torch.tensor(y.shape[1], dtype=torch.float64)])
         total += y.sum(1, dtype=torch.float64).cpu()
         cuts_off = cuts_off or part.ends is not None
-    all_reduce(sums)
-    all_reduce(total)
+    ranks.add_up(sums)
+    ranks.add_up(total)
     spread = float(sums[1] - total.square().sum() / sums[2])
     return float(sums[0]), max(spread, torch.finfo(torch.float64).tiny), cuts_off
 
@@ -91,7 +92,7 @@ def way(held: Iterable[Part], start: torch.Tensor, end: torch.Tensor, *, anew: b
         sums += torch.stack(
             [(pushed * missing(part, start, anew=anew)).sum(dtype=torch.float64).cpu(), _squares(pushed)]
         )
-    all_reduce(sums)
+    ranks.add_up(sums)
     falls, bends = sums.tolist()
     step = min(max(falls / bends, 0.0), 1.0) if bends > 0 else 0.0
     return 2 * step * falls - step**2 * bends, step
