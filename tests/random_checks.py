@@ -107,7 +107,7 @@ def check_model(model: nn.Module, fresh: nn.Module, x: Tensor, case: Case, turn:
         _require(error.reachable is not None and budget < error.reachable <= own, f"reachable: {error.reachable}")
         budget, outcome = float(error.reachable or 0), "budget"
         result = allocate(case, model, x, budget)
-        _require(result.flops_after == budget, "a run at the reachable figure lands elsewhere")
+        check_reachable(result, budget)
     before.require_same()
     assert torch.equal(x, given), "the example input was changed"
     assert result.flops_before == own
@@ -139,6 +139,13 @@ def allocate(case: Case, model: nn.Module, x: Tensor, budget: float) -> allocato
     result = case.allocate(model, x, budget, certify=False)
     check_no_effect(model, result.allocation, x)
     return result
+
+
+def check_reachable(result: allocator.Result, figure: float) -> None:
+    """A run at the smallest figure lands on it; where neurons turned out to be needed, at most 1 % below."""
+    repaired = any(" stay: " in note for note in result.notes)
+    least = figure - repaired * result.flops_before / 100
+    assert least <= result.flops_after <= figure, "a run at the reachable figure lands elsewhere"
 
 
 def check_no_effect(model: nn.Module, allocation: allocator.Allocation, x: Tensor) -> None:
