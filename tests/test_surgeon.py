@@ -93,10 +93,13 @@ def test_curvature_is_that_of_the_gradients_of_what_a_layer_gives() -> None:
     needs = (COVARIANCES, CURVATURE, GRADIENTS)
     found = collect(graph, [(images, labels)], needs, loss=F.cross_entropy).curvatures
     given: dict[str, Tensor] = {}
+
+    def keep(name: str, output: Tensor) -> None:
+        output.retain_grad()
+        given[name] = output
+
     for name, module in model.named_children():
-        module.register_forward_hook(
-            lambda module, x, y, name=name: (y.retain_grad(), given.update({name: y})) and None
-        )
+        module.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
     F.cross_entropy(model(images), labels, reduction="sum").backward()
     for name, read in (("second", 0), ("head", 1)):
         gradient = given[name].grad

@@ -23,7 +23,7 @@ RIDGE = 1e-3
 STEPS = 100
 """In how many steps all neurons are taken out, about."""
 ALIKE = 0.25
-"""Squared partial correlation from which on two inputs of a layer do not go in one step: one may stand for the other."""
+"""Squared partial correlation from which on two inputs of a layer do not go in one step: either may stand in."""
 MOST = 1 << 26
 """Numbers in the matrices of all layers' inputs by inputs, up to which recovered networks are scored so by default."""
 
