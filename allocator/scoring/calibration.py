@@ -163,7 +163,7 @@ def _together(found: Sequence[Statistics]) -> Statistics:
     samples = sum(each.samples for each in found)
     bent = dict.fromkeys(dim for each in found for dim in each.curvatures)
     curvatures = {
-        dim: sum(each.curvatures[dim] * (each.samples / samples) for each in found if dim in each.curvatures)
+        dim: np.sum([each.curvatures[dim] * each.samples for each in found if dim in each.curvatures], 0) / samples
         for dim in bent
     }
     return Statistics(samples, read[order], written[order], moments, curvatures)
