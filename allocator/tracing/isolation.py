@@ -1,19 +1,21 @@
 """Running the code of a model without leaving anything of it behind in the process.
 
 A forward may keep what it computed outside its modules: in an attribute of its class, a global of the file that it
-comes from, an `lru_cache`, the closure of a decorator. What a copy on tensors without values, or in float64, leaves
-there would meet the caller's next forward. It may also draw from the process's generators.
+comes from, an `lru_cache`, the closure of a decorator, a context variable. What a copy on tensors without values, or in
+float64, leaves there would meet the caller's next forward. It may also draw from the process's generators.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import random
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType, MappingProxyType, ModuleType
+from types import CodeType, FunctionType, MappingProxyType, MemberDescriptorType, ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -28,6 +30,7 @@ from allocator.torch_private import without_dispatch_modes
 from allocator.tracing.operators import FUNCTIONS
 
 _FOREIGN = ("torch", "numpy", "builtins", "typing", "abc", "collections", "functools", "allocator")
+_ELSEWHERE = frozenset({*_FOREIGN, *sys.stdlib_module_names})
 _ATOMS = (int, float, bool, str, bytes, type(None), type, ModuleType, torch.Tensor, nn.Module, torch.dtype)
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -78,10 +81,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def apart(run: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Run a model's code in a context of its own: the context variables that it sets are set there alone."""
+    return contextvars.copy_context().run(run, *args, **kwargs)
+
+
 def as_usual(function: Callable[P, R]) -> Callable[P, R]:
     """Run a function as if no mode of the caller's were on: inference mode, autocast, fake tensors, `torch.device`.
 
-    What is made would else be of that mode; all of them are of this thread alone.
+    What is made would else be of that mode; all of them are of this thread alone. Context variables that it sets are
+    set for it alone.
     """
 
     @functools.wraps(function)
@@ -95,7 +104,7 @@ def as_usual(function: Callable[P, R]) -> Callable[P, R]:
                     stack.enter_context(torch.autocast(device, enabled=False))
             if torch.get_default_device().type == "meta":
                 stack.enter_context(torch.device("cpu"))
-            return function(*args, **kwargs)
+            return apart(function, *args, **kwargs)
 
     return run
 
@@ -117,28 +126,43 @@ class _Watch(TorchFunctionMode):
 
 
 def _states() -> Callable[[bool], None]:
-    """The states of the process's generators, and its default dtype, as a function that puts them back.
+    """The states of the process's generators, and its switches, as a function that puts them back.
 
     Other threads draw from these too. Torch's is put back where a function that draws was called, or where there is
     no other thread; those of Python and numpy where they changed.
     """
     on_cpu, python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    dtype = torch.get_default_dtype()
+    switches = [read() for read, _ in _SWITCHES]
 
     def restore(drew: bool) -> None:
         if drew or threading.active_count() == 1:
             torch.set_rng_state(on_cpu)
             if on_gpus:
                 torch.cuda.set_rng_state_all(on_gpus)
-        if torch.get_default_dtype() is not dtype:
-            torch.set_default_dtype(dtype)
+        for (read, write), before in zip(_SWITCHES, switches, strict=True):
+            if read() != before:
+                write(before)
         if random.getstate() != python:
             random.setstate(python)
         if not all(map(np.array_equal, np.random.get_state(), of_numpy)):
             np.random.set_state(of_numpy)
 
     return restore
+
+
+def _of_cudnn(name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    flags = torch.backends.cudnn
+    return lambda: getattr(flags, name), lambda value: setattr(flags, name, value)
+
+
+_SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    *(_of_cudnn(name) for name in ("enabled", "benchmark", "deterministic")),
+)
+"""Of the whole process, which a forward may set: how each is read and written."""
 
 
 class _Memory:
@@ -153,6 +177,7 @@ class _Memory:
         self._classes: list[tuple[type, dict[str, Any]]] = []
         self._caches: list[tuple[Any, int]] = []
         self._generators: list[Callable[[], None]] = []
+        self._objects: list[tuple[Any, dict[str, Any], bool]] = []  # (object with slots, their contents, as above)
         self._seen: set[int] = set()
         classes: set[type] = set()
         functions: list[FunctionType] = []
@@ -164,7 +189,7 @@ class _Memory:
                     functions += [value] if isinstance(value, FunctionType) else []
                     self._look(value, False, _DEPTH)
         for kind in kinds:
-            classes.update(base for base in kind.__mro__ if _is_own(base))
+            classes.update(base for base in (*kind.__mro__, *type(kind).__mro__) if _is_own(base))
         for cls in classes:
             self._classes.append((cls, dict(vars(cls))))
             for value in vars(cls).values():
@@ -173,12 +198,14 @@ class _Memory:
         namespaces += [f.__globals__ for f in functions if (f.__module__ or "").partition(".")[0] not in _FOREIGN]
         for namespace in {id(each): each for each in namespaces}.values():
             self._look(namespace, False, _DEPTH)  # a namespace is looked into, however large
+        for value in contextvars.copy_context().values():
+            self._look(value, False, _DEPTH)
 
     def _look(self, value: Any, everything: bool, depth: int) -> None:
         if isinstance(value, _ATOMS) or not depth or id(value) in self._seen:
             return
         self._seen.add(id(value))
-        if isinstance(value, (dict, list, set)):
+        if isinstance(value, (dict, list, set, deque)):
             self._containers.append((value, value.copy(), everything))
             if len(value) > _REGISTRY and depth < _DEPTH:
                 return
@@ -186,6 +213,8 @@ class _Memory:
             self._caches.append((value, value.cache_info().misses))
         elif isinstance(value, _GENERATORS):
             self._generators.append(_state_of(value))
+        elif _slots_of(type(value)):
+            self._objects.append((value, _in_slots(value), everything))
         for each in _held_by(value):
             self._look(each, everything, depth - 1)
 
@@ -204,6 +233,8 @@ class _Memory:
             elif not _same(container, before) and (everything or _holds_tensors(list(container))):
                 container.clear()
                 container.update(before) if isinstance(container, set) else container.extend(before)
+        for value, fields, everything in self._objects:
+            _restore_slots(value, fields, everything)
 
 
 def _state_of(generator: Any) -> Callable[[], None]:
@@ -220,7 +251,7 @@ def _held_by(value: Any) -> list[Any]:
     """What a model's code may write into, one step further in."""
     if isinstance(value, dict):
         return list(value.values())
-    if isinstance(value, (list, set, tuple)):
+    if isinstance(value, (list, set, tuple, deque)):
         return list(value)
     if isinstance(value, (staticmethod, classmethod)):
         return [value.__func__]
@@ -228,7 +259,32 @@ def _held_by(value: Any) -> list[Any]:
         held = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
         return [*held, *(value.__defaults__ or ()), vars(value)]
     # Objects of torch's or of the language's own classes keep nothing of a forward, and are many.
-    return [vars(value)] if _is_own(type(value)) and hasattr(value, "__dict__") else []
+    if not _is_own(type(value)):
+        return []
+    return [*([vars(value)] if hasattr(value, "__dict__") else []), *_in_slots(value).values()]
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots_of(cls: type) -> tuple[str, ...]:
+    """Names of the slots of a class that is none of torch's or of the language's, as attributes."""
+    named = (vars(base).items() for base in cls.__mro__ if _is_own(base))
+    return tuple(name for members in named for name, value in members if type(value) is MemberDescriptorType)
+
+
+def _in_slots(value: Any) -> dict[str, Any]:
+    """What is in those slots of an object that are not empty."""
+    return {name: getattr(value, name) for name in _slots_of(type(value)) if hasattr(value, name)}
+
+
+def _restore_slots(value: Any, before: dict[str, Any], everything: bool) -> None:
+    now = _in_slots(value)
+    for name in (*now, *(name for name in before if name not in now)):
+        same = name in now and name in before and now[name] is before[name]
+        if not same and (everything or _holds_tensors([now.get(name), before.get(name)])):
+            if name in before:
+                object.__setattr__(value, name, before[name])
+            else:
+                object.__delattr__(value, name)
 
 
 def _restore_class(cls: type, before: dict[str, Any]) -> None:
@@ -264,7 +320,8 @@ def _holds_tensors(values: list[Any], depth: int = _DEPTH) -> bool:
         if isinstance(value, torch.Tensor):
             return True
         if depth and not isinstance(value, _ATOMS):
-            inside = value if isinstance(value, (list, tuple, set)) else getattr(value, "__dict__", {})
+            listed = isinstance(value, (list, tuple, set, deque))
+            inside = value if listed else {**getattr(value, "__dict__", {}), **_in_slots(value)}
             inside = value if isinstance(value, dict) else inside
             if isinstance(inside, (dict, MappingProxyType)):
                 inside = [*inside, *inside.values()]
@@ -287,13 +344,29 @@ def _is_own(cls: type) -> bool:
 
 @functools.lru_cache(maxsize=512)
 def _namespaces(cls: type) -> tuple[dict[str, Any], ...]:
-    """Globals of the file that a class is from, and of those whose functions it has imported."""
+    """Globals of the file that a class is from, of those whose functions it has imported, and of those it names."""
     module = sys.modules.get(cls.__module__)
     if module is None:
         return ()
-    found = {id(vars(module)): vars(module)}
-    for value in list(vars(module).values()):
+    own = vars(module)
+    called = list(own.values())
+    namespaces = [own]
+    names = {name for value in vars(cls).values() for name in _names_in(getattr(value, "__code__", None))}
+    for name in names:
+        other = own.get(name, sys.modules.get(name))
+        if isinstance(other, ModuleType) and other.__name__.partition(".")[0] not in _ELSEWHERE:
+            namespaces.append(vars(other))
+            called += [vars(other)[each] for each in names & vars(other).keys()]
+    for value in called:
         function = getattr(value, "__wrapped__", value)
         if isinstance(function, FunctionType) and (function.__module__ or "").partition(".")[0] not in _FOREIGN:
-            found[id(function.__globals__)] = function.__globals__
-    return tuple(found.values())
+            namespaces.append(function.__globals__)
+    return tuple({id(each): each for each in namespaces}.values())
+
+
+def _names_in(code: CodeType | None) -> set[str]:
+    """Names of globals, attributes and modules in a function and in those that it defines."""
+    if code is None:
+        return set()
+    inner = (_names_in(each) for each in code.co_consts if isinstance(each, CodeType))
+    return set(code.co_names).union(*inner)

@@ -30,7 +30,7 @@ from allocator.torch_private import (
 from allocator.tracing import meta_kernels
 from allocator.tracing.calls import Call, Op, Ref, Trace, Value
 from allocator.tracing.inputs import Inputs, device_of
-from allocator.tracing.isolation import undisturbed
+from allocator.tracing.isolation import apart, undisturbed
 from allocator.tracing.operators import AS_ONE_CALL, FUNCTIONS, operator_of
 from allocator.tracing.value_sized import without_values
 
@@ -103,7 +103,7 @@ def record(
         output: Any = None
         raised: Exception | None = None
         try:
-            output = running(*args, **kwargs)
+            output = apart(running, *args, **kwargs)
         except SystemExit as gives_up:  # which must not end the caller's process
             raised = RuntimeError(f"the forward exits ({gives_up})")
         except Exception as error:
