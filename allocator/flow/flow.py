@@ -299,7 +299,10 @@ class Flow:
         """Whether a product of parameters alone makes a weight, or a number of no channel's own.
 
         Else it is a state that was learned (the first one of a recurrent layer), which activations are added to.
+        Noise is none: what has fewer numbers is other noise.
         """
+        if not self.uniform.isdisjoint(op.inputs()):
+            return True
         seen: set[int] = set()
         waiting = list(op.outputs)
         while waiting:
