@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from allocator.errors import AllocatorError
 from allocator.flow.facts import Facts
 from allocator.flow.flow import Flow
 from allocator.flow.labels import Slots
@@ -10,7 +11,7 @@ from allocator.tracing.calls import Op, Trace
 from allocator.tracing.value_sized import value_sized
 
 
-class RuleError(Exception):
+class RuleError(AllocatorError, ValueError):
     """A rule met shapes that do not go together: meta tensors let through what a real forward would not.
 
     Attributes:
