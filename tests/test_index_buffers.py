@@ -23,6 +23,7 @@ NUMBERS = {
 PICK: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "index_select": lambda m, y: y.index_select(1, m.index),
     "advanced": lambda m, y: y[:, m.index],
+    "gather": lambda m, y: y.gather(1, m.index.view(1, -1, 1, 1).expand(len(y), -1, *y.shape[2:])),
     "on the last dim": lambda m, y: y.permute(0, 2, 3, 1)[..., m.index].permute(0, 3, 1, 2),
 }
 
@@ -82,6 +83,29 @@ def test_groups_of_what_is_picked_go_whole(tmp_path: Path) -> None:
     again = allocator.apply(model, tmp_path / "choice.json")
     assert torch.equal(again.get_buffer("index"), result.model.get_buffer("index"))
     assert allocator.verify(model, again, result.allocation, example_inputs=IMAGE).ok
+
+
+def test_gathered_places_leave_the_channels_free() -> None:
+    """Of a vision transformer's tokens, those that score best, each with all of its channels."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        tokens = m.first(x).flatten(2).transpose(1, 2)
+        best = tokens.mean(-1).topk(5, dim=1).indices
+        return m.head(tokens.gather(1, best[..., None].expand(-1, -1, tokens.shape[-1])).relu().mean(1))
+
+    torch.manual_seed(0)
+    model = net(run, first=nn.Conv2d(3, 16, 3), head=nn.Linear(16, 4))
+    graph = allocator.trace(model, IMAGE)
+    assert not graph.unsupported
+    by_buffer = net(
+        lambda m, x: m.head(m.first(x).gather(2, m.index.view(1, 1, -1, 1).expand(1, 16, 6, 6))),
+        first=nn.Conv2d(3, 16, 3),
+        head=nn.Conv2d(16, 4, 1),
+    )
+    by_buffer.register_buffer("index", torch.arange(6).flip(0))
+    result = allocator.allocate(by_buffer, "60%", example_inputs=IMAGE, criterion="magnitude")
+    assert result.certificate.ok
+    assert result.model.first.out_channels < 16
 
 
 def test_a_second_allocation_composes_with_the_first() -> None:

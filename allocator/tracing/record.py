@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -360,7 +361,7 @@ def tensors_in(output: Any) -> list[torch.Tensor]:
             found.append(item)
         elif isinstance(item, dict):
             queue.extend(item.values())
-        elif isinstance(item, (list, tuple, set)):
+        elif isinstance(item, (list, tuple, set, deque)):
             queue.extend(item)
         elif hasattr(item, "__dict__") and not isinstance(item, (nn.Module, type)) and not adapters.is_state(item):
             queue.extend(vars(item).values())
