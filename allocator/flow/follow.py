@@ -63,13 +63,14 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
 
 
 def _unused(trace: Trace) -> set[int]:
-    """Indices of the calls whose results reach no output, such as attention weights that nobody looks at.
+    """Indices of the calls of one tensor whose results reach no output, such as attention weights that nobody looks at.
 
-    They may come to anything. Where a forward reads values, these may decide its path: then all calls count.
+    They may come to anything. Calls of several tensors have to run: weights, or numbers of channels, must fit what they
+    are used on. Where a forward reads values, these may decide its path: then all calls count.
     """
     if trace.mode != "meta" or trace.unfinished or not trace.outputs:
         return set()
-    return {op.index for op in trace.ops}.difference(op.index for op in trace.live())
+    return {op.index for op in trace.ops if len(op.inputs()) == 1}.difference(op.index for op in trace.live())
 
 
 def _unread(trace: Trace) -> set[int]:
