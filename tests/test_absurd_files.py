@@ -20,7 +20,7 @@ from allocator.disk import write_text
 from allocator.errors import AllocationMismatchError, AllocatorError, FileError, UnsafeFileError
 from allocator.io.files import load_allocation, load_model, save_model
 from allocator.io.results import save_result
-from allocator.recipes.configuration import load
+from allocator.recipes.configuration import load_config
 from allocator.recipes.residual import Widths
 from allocator.recipes.scalenet import read_rows
 from allocator.rewriting.allocation import Allocation
@@ -201,8 +201,13 @@ def _terabyte(path: Path) -> None:
     ],
 )
 def test_what_never_ends_is_not_read(tmp_path: Path, make: Callable[[Path], None], said: str) -> None:
-    reads = {".json": [load_allocation, Allocation.load, read_rows, Widths.load], ".pt": [load_model], ".yaml": [load]}
-    for suffix, functions in {**reads, ".safetensors": [load_model, allocator.load]}.items():
+    reads: dict[str, list[Callable[[Path], Any]]] = {
+        ".json": [load_allocation, Allocation.load, read_rows, Widths.load],
+        ".yaml": [load_config],
+        ".pt": [load_model],
+        ".safetensors": [load_model, allocator.load],
+    }
+    for suffix, functions in reads.items():
         path = tmp_path / f"a{suffix}"
         make(path)
         for read in functions:

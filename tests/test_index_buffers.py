@@ -90,22 +90,20 @@ def test_gathered_places_leave_the_channels_free() -> None:
 
     def run(m: Any, x: Tensor) -> Tensor:
         tokens = m.first(x).flatten(2).transpose(1, 2)
-        best = tokens.mean(-1).topk(5, dim=1).indices
+        best = m.score(tokens).squeeze(-1).topk(5, dim=1).indices
         return m.head(tokens.gather(1, best[..., None].expand(-1, -1, tokens.shape[-1])).relu().mean(1))
 
     torch.manual_seed(0)
-    model = net(run, first=nn.Conv2d(3, 16, 3), head=nn.Linear(16, 4))
-    graph = allocator.trace(model, IMAGE)
-    assert not graph.unsupported
-    by_buffer = net(
-        lambda m, x: m.head(m.first(x).gather(2, m.index.view(1, 1, -1, 1).expand(1, 16, 6, 6))),
-        first=nn.Conv2d(3, 16, 3),
-        head=nn.Conv2d(16, 4, 1),
-    )
-    by_buffer.register_buffer("index", torch.arange(6).flip(0))
-    result = allocator.allocate(by_buffer, "60%", example_inputs=IMAGE, criterion="magnitude")
-    assert result.certificate.ok
-    assert result.model.first.out_channels < 16
+    model = net(run, first=nn.Conv2d(3, 16, 3), score=nn.Linear(16, 1), head=nn.Linear(16, 4))
+    result = allocator.allocate(model, "60%", example_inputs=IMAGE, criterion="magnitude")
+    assert not result.graph.unsupported
+    small: Any = result.model
+    kept = result.allocation.kept["head.weight"][1]
+    assert small.first.out_channels == len(kept or ()) < 16
+    for columns in (model.score.weight, model.head.weight):
+        columns.data.index_fill_(1, torch.tensor([i for i in range(16) if i not in (kept or ())]), 0)
+    x = torch.randn(2, 3, 9, 9)
+    assert torch.allclose(model(x), small(x), atol=1e-5)
 
 
 def test_a_second_allocation_composes_with_the_first() -> None:

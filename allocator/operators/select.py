@@ -177,7 +177,7 @@ def _pick(flow: Flow, op: Op, named: list[int]) -> None:
 
 @operator("gather")
 def gather(flow: Flow, op: Op) -> None:
-    """Places along one dim are picked: channels by a buffer that is repeated on all others, or else for each of them."""
+    """Places along one dim are picked: channels by a buffer that is repeated on all others, else for each of them."""
     source, index = op.inputs()
     labels, shape = list(flow.labels(source)), flow.shape(source)
     at = int(op.arg("dim")) % max(len(shape), 1)
@@ -185,11 +185,12 @@ def gather(flow: Flow, op: Op) -> None:
     if any(flow.shape(index)[dim] != shape[dim] for dim in others):
         flow.refuse(op, "places are picked from a part of what there is")
         return
+    along = labels[at] if labels else None
     buffer, named = flow.trace.root(index), None
-    if labels and labels[at] is not None and len(flow.shape(buffer)) == 1 and flow.labels(index)[at] is not None:
-        named = flow.pick(labels[at], buffer, op)
-    if labels and named is None:
-        flow.freeze(labels[at], op, "channels are picked by an index tensor")
+    if along is not None and len(flow.shape(buffer)) == 1 and flow.labels(index)[at] is not None:
+        named = flow.pick(along, buffer, op)
+    if named is None:
+        flow.freeze(along, op, "channels are picked by an index tensor")
     _repeated_like(flow, op, index, [(dim, labels[dim]) for dim in others])
     flow.set(op.outputs[0], [named if dim == at else label for dim, label in enumerate(labels)])
 
