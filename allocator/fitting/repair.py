@@ -14,7 +14,7 @@ from allocator.errors import RewriteError
 from allocator.flow.facts import Attribute
 from allocator.flow.flow import Flow
 from allocator.flow.labels import FROZEN
-from allocator.flow.options import Options, Place
+from allocator.flow.options import Options, Pair, Place
 from allocator.graph.build import rebuilt
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import lies_within
@@ -208,14 +208,14 @@ def _dims_of_sizes(flow: Flow, op: Op, sizes: Any) -> tuple[np.ndarray, ...] | N
     return None
 
 
-def _counted_by_one(scene: _Scene, op: Op) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _counted_by_one(scene: _Scene, op: Op) -> set[Pair]:
     """Of a call, and its like in modules of the class, slots that an attribute counts which follows others already.
 
     Heads of keys and of values may be told apart where layers lie between them; one number is both.
     """
     flow, stays = scene.flow, scene.graph.stays(scene.plan.kept)
     alike, here = _alike_modules(scene.graph.modules, op.module), flow.places[op.index]
-    found = {}
+    found: dict[Pair, bool] = {}
     for other in flow.trace.ops:
         place = flow.places[other.index]
         if place.module not in alike or place != here._replace(module=place.module):

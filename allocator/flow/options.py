@@ -20,6 +20,10 @@ class Place(NamedTuple):
     call: int | None = None
 
 
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
+"""Slots, and those that go with them, place by place."""
+
+
 def places_of(trace: Trace) -> list[Place]:
     """The place of every call."""
     calls_so_far: dict[tuple[str, str], int] = {}
@@ -59,7 +63,7 @@ class Options:
     renumbers: bool = True
     equal_parts: frozenset[str] = frozenset()
     frozen: frozenset[Place] = frozenset()
-    tied: frozenset[tuple[tuple[int, ...], tuple[int, ...]]] = frozenset()
+    tied: frozenset[Pair] = frozenset()
     heads: dict[Place, int] | None = field(default=None, hash=False)
     channels: dict[Place, int] = field(default_factory=dict, hash=False)
 
@@ -76,7 +80,7 @@ class Options:
         """With these calls frozen as well."""
         return replace(self, frozen=self.frozen | frozenset(places))
 
-    def tying(self, pairs: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> Options:
+    def tying(self, pairs: Iterable[Pair]) -> Options:
         """With these slots tied as well."""
         return replace(self, tied=self.tied | frozenset(pairs))
 
