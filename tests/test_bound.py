@@ -214,6 +214,15 @@ def test_what_stays_in_any_case_is_all_there_is() -> None:
     assert upper_bound(everything) == pytest.approx(asked.scores.values.sum())
 
 
+def test_scores_below_zero_are_worth_leaving_out() -> None:
+    graph = allocator.trace(Joined(), IMAGE)
+    asked = problem(graph, 0.6, seed=1)
+    less = Problem(graph, Scores("own", asked.scores.values - 1.0), asked.forced, asked.budgets)
+    bound, best = upper_bound(less), best_of_all(less)
+    assert bound is not None
+    assert best - 1e-9 <= bound <= best + 0.12 * abs(best)
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("scope", ["inner", "all"])
 def test_gaps_on_the_reference_set(scope: str) -> None:
@@ -232,6 +241,4 @@ def test_gaps_on_the_reference_set(scope: str) -> None:
         gaps[name] = None if bound is None else bound / float(scores.values[kept].sum()) - 1
     assert all(gap is not None and gap >= -1e-9 for gap in gaps.values()), gaps
     assert len(gaps) >= 14, gaps  # streams of HRNet-W18-small alone cost more than half
-    tight = [name for name, gap in gaps.items() if gap is not None and gap <= 0.0002]
-    assert len(tight) >= (14 if scope == "inner" else 13), gaps
-    assert all(gap is not None and gap <= 0.02 for gap in gaps.values()), gaps
+    assert all(gap is not None and gap <= 0.0005 for gap in gaps.values()), gaps

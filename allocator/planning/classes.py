@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import coo_matrix
+from scipy.sparse import spmatrix
 
 from allocator.cost.budget import Budget
 from allocator.planning.problem import Problem
@@ -46,21 +46,21 @@ def classes_of(problem: Problem, budget: Budget) -> Classes | None:
     metric, values = budget.metric, np.nan_to_num(problem.scores.values)
     free = np.flatnonzero(~problem.forced)
     columns = metric.incidence.tocsc()[:, free]
-    signature = np.unique(_hashes(columns), return_inverse=True)[1] if len(free) else np.zeros(0, dtype=int)
+    signature = alike_columns(columns)
     count = int(signature.max(initial=-1)) + 1
     if count > MOST_CLASSES:
         return None
     first = np.array([np.flatnonzero(signature == c)[0] for c in range(count)], dtype=int)
     weights = np.asarray(columns[:, first].todense(), dtype=np.float64)
     fixed = metric.counts(problem.forced)[:-1].astype(np.float64)
-    alike, axis_of = np.unique(np.column_stack([fixed, weights]), axis=0, return_inverse=True)
+    distinct, axis_of = np.unique(np.column_stack([fixed, weights]), axis=0, return_inverse=True)
     axis_of = axis_of.reshape(-1)
-    constant, linear = 0.0, np.zeros(len(alike))
+    constant, linear = 0.0, np.zeros(len(distinct))
     products: dict[tuple[int, int], float] = {}
     for factor, axes in zip(metric.factors, metric.axes_of_term, strict=True):
         named = [int(axis_of[a]) for a in axes if a < len(axis_of)]
-        moving = sorted(a for a in named if alike[a, 1:].any())
-        plain = float(factor) * float(np.prod([alike[a, 0] for a in named if not alike[a, 1:].any()]))
+        moving = sorted(a for a in named if distinct[a, 1:].any())
+        plain = float(factor) * float(np.prod([distinct[a, 0] for a in named if not distinct[a, 1:].any()]))
         if len(moving) > 2:
             return None
         if not moving:
@@ -75,11 +75,11 @@ def classes_of(problem: Problem, budget: Budget) -> Classes | None:
         own = np.sort(values[free[signature == c]])[::-1]
         best.append(np.append(0.0, np.cumsum(own)))
     limit, kept = float(budget.limit), float(values[problem.forced].sum())
-    return Classes(best, alike[:, 0], alike[:, 1:], constant, linear, products, limit, kept)
+    return Classes(best, distinct[:, 0], distinct[:, 1:], constant, linear, products, limit, kept)
 
 
-def _hashes(columns: coo_matrix) -> np.ndarray:
-    """(n,) a number per column, the same for equal ones: sums of two independent random weights per row."""
+def alike_columns(columns: spmatrix) -> np.ndarray:
+    """(n,) a number from 0 per column, the same for equal ones: told apart by sums of two random weights per row."""
     random = np.random.default_rng(0).integers(1, 2**31, size=(2, columns.shape[0])).astype(np.float64)
     sums = np.asarray(columns.T @ random.T)
-    return sums[:, 0] + 1j * sums[:, 1]
+    return np.unique(sums[:, 0] + 1j * sums[:, 1], return_inverse=True)[1]

@@ -11,6 +11,7 @@ such lines, the highest of which counts, and each line is no more than a price f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -27,13 +28,15 @@ ROUNDS = ((RANGE, 0.1, 6), (0.3, 1e-3, 20))
 EXACT = 1e5
 """Numbers to compute for which every width of a layer is looked at; else `WIDTHS` of them, with lines between."""
 WIDTHS = 40
+MOST_TIES = 3
+"""Hubs and classes whose numbers are looked at beside those of another hub."""
 LARGEST = 2e6
 """Numbers to hold at once: wide layers have fewer counts of a hub looked at."""
 
 
 def by_hubs(classes: Classes) -> float | None:
     """What the free neurons can be worth at most; None where hubs tie the trees together too tightly."""
-    bound = whole = sum(float(best[-1]) for best in classes.best)
+    bound = whole = sum(float(best.max()) for best in classes.best)
     if whole <= 0 or classes.limit <= 0:
         return whole
     programme = _programme(classes)
@@ -173,11 +176,13 @@ class _Part:
 
     Attributes:
         trees: of classes: from the leaves to the root, and the parent of each.
-        closed: the hub whose lines are prices for some of them.
+        closed: hubs whose lines are prices for some of them.
+        tied: further classes, without which these are trees.
     """
 
     trees: list[tuple[list[int], dict[int, int]]]
-    closed: int | None
+    closed: list[int]
+    tied: list[int]
 
 
 @dataclass(frozen=True)
@@ -252,20 +257,22 @@ def _behind(costs: _Costs, graph: nx.Graph, hub: int, open_hubs: set[int]) -> li
 def _parts(
     costs: _Costs, trees: nx.Graph, groups: Iterable[set[int]], closed: set[int], hub: int | None
 ) -> list[_Part] | None:
-    """None where a group holds a circle, or two closed hubs, or one that counts another than the present."""
+    """None where a group is tied too tightly, or has a hub that counts another than the present one."""
     parts = []
     for group in groups:
-        within = trees.subgraph(group - costs.hubs.keys())
-        ends = [node for node in group & closed if node in costs.hubs]
-        if len(ends) > 1 or not (within.number_of_nodes() == 0 or nx.is_forest(within)):
-            return None
-        if ends and costs.hubs[ends[0]].inner not in (None, hub):
+        ends = sorted(node for node in group & closed if node in costs.hubs)
+        within = nx.Graph(trees.subgraph(group - costs.hubs.keys()))
+        tied = []
+        while core := nx.k_core(within, 2):
+            tied.append(max(core.degree, key=lambda pair: (pair[1], -pair[0]))[0])
+            within.remove_node(tied[-1])
+        if len(ends) + len(tied) > MOST_TIES or any(costs.hubs[end].inner not in (None, hub) for end in ends):
             return None
         found = []
         for tree in nx.connected_components(within):
             root = min(tree)
             found.append((list(nx.dfs_postorder_nodes(within, root)), dict(nx.bfs_predecessors(within, root))))
-        parts.append(_Part(found, ends[0] if ends else None))
+        parts.append(_Part(found, ends, tied))
     return parts
 
 
@@ -293,9 +300,11 @@ class _Programme:
         total = level * self.left
         for step in self.steps:
             if step.hub is None:
-                return total + sum(float(self._of_part(part, {}, np.zeros(1))[0]) for part in step.parts)
+                return total + sum(float(self._of_part(part, {}, np.zeros(1), points)[0]) for part in step.parts)
             counts, readers = self._counts(step, points), self.costs.read(step.hub)
-            value = sum((self._of_part(part, readers, counts) for part in step.parts), np.zeros(len(counts)))
+            value = np.zeros(len(counts))
+            for part in step.parts:
+                value += self._of_part(part, readers, counts, len(counts))
             if step.hub in self.costs.hubs:
                 slope = np.diff(value) / np.diff(counts)
                 self.lines[step.hub] = value[:-1] - slope * counts[:-1], slope
@@ -304,40 +313,74 @@ class _Programme:
         return total
 
     def _counts(self, step: _Step, points: int) -> np.ndarray:
-        """Counts of a hub, from the least to the most it can be, closer where it is small."""
+        """Counts of a hub; the fewer, the wider the layers are and the more else is looked at beside them."""
         assert step.hub is not None
+        for part in step.parts:
+            widest = max(
+                (len(self.own[c]) for c in (*part.tied, *itertools.chain(*(o for o, _ in part.trees)))), default=1
+            )
+            beside = 1 + len(part.closed) + len(part.tied)
+            points = min(points, int((LARGEST / widest) ** (1 / max(beside, 2))))
         hub = self.costs.hubs.get(step.hub)
-        low, high = (0.0, float(len(self.own[step.hub]) - 1)) if hub is None else (hub.low, hub.high)
-        classes = [c for part in step.parts for order, _ in part.trees for c in order]
-        widest = max((len(self.own[c]) for c in classes), default=1)
-        points = max(min(points, int((LARGEST / widest) ** 0.5)), 3)
-        return np.unique(np.append(low, np.geomspace(max(low, 1.0), max(high, 1.0), points)))
+        return _spread(0.0, self.numbers[step.hub][-1], points) if hub is None else _spread(hub.low, hub.high, points)
 
-    def _of_part(self, part: _Part, readers: dict[int, float], counts: np.ndarray) -> np.ndarray:
-        """(counts,) the most that a part can come to for each count of the hub that it reads."""
-        start, slope, members = np.zeros(1), np.zeros(1), dict[int, float]()
-        total = np.zeros((len(counts), 1))
-        if part.closed is not None:
-            hub = self.costs.hubs[part.closed]
-            start, slope = self.lines[part.closed]
-            total = total + start + slope * (hub.fixed + (counts[:, None] if hub.inner is not None else 0.0))
-            members = hub.members
+    def _of_part(self, part: _Part, readers: dict[int, float], counts: np.ndarray, points: int) -> np.ndarray:
+        """(counts,) the most that a part can come to for each count of the hub that it reads.
+
+        One dim for the counts, one for the lines of each closed hub, one for numbers of each tied class: trees are
+        evaluated for all of these at once, each in the dims that it depends on.
+        """
+        looked = [_spread(0.0, self.numbers[c][-1], points) for c in part.tied]
+        dims = [counts, *(self.lines[hub][1] for hub in part.closed), *looked]
+        total, prices = np.zeros([len(dim) for dim in dims]), dict[int, np.ndarray]()
+
+        def add_price(at: int, values: np.ndarray, factors: dict[int, float]) -> None:
+            for c, factor in factors.items():
+                prices[c] = prices.get(c, 0.0) + factor * _along(at, values, len(dims))[..., None]
+
+        add_price(0, self.level * counts, readers)
+        for at, number in enumerate(part.closed, 1):
+            hub, (start, slope) = self.costs.hubs[number], self.lines[number]
+            total += _along(at, start + slope * hub.fixed, len(dims))
+            if hub.inner is not None:
+                total += _along(at, slope, len(dims)) * _along(0, counts, len(dims))
+            add_price(at, -slope, hub.members)
+        for at, c in enumerate(part.tied, 1 + len(part.closed)):
+            add_price(at, self.level * looked[at - 1 - len(part.closed)], self.costs.read(c))
         for order, parent in part.trees:
-            answers: dict[int, np.ndarray] = {}
-            for c in order:
-                n = self.numbers[c]
-                own = self.own[c][None, None] + answers.pop(c, 0.0)
-                if c in readers:
-                    own = own - self.level * readers[c] * counts[:, None, None] * n
-                if c in members:
-                    own = own + members[c] * slope[:, None] * n
-                if c not in parent:
-                    total = total + own.max(axis=2)
-                    continue
+            total += self._of_tree(order, parent, prices, len(dims))
+        for at, c in enumerate(part.tied, 1 + len(part.closed)):
+            value = np.moveaxis(total, at, -1) @ _between(dims[at], self.numbers[c])
+            own = self.own[c] - prices.get(c, 0.0) * self.numbers[c]
+            total = (np.expand_dims(value, at) + own).max(axis=-1)
+        return np.asarray(total.reshape(len(counts), -1).max(axis=1))
+
+    def _of_tree(
+        self, order: list[int], parent: dict[int, int], prices: dict[int, np.ndarray], dims: int
+    ) -> np.ndarray:
+        """The most that a tree can come to, along all dims that its prices depend on."""
+        answers: dict[int, np.ndarray] = {}
+        for c in order:
+            own = self.own[c].reshape([1] * dims + [-1]) - prices.get(c, 0.0) * self.numbers[c] + answers.pop(c, 0.0)
+            if c in parent:
                 above = parent[c]
                 factor = self.level * self.costs.products[min(c, above), max(c, above)]
                 answers[above] = answers.get(above, 0.0) + _answer(own, factor, len(self.own[above]))
-        return np.asarray(total.max(axis=1))
+        return np.asarray(own.max(axis=-1))
+
+
+def _spread(low: float, high: float, points: int) -> np.ndarray:
+    """About so many numbers from the least to the most, closer where they are small."""
+    return np.unique(np.append(low, np.geomspace(max(low, 1.0), max(high, 1.0), max(points, 3))))
+
+
+def _along(dim: int, values: np.ndarray, dims: int) -> np.ndarray:
+    return values.reshape([-1 if at == dim else 1 for at in range(dims)])
+
+
+def _between(some: np.ndarray, all_of: np.ndarray) -> np.ndarray:
+    """(some, all) shares with which values at some numbers make up those on the lines between them."""
+    return np.stack([np.interp(all_of, some, row) for row in np.eye(len(some))])
 
 
 def _answer(own: np.ndarray, factor: float, width: int) -> np.ndarray:
@@ -350,4 +393,4 @@ def _answer(own: np.ndarray, factor: float, width: int) -> np.ndarray:
         return np.asarray((own[..., None, :] - factor * m[:, None] * n).max(axis=-1))
     some = np.unique(np.geomspace(1, width, WIDTHS).round()) - 1
     found = np.stack([(own - factor * at * n).max(axis=-1) for at in some], axis=-1)
-    return np.asarray(found @ np.stack([np.interp(m, some, row) for row in np.eye(len(some))]))
+    return np.asarray(found @ _between(some, m))

@@ -24,7 +24,7 @@ def by_planes(classes: Classes) -> float | None:
     sizes = np.array([len(best) - 1 for best in classes.best])
     numbers = [programme.variable(0, size) for size in sizes]
     for c, best in enumerate(classes.best):
-        gain = programme.variable(0, float(best[-1]), objective=-1.0)
+        gain = programme.variable(float(best.min()), float(best.max()), objective=-1.0)
         for at in np.unique(np.linspace(0, sizes[c] - 1, TANGENTS).astype(int)).tolist():
             slope = float(best[at + 1] - best[at])
             programme.at_most({gain: 1.0, numbers[c]: -slope}, float(best[at]) - slope * at)
