@@ -12,6 +12,10 @@ REASONS = {
     "timm:csatv2": "the hidden widths of its blocks pass a global response norm, whose mean runs over all of their "
     "channels, and the stream lies under norms over channels: neither can go exactly",
 }
+FLOORS = {
+    "timm:resnest14d": "its split attention takes both groups of each 3x3 convolution as one, so that neither goes "
+    "whole, and none of its inputs does; `groups='width'` narrows both alike, down to 0.8 % of the FLOPs",
+}
 WHY_HEADS_STAY = (
     "Where a forward computes the width of a head from the stream (`C // num_heads`), or gives its result the width of "
     "the stream (`reshape(B, N, C)`), no attribute can follow and the heads stay; hidden widths are allocated there."
