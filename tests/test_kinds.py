@@ -229,7 +229,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "sparse": (_sparse, r"head\.weight is sparse_coo, which has no channels .* such as its \.to_dense\(\)"),
     "a function": (lambda: torch.relu, "pass a torch.nn.Module"),
     "traced": (lambda: torch.jit.trace(nn.Conv2d(3, 4, 1), IMAGE), "pass the Python module it was made from"),
-    "nothing returned": (lambda: network(last=lambda y: None), "no operator that fvcore counts FLOPs for"),
+    "nothing returned": (lambda: network(last=lambda y: None), "; what its forward returns holds no tensor: "),
     "a forward that raises": (lambda: network(lambda m, x: x / 0 if 1 // 0 else x), "ZeroDivisionError in the model's"),
 }
 
