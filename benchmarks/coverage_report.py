@@ -9,7 +9,7 @@ from .common import ROOT, table, where
 from .coverage_reasons import FLOORS, REASONS, WHY_HEADS_STAY
 
 Row = dict[str, Any]
-EARLIER = "Of networks with a star, the floor alone was measured anew; all else is by the defaults of 0.1."
+EARLIER = "Of networks with a star, no more than the floor was measured anew; all else is by the defaults of 0.1."
 
 
 def markdown(data: dict[str, Any]) -> str:
