@@ -16,7 +16,7 @@ from allocator.errors import TraceError
 from allocator.logs import hidden
 from allocator.modules import set_training, skeleton, tensor_names
 from allocator.tracing.inputs import Inputs
-from allocator.tracing.isolation import undisturbed
+from allocator.tracing.isolation import apart, undisturbed
 from allocator.tracing.record import tensors_in
 
 # Convolutions and linear layers, as fvcore calls them.
@@ -106,7 +106,7 @@ class _Whole(nn.Module):
             fields[str(i)] = tensor
 
     def forward(self, *args: object) -> object:
-        output = self.network[0](*args, **self.kwargs)
+        output = apart(self.network[0], *args, **self.kwargs)
         return output if self.plain else tuple(tensors_in(output))
 
 
