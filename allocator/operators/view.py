@@ -48,8 +48,9 @@ def as_strided(flow: Flow, op: Op) -> None:
 
 
 @operator(
-    "view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy", sized=True, stands_for="view"
-)
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy",
+    sized=True, reshapes=True, stands_for="view",
+)  # fmt: skip
 def view(flow: Flow, op: Op) -> None:
     """Merged dims repeat their labels; a dim that is split keeps every factor but one whole."""
     source, out = op.inputs()[0], op.outputs[0]

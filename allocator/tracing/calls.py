@@ -105,7 +105,7 @@ class Op:
     def lays_out(self) -> bool:
         """Whether it only gives its input another shape, or another place in memory."""
         placed = self.declared.copies and self.arg("memory_format") is not None
-        return bool(self.reads) and (placed or self.declared.stands_for == "view")
+        return bool(self.reads) and (placed or self.declared.reshapes)
 
     def __str__(self) -> str:
         return f"{self.target} in {self.module or 'the model'}"

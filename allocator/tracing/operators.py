@@ -34,6 +34,7 @@ class Declaration:
         sized: it takes sizes as integers, so that these may differ once channels are gone.
         splits: it takes a tensor apart along one dim.
         copies: it gives what it was given.
+        reshapes: it gives what it was given in another shape.
         restrides: where shapes are the same it gives what it was given, laid out in memory in another way.
         stands_for: calls of one such family do the same; which of them runs depends on how large a tensor is, and on
             how it lies in memory.
@@ -54,6 +55,7 @@ class Declaration:
     sized: bool = False
     splits: bool = False
     copies: bool = False
+    reshapes: bool = False
     restrides: bool = False
     stands_for: str = ""
     on_meta: Callable[..., Any] | None = None
