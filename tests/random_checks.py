@@ -51,18 +51,18 @@ class Case:
     exclude: tuple[str | type, ...] = ()
     again: float = 0.8
 
-    def allocate(self, model: nn.Module, x: Tensor, flops: float) -> allocator.Result:
+    def allocate(self, model: nn.Module, x: Tensor, flops: float, *, certify: bool = True) -> allocator.Result:
         """The request, at a budget in FLOPs."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", allocator.AllocatorWarning)
             return allocator.allocate(
                 model, flops, example_inputs=x, policy=self.policy, scope=self.scope, groups=self.groups,
-                norms=self.norms, criterion=self.criterion, fill=self.fill, exclude=self.exclude,
+                norms=self.norms, criterion=self.criterion, fill=self.fill, exclude=self.exclude, certify=certify,
             )  # fmt: skip
 
 
 def check(case: Case, *, by_turns: bool = False) -> str:
-    """Hold every promise against one case; returns "result", "budget" or "nothing".
+    """Hold every promise against one case; returns "result", "budget", "nothing" or "unseen".
 
     Args:
         case: the network and the request.
@@ -95,7 +95,7 @@ def check_model(model: nn.Module, fresh: nn.Module, x: Tensor, case: Case, turn:
     budget = case.share * own
     outcome = "result"
     try:
-        result = case.allocate(model, x, budget)
+        result = allocate(case, model, x, budget)
     except allocator.NothingToAllocateError as error:
         before.require_same()
         _require(bool(error.reasons), "no reasons are given")
@@ -106,14 +106,17 @@ def check_model(model: nn.Module, fresh: nn.Module, x: Tensor, case: Case, turn:
         _require(error.asked == budget, "the error names another budget")
         _require(error.reachable is not None and budget < error.reachable <= own, f"reachable: {error.reachable}")
         budget, outcome = float(error.reachable or 0), "budget"
-        result = case.allocate(model, x, budget)
-        _require(result.flops_after == budget, "a run at the reachable figure lands elsewhere")
+        result = allocate(case, model, x, budget)
+        check_reachable(result, budget)
     before.require_same()
     assert torch.equal(x, given), "the example input was changed"
     assert result.flops_before == own
     check_budget(result, x, budget, case.fill)
     check_result(model, result, x)
     check_excluded(model, result, case.exclude)
+    if not result.certificate.compared:
+        before.require_same()
+        return "unseen"
     costly = (
         lambda: check_again(model, result, x),
         lambda: check_tampering(model, result.model, result.allocation, x),
@@ -124,6 +127,33 @@ def check_model(model: nn.Module, fresh: nn.Module, x: Tensor, case: Case, turn:
         each()
     before.require_same()
     return outcome
+
+
+def allocate(case: Case, model: nn.Module, x: Tensor, budget: float) -> allocator.Result:
+    """The request; without the numeric check where that is refused since no output depends on what is dropped."""
+    try:
+        return case.allocate(model, x, budget)
+    except allocator.CertificateError as error:
+        if "NOT SHOWN" not in str(error):
+            raise
+    result = case.allocate(model, x, budget, certify=False)
+    check_no_effect(model, result.allocation, x)
+    return result
+
+
+def check_reachable(result: allocator.Result, figure: float) -> None:
+    """A run at the smallest figure lands on it; where neurons turned out to be needed, at most 1 % below."""
+    repaired = any(" stay: " in note for note in result.notes)
+    least = figure - repaired * result.flops_before / 100
+    assert least <= result.flops_after <= figure, "a run at the reachable figure lands elsewhere"
+
+
+def check_no_effect(model: nn.Module, allocation: allocator.Allocation, x: Tensor) -> None:
+    """The original gives the same without what is dropped, as where it subtracts a map from itself."""
+    uncut, cut = copy.deepcopy(model).double().eval(), reference(model, allocation).eval()
+    with torch.no_grad():
+        pairs = zip(tree_leaves(uncut(x.double())), tree_leaves(cut(x.double())), strict=True)
+        assert all(torch.allclose(a, b, TOLERANCE, TOLERANCE) for a, b in pairs), "refused, and there is an effect"
 
 
 def check_nothing(model: nn.Module, x: Tensor, case: Case, own: int) -> None:
@@ -208,9 +238,10 @@ def check_budget(result: allocator.Result, x: Tensor, budget: float, fill: bool)
 def check_result(model: nn.Module, result: allocator.Result, x: Tensor) -> None:
     """The result is the original minus what its allocation drops, and a model like any other."""
     small, allocation = result.model, result.allocation
+    error = result.certificate.relative_error
     assert result.certificate.ok
-    assert result.certificate.relative_error is not None
-    assert result.certificate.relative_error <= TOLERANCE or is_mixed(model, allocation)
+    assert error is not None or not result.certificate.compared
+    assert error is None or error <= TOLERANCE or is_mixed(model, allocation)
     assert type(small) is type(model)
     assert small.training == model.training
     check_tensors(model, small, allocation)

@@ -81,6 +81,7 @@ def run_cases(examples: int, number: int, tally: Tally) -> Counter[str]:
 _OUTCOMES = {
     "result": "the budget was met",
     "budget": "it could not be: `BudgetError`, and the smallest figure it names was met",
+    "unseen": "no output depends on what would go: refused, and with `certify=False` all but the numeric check held",
     "nothing": "no neuron can go: `NothingToAllocateError` with its reasons, at this budget and at the widest",
 }
 

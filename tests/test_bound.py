@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linprog
 from torch import Tensor, nn
 
 import allocator
 from allocator.cost.budget import Budget, Budgets
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.planning.bound import upper_bound
+from allocator.planning.classes import classes_of
+from allocator.planning.hubs import by_hubs
+from allocator.planning.planes import by_planes
 from allocator.planning.policies.registry import POLICIES
 from allocator.planning.problem import Problem, forced_neurons, free_neurons
 from allocator.scoring.scores import Scores
@@ -45,6 +49,52 @@ class Stream(nn.Module):
         return self.head(x)
 
 
+class Stages(nn.Module):
+    """Two residual streams, the second read from the first by a block and a shortcut: circles that share a side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down, self.up = nn.Conv2d(2, 3, 1), nn.Conv2d(3, 2, 1), nn.Conv2d(2, 3, 1)
+        self.first, self.second, self.short = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.up(self.down(x).relu())
+        return self.head(self.second(self.first(x).relu()) + self.short(x))
+
+
+class Dense(nn.Module):
+    """Every layer reads all that were before, concatenated: each width is a part of the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(2, 3, 1), nn.Conv2d(9, 2, 1)
+        self.narrow = nn.ModuleList(nn.Conv2d(3 + 2 * i, 2, 1) for i in range(3))
+        self.grow = nn.ModuleList(nn.Conv2d(2, 2, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for narrow, grow in zip(self.narrow, self.grow):
+            x = torch.cat([x, grow(narrow(x).relu())], 1)
+        return self.head(x)
+
+
+class Inception(nn.Module):
+    """Branches that are concatenated and read by branches, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.three = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 3, padding=1)
+        self.narrow, self.deep, self.plain = nn.Conv2d(6, 3, 1), nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(6, 3, 1)
+        self.last, self.side, self.head = nn.Conv2d(6, 2, 1), nn.Conv2d(6, 2, 3, padding=1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.one(x), self.three(x)], 1).relu()
+        x = torch.cat([self.deep(self.narrow(x).relu()), self.plain(x)], 1).relu()
+        return self.head(torch.cat([self.last(x), self.side(x)], 1).relu())
+
+
 class Joined(nn.Module):
     """Branches of different prices, concatenated."""
 
@@ -58,6 +108,7 @@ class Joined(nn.Module):
 
 
 NETWORKS: dict[str, Any] = {"chain": lambda: chain(2, 4, 3, 4), "stream": Stream, "joined": Joined}
+TIED: dict[str, Any] = {"stages": Stages, "dense": Dense, "inception": Inception, "stream": Stream}
 
 
 def problem(graph: ChannelGraph, share: float, seed: int, metric: str = "flops") -> Problem:
@@ -67,17 +118,35 @@ def problem(graph: ChannelGraph, share: float, seed: int, metric: str = "flops")
     return Problem(graph, scores, forced, Budgets([Budget(graph.metric(metric), least + share * (whole - least))]))
 
 
-def best_of_all(asked: Problem) -> float:
-    """The most that any choice keeps, by trying all of them."""
+def plans(asked: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Importance and cost of every plan that keeps the best of each class."""
+    metric, values = asked.budgets.first.metric, asked.scores.values
     free = np.flatnonzero(~asked.forced)
-    best = 0.0
-    for chosen in itertools.product([False, True], repeat=len(free)):
+    alike: dict[bytes, list[int]] = {}
+    for unit in free[np.argsort(-values[free])].tolist():
+        alike.setdefault(metric.incidence[:, [unit]].toarray().tobytes(), []).append(unit)
+    worth, cost = [], []
+    for numbers in itertools.product(*(range(len(units) + 1) for units in alike.values())):
         kept = asked.forced.copy()
-        kept[free] = chosen
-        worth = float(asked.scores.values[kept].sum())
-        if worth > best and asked.budgets.met(kept):
-            best = worth
-    return best
+        for units, number in zip(alike.values(), numbers, strict=True):
+            kept[units[:number]] = True
+        worth.append(float(values[kept].sum()))
+        cost.append(metric.value(kept))
+    return np.array(worth), np.array(cost)
+
+
+def best_of_all(asked: Problem) -> float:
+    """The most that any choice keeps, by trying all that may be the best."""
+    worth, cost = plans(asked)
+    return float(worth[cost <= asked.budgets.first.limit].max())
+
+
+def mix_of_plans(asked: Problem) -> float:
+    """The most that two plans beside each other keep, whose costs meet the budget in the mean."""
+    worth, cost = plans(asked)
+    shares = np.ones((1, len(worth)))
+    found = linprog(-worth, cost[None], asked.budgets.first.limit, shares, 1.0)
+    return -float(found.fun)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6])
@@ -93,6 +162,23 @@ def test_no_choice_exceeds_the_bound_and_priced_comes_near(name: str, share: flo
     assert not (asked.forced & ~kept).any()
     assert 0.9 * best <= worth <= best + 1e-9 <= bound + 2e-9
     assert bound <= 1.12 * best
+
+
+@pytest.mark.parametrize("name", list(TIED))
+def test_layers_that_hubs_tie_together_are_bounded_nearly_as_in_the_best_mix_of_plans(name: str) -> None:
+    """What no price level can tell apart from the best plans beside each other is all that a bound by prices adds."""
+    graph = allocator.trace(TIED[name](), IMAGE)
+    for seed in range(2):
+        asked = problem(graph, 0.45, seed)
+        classes = classes_of(asked, asked.budgets.each[0])
+        assert classes is not None
+        found = by_hubs(classes)
+        assert found is not None
+        mixed = mix_of_plans(asked)
+        assert mixed - 1e-9 <= found + classes.kept <= 1.01 * mixed
+        planes = by_planes(classes)
+        assert planes is not None
+        assert planes + classes.kept >= best_of_all(asked) - 1e-9
 
 
 @pytest.mark.parametrize("policy", ["global", "per_block", "uniform", "isomorphic"])
@@ -128,6 +214,15 @@ def test_what_stays_in_any_case_is_all_there_is() -> None:
     assert upper_bound(everything) == pytest.approx(asked.scores.values.sum())
 
 
+def test_scores_below_zero_are_worth_leaving_out() -> None:
+    graph = allocator.trace(Joined(), IMAGE)
+    asked = problem(graph, 0.6, seed=1)
+    less = Problem(graph, Scores("own", asked.scores.values - 1.0), asked.forced, asked.budgets)
+    bound, best = upper_bound(less), best_of_all(less)
+    assert bound is not None
+    assert best - 1e-9 <= bound <= best + 0.12 * abs(best)
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("scope", ["inner", "all"])
 def test_gaps_on_the_reference_set(scope: str) -> None:
@@ -144,7 +239,6 @@ def test_gaps_on_the_reference_set(scope: str) -> None:
         kept = POLICIES["priced"](asked)
         bound = upper_bound(asked)
         gaps[name] = None if bound is None else bound / float(scores.values[kept].sum()) - 1
-    assert all(gap is None or gap >= -1e-9 for gap in gaps.values()), gaps
-    small = [name for name, gap in gaps.items() if gap is not None and gap <= 0.001]
-    assert len(small) >= (12 if scope == "inner" else 0), gaps
-    assert all(gap is not None and gap <= 0.02 for gap in gaps.values()), gaps
+    assert all(gap is not None and gap >= -1e-9 for gap in gaps.values()), gaps
+    assert len(gaps) >= 14, gaps  # streams of HRNet-W18-small alone cost more than half
+    assert all(gap is not None and gap <= 0.0005 for gap in gaps.values()), gaps

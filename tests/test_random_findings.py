@@ -513,6 +513,50 @@ def test_a_composed_allocation_whose_parts_say_otherwise_fails() -> None:
     assert not allocator.verify(model, second.model, both, example_inputs=X).ok
 
 
+class _Dead(nn.Module):
+    """What comes out of some calls is read by nobody; they run all the same."""
+
+    def __init__(self, dead: nn.Module) -> None:
+        super().__init__()
+        self.first, self.dead = nn.Conv2d(3, 8, 3), dead
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        self.dead(x)
+        return self.head(x.mean((2, 3)))
+
+
+class _Listed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, [0, 2, 7]]
+
+
+class _Spectrum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(torch.fft.fft(x, dim=1).real)
+
+
+@pytest.mark.parametrize("dead", [_Listed, _Spectrum])
+def test_what_nobody_reads_still_runs(dead: type[nn.Module]) -> None:
+    """Meta tensors let through an index past the end and a weight with fewer rows than groups."""
+    model = _Dead(dead()).eval()
+    with pytest.raises(allocator.NothingToAllocateError, match=r"picked by an index|grouped convolution"):
+        allocator.allocate(model, "50%", example_inputs=torch.randn(1, 3, 8, 8))
+
+
+def test_a_branch_that_would_lose_all_it_reads_keeps_a_channel() -> None:
+    """Torch gives a transposed convolution of nothing a shape of its own, which no rule expects."""
+    unit, split = Step("unit", (0,), {"out": 4, "norm": "batch"}), Step("split", (1,), {"sizes": (3, 1), "how": "code"})
+    options = {"out": 5, "groups": 1, "stride": 2, "transposed": True, "bias": False}
+    spec = Spec((1, 16), (unit, split, Step("transposed", (3,), options)), head={"how": "flatten", "hidden": 0})
+    assert check(Case(spec, 0.5, policy="global", scope="all", exclude=("head",))) == "budget"
+
+
 def test_a_spec_is_checked_like_a_model() -> None:
     """The checks see a network that has all of it at once."""
     steps = (

@@ -167,7 +167,7 @@ class Flow:
         shape = self.shape(index)
         sizes = [n if label is None else len(label) for label, n in zip(labels, shape, strict=False)]
         if tuple(sizes) != shape or len(labels) != len(shape):
-            raise AssertionError(f"a rule gave labels of sizes {sizes} for a tensor of shape {shape}")
+            raise ValueError(f"a rule gave labels of sizes {sizes} for a tensor of shape {shape}")
         self._labels[index] = tuple(labels)
         self.uniform.discard(index)
 

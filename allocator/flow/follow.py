@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from allocator.errors import AllocatorError
 from allocator.flow.facts import Facts
 from allocator.flow.flow import Flow
 from allocator.flow.labels import Slots
@@ -10,7 +11,7 @@ from allocator.tracing.calls import Op, Trace
 from allocator.tracing.value_sized import value_sized
 
 
-class RuleError(Exception):
+class RuleError(AllocatorError, ValueError):
     """A rule met shapes that do not go together: meta tensors let through what a real forward would not.
 
     Attributes:
@@ -62,13 +63,14 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
 
 
 def _unused(trace: Trace) -> set[int]:
-    """Indices of the calls whose results reach no output, such as attention weights that nobody looks at.
+    """Indices of the calls of one tensor whose results reach no output, such as attention weights that nobody looks at.
 
-    They may come to anything. Where a forward reads values, these may decide its path: then all calls count.
+    They may come to anything. Calls of several tensors have to run: weights, or numbers of channels, must fit what they
+    are used on. Where a forward reads values, these may decide its path: then all calls count.
     """
     if trace.mode != "meta" or trace.unfinished or not trace.outputs:
         return set()
-    return {op.index for op in trace.ops}.difference(op.index for op in trace.live())
+    return {op.index for op in trace.ops if len(op.inputs()) == 1}.difference(op.index for op in trace.live())
 
 
 def _unread(trace: Trace) -> set[int]:

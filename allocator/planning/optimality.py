@@ -37,7 +37,7 @@ class Optimality:
 
 
 def optimality(problem: Problem, kept: np.ndarray) -> Optimality | None:
-    """Of a choice of neurons; takes about a second where many layers hang together.
+    """Of a choice of neurons; takes up to about a second where layers are many.
 
     Args:
         problem: that the choice answers.

@@ -56,7 +56,7 @@ class Plan:
         return f"Plan({kept}; policy {self.policy}, criterion {self.criterion}, scope {self.scope})"
 
     def optimality(self) -> Optimality | None:
-        """The importance that is kept, and what no plan exceeds; takes about a second where many layers hang together.
+        """The importance that is kept, and what no plan exceeds; takes up to about a second where layers are many.
 
         Returns:
             None where nothing had to be chosen, or the scores have no positive sum.

@@ -91,11 +91,15 @@ def contrast(rows: Sequence[Row], ours: str, peer: str, share: float, state: str
     keys = sorted(mine.keys() & theirs.keys())
     differences = np.array([theirs[key] - mine[key] for key in keys])
     low, high = _interval(keys, differences)
-    chance = 1.0
-    if np.any(differences):
-        test = permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=0)
-        chance = float(test.pvalue)
-    return Contrast(share, state, ours, peer, float(differences.mean()), low, high, chance, len(keys))
+    return Contrast(share, state, ours, peer, float(differences.mean()), low, high, sign_flip(differences), len(keys))
+
+
+def sign_flip(differences: np.ndarray) -> float:
+    """The chance, two-sided, of a mean so far from zero where either sign is as likely."""
+    if len(differences) < 2 or not np.any(differences):
+        return 1.0
+    test = permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=0)
+    return float(test.pvalue)
 
 
 def _interval(keys: Sequence[Key], differences: np.ndarray) -> tuple[float, float]:
@@ -113,9 +117,14 @@ def _interval(keys: Sequence[Key], differences: np.ndarray) -> tuple[float, floa
 
 def corrected(contrasts: Sequence[Contrast]) -> list[Contrast]:
     """The same with Holm's correction over all of them, in their order."""
-    order = np.argsort([each.chance for each in contrasts])
-    result, highest = list(contrasts), 0.0
-    for rank, i in enumerate(order.tolist()):
-        highest = max(highest, min(1.0, (len(contrasts) - rank) * contrasts[i].chance))
-        result[i] = replace(contrasts[i], chance=highest)
+    chances = holm([each.chance for each in contrasts], len(contrasts))
+    return [replace(each, chance=chance) for each, chance in zip(contrasts, chances, strict=True)]
+
+
+def holm(chances: Sequence[float], tests: int) -> list[float]:
+    """Chances corrected by Holm for so many tests, of which some may not be there yet."""
+    result, highest = list(chances), 0.0
+    for rank, i in enumerate(np.argsort(chances).tolist()):
+        highest = max(highest, min(1.0, (tests - rank) * chances[i]))
+        result[i] = highest
     return result

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from allocator.recipes.digits import place
-from benchmarks.clutter import _digits, _pieces
+from benchmarks.clutter import pieces, source_digits
 
 from .networks import SIDE
 
@@ -22,6 +22,7 @@ SIZES = (14.0, 30.0)
 PIECES = 2
 NOISE = 0.1
 COPIES = {"train": 3, "calibration": 2, "test": 3}
+SPLIT_SEED = 2019
 SHARES = {"train": 3200, "calibration": 500, "test": 1300}
 
 
@@ -38,20 +39,23 @@ class Part:
 
 def load() -> dict[str, Part]:
     """The three parts, always the same."""
-    digits, classes = _digits()
-    generator = torch.Generator().manual_seed(2019)
-    order = torch.randperm(len(digits), generator=generator)
-    parts, start = {}, 0
-    for name, size in SHARES.items():
-        pool = order[start : start + size]
-        start += size
+    digits, classes = source_digits()
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    parts = {}
+    for name, pool in pools(len(digits), generator).items():
         chosen = pool.repeat(COPIES[name])
         images = place(digits[chosen], SIDE, SIZES, generator)
         for _ in range(PIECES):
-            images = torch.maximum(images, _pieces(digits[pool], len(chosen), SIDE, generator))
+            images = torch.maximum(images, pieces(digits[pool], len(chosen), SIDE, generator))
         images += NOISE * torch.randn(images.shape, generator=generator)
         parts[name] = Part(images, classes[chosen])
     return parts
+
+
+def pools(digits: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """By part, which of the digits it draws from."""
+    order = torch.randperm(digits, generator=generator)
+    return dict(zip(SHARES, order[: sum(SHARES.values())].split(list(SHARES.values())), strict=True))
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.planning.classes import alike_columns
 from allocator.planning.policies.registry import policy
 from allocator.planning.problem import Problem
 from allocator.planning.search import keep_in_order
@@ -58,15 +60,16 @@ def isomorphic(problem: Problem) -> np.ndarray:
 
 def kinds_of(graph: ChannelGraph) -> np.ndarray:
     """(neurons,) a number per kind of neuron: the dims of weights that it lies in, by their shapes and classes."""
-    signatures: list[set[tuple[object, ...]]] = [set() for _ in range(graph.size)]
+    held: dict[tuple[object, ...], list[np.ndarray]] = {}
     for name, shape in graph.slots.shapes.items():
         owner = type(graph.modules[name.rpartition(".")[0]]) if name.rpartition(".")[0] in graph.modules else None
         for dim, label in enumerate(graph.slots.labels(name)):
             units = graph.unit_of_slot[label]
-            for unit in np.unique(units[units >= 0]).tolist():
-                signatures[unit].add((owner, name.rpartition(".")[2], shape, dim))
-    numbers: dict[frozenset[tuple[object, ...]], int] = {}
-    return np.array([numbers.setdefault(frozenset(each), len(numbers)) for each in signatures], dtype=np.int64)
+            held.setdefault((owner, name.rpartition(".")[2], shape, dim), []).append(units[units >= 0])
+    units_of = [np.unique(np.concatenate(each)) for each in held.values()]
+    rows = np.repeat(np.arange(len(units_of)), [len(units) for units in units_of])
+    columns = np.concatenate(units_of) if units_of else rows
+    return alike_columns(csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(units_of), graph.size)))
 
 
 @ordered("uniform")
