@@ -169,7 +169,8 @@ def is_being_recorded() -> bool:
 def parts_recorded() -> Any:
     """A context of a dispatch mode's, in which torch.jit's tracer records what is called."""
     included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    return torch._C._ForceDispatchKeyGuard(included, excluded.remove(torch._C._parse_dispatch_key("Tracer")))
+    tracer: Any = torch._C._parse_dispatch_key("Tracer")
+    return torch._C._ForceDispatchKeyGuard(included, excluded.remove(tracer))
 
 
 def of_the_processor(target: OpOverload, args: Any, kwargs: Any) -> Any:

@@ -144,9 +144,9 @@ def test_fvcore_counts_the_same_where_nothing_is_computed(name: str) -> None:
 
 
 def test_what_is_not_computed_can_be_indices_and_in_a_constant_it_is_computed() -> None:
-    def forward(module: Calls, x: torch.Tensor) -> torch.Tensor:
+    def forward(module: Any, x: torch.Tensor) -> torch.Tensor:
         steps = (torch.arange(3) * 2 + 1).tolist()  # made of numbers alone, read as ever
-        x = F.conv2d(x, module.weight, padding="same").view(int(x.shape[0]), sum(steps), *x.shape[2:])
+        x = F.conv2d(x, module.weight, padding=1).view(int(x.shape[0]), sum(steps), *x.shape[2:])
         best = x.flatten(1).argmax(1)
         table = torch.zeros(4, 6)[(x.flatten(1).sum(1) * 0).long() + best * 0]
         x[:, 1:3] += 1
