@@ -107,7 +107,7 @@ def allocate(
         criterion: what ranks neurons; see `score`. "auto" is "group_norm" without data. With data, networks by
             "fisher", "group_norm" and "activation" are made and compared with the original on up to 128 inputs, as cut
             and after batch-norm statistics, and the nearest is taken; the notes say how near each was. With `recover`
-            it is "fisher", whose networks come back best.
+            it is "surgeon", whose networks come back best; "fisher" where layers are too wide for its matrices.
         scope: "branches" (neurons that enter a concatenation or a grouped convolution), "inner" (all but residual
             streams), "all" (which "auto" is), or "narrowest" for the narrowest of them that can meet the budgets.
         fill: spend the rest of the budgets on the next best neurons.
@@ -261,11 +261,11 @@ def score(
         graph: from `trace`.
         criterion: a name, or "auto", which is "fisher" with data and "group_norm" without. Of weights alone
             "group_norm", "magnitude", "bn_scale", "fpgm", "random"; with data "fisher", "activation",
-            "reconstruction", and with a loss "taylor". Several names, whose rankings are averaged. A function of the
-            graph and of a look-up of tensors by name, as `criterion` registers. One of Torch-Pruning's importances. An
-            array of one number per neuron, in the order of `graph.neurons`, the higher the more it matters, NaN where
-            a neuron has to stay. Or, by the names of parameters, arrays of their shapes, whose entries are added up
-            over everything that goes with a neuron.
+            "reconstruction", "surgeon", and with a loss "taylor". Several names, whose rankings are averaged. A
+            function of the graph and of a look-up of tensors by name, as `criterion` registers. One of
+            Torch-Pruning's importances. An array of one number per neuron, in the order of `graph.neurons`, the higher
+            the more it matters, NaN where a neuron has to stay. Or, by the names of parameters, arrays of their
+            shapes, whose entries are added up over everything that goes with a neuron.
         data, loss, seed, progress: as for `allocate`.
 
     Raises:

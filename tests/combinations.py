@@ -54,7 +54,7 @@ OWN: dict[str, Callable[..., Any]] = {
     "of Torch-Pruning": _of_torch_pruning,
     "fisher and group_norm": lambda *_: ["fisher", "group_norm"],
 }
-WITH_DATA = ("fisher", "taylor", "activation", "reconstruction", "fisher and group_norm")
+WITH_DATA = ("fisher", "taylor", "activation", "reconstruction", "surgeon", "fisher and group_norm")
 FACTORS: dict[str, tuple[Any, ...]] = {
     "criterion": ("group_norm", "magnitude", "bn_scale", "fpgm", "random", *WITH_DATA[:-1], *OWN),
     "budgets": (

@@ -55,6 +55,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any], Any]] = {
     "taylor": (Nested, lambda: "taylor", F.cross_entropy),
     "activation": (Nested, lambda: "activation", None),
     "reconstruction": (Nested, lambda: "reconstruction", None),
+    "surgeon": (Nested, lambda: "surgeon", None),
     "by trial": (Nested, lambda: "auto", None),
     "several": (Nested, lambda: ["fisher", "activation"], None),
     "Torch-Pruning's": (Nested, _torch_pruning, F.cross_entropy),

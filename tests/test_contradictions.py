@@ -176,7 +176,7 @@ def test_neurons_that_no_answer_depends_on_cost_nothing() -> None:
         assert allocator.score(graph, "fisher", IMAGES).values.tolist() == [0.0] * graph.size
 
 
-@pytest.mark.parametrize("criterion", ["activation", "reconstruction", "fisher"])
+@pytest.mark.parametrize("criterion", ["activation", "reconstruction", "fisher", "surgeon"])
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_data_that_are_not_finite_are_refused(criterion: str, number: float) -> None:
     model, images = trained(Nested()), IMAGES.clone()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import allocator
 from allocator.pipeline import trial
 from allocator.recovering.samples import Samples
-from allocator.scoring import registry
+from allocator.scoring import registry, surgeon
 
 IMAGE = torch.zeros(1, 3, 12, 12)
 
@@ -109,9 +109,13 @@ def test_a_single_input_can_only_be_looked_at(images: Tensor) -> None:
     assert not any("by trial" in note for note in found.notes)
 
 
-def test_nothing_is_tried_where_the_network_is_recovered(images: Tensor) -> None:
+@pytest.mark.parametrize(("most", "criterion"), [(surgeon.MOST, "surgeon"), (0, "fisher")])
+def test_nothing_is_tried_where_the_network_is_recovered(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch, most: int, criterion: str
+) -> None:
+    monkeypatch.setattr(surgeon, "MOST", most)
     found = allocator.allocate(net(0), "50%", example_inputs=IMAGE, data=images, recover=True)
-    assert found.allocation.criterion == trial.CANDIDATES[0]
+    assert found.allocation.criterion == criterion
     assert not any("by trial" in note for note in found.notes)
 
 

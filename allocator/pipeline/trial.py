@@ -27,6 +27,7 @@ from allocator.scoring import ranks
 from allocator.scoring.batches import again_and_again
 from allocator.scoring.registry import AUTO, Data, Stored, score, score_each
 from allocator.scoring.scores import Scores
+from allocator.scoring.surgeon import affordable
 from allocator.settings import Settings
 from allocator.tracing.isolation import undisturbed
 
@@ -55,8 +56,8 @@ def suitable_scores(
         settings: how neurons are chosen.
         data: what criteria may look at, and what the networks are compared on.
         stored: as for `score`; without data.
-        recovers: what is left will be refitted. Nothing is tried then: refitted, networks by the first of `CANDIDATES`
-            err least whichever is nearest as cut (benchmarks/results/quality.md).
+        recovers: what is left will be refitted. Nothing is tried then: "surgeon" knows what a refit can make up for,
+            and is taken wherever its matrices are affordable (benchmarks/results/recovery.md).
 
     Returns:
         The scores, and a note on what was tried, if anything.
@@ -64,6 +65,8 @@ def suitable_scores(
     Raises:
         UnknownNameError, CriterionError, DataError: as for `score`.
     """
+    if data is not None and recovers and settings.criterion == AUTO and affordable(graph):
+        return score(graph, "surgeon", data), []
     if data is None or recovers or settings.criterion != AUTO or "latency" in budgets.names:
         return score(graph, settings.criterion, data, stored), []
     data = replace(data, loader=again_and_again(data.loader))

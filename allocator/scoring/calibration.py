@@ -19,18 +19,16 @@ from allocator.modules import set_training, skeleton, tensor_names
 from allocator.scoring import ranks
 from allocator.scoring.answers import Loss, loss_of
 from allocator.scoring.batches import Batch, batches, outputs_of
+from allocator.scoring.curvature import Curvature, Dim
 from allocator.torch_private import TorchDispatchMode
 from allocator.tracing.isolation import undisturbed
 from allocator.tracing.operators import operator_of
 
-GRADIENTS, MOMENTS, COVARIANCES = "gradients", "moments", "covariances"
+GRADIENTS, MOMENTS, COVARIANCES, CURVATURE = "gradients", "moments", "covariances", "curvature"
 CHUNK = 8
 """Samples per gradient: few enough that they don't average out, many enough to be quick."""
 MOST_CHUNKS = 64
 """Gradients that are kept, of all ranks; more data than these take are not looked at."""
-
-Dim = tuple[str, int]
-"""(name of a parameter, one of its dims)."""
 
 
 @dataclass
@@ -82,12 +80,15 @@ class Statistics:
             read a neuron were zero; of one that no weight reads, those that write it.
         written: (gradients, neurons) the same for the weights that write and scale it.
         moments: per dim of a weight along which activations are read, their moments.
+        curvatures: for the same, (outputs, outputs) mean over the samples of the outer products of the gradients of
+            what the weight gives, summed over positions; of answers that are drawn.
     """
 
     samples: int = 0
     read: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     written: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     moments: dict[Dim, Moments] = field(default_factory=dict)
+    curvatures: dict[Dim, np.ndarray] = field(default_factory=dict)
 
 
 def collect(
@@ -107,7 +108,7 @@ def collect(
     Args:
         graph: the model's neurons; the model itself is not changed.
         data: as for `batches`.
-        needs: any of "gradients", "moments" and "covariances".
+        needs: any of "gradients", "moments", "covariances" and "curvature".
         loss: as for `loss_of`.
         seed: of the noise that stands in for answers that are no classes.
         progress: called with how far it is.
@@ -129,17 +130,22 @@ def _own_share(
     shadow = set_training(skeleton(graph.model, _shared(graph)), False)
     found = Statistics()
     gradients = _Gradients(graph, shadow) if GRADIENTS in needs else None
-    watched = {MOMENTS, COVARIANCES} & set(needs)
+    watched = {MOMENTS, COVARIANCES, CURVATURE} & set(needs)
     reader = _Readers(graph, shadow, found.moments, products=COVARIANCES in needs) if watched else None
+    curvature = Curvature(tensor_names(shadow)) if CURVATURE in needs else None
+    look = _Look(shadow, loss, seed, gradients, reader, curvature)
+    looked = 0
     most = -(-MOST_CHUNKS // ranks.count())
     with bar("looking at the data", progress) as advance:
         for batch in batches(data, graph.model, graph.inputs):
             for chunk in batch.chunks(CHUNK):
-                _look(shadow, chunk, loss, seed, gradients, reader)
-                found.samples += chunk.size
+                look(chunk)
+                found.samples, looked = found.samples + chunk.size, looked + 1
                 advance(f"{found.samples} samples")
-            if gradients is not None and len(gradients.read) >= most:
+            if (gradients is not None or curvature is not None) and looked >= most:
                 break
+    if curvature is not None:
+        found.curvatures = {dim: total / max(found.samples, 1) for dim, total in curvature.sums.items()}
     if gradients is not None:
         found.read, found.written = np.array(gradients.read), np.array(gradients.written)
     for (name, _), moments in found.moments.items():
@@ -154,7 +160,13 @@ def _together(found: Sequence[Statistics]) -> Statistics:
     order = sorted(range(len(read)), key=lambda row: read[row].tobytes())
     dims = dict.fromkeys(dim for each in found for dim in each.moments)
     moments = {dim: Moments.together([each.moments[dim] for each in found if dim in each.moments]) for dim in dims}
-    return Statistics(sum(each.samples for each in found), read[order], written[order], moments)
+    samples = sum(each.samples for each in found)
+    bent = dict.fromkeys(dim for each in found for dim in each.curvatures)
+    curvatures = {
+        dim: np.sum([each.curvatures[dim] * each.samples for each in found if dim in each.curvatures], 0) / samples
+        for dim in bent
+    }
+    return Statistics(samples, read[order], written[order], moments, curvatures)
 
 
 def _noise(batch: Batch, seed: int) -> torch.Generator:
@@ -202,10 +214,11 @@ def _check_gradient(loss: torch.Tensor) -> None:
         )
 
 
-def _backward(loss: torch.Tensor, shadow: nn.Module) -> None:
+def _backward(loss: torch.Tensor, shadow: nn.Module, *, again: bool = False) -> None:
     """Gradients of the copy alone: a loss may have weights of its own, or look at the model's."""
+    learning = [parameter for parameter in shadow.parameters() if parameter.requires_grad]
     try:
-        loss.backward(inputs=[parameter for parameter in shadow.parameters() if parameter.requires_grad])
+        loss.backward(inputs=learning, retain_graph=again)
     except RuntimeError as error:
         raise CriterionError(
             f"the gradient of the loss could not be taken: {first_line(error)}; a criterion of weights alone, such as "
@@ -228,26 +241,44 @@ def _shared(graph: ChannelGraph) -> Callable[[str, torch.Tensor], torch.Tensor]:
     return share
 
 
-def _look(
-    shadow: nn.Module,
-    batch: Batch,
-    loss: Loss | None,
-    seed: int,
-    gradients: _Gradients | None,
-    reader: _Readers | None,
-) -> None:
-    """One forward, and a backward where gradients are asked for."""
-    with contextlib.ExitStack() as stack:
-        if reader is not None:
-            stack.enter_context(reader)
-        stack.enter_context(torch.set_grad_enabled(gradients is not None))
-        output = outputs_of(shadow, batch.inputs)
-    if gradients is not None:
+@dataclass
+class _Look:
+    """One forward, and a backward where gradients are asked for.
+
+    Attributes:
+        shadow: a copy of the model.
+        loss, seed: as for `collect`.
+        gradients, reader, curvature: what takes note; None where it is not asked for.
+    """
+
+    shadow: nn.Module
+    loss: Loss | None
+    seed: int
+    gradients: _Gradients | None
+    reader: _Readers | None
+    curvature: Curvature | None
+
+    def __call__(self, batch: Batch) -> None:
+        """At these samples."""
+        with contextlib.ExitStack() as stack:
+            if self.reader is not None:
+                stack.enter_context(self.reader)
+            learns = self.gradients is not None or self.curvature is not None
+            stack.enter_context(torch.set_grad_enabled(learns))
+            output = outputs_of(self.shadow, batch.inputs)
+        if self.gradients is not None:
+            value = self._loss(output, batch)
+            if not value.requires_grad:  # of none of the weights that hold neurons, which no call may read
+                _check_that_any_weight_counts(self.shadow, batch, self.loss, self.seed)
+            self.gradients.add(value, again=self.curvature is not None)
+        if self.curvature is not None and self.reader is not None:
+            value = self._loss(output, batch, drawn=True)
+            if value.requires_grad:
+                self.curvature.add(value, self.reader.moments, batch.size)
+
+    def _loss(self, output: Any, batch: Batch, *, drawn: bool = False) -> torch.Tensor:
         with torch.enable_grad():
-            value = loss_of(output, batch, loss, _noise(batch, seed))
-        if not value.requires_grad:  # of none of the weights that hold neurons, which no call may read
-            _check_that_any_weight_counts(shadow, batch, loss, seed)
-        gradients.add(value)
+            return loss_of(output, batch, self.loss, _noise(batch, self.seed), drawn=drawn)
 
 
 def _check_that_any_weight_counts(shadow: nn.Module, batch: Batch, loss: Loss | None, seed: int) -> None:
@@ -305,11 +336,11 @@ class _Gradients:
             np.add.at(self._rows[0], units[reads], along[reads])
             np.add.at(self._rows[1], units[~reads], along[~reads])
 
-    def add(self, loss: torch.Tensor) -> None:
-        """One backward; zeros where the loss depends on no weight that holds a neuron."""
+    def add(self, loss: torch.Tensor, *, again: bool = False) -> None:
+        """One backward, and whether another follows; zeros where the loss depends on no weight that holds a neuron."""
         self._rows = self._empty()
         if loss.requires_grad:
-            _backward(loss, self.shadow)
+            _backward(loss, self.shadow, again=again)
         read, written = self._rows
         if not (np.isfinite(read).all() and np.isfinite(written).all()):
             raise DataError("a gradient of the loss is not finite: check the data, and the model's weights")

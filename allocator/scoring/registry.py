@@ -40,7 +40,8 @@ class Criterion:
     Attributes:
         name: by which it is known.
         function: gives the scores.
-        needs: what it needs of the data ("gradients", "moments", "covariances"); nothing where weights are enough.
+        needs: what it needs of the data ("gradients", "moments", "covariances", "curvature"); nothing where weights are
+            enough.
         additive: whether its scores add up, in the unit of a loss, so that they may be divided by a price.
         labels: whether it needs the caller's loss, so that the model's own answers would not do.
     """
@@ -79,7 +80,7 @@ def criterion(
 
     Args:
         name: what to call it.
-        needs: any of "gradients", "moments" and "covariances"; then the function's third argument is
+        needs: any of "gradients", "moments", "covariances" and "curvature"; then the function's third argument is
             `allocator.scoring.calibration.Statistics`.
         additive: the scores add up, in the unit of a loss.
         labels: it needs the caller's loss.

@@ -127,6 +127,7 @@ OURS: dict[str, Arm] = {
     "group_norm, per_block": _ours(criterion="group_norm", policy="per_block"),
     "group_norm, isomorphic": _ours(criterion="group_norm", policy="isomorphic"),
     "fpgm, global": _ours(criterion="fpgm", policy="global"),
+    "surgeon": _ours(criterion="surgeon", data="images"),
     "activation, priced": _ours(criterion="activation", policy="priced", data="images"),
     "activation, priced, floor": _ours(criterion="activation", policy="priced", at_least="25%", data="images"),
     "fisher, global": _ours(criterion="fisher", policy="global", data="images"),
