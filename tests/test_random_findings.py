@@ -549,6 +549,23 @@ def test_what_nobody_reads_still_runs(dead: type[nn.Module]) -> None:
         allocator.allocate(model, "50%", example_inputs=torch.randn(1, 3, 8, 8))
 
 
+def _written_copy(net: Any, x: Tensor) -> Tensor:
+    y = net.stem(x)
+    shuffled = y.view(len(y), 2, 4, 8, 8).transpose(1, 2).reshape(len(y), 8, 8, 8)
+    shuffled += net.aside(shuffled)
+    return net.head(y)
+
+
+def _written_copy_layers() -> dict[str, nn.Module]:
+    return {"stem": _unit(3, 8), "aside": _unit(8, 8, groups=8), "head": _head(8)}
+
+
+def test_a_write_into_what_was_laid_out_anew_is_counted() -> None:
+    """Torch's tracer takes what `reshape` gives for a view, also where it is a copy that nobody reads."""
+    model = _net(_written_copy, _written_copy_layers)
+    assert allocator.trace(model, X).flops == count(model, X)
+
+
 def test_a_branch_that_would_lose_all_it_reads_keeps_a_channel() -> None:
     """Torch gives a transposed convolution of nothing a shape of its own, which no rule expects."""
     unit, split = Step("unit", (0,), {"out": 4, "norm": "batch"}), Step("split", (1,), {"sizes": (3, 1), "how": "code"})

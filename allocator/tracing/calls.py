@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +102,11 @@ class Op:
         inside = self.call is not None and FUNCTIONS[self.call.name].takes_apart and bool(self.reads)
         return inside or self.operator.lists_views
 
+    def lays_out(self) -> bool:
+        """Whether it only gives its input another shape, or another place in memory."""
+        placed = self.declared.copies and self.arg("memory_format") is not None
+        return bool(self.reads) and (placed or self.declared.stands_for == "view")
+
     def __str__(self) -> str:
         return f"{self.target} in {self.module or 'the model'}"
 
@@ -138,27 +143,39 @@ class Trace:
         As torch's own tracer has it, whose graphs fvcore counts: a write into what the model was given, or into
         a tensor that a live call takes apart into a list, is never lost.
         """
+        owners = self._owners()
         lists = [op for op in self.ops if op.takes_apart()]
         shared = set(range(len(self.values))).difference(*(set(op.outputs) - set(op.reads) for op in self.ops))
         while True:
-            live = self._needed(gone, shared | {self.root(op.reads[0]) for op in lists})
+            live = self._needed(gone, shared | {owners[op.reads[0]] for op in lists}, owners)
             indices = {op.index for op in live}
             still = [op for op in lists if op.index in indices]
             if len(still) == len(lists):
                 return live
             lists = still
 
-    def _needed(self, gone: Collection[int], shared: set[int]) -> list[Op]:
+    def _needed(self, gone: Collection[int], shared: set[int], owners: Sequence[int]) -> list[Op]:
         wanted = set(self.outputs)
-        memory = shared | {self.root(i) for i in wanted}
+        memory = shared | {owners[i] for i in wanted}
         live = []
         for op in reversed(self.ops):
-            written = op.writes() and any(self.root(i) in memory for i in op.outputs)
+            written = op.writes() and any(owners[i] in memory for i in op.outputs)
             if (written or not wanted.isdisjoint(op.outputs)) and not any(i in gone for i in op.outputs):
                 live.append(op)
                 wanted.update(i for i in op.inputs() if i not in gone)
-                memory.update(self.root(i) for i in op.inputs() if i not in gone)
+                memory.update(owners[i] for i in op.inputs() if i not in gone)
         return live[::-1]
+
+    def _owners(self) -> list[int]:
+        """Of each value the one that owns its memory, as torch's tracer takes it.
+
+        There `reshape` and `contiguous` are one call, which may give a view: what they copied counts as one.
+        """
+        owners = list(range(len(self.values)))
+        for op in self.ops:
+            for i in op.outputs:
+                owners[i] = owners[op.reads[0]] if op.lays_out() else owners[self.root(i)]
+        return owners
 
     def root(self, index: int) -> int:
         """The value that owns a value's memory, so that a write into a view is a write into what it views."""
