@@ -114,11 +114,13 @@ def existing(path: PathLike) -> Path:
     """The path of a file that can be read and is not empty.
 
     Raises:
-        FileError: it is missing, empty, a folder, no path at all, or may not be read.
+        FileError: it is missing, empty, a folder or a device, no path at all, or may not be read.
     """
     there = _status(path, "read")
     if there is None:
         raise FileError(f"there is no file {path}")
+    if not stat.S_ISDIR(there.st_mode) and not stat.S_ISREG(there.st_mode):
+        raise FileError(f"{path} is a device, a pipe or a socket, not a file: save what it gives, and read that")
     if not stat.S_ISREG(there.st_mode):
         hint = f"; for one that transformers wrote, say hf:{path}" if Path(path, "config.json").is_file() else ""
         raise FileError(f"{path} is a folder, not a model file{hint}")
@@ -127,6 +129,27 @@ def existing(path: PathLike) -> Path:
     if there.st_size == 0:
         raise FileError(f"{path} is empty")
     return Path(path)
+
+
+MOST_TEXT = 2**30
+"""Bytes of a text file: several times what an allocation of the largest networks takes."""
+
+
+def read_text(path: PathLike) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        FileError: as of `existing`, or it is larger than any text that there is a use for.
+        UnicodeDecodeError: it is no text.
+    """
+    file = existing(path)
+    size = file.stat().st_size
+    if size > MOST_TEXT:
+        raise FileError(f"{path} is {size:,} bytes, more than the {MOST_TEXT:,} that are read of a text file")
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _status(path: PathLike, verb: str) -> os.stat_result | None:

@@ -68,6 +68,12 @@ def _check_tensor(tensor: torch.Tensor, path: str, values: bool) -> None:
         )
     if tensor.is_quantized:
         raise UnsupportedModelError(f"{path} is quantised: allocate the float model, then quantise it")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise UnsupportedModelError(
+            f"{path} is {kind}, which has no channels that could be followed: pass the model with dense weights, such "
+            "as its .to_dense(), and make the result's sparse again"
+        )
     if type(tensor).__name__ == "DTensor":
         raise UnsupportedModelError(
             f"{path} is a DTensor, spread over several processes: pass the model before it was sharded, or one "

@@ -140,7 +140,9 @@ def skeleton(model: nn.Module, replace: Replace) -> nn.Module:
     Args:
         model: any module; it is not changed.
         replace: called once per parameter, buffer and tensor attribute with its name; what it returns
-            stands in the copy (for a parameter it is wrapped in `nn.Parameter`).
+            stands in the copy (for a parameter it is wrapped in `nn.Parameter`). In place of the tensor itself
+            another stands with its memory, so that what is set on it (`requires_grad`, `data`) is not set on the
+            model's.
 
     Returns:
         A module of the same classes and names whose tensors are those that `replace` returned.
@@ -152,6 +154,7 @@ def skeleton(model: nn.Module, replace: Replace) -> nn.Module:
     memo = Memo(map(id, modules.values()))
     for kind, name, tensor in _tensors(modules):
         new = replace(name, tensor)
+        new = tensor.detach() if new is tensor else new
         memo[id(tensor)] = _as_parameter(new, tensor) if kind == "_parameters" else new
     for name, tensor in _tensor_attributes(modules):
         if id(tensor) not in memo:
@@ -245,7 +248,7 @@ _COPY_HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "_
 def _as_parameter(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
     if type(tensor) is not torch.Tensor and isinstance(tensor, nn.Parameter):
         return tensor
-    return nn.Parameter(tensor, requires_grad=like.requires_grad)
+    return nn.Parameter(tensor, requires_grad=like.requires_grad and not tensor.is_inference())
 
 
 def _tensor_attributes(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:

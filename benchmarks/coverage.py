@@ -28,7 +28,7 @@ from typing import Any
 from . import coverage_one
 from .common import environment, read, write
 from .coverage_models import SETS, names_of
-from .coverage_report import markdown
+from .coverage_report import fell, markdown
 
 LIMIT = 120
 TOOLS = ("ours", "peer")
@@ -97,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         rows[name] = {**known, **measure(name, tools, chosen.limit)}
         print(json.dumps(rows[name]), flush=True)
+        for worse in fell(known, rows[name]):
+            print(f"{name} fell: {worse}", flush=True)
         if not chosen.print:
             data = {"environment": environment(), "rows": [rows[key] for key in sorted(rows)]}
             write("coverage", data, markdown(data))

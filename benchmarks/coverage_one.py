@@ -19,6 +19,7 @@ from allocator.tracing.record import tensors_in
 from . import peer
 
 SHARE = 60
+LEAST = 2  # FLOPs, which no network comes down to
 DETECTION = "torchvision.models.detection"
 SIDE, OBJECTS = 320, 10
 Row = dict[str, Any]
@@ -84,7 +85,7 @@ def ours(model: nn.Module, inputs: Any, row: Row) -> None:
     try:
         result = allocator.allocate(model, f"{SHARE}%", example_inputs=inputs)
     except allocator.BudgetError as error:
-        row["smallest"] = (error.reachable or 0) / graph.flops
+        row["floor"] = row["smallest"] = (error.reachable or 0) / graph.flops
         if not error.reachable or error.reachable >= graph.flops:
             raise
         start = time.process_time()
@@ -97,6 +98,17 @@ def ours(model: nn.Module, inputs: Any, row: Row) -> None:
     row["share"] = result.graph.share()
     row["reasons"] = result.graph.reasons()[:6]
     row["train_step"] = _trains_like(model, result.model, inputs, row)
+    if "floor" not in row:
+        row["floor"] = floor(graph)
+
+
+def floor(graph: allocator.ChannelGraph) -> float:
+    """The lowest share of the FLOPs that a plan was seen to reach, as the error of a budget below it says."""
+    try:
+        allocator.plan(graph, flops=LEAST)
+    except allocator.BudgetError as error:
+        return (error.reachable or graph.flops) / graph.flops
+    return LEAST / graph.flops
 
 
 def _trains_like(model: nn.Module, small: nn.Module, inputs: Any, row: Row) -> bool:

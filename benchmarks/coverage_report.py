@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from .common import ROOT, table, where
-from .coverage_reasons import REASONS, WHY_HEADS_STAY
+from .coverage_reasons import FLOORS, REASONS, WHY_HEADS_STAY
 
 Row = dict[str, Any]
+EARLIER = "Of networks with a star, no more than the floor was measured anew; all else is by the defaults of 0.1."
 
 
 def markdown(data: dict[str, Any]) -> str:
@@ -28,8 +29,10 @@ def markdown(data: dict[str, Any]) -> str:
         "Asked for, by the default criterion: 60 % of the FLOPs; where that is out of reach, the smallest that is not "
         "(marked ≥). Torch-Pruning: "
         "`BNScalePruner`, global, one pass at a ratio of 0.35, then a forward and a train step. Seconds are of the "
-        "CPU, one thread; MiB are the peak above the model itself. Can go: the share of channels that can be removed.",
+        "CPU, one thread; MiB are the peak above the model itself. Can go: the share of channels that can be removed; "
+        "floor: the lowest FLOPs that a plan was seen to reach.",
         "",
+        *([EARLIER, ""] if any(row.get("earlier") for row in ours) else []),
         f"{len(rows)} networks: {sum('traced' in row for row in ours)} traced, {len(done)} allocated, certified and "
         f"trained a step, {len(reached)} of them at 60 %; largest certificate error {worst:.1e}. "
         f"Torch-Pruning: {len(peer)} of {len(tried)} that it was run on.",
@@ -37,6 +40,7 @@ def markdown(data: dict[str, Any]) -> str:
         _table(rows),
         "",
         *_left(rows),
+        *high(rows),
         *_kept(rows),
         where(data["environment"]),
         "",
@@ -51,6 +55,7 @@ def _table(rows: Sequence[Row]) -> str:
         "network",
         "blocks",
         "can go",
+        "floor",
         "criterion",
         "FLOPs",
         "error",
@@ -64,17 +69,18 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _line(row: Row) -> list[str]:
     ours, peer = row.get("ours", {"failed": "not run"}), row.get("peer", {"failed": "not run"})
-    name = row["model"].replace("torchvision:", "tv:")
+    name = row["model"].replace("torchvision:", "tv:") + (" *" if ours.get("earlier") else "")
     theirs = "yes" if peer.get("train_step") else f"no: {_short(peer.get('failed', 'train step'))}"
     if "peer" not in row:
         theirs = "not run"
     if "failed" in ours:
-        return [name, "", "", "", "", "", f"no: {_short(ours['failed'])}", "", "", theirs]
+        return [name, "", "", "", "", "", "", f"no: {_short(ours['failed'])}", "", "", theirs]
     blocks = ", ".join(f"{count} {kind}" for kind, count in ours["blocks"].items()) or "none"
     flops = f"{'≥ ' if 'smallest' in ours else ''}{100 * ours['achieved']:.1f} %"
     error = "" if ours["error"] is None else f"{ours['error']:.0e}"
     trained = "yes" if ours["train_step"] else f"no: {_short(ours.get('train_error', ''))}"
-    figures = [f"{100 * ours['share']:.0f} %", ours["criterion"], flops, error, trained]
+    floor = f"{100 * ours['floor']:.1f} %" if "floor" in ours else ""
+    figures = [f"{100 * ours['share']:.0f} %", floor, ours["criterion"], flops, error, trained]
     return [name, blocks, *figures, f"{ours['seconds']:.1f}", f"{ours['memory'] / 2**20:.0f}", theirs]
 
 
@@ -92,6 +98,44 @@ def _own_reason(ours: Row) -> str:
         return str(ours["failed"])
     listed = "; ".join(f"{reason} ({count} channels)" for reason, count in ours["reasons"][:3])
     return f"not looked into yet; channels that stay: {listed}"
+
+
+MANY, HIGH = 0.8, 0.4
+"""Where more channels than this can go, the floor is below so much of the FLOPs, or the page says why."""
+
+
+def high(rows: Sequence[Row]) -> list[str]:
+    """Networks of which many channels can go and few FLOPs, each with the reason."""
+    both = [(row["model"], row["ours"]) for row in rows if "floor" in row.get("ours", {})]
+    found = [(name, ours) for name, ours in both if ours["share"] > MANY and ours["floor"] >= HIGH]
+    if not found:
+        return []
+    lines = [
+        f"- {name} ({100 * ours['share']:.0f} % can go, floor {100 * ours['floor']:.1f} %): "
+        f"{FLOORS.get(name) or _own_reason(ours)}."
+        for name, ours in found
+    ]
+    return [f"## Over {100 * MANY:.0f} % can go, and {100 * HIGH:.0f} % of the FLOPs or more stay", "", *lines, ""]
+
+
+def fell(known: Row, row: Row) -> list[str]:
+    """What of a network got worse than in an earlier row, in words."""
+    before, now = known.get("ours", {}), row.get("ours", {})
+    if not before.get("train_step"):
+        return []
+    if not now.get("train_step"):
+        return [f"went all the way before, and now: {now.get('failed', now.get('train_error'))}"]
+    said = []
+    for key, sign in (("share", 1), ("floor", -1), ("smallest", -1)):
+        if sign * before.get(key, now.get(key, 0)) > sign * now.get(key, before.get(key, 0)) + ROUNDING:
+            said.append(f"{key} was {100 * before[key]:.1f} %, and is {100 * now[key]:.1f} %")
+    if "smallest" in now and "smallest" not in before:
+        said.append(f"{100 * now['asked']:.1f} % is the smallest budget that can be met, and 60 % could")
+    return said
+
+
+ROUNDING = 5e-4
+"""By how much a share may fall that is the same on the page."""
 
 
 def _kept(rows: Sequence[Row]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from allocator.disk import existing
+from allocator.disk import read_text
 from allocator.errors import ConfigurationError, MissingPackageError, UnknownNameError, a_kind, did_you_mean
 from allocator.recipes.contradictions import contradictions
 from allocator.recipes.parsing import parse
@@ -82,7 +82,7 @@ def _read(source: str | Path) -> dict[str, Any]:
             hint = did_you_mean(str(source), names, most=3, cutoff=0.4) or f"installed: {', '.join(names)}"
             raise UnknownNameError(f"{str(source)!r} is neither a .yaml file nor an installed configuration; {hint}")
     try:
-        data = _parsed(existing(path).read_text(encoding="utf-8"))
+        data = _parsed(read_text(path))
     except ValueError as error:
         raise ConfigurationError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict):

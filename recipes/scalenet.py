@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allocator.adapters import Adapter, register
+from allocator.disk import read_text
 from allocator.errors import AllocationMismatchError, FileError, UnknownNameError
 from allocator.recipes.residual import (
     PLANES,
@@ -282,8 +283,8 @@ def read_rows(path: str | Path) -> list[list[int]]:
         FileError: the file is missing or is not of that form.
     """
     try:
-        rows: list[list[int]] = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        rows: list[list[int]] = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{path}: not a readable JSON file: {error}") from error
     if not isinstance(rows, list) or not rows or not all(_is_row(row) for row in rows):
         raise FileError(f"{path}: expected a list of rows [n1, n2, n4, n7, side] of whole numbers")

@@ -54,6 +54,15 @@ def convolutions() -> list[Case]:
     ]
 
 
+def _bags(bag: Any, mode: int) -> Case:
+    """Two bags of five rows in all: their sums, means or largest."""
+
+    def run(m: Any, x: torch.Tensor) -> Any:
+        return bag(m.w, x, torch.tensor([0, 2], device=x.device), False, mode)[0]
+
+    return case(run, Data((5,), (), below(7)), weights={"w": (7, 6)})
+
+
 def _raw_conv(m: Any, x: torch.Tensor) -> torch.Tensor:
     zero, one = [0, 0], [1, 1]
     return aten._convolution(x, m.w, m.b, one, one, one, False, zero, m.groups, False, False, True, True)
@@ -142,6 +151,8 @@ CONTRACTION = {
         case(lambda m, x: F.embedding(x, m.w), Data((2, 5), (), below(7)), weights={"w": (7, 6)}),
         case(lambda m, x: F.embedding(x, m.w), Data((2, 5), (1,), below(7)), weights={"w": (7, 6)}),
     ],
+    "_embedding_bag": [_bags(aten._embedding_bag, kind) for kind in range(3)],
+    "_embedding_bag_forward_only": [_bags(aten._embedding_bag_forward_only, kind) for kind in range(3)],
 }
 
 # ---------------------------------------------------------------------------------------------- norms

@@ -323,6 +323,12 @@ PARTS = {
     "_index_put_impl": each(
         lambda x, i, v: aten._index_put_impl(x, [i], v), Data((4, 6), (1,)), PLACES, Data((3, 6), (1,))
     ),
+    "gather": [
+        *each(lambda x, i: x.gather(2, i.expand_as(x)), ROWS_OF, Data((1, 1, 4), (), below(4))),
+        *each(lambda x, i: x.gather(2, i), ROWS_OF, Data((2, 6, 4), (1,), below(4))),
+        *each(lambda x, i: x.gather(1, i), FEATURES, Data((3, 6), (), below(6))),
+        *each(lambda x, i: x.gather(1, i), FEATURES, Data((2, 6), (), below(6)), refused=True),
+    ],
     "index_add": [
         *each(lambda x, i: x.new_zeros(2, x.shape[1], 5).index_add(2, i, x), ROWS_OF, PICK_FIVE),
         *each(lambda x, y, i: x.index_add(0, i, y), Data((5, 6), (1,)), Data((3, 6), (1,)), Data((3,), (), below(5))),

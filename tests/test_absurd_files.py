@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from allocator.disk import write_text
 from allocator.errors import AllocationMismatchError, AllocatorError, FileError, UnsafeFileError
 from allocator.io.files import load_allocation, load_model, save_model
 from allocator.io.results import save_result
+from allocator.recipes.configuration import load_config
+from allocator.recipes.residual import Widths
+from allocator.recipes.scalenet import read_rows
 from allocator.rewriting.allocation import Allocation
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -173,6 +177,49 @@ def test_writing_to_what_cannot_be_a_path(
     with pytest.raises(FileError, match="cannot write"):
         write(name + suffix)
     assert list(tmp_path.iterdir()) == []
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _terabyte(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**40)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (_pipe, "is a device, a pipe or a socket, not a file"),
+        (_zeros, "is a device, a pipe or a socket, not a file"),
+        (_terabyte, "is 1,099,511,627,776 bytes, more than the 1,073,741,824 that are read|damaged|oldest .* format"),
+    ],
+)
+def test_what_never_ends_is_not_read(tmp_path: Path, make: Callable[[Path], None], said: str) -> None:
+    reads: dict[str, list[Callable[[Path], Any]]] = {
+        ".json": [load_allocation, Allocation.load, read_rows, Widths.load],
+        ".yaml": [load_config],
+        ".pt": [load_model],
+        ".safetensors": [load_model, allocator.load],
+    }
+    for suffix, functions in reads.items():
+        path = tmp_path / f"a{suffix}"
+        make(path)
+        for read in functions:
+            with pytest.raises(FileError, match=said):
+                read(path)
+
+
+@pytest.mark.parametrize("read", [read_rows, Widths.load])
+def test_widths_within_widths_are_refused(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    (tmp_path / "a.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(FileError, match=r"a\.json: not a readable"):
+        read(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("name", ["x" * 252 + ".pt", "é" * 125 + ".pt"])

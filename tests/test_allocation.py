@@ -91,9 +91,9 @@ def test_a_file_says_what_is_wrong_with_it(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe{")
     with pytest.raises(FileError, match=r"a\.json is not a JSON file: "):
         Allocation.load(path)
-    with pytest.raises(FileError, match=r"none\.json cannot be read: No such file"):
+    with pytest.raises(FileError, match=r"there is no file .*none\.json"):
         Allocation.load(tmp_path / "none.json")
-    with pytest.raises(FileError, match=r"'a\\x00\.json' cannot be read: embedded null"):
+    with pytest.raises(FileError, match=r"cannot read 'a\\x00\.json': embedded null"):
         Allocation.load("a\0.json")
     for other in ("[]", "7", '{"digest": "0"}', "{}"):
         with pytest.raises(FileError, match=r"not an allocation: it has no field 'kept'|changed or damaged"):

@@ -52,6 +52,7 @@ def allocate(model: Any, flops: Any = "60%", inputs: Any = IMAGE, **options: Any
     [
         (0, r"flops=0 must be positive and finite; the model's own is 1,389,024 FLOPs"),
         ("0%", r"flops='0%' must be positive"),
+        (True, r"flops=True is not a number"),
         (-5, r"flops=-5 must be positive"),
         ("-5%", r"flops='-5%' must be positive"),
         (math.nan, r"flops=nan must be positive and finite"),

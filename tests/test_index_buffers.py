@@ -23,6 +23,7 @@ NUMBERS = {
 PICK: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "index_select": lambda m, y: y.index_select(1, m.index),
     "advanced": lambda m, y: y[:, m.index],
+    "gather": lambda m, y: y.gather(1, m.index.view(1, -1, 1, 1).expand(len(y), -1, *y.shape[2:])),
     "on the last dim": lambda m, y: y.permute(0, 2, 3, 1)[..., m.index].permute(0, 3, 1, 2),
 }
 
@@ -82,6 +83,27 @@ def test_groups_of_what_is_picked_go_whole(tmp_path: Path) -> None:
     again = allocator.apply(model, tmp_path / "choice.json")
     assert torch.equal(again.get_buffer("index"), result.model.get_buffer("index"))
     assert allocator.verify(model, again, result.allocation, example_inputs=IMAGE).ok
+
+
+def test_gathered_places_leave_the_channels_free() -> None:
+    """Of a vision transformer's tokens, those that score best, each with all of its channels."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        tokens = m.first(x).flatten(2).transpose(1, 2)
+        best = m.score(tokens).squeeze(-1).topk(5, dim=1).indices
+        return m.head(tokens.gather(1, best[..., None].expand(-1, -1, tokens.shape[-1])).relu().mean(1))
+
+    torch.manual_seed(0)
+    model = net(run, first=nn.Conv2d(3, 16, 3), score=nn.Linear(16, 1), head=nn.Linear(16, 4))
+    result = allocator.allocate(model, "60%", example_inputs=IMAGE, criterion="magnitude")
+    assert not result.graph.unsupported
+    small: Any = result.model
+    kept = result.allocation.kept["head.weight"][1]
+    assert small.first.out_channels == len(kept or ()) < 16
+    for columns in (model.score.weight, model.head.weight):
+        columns.data.index_fill_(1, torch.tensor([i for i in range(16) if i not in (kept or ())]), 0)
+    x = torch.randn(2, 3, 9, 9)
+    assert torch.allclose(model(x), small(x), atol=1e-5)
 
 
 def test_a_second_allocation_composes_with_the_first() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import logging
 import random
+import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -153,7 +157,140 @@ def test_threads_that_share_a_class_do_not_disturb_each_other() -> None:
     assert Remembering.table == {}
 
 
+@functools.cache
+def by_width(channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.linspace(1, 2, channels, device=device, dtype=dtype).view(1, -1, 1, 1)
+
+
+class Cached(Kept):
+    """A cache on a method, and one in a function of the file, hold tensors made of channel counts."""
+
+    @functools.cache  # noqa: B019
+    def table(self, channels: int) -> Tensor:
+        return torch.zeros(channels, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return forward(self, x, lambda y: y * by_width(y.shape[1], y.device, y.dtype) + self.table(y.shape[1]).to(y))
+
+
+def test_a_cache_by_channel_counts_serves_the_original_and_the_result() -> None:
+    model = Cached(lambda x: x)
+    expected = model(IMAGE + 1)
+    result = allocate(model)
+    assert result.flops_after <= 0.6 * result.flops_before
+    assert torch.equal(model(IMAGE + 1), expected)
+    assert result.model(IMAGE).dtype == torch.float32
+
+
+SHIFT: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("shift", default=None)
+UNSET: contextvars.ContextVar[Tensor] = contextvars.ContextVar("unset")
+CALLS: contextvars.ContextVar[int] = contextvars.ContextVar("calls", default=0)
+SEEN: contextvars.ContextVar[list[Tensor]] = contextvars.ContextVar("seen")
+
+
+def in_the_context(x: Tensor) -> Tensor:
+    shift = SHIFT.get()
+    if shift is None:
+        shift = torch.zeros(x.shape[1], 1, 1, device=x.device, dtype=x.dtype)
+        SHIFT.set(shift)
+    UNSET.set(x)
+    CALLS.set(CALLS.get() + 1)
+    SEEN.get().append(x)
+    return x + shift
+
+
+def test_what_a_forward_sets_in_its_context_is_as_it_was() -> None:
+    def run() -> None:
+        SEEN.set([])
+        model = Kept(in_the_context)
+        data = torch.rand(4, 3, 8, 8)
+        result = allocate(model, data=data)
+        allocator.recover(result, data)
+        assert (SHIFT.get(), CALLS.get(), SEEN.get()) == (None, 0, [])
+        assert UNSET not in contextvars.copy_context()
+        contextvars.copy_context().run(result.model, IMAGE)
+        assert model(IMAGE).shape == (1, 5)
+        # The context now holds 16 channels, which no smaller network could add.
+        small: Any = allocate(model).model
+        assert small.two.in_channels == 16 > small.two.out_channels
+
+    contextvars.copy_context().run(run)
+
+
+LAST: deque[Tensor] = deque(maxlen=2)
+
+
+class Slots:
+    """Keeps what it is given in slots."""
+
+    __slots__ = ("latest", "rows")
+    latest: Tensor
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+
+
+class OfClasses(type):
+    """A class of classes that keeps what its instances' instances computed."""
+
+    table: dict[int, Tensor] = {}  # noqa: RUF012
+
+
+STORE = Slots()
+
+
+class Reaching(Kept, metaclass=OfClasses):
+    def forward(self, x: Tensor) -> Tensor:
+        import kept_elsewhere  # type: ignore[import-not-found]
+
+        LAST.append(x)
+        STORE.latest = x
+        STORE.rows.append(x)
+        OfClasses.table[0] = x
+        return forward(self, kept_elsewhere.remember(x), lambda y: y)
+
+
+def test_what_is_kept_in_slots_queues_metaclasses_and_modules_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = ModuleType("kept_elsewhere")
+    exec("kept = {}\ndef remember(x):\n    kept[tuple(x.shape)] = x\n    return x", vars(elsewhere))
+    monkeypatch.setitem(sys.modules, "kept_elsewhere", elsewhere)
+    allocate(Reaching(lambda x: x))
+    assert list(LAST) == STORE.rows == []
+    assert not hasattr(STORE, "latest")
+    assert OfClasses.table == elsewhere.kept == {}
+
+
 # Weights --------------------------------------------------------------------------------------------
+
+
+def _other_data(weight: Tensor) -> None:
+    weight.data = weight.data * 0.9
+
+
+SET_ON_A_WEIGHT: dict[str, Callable[[Any], Any]] = {
+    "data": _other_data,
+    "gradient": lambda weight: setattr(weight, "grad", torch.zeros_like(weight)),
+    "whether it learns": lambda weight: weight.requires_grad_(False),
+    "an attribute": lambda weight: setattr(weight, "seen", True),
+    "another tensor": lambda weight: torch.utils.swap_tensors(weight, nn.Parameter(weight.detach() * 0.9)),
+}
+
+
+@pytest.mark.parametrize("what", SET_ON_A_WEIGHT)
+@pytest.mark.parametrize("options", [{}, {"certify": "full"}, {"data": torch.rand(4, 3, 8, 8), "recover": True}])
+def test_what_a_forward_sets_on_a_weight_is_not_set_on_the_model_s(what: str, options: dict[str, Any]) -> None:
+    def run(m: Any, x: Tensor) -> Any:
+        SET_ON_A_WEIGHT[what](m.two.weight)
+        return forward(m, x)
+
+    model = net(run, **parts())
+    weight, before = model.two.weight, model.two.weight.detach().clone()
+    allocate(model, **options)
+    assert model.two.weight is weight
+    assert torch.equal(weight, before)
+    assert weight.requires_grad
+    assert weight.grad is None
+    assert not hasattr(weight, "seen")
 
 
 def _scaled(m: Any) -> None:
@@ -269,6 +406,28 @@ def test_random_states_are_left_alone(draw: str) -> None:
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
     assert repr(before[2]) == repr(np.random.get_state())
+
+
+def test_switches_that_a_forward_sets_are_as_they_were() -> None:
+    def between(x: Tensor) -> Tensor:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = True
+        torch.set_num_threads(2)
+        np.seterr(all="ignore")
+        return x
+
+    def states() -> tuple[Any, ...]:
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cudnn.benchmark,
+            torch.get_num_threads(),
+            np.geterr(),
+        )
+
+    torch.set_num_threads(1)
+    before = states()
+    allocate(model_with(between))
+    assert states() == before
 
 
 def test_no_other_thread_sees_a_switch_of_the_process() -> None:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import copy
 import random
 import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -77,6 +78,7 @@ ENDS: dict[str, Callable[[Tensor], Any]] = {
     "places": lambda y: y.topk(2).indices,
     "sparse": lambda y: y.to_sparse(),
     "infinite": lambda y: torch.where(y > 0, torch.full_like(y, float("inf")), y),
+    "in a queue": lambda y: deque([None, y]),
     "saturated": lambda y: (y * 1e4).softmax(1),
 }
 
@@ -215,11 +217,19 @@ def test_a_module_that_refuses_what_it_is_given_freezes_that_alone(layer: Callab
 
 # E: refusals that say what would help -----------------------------------------------------------------------------
 
+
+def _sparse() -> nn.Module:
+    model: Any = network()
+    model.head.weight = nn.Parameter(model.head.weight.detach().to_sparse())
+    return cast(nn.Module, model)
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), r"0\.weight is lazily initialised: run model\("),
+    "sparse": (_sparse, r"head\.weight is sparse_coo, which has no channels .* such as its \.to_dense\(\)"),
     "a function": (lambda: torch.relu, "pass a torch.nn.Module"),
     "traced": (lambda: torch.jit.trace(nn.Conv2d(3, 4, 1), IMAGE), "pass the Python module it was made from"),
-    "nothing returned": (lambda: network(last=lambda y: None), "no operator that fvcore counts FLOPs for"),
+    "nothing returned": (lambda: network(last=lambda y: None), "; what its forward returns holds no tensor: "),
     "a forward that raises": (lambda: network(lambda m, x: x / 0 if 1 // 0 else x), "ZeroDivisionError in the model's"),
 }
 

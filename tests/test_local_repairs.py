@@ -235,3 +235,35 @@ def test_rounds_of_a_loop_take_linear_time(kind: str) -> None:
         return time.perf_counter() - start
 
     assert min(seconds(192), seconds(192)) < 9 * max(seconds(48), seconds(48))  # squared, it would be 16 times
+
+
+class TalkingHeads(nn.Module):
+    """Attention with a layer between its heads, so that those of the values are others than those of the queries."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.scale = heads, (channels // heads) ** -0.5
+        self.q, self.k, self.v, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.talk, self.answer = nn.Conv2d(heads, heads, 1), nn.Conv2d(heads, heads, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = x.shape[-2] * x.shape[-1]
+        q, k, v = (layer(x).reshape(len(x), self.num_heads, -1, places) for layer in (self.q, self.k, self.v))
+        weights = self.answer(self.talk(q.transpose(-1, -2) @ k * self.scale).softmax(-1))
+        mixed = (weights @ v.transpose(-1, -2)).transpose(-1, -2).reshape(len(x), -1, *x.shape[2:])
+        result: Tensor = x + self.out(mixed.relu())
+        return result
+
+
+def test_heads_that_one_attribute_counts_go_together() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), TalkingHeads(32, 8), TalkingHeads(32, 8), nn.Conv2d(32, 4, 1)
+    ).eval()
+    result = allocator.allocate(model, "50%", example_inputs=torch.zeros(1, 3, 6, 6), criterion="magnitude")
+    assert not [note for note in result.notes if " stay: " in note]
+    small: Any = result.model
+    for block in small[1:3]:
+        assert block.q.out_channels == block.v.out_channels == 4 * block.num_heads
+    assert min(block.num_heads for block in small[1:3]) < 8
+    assert any("neurons that one attribute counts go together" in note for note in result.notes)

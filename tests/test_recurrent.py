@@ -127,6 +127,18 @@ def _of_numbers(m: Any, x: Tensor) -> Any:
     return m.head(m.rec(m.a(x).relu(), (state, state))[0])
 
 
+def _learned(m: Any, x: Tensor) -> Any:
+    first = m.first.expand(-1, x.shape[0], -1).contiguous()
+    return m.head(m.rec(m.a(x).relu(), first if isinstance(m.rec, nn.GRU) else (first, 2 * first))[0])
+
+
+def _learned_of_cells(m: Any, x: Tensor) -> Any:
+    state = m.first.expand(x.shape[0], -1)
+    for step in m.a(x).relu().unbind(1):
+        state = m.rec(step, state) if isinstance(m.rec, nn.GRUCell) else (m.rec(step) + m.back(state)).tanh()
+    return m.head(state)
+
+
 def _by_hand(m: Any, x: Tensor) -> Any:
     h = torch.zeros(x.shape[0], m.width, *x.shape[3:], dtype=x.dtype)
     for step in x.unbind(1):
@@ -174,6 +186,26 @@ STATES: dict[str, tuple[Run, Callable[[], dict[str, Any]], str]] = {
         "rec.weight_hh_l0",
     ),
     "packed": (_packed, lambda: _parts(nn.GRU(10, 12, batch_first=True)), "rec.weight_hh_l0"),
+    "GRU, learned": (
+        _learned,
+        lambda: {**_parts(nn.GRU(10, 12, batch_first=True)), "first": nn.Parameter(torch.randn(1, 1, 12))},
+        "rec.weight_hh_l0",
+    ),
+    "LSTM, learned": (
+        _learned,
+        lambda: {**_parts(nn.LSTM(10, 12, batch_first=True)), "first": nn.Parameter(torch.randn(1, 1, 12))},
+        "rec.weight_hh_l0",
+    ),
+    "GRU cells, learned": (
+        _learned_of_cells,
+        lambda: {**_parts(nn.GRUCell(10, 12)), "first": nn.Parameter(torch.randn(1, 12))},
+        "rec.weight_hh",
+    ),
+    "a loop, a fixed one": (
+        _learned_of_cells,
+        lambda: {**_parts(nn.Linear(10, 12)), "back": nn.Linear(12, 12), "first": nn.Parameter(torch.randn(12), False)},
+        "back.weight",
+    ),
     "added to what it reads": (
         lambda m, x: m.head((y := m.a(x).relu()) + m.rec(y)[0]),
         lambda: _parts(nn.LSTM(12, 12, batch_first=True), 12),

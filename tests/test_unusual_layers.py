@@ -481,3 +481,17 @@ def test_what_a_deformed_convolution_reads_and_writes_goes(offset_groups: int) -
                 p.index_fill_(1, torch.tensor(sorted(set(range(p.shape[1])) - set(dims[1]))), 0)
     x = IMAGE.double()
     assert torch.allclose(result.model.double()(x), masked(x), rtol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_columns_of_bags_of_rows_go(mode: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.EmbeddingBag(20, 16, mode=mode), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
+    bags = torch.randint(0, 20, (2, 5))
+    result = allocator.allocate(model, "50%", example_inputs=bags, criterion="magnitude", scope="all")
+    small: Any = result.model
+    assert small[0].embedding_dim == small[2].in_features < 16
+    columns, rows = (result.allocation.kept[name][1] for name in ("0.weight", "2.weight"))
+    assert columns == rows
+    assert torch.equal(small[0].weight, model[0].weight[:, columns])  # type: ignore[index]
+    assert result.certificate.ok

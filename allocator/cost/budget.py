@@ -129,6 +129,8 @@ def check_limit(name: str, asked: float | str) -> None:
 
 
 def _number(asked: float | str, whole: int, is_time: bool) -> float:
+    if isinstance(asked, bool):
+        raise TypeError("a truth value limits nothing")
     if not isinstance(asked, str):
         return float(asked) * (1e9 if is_time else 1.0)
     text = asked.strip().upper().replace(",", "").replace("_", "").replace("\N{GREEK CAPITAL LETTER MU}", "U")

@@ -19,7 +19,7 @@ from allocator.logs import hidden
 from allocator.modules import modules_of, set_training, skeleton, tensor_names
 from allocator.torch_private import called_straight
 from allocator.tracing.inputs import Inputs
-from allocator.tracing.isolation import undisturbed
+from allocator.tracing.isolation import apart, undisturbed
 from allocator.tracing.record import tensors_in
 from allocator.tracing.uncomputed import Uncomputed
 
@@ -120,7 +120,7 @@ class _Whole(nn.Module):
 
     def forward(self, *args: object) -> object:
         with self.within:
-            output = self.network[0](*args, **self.kwargs)
+            output = apart(self.network[0], *args, **self.kwargs)
         return output if self.plain else tuple(tensors_in(output))
 
 

@@ -12,7 +12,7 @@ from allocator.cost.terms import Term
 from allocator.flow.flow import Flow
 from allocator.modules import set_training, skeleton
 from allocator.tracing.inputs import Inputs
-from allocator.tracing.isolation import undisturbed
+from allocator.tracing.isolation import apart, undisturbed
 
 
 def products_by_torch(model: nn.Module, inputs: Inputs, *, on_meta: bool) -> int:
@@ -31,7 +31,7 @@ def products_by_torch(model: nn.Module, inputs: Inputs, *, on_meta: bool) -> int
     given = inputs.map(lambda t: copied("", t))
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), undisturbed(model), counter:
-        network(*given.args, **given.kwargs)
+        apart(network, *given.args, **given.kwargs)
     return int(counter.get_total_flops()) // 2
 
 

@@ -14,7 +14,7 @@ from allocator.errors import RewriteError
 from allocator.flow.facts import Attribute
 from allocator.flow.flow import Flow
 from allocator.flow.labels import FROZEN
-from allocator.flow.options import Options, Place
+from allocator.flow.options import Options, Pair, Place
 from allocator.graph.build import rebuilt
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import lies_within
@@ -101,6 +101,11 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
             mends.notes.setdefault(note, []).extend((path, attribute) for path in others)
             return graph
     given = _given(graph, flow, mismatch, plan)
+    counted = _counted_by_one(scene, op)
+    if counted:
+        kind = type(graph.modules[op.module]).__name__
+        notes.append(f"of {kind}, neurons that one attribute counts go together, place by place: {mismatch.what}")
+        return rebuilt(graph, graph.options.tying(counted))
     if op.declared.splits and op.declared.sized and not alike <= graph.options.equal_parts:
         notes.append(f"the parts of {op} stay equal: {mismatch.what}")
         options = graph.options.equalising(alike)
@@ -201,6 +206,29 @@ def _dims_of_sizes(flow: Flow, op: Op, sizes: Any) -> tuple[np.ndarray, ...] | N
             labels = flow.labels(op.outputs[0])[first : first + len(sizes)]
             return tuple(np.full(n, FROZEN) if label is None else label for n, label in zip(sizes, labels, strict=True))
     return None
+
+
+def _counted_by_one(scene: _Scene, op: Op) -> set[Pair]:
+    """Of a call, and its like in modules of the class, slots that an attribute counts which follows others already.
+
+    Heads of keys and of values may be told apart where layers lie between them; one number is both.
+    """
+    flow, stays = scene.flow, scene.graph.stays(scene.plan.kept)
+    alike, here = _alike_modules(scene.graph.modules, op.module), flow.places[op.index]
+    found: dict[Pair, bool] = {}
+    for other in flow.trace.ops:
+        place = flow.places[other.index]
+        if place.module not in alike or place != here._replace(module=place.module):
+            continue
+        for (path, name), pieces in scene.mends.pieces.items() if place.module else ():
+            current = getattr(scene.graph.modules[path], name, None)
+            for label in _labels_of(flow, other) if path == place.module and len(pieces) == 1 else ():
+                if _counts(flow, name, current, label) and len(label) == len(pieces[0]):
+                    pair = tuple(label.tolist()), tuple(pieces[0].tolist())
+                    differ = (stays[label] != stays[pieces[0]]).any()
+                    found.setdefault(pair, other is op and bool(differ))
+    new = found.keys() - scene.graph.options.tied
+    return new if any(found[pair] for pair in new) else set()
 
 
 def _taken(scene: _Scene, path: str, module: nn.Module) -> set[str]:

@@ -292,8 +292,30 @@ class Flow:
         makes weights out of constants has channels of its own, which may go.
         """
         for label, op in self._summed_alone:
-            if self._used[label].any():
+            if self._used[label].any() and self._goes_into_a_weight(op):
                 self.freeze(label, op, "a weight is computed from all of these channels")
+
+    def _goes_into_a_weight(self, op: Op) -> bool:
+        """Whether a product of parameters alone makes a weight, or a number of no channel's own.
+
+        Else it is a state that was learned (the first one of a recurrent layer), which activations are added to.
+        Noise is none: what has fewer numbers is other noise.
+        """
+        if not self.uniform.isdisjoint(op.inputs()):
+            return True
+        seen: set[int] = set()
+        waiting = list(op.outputs)
+        while waiting:
+            value = waiting.pop()
+            if all(label is None for label in self.labels(value)):
+                return True
+            for user in self.users.get(value, ()) if value not in seen else ():
+                if self.active.isdisjoint(user.inputs()):
+                    waiting += user.outputs
+                elif value in [user.inputs()[k] for k in user.declared.multiplies]:
+                    return True
+            seen.add(value)
+        return False
 
     def group(self, op: Op, weight: Ref | None, representatives: np.ndarray) -> None:
         """A grouped convolution or norm whose groups come and go whole; one slot per group."""

@@ -20,6 +20,10 @@ class Place(NamedTuple):
     call: int | None = None
 
 
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
+"""Slots, and those that go with them, place by place."""
+
+
 def places_of(trace: Trace) -> list[Place]:
     """The place of every call."""
     calls_so_far: dict[tuple[str, str], int] = {}
@@ -45,6 +49,7 @@ class Options:
         renumbers: buffers that name channels follow those that stay; else what they pick from stays.
         equal_parts: modules whose split parts must stay equal (found by repairs).
         frozen: calls whose neurons stay (found by repairs).
+        tied: slots that go together, place by place, since one attribute counts both (found by repairs).
         heads: per view that splits a dim into heads of an attention, which go whole, the dim of its result that
             counts them; None where this has not been looked for yet.
         channels: per view that splits a dim into channels and pixels, the dim of its result that holds the channels.
@@ -58,6 +63,7 @@ class Options:
     renumbers: bool = True
     equal_parts: frozenset[str] = frozenset()
     frozen: frozenset[Place] = frozenset()
+    tied: frozenset[Pair] = frozenset()
     heads: dict[Place, int] | None = field(default=None, hash=False)
     channels: dict[Place, int] = field(default_factory=dict, hash=False)
 
@@ -73,6 +79,10 @@ class Options:
     def freezing(self, places: Iterable[Place]) -> Options:
         """With these calls frozen as well."""
         return replace(self, frozen=self.frozen | frozenset(places))
+
+    def tying(self, pairs: Iterable[Pair]) -> Options:
+        """With these slots tied as well."""
+        return replace(self, tied=self.tied | frozenset(pairs))
 
     def equalising(self, modules: Iterable[str]) -> Options:
         """With the split parts in these modules equal as well."""

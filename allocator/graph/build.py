@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 import allocator.operators  # noqa: F401  (declares the operators)
@@ -156,6 +157,7 @@ def _heed_the_caller(modules: Mapping[str, nn.Module], options: Options, slots: 
         for label, _ in facts.written:  # what others write; that they read less is no change of theirs
             if slots.name_of(int(label[0])) not in included:
                 facts.frozen.append(Frozen(label, "", "not included by the caller"))
+    facts.ties += [Tie(np.array(one), np.array(other)) for one, other in sorted(options.tied)]
     for group in options.same:
         _tie_alike(modules, as_items(group), slots, facts)
 

@@ -163,12 +163,21 @@ def globals_in(path: Path) -> list[str]:
             raise UnsafeFileError(_unsafe(path, [f"(pickle instruction: {error})"])) from error
         except Exception as error:  # whatever a damaged pickle makes the scanner trip over
             raise FileError(damaged(path)) from error
-    if tarfile.is_tarfile(path):
+    if _is_tar(path):
         raise UnsafeFileError(
             f"{path} is in PyTorch's oldest (tar) format, which cannot be read without running its pickles: "
             "open it with --trust (trust=True) if you trust where it came from, and save it again"
         )
     return _globals_in_legacy(path)
+
+
+def _is_tar(path: Path) -> bool:
+    """Whether this is an archive as PyTorch's oldest releases wrote it: never packed, which would take long to tell."""
+    try:
+        with tarfile.open(path, "r:"):
+            return True
+    except tarfile.TarError:
+        return False
 
 
 def _globals_in_legacy(path: Path) -> list[str]:

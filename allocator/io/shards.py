@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from allocator.disk import PathLike
+from allocator.disk import PathLike, read_text
 from allocator.errors import FileError
 from allocator.io.safetensors_files import open_safetensors, write_safetensors
 
@@ -84,7 +84,7 @@ def _index(folder: Path) -> tuple[str, dict[str, str]]:
 def _weight_map(path: Path) -> dict[str, str]:
     """The file of each tensor; plain names alone, so that an index leads nowhere else."""
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        found: Any = json.loads(read_text(path))["weight_map"]
         plain = all(
             isinstance(file, str) and file.endswith(SUFFIX) and Path(file).name == file for file in found.values()
         )

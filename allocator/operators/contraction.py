@@ -310,3 +310,15 @@ def embedding(flow: Flow, op: Op) -> None:
     flow.freeze(entries, op, "rows of an embedding are read by their index")
     flow.produce(features, op, weight)
     flow.set(op.outputs[0], [*flow.labels(indices), features])
+
+
+@operator("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(flow: Flow, op: Op) -> None:
+    """Rows of a table, of each bag their sum, mean or largest: as for `embedding`."""
+    weight = op.inputs()[0]
+    entries, features = flow.labels(weight)
+    flow.freeze(entries, op, "rows of an embedding are read by their index")
+    flow.produce(features, op, weight)
+    for index in op.outputs:
+        shape = flow.shape(index)
+        flow.set(index, [None, features] if len(shape) == 2 and features is not None else [None] * len(shape))

@@ -175,6 +175,37 @@ def _pick(flow: Flow, op: Op, named: list[int]) -> None:
         flow.picked.update(op.outputs)
 
 
+@operator("gather")
+def gather(flow: Flow, op: Op) -> None:
+    """Places along one dim are picked: channels by a buffer that is repeated on all others, else for each of them."""
+    source, index = op.inputs()
+    labels, shape = list(flow.labels(source)), flow.shape(source)
+    at = int(op.arg("dim")) % max(len(shape), 1)
+    others = [dim for dim in range(len(shape)) if dim != at]
+    if any(flow.shape(index)[dim] != shape[dim] for dim in others):
+        flow.refuse(op, "places are picked from a part of what there is")
+        return
+    along = labels[at] if labels else None
+    buffer, named = flow.trace.root(index), None
+    if along is not None and len(flow.shape(buffer)) == 1 and flow.labels(index)[at] is not None:
+        named = flow.pick(along, buffer, op)
+    if named is None:
+        flow.freeze(along, op, "channels are picked by an index tensor")
+    _repeated_like(flow, op, index, [(dim, labels[dim]) for dim in others])
+    flow.set(op.outputs[0], [named if dim == at else label for dim, label in enumerate(labels)])
+
+
+def _repeated_like(flow: Flow, op: Op, index: int, dims: list[tuple[int, Label]]) -> None:
+    """On these dims, an index has the channels of what it is for: as many as are left, where it is repeated."""
+    for dim, label in dims:
+        own = list(flow.labels(index))
+        if own[dim] is None and _is_repeated(flow, index, dim):
+            own[dim] = label
+            flow.set(index, own)
+        else:
+            flow.unify(label, own[dim], op)
+
+
 @operator("index_put", largest=_index_everywhere)
 @operator("_index_put_impl")
 def put(flow: Flow, op: Op) -> None:
@@ -196,13 +227,8 @@ def put_together(flow: Flow, op: Op) -> None:
     if any(flow.shape(values)[d] != shape[d] for d in others):
         flow.refuse(op, "a part of what there is goes to its places")
         return
-    for dim in others if len(flow.shape(index)) == len(shape) and len(shape) > 1 else ():
-        own, label = list(flow.labels(index)), flow.labels(values)[dim]
-        if own[dim] is None and _is_repeated(flow, index, dim):
-            own[dim] = label
-            flow.set(index, own)
-        else:
-            flow.unify(label, own[dim], op)
+    if len(flow.shape(index)) == len(shape) and len(shape) > 1:
+        _repeated_like(flow, op, index, [(dim, flow.labels(values)[dim]) for dim in others])
     _into_places(flow, op, target, values, at)
 
 

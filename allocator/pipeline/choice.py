@@ -34,8 +34,15 @@ def budgets_of(graph: ChannelGraph, limits: Limits) -> Budgets:
         if not metric.whole:
             model, inputs = type(graph.model).__name__, graph.inputs.describe()
             what = "operator that fvcore counts FLOPs for" if name == "flops" else metric.unit
-            raise NothingToAllocateError(f"{model} has no {what}, with {inputs}")
+            unseen = "" if graph.flow.trace.outputs else f"; {_NO_OUTPUT}"
+            raise NothingToAllocateError(f"{model} has no {what}, with {inputs}{unseen}")
     return parse_budgets(given, metrics)
+
+
+_NO_OUTPUT = (
+    "what its forward returns holds no tensor: return tensors, alone or in lists, tuples, dicts or attributes of "
+    "objects"
+)
 
 
 def choose(

@@ -7,6 +7,7 @@ of an input is what its forward holds at that layer.
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -85,7 +86,9 @@ class Walk:
         self._error: Exception | None = None
         self._abandoned = False
         self._go, self._came = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, args=(model, inputs, watched, after), daemon=True)
+        context = contextvars.copy_context()  # a new thread has none of the caller's variables
+        run = (self._run, model, inputs, watched, after)
+        self._thread = threading.Thread(target=context.run, args=run, daemon=True)
         self._thread.start()
 
     def advance(self) -> Stop | None:

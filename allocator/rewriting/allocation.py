@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from allocator.arguments import checked
-from allocator.disk import write_text
+from allocator.disk import read_text, write_text
 from allocator.errors import AllocationMismatchError, FileError, a_kind
 from allocator.modules import lies_within
 from allocator.rewriting import allocation_checks as checks
@@ -170,13 +170,7 @@ class Allocation(Shown):
             FileError: missing, not JSON, or not an allocation.
         """
         try:
-            written = Path(path).read_bytes()
-        except OSError as error:
-            raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
-        except ValueError as error:  # no path at all: NUL bytes, half characters
-            raise FileError(f"{str(path)!r} cannot be read: {error}") from error
-        try:
-            text = written.decode("utf-8")
+            text = read_text(path)
         except UnicodeDecodeError as error:
             raise FileError(f"{path} is not a JSON file: {error}") from error
         try:

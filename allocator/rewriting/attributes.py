@@ -149,6 +149,7 @@ _GATES: dict[tuple[type[nn.Module], ...], int] = {
 _SIZES: dict[type[nn.Module], dict[str, int]] = {
     nn.Linear: {"out_features": 0, "in_features": 1},
     nn.Embedding: {"embedding_dim": 1},
+    nn.EmbeddingBag: {"embedding_dim": 1},
     nn.PReLU: {"num_parameters": 0},
 }
 """Per class of layers, its attributes and the dim of the weight that each is the size of."""

@@ -13,6 +13,7 @@ from torch import nn
 from allocator.errors import DataError, a_kind
 from allocator.torch_private import tree_map
 from allocator.tracing.inputs import Inputs, device_of, dtype_of
+from allocator.tracing.isolation import apart
 
 _IMAGES = ("img", "image", "images", "pixel_values", "input", "inputs", "x")
 """Names under which batches that are dicts hold what a forward of one positional argument takes."""
@@ -94,7 +95,7 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> Any:
     """
     given = inputs.own()
     try:
-        return model(*given.args, **given.kwargs)
+        return apart(model, *given.args, **given.kwargs)
     except Exception as error:
         said = f"the model raised {type(error).__name__} on {inputs.describe()} from the data: {error!s:.300}"
         raise DataError(said) from error

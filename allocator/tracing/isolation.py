@@ -1,19 +1,18 @@
 """Running the code of a model without leaving anything of it behind in the process.
 
 A forward may keep what it computed outside its modules: in an attribute of its class, a global of the file that it
-comes from, an `lru_cache`, the closure of a decorator. What a copy on tensors without values, or in float64, leaves
-there would meet the caller's next forward. It may also draw from the process's generators.
+comes from, an `lru_cache`, the closure of a decorator, a context variable. What a copy on tensors without values, or in
+float64, leaves there would meet the caller's next forward. It may also draw from the process's generators.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import random
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType, MappingProxyType, ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -25,18 +24,12 @@ from allocator import adapters
 from allocator.errors import UnsupportedModelError
 from allocator.modules import modules_of, tensor_names
 from allocator.torch_private import without_dispatch_modes
+from allocator.tracing.memory import Memory
 from allocator.tracing.operators import FUNCTIONS
 
-_FOREIGN = ("torch", "numpy", "builtins", "typing", "abc", "collections", "functools", "allocator")
-_ATOMS = (int, float, bool, str, bytes, type(None), type, ModuleType, torch.Tensor, nn.Module, torch.dtype)
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_ON_MODULES = {FunctionType, functools.partial, *_GENERATORS}
-"""What a module may hold that its forward changes, though no copy of the module has one of its own."""
-_DEPTH = 4
 # Two threads' forwards may share a cache, which neither is to see change under it.
 _ONE_AT_A_TIME = threading.RLock()
-_REGISTRY = 50  # entries of a global from which on it is taken to be a table, and not looked into further
 
 
 @contextlib.contextmanager
@@ -54,7 +47,7 @@ def undisturbed(model: nn.Module, *, itself: bool = False) -> Iterator[None]:
     tensors = {} if itself else tensor_names(model, modules)
     versions = {name: _version(tensor) for name, tensor in tensors.items()}
     with _ONE_AT_A_TIME:
-        memory, restore_states = _Memory(modules.values()), _states()
+        memory, restore_states = Memory(modules.values()), _states()
         watch, watched = _Watch(), _has_to_be_watched(modules.values())
         try:
             with watch if watched else contextlib.nullcontext(), adapters.in_calls_that_are_followed():
@@ -78,10 +71,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def apart(run: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Run a model's code in a context of its own: the context variables that it sets are set there alone."""
+    return contextvars.copy_context().run(run, *args, **kwargs)
+
+
 def as_usual(function: Callable[P, R]) -> Callable[P, R]:
     """Run a function as if no mode of the caller's were on: inference mode, autocast, fake tensors, `torch.device`.
 
-    What is made would else be of that mode; all of them are of this thread alone.
+    What is made would else be of that mode; all of them are of this thread alone. Context variables that it sets are
+    set for it alone.
     """
 
     @functools.wraps(function)
@@ -95,7 +94,7 @@ def as_usual(function: Callable[P, R]) -> Callable[P, R]:
                     stack.enter_context(torch.autocast(device, enabled=False))
             if torch.get_default_device().type == "meta":
                 stack.enter_context(torch.device("cpu"))
-            return function(*args, **kwargs)
+            return apart(function, *args, **kwargs)
 
     return run
 
@@ -117,22 +116,23 @@ class _Watch(TorchFunctionMode):
 
 
 def _states() -> Callable[[bool], None]:
-    """The states of the process's generators, and its default dtype, as a function that puts them back.
+    """The states of the process's generators, and its switches, as a function that puts them back.
 
     Other threads draw from these too. Torch's is put back where a function that draws was called, or where there is
     no other thread; those of Python and numpy where they changed.
     """
     on_cpu, python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    dtype = torch.get_default_dtype()
+    switches = [read() for read, _ in _SWITCHES]
 
     def restore(drew: bool) -> None:
         if drew or threading.active_count() == 1:
             torch.set_rng_state(on_cpu)
             if on_gpus:
                 torch.cuda.set_rng_state_all(on_gpus)
-        if torch.get_default_dtype() is not dtype:
-            torch.set_default_dtype(dtype)
+        for (read, write), before in zip(_SWITCHES, switches, strict=True):
+            if read() != before:
+                write(before)
         if random.getstate() != python:
             random.setstate(python)
         if not all(map(np.array_equal, np.random.get_state(), of_numpy)):
@@ -141,159 +141,15 @@ def _states() -> Callable[[bool], None]:
     return restore
 
 
-class _Memory:
-    """What a model's code may remember outside of its modules, as it was.
-
-    Of a class of the model's everything is put back; of the files that its code comes from, which other code writes
-    into too, only what holds tensors.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._containers: list[tuple[Any, Any, bool]] = []  # (container, copy of it, whether all of it is put back)
-        self._classes: list[tuple[type, dict[str, Any]]] = []
-        self._caches: list[tuple[Any, int]] = []
-        self._generators: list[Callable[[], None]] = []
-        self._seen: set[int] = set()
-        classes: set[type] = set()
-        functions: list[FunctionType] = []
-        kinds: set[type] = set()
-        for module in modules:
-            kinds.add(type(module))
-            for value in vars(module).values():
-                if type(value) in _ON_MODULES:
-                    functions += [value] if isinstance(value, FunctionType) else []
-                    self._look(value, False, _DEPTH)
-        for kind in kinds:
-            classes.update(base for base in kind.__mro__ if _is_own(base))
-        for cls in classes:
-            self._classes.append((cls, dict(vars(cls))))
-            for value in vars(cls).values():
-                self._look(value, True, _DEPTH)
-        namespaces = [each for cls in classes for each in _namespaces(cls)]
-        namespaces += [f.__globals__ for f in functions if (f.__module__ or "").partition(".")[0] not in _FOREIGN]
-        for namespace in {id(each): each for each in namespaces}.values():
-            self._look(namespace, False, _DEPTH)  # a namespace is looked into, however large
-
-    def _look(self, value: Any, everything: bool, depth: int) -> None:
-        if isinstance(value, _ATOMS) or not depth or id(value) in self._seen:
-            return
-        self._seen.add(id(value))
-        if isinstance(value, (dict, list, set)):
-            self._containers.append((value, value.copy(), everything))
-            if len(value) > _REGISTRY and depth < _DEPTH:
-                return
-        elif isinstance(value, functools._lru_cache_wrapper):
-            self._caches.append((value, value.cache_info().misses))
-        elif isinstance(value, _GENERATORS):
-            self._generators.append(_state_of(value))
-        for each in _held_by(value):
-            self._look(each, everything, depth - 1)
-
-    def restore(self) -> None:
-        """Put everything back."""
-        for put_back in self._generators:
-            put_back()
-        for cache, misses in self._caches:
-            if cache.cache_info().misses != misses:
-                cache.cache_clear()
-        for cls, before in self._classes:
-            _restore_class(cls, before)
-        for container, before, everything in self._containers:
-            if isinstance(container, dict):
-                _restore_mapping(container, before, everything)
-            elif not _same(container, before) and (everything or _holds_tensors(list(container))):
-                container.clear()
-                container.update(before) if isinstance(container, set) else container.extend(before)
+def _of_cudnn(name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    flags = torch.backends.cudnn
+    return lambda: getattr(flags, name), lambda value: setattr(flags, name, value)
 
 
-def _state_of(generator: Any) -> Callable[[], None]:
-    """The state of a generator, as a function that puts it back."""
-    if isinstance(generator, np.random.Generator):
-        bits, state = generator.bit_generator, generator.bit_generator.state
-        return lambda: setattr(bits, "state", state)
-    if isinstance(generator, random.Random):
-        return functools.partial(generator.setstate, generator.getstate())
-    return functools.partial(generator.set_state, generator.get_state())
-
-
-def _held_by(value: Any) -> list[Any]:
-    """What a model's code may write into, one step further in."""
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, (list, set, tuple)):
-        return list(value)
-    if isinstance(value, (staticmethod, classmethod)):
-        return [value.__func__]
-    if isinstance(value, FunctionType):
-        held = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
-        return [*held, *(value.__defaults__ or ()), vars(value)]
-    # Objects of torch's or of the language's own classes keep nothing of a forward, and are many.
-    return [vars(value)] if _is_own(type(value)) and hasattr(value, "__dict__") else []
-
-
-def _restore_class(cls: type, before: dict[str, Any]) -> None:
-    now = dict(vars(cls))
-    for key in now:
-        if key not in before and not _is_pythons(key):
-            delattr(cls, key)
-    for key, value in before.items():
-        if now.get(key) is not value and not _is_pythons(key):
-            setattr(cls, key, value)
-
-
-def _is_pythons(name: str) -> bool:
-    return name.startswith("__") and name.endswith("__")
-
-
-def _restore_mapping(mapping: dict[Any, Any], before: dict[Any, Any], everything: bool) -> None:
-    for key in [key for key in mapping if key not in before]:
-        if everything or _holds_tensors([key, mapping[key]]):
-            del mapping[key]
-    for key, value in before.items():
-        now = mapping.get(key)
-        if now is not value and (everything or _holds_tensors([now, value])):
-            mapping[key] = value
-
-
-def _same(items: Any, before: Any) -> bool:
-    return len(items) == len(before) and all(a is b for a, b in zip(items, before))
-
-
-def _holds_tensors(values: list[Any], depth: int = _DEPTH) -> bool:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            return True
-        if depth and not isinstance(value, _ATOMS):
-            inside = value if isinstance(value, (list, tuple, set)) else getattr(value, "__dict__", {})
-            inside = value if isinstance(value, dict) else inside
-            if isinstance(inside, (dict, MappingProxyType)):
-                inside = [*inside, *inside.values()]
-            if _holds_tensors(list(inside), depth - 1):
-                return True
-    return False
-
-
-def _is_empty(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is cell
-    except ValueError:
-        return True
-
-
-def _is_own(cls: type) -> bool:
-    """Whether a class is none of torch's or of the language's."""
-    return cls.__module__.partition(".")[0] not in _FOREIGN
-
-
-@functools.lru_cache(maxsize=512)
-def _namespaces(cls: type) -> tuple[dict[str, Any], ...]:
-    """Globals of the file that a class is from, and of those whose functions it has imported."""
-    module = sys.modules.get(cls.__module__)
-    if module is None:
-        return ()
-    found = {id(vars(module)): vars(module)}
-    for value in list(vars(module).values()):
-        function = getattr(value, "__wrapped__", value)
-        if isinstance(function, FunctionType) and (function.__module__ or "").partition(".")[0] not in _FOREIGN:
-            found[id(function.__globals__)] = function.__globals__
-    return tuple(found.values())
+_SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    *(_of_cudnn(name) for name in ("enabled", "benchmark", "deterministic")),
+)
+"""Of the whole process, which a forward may set: how each is read and written."""

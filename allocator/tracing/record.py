@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,7 +31,7 @@ from allocator.torch_private import (
 from allocator.tracing import meta_kernels
 from allocator.tracing.calls import Call, Op, Ref, Trace, Value
 from allocator.tracing.inputs import Inputs, device_of
-from allocator.tracing.isolation import undisturbed
+from allocator.tracing.isolation import apart, undisturbed
 from allocator.tracing.operators import AS_ONE_CALL, FUNCTIONS, operator_of
 from allocator.tracing.value_sized import without_values
 
@@ -103,7 +104,7 @@ def record(
         output: Any = None
         raised: Exception | None = None
         try:
-            output = running(*args, **kwargs)
+            output = apart(running, *args, **kwargs)
         except SystemExit as gives_up:  # which must not end the caller's process
             raised = RuntimeError(f"the forward exits ({gives_up})")
         except Exception as error:
@@ -360,7 +361,7 @@ def tensors_in(output: Any) -> list[torch.Tensor]:
             found.append(item)
         elif isinstance(item, dict):
             queue.extend(item.values())
-        elif isinstance(item, (list, tuple, set)):
+        elif isinstance(item, (list, tuple, set, deque)):
             queue.extend(item)
         elif hasattr(item, "__dict__") and not isinstance(item, (nn.Module, type)) and not adapters.is_state(item):
             queue.extend(vars(item).values())

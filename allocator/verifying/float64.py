@@ -24,7 +24,7 @@ from allocator.modules import set_training, skeleton, tensor_names
 from allocator.rewriting.index_map import IndexMap, Maps
 from allocator.torch_private import map_arguments
 from allocator.tracing.inputs import Inputs, dtype_of
-from allocator.tracing.isolation import undisturbed
+from allocator.tracing.isolation import apart, undisturbed
 from allocator.tracing.operators import FUNCTIONS, Function
 from allocator.tracing.record import tensors_in
 
@@ -80,7 +80,7 @@ def run_float64(
     direct = {name: rows for name, rows in (zeroed or {}).items() if fill or not _zero_computed(copied, name, rows)}
     with torch.no_grad(), undisturbed(model), _Wide(copied, direct, draw, dtype, nudge, fill) as mode:
         arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs
-        output = copied(*arguments.args, **arguments.kwargs)
+        output = apart(copied, *arguments.args, **arguments.kwargs)
     tensors = tensors_in(output)
     if not any(t.is_floating_point() or t.is_complex() for t in tensors):
         tensors += mode.rounded

@@ -1,0 +1,234 @@
+"""What a model's code remembers outside of its modules: in classes, globals, closures, caches and context variables."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable
+from types import CodeType, FunctionType, MappingProxyType, MemberDescriptorType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+_FOREIGN = ("torch", "numpy", "builtins", "typing", "abc", "collections", "functools", "allocator")
+_ELSEWHERE = frozenset({*_FOREIGN, *sys.stdlib_module_names})
+_ATOMS = (int, float, bool, str, bytes, type(None), type, ModuleType, torch.Tensor, nn.Module, torch.dtype)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_ON_MODULES = {FunctionType, functools.partial, *_GENERATORS}
+"""What a module may hold that its forward changes, though no copy of the module has one of its own."""
+_DEPTH = 4
+_REGISTRY = 50  # entries of a global from which on it is taken to be a table, and not looked into further
+
+
+class Memory:
+    """What a model's code may remember outside of its modules, as it was.
+
+    Of a class of the model's everything is put back; of the files that its code comes from, which other code writes
+    into too, only what holds tensors.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._containers: list[tuple[Any, Any, bool]] = []  # (container, copy of it, whether all of it is put back)
+        self._classes: list[tuple[type, dict[str, Any]]] = []
+        self._caches: list[tuple[Any, int]] = []
+        self._generators: list[Callable[[], None]] = []
+        self._objects: list[tuple[Any, dict[str, Any], bool]] = []  # (object with slots, their contents, as above)
+        self._seen: set[int] = set()
+        classes: set[type] = set()
+        functions: list[FunctionType] = []
+        kinds: set[type] = set()
+        for module in modules:
+            kinds.add(type(module))
+            for value in vars(module).values():
+                if type(value) in _ON_MODULES:
+                    functions += [value] if isinstance(value, FunctionType) else []
+                    self._look(value, False, _DEPTH)
+        for kind in kinds:
+            of_classes: Any = type(kind)  # a class of classes keeps things too
+            bases = [*kind.__mro__, *of_classes.__mro__]
+            classes.update(base for base in bases if _is_own(base))
+        for cls in classes:
+            self._classes.append((cls, dict(vars(cls))))
+            for value in vars(cls).values():
+                self._look(value, True, _DEPTH)
+        namespaces = [each for cls in classes for each in _namespaces(cls)]
+        namespaces += [f.__globals__ for f in functions if (f.__module__ or "").partition(".")[0] not in _FOREIGN]
+        for namespace in {id(each): each for each in namespaces}.values():
+            self._look(namespace, False, _DEPTH)  # a namespace is looked into, however large
+        for value in contextvars.copy_context().values():
+            self._look(value, False, _DEPTH)
+
+    def _look(self, value: Any, everything: bool, depth: int) -> None:
+        if isinstance(value, _ATOMS) or not depth or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, (dict, list, set, deque)):
+            self._containers.append((value, value.copy(), everything))
+            if len(value) > _REGISTRY and depth < _DEPTH:
+                return
+        elif isinstance(value, functools._lru_cache_wrapper):
+            self._caches.append((value, value.cache_info().misses))
+        elif isinstance(value, _GENERATORS):
+            self._generators.append(_state_of(value))
+        elif _slots_of(value.__class__):
+            self._objects.append((value, _in_slots(value), everything))
+        for each in _held_by(value):
+            self._look(each, everything, depth - 1)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for put_back in self._generators:
+            put_back()
+        for cache, misses in self._caches:
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()
+        for cls, before in self._classes:
+            _restore_class(cls, before)
+        for container, before, everything in self._containers:
+            if isinstance(container, dict):
+                _restore_mapping(container, before, everything)
+            elif not _same(container, before) and (everything or _holds_tensors(list(container))):
+                container.clear()
+                container.update(before) if isinstance(container, set) else container.extend(before)
+        for value, fields, everything in self._objects:
+            _restore_slots(value, fields, everything)
+
+
+def _state_of(generator: Any) -> Callable[[], None]:
+    """The state of a generator, as a function that puts it back."""
+    if isinstance(generator, np.random.Generator):
+        bits, state = generator.bit_generator, generator.bit_generator.state
+        return lambda: setattr(bits, "state", state)
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    return functools.partial(generator.set_state, generator.get_state())
+
+
+def _held_by(value: Any) -> list[Any]:
+    """What a model's code may write into, one step further in."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, set, tuple, deque)):
+        return list(value)
+    if isinstance(value, (staticmethod, classmethod)):
+        return [value.__func__]
+    if isinstance(value, FunctionType):
+        held = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
+        return [*held, *(value.__defaults__ or ()), vars(value)]
+    # Objects of torch's or of the language's own classes keep nothing of a forward, and are many.
+    if not _is_own(value.__class__):
+        return []
+    return [*([vars(value)] if hasattr(value, "__dict__") else []), *_in_slots(value).values()]
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots_of(cls: type) -> tuple[str, ...]:
+    """Names of the slots of a class that is none of torch's or of the language's, as attributes."""
+    named = (vars(base).items() for base in cls.__mro__ if _is_own(base))
+    return tuple(name for members in named for name, value in members if type(value) is MemberDescriptorType)
+
+
+def _in_slots(value: Any) -> dict[str, Any]:
+    """What is in those slots of an object that are not empty."""
+    return {name: getattr(value, name) for name in _slots_of(value.__class__) if hasattr(value, name)}
+
+
+def _restore_slots(value: Any, before: dict[str, Any], everything: bool) -> None:
+    now = _in_slots(value)
+    for name in (*now, *(name for name in before if name not in now)):
+        same = name in now and name in before and now[name] is before[name]
+        if not same and (everything or _holds_tensors([now.get(name), before.get(name)])):
+            if name in before:
+                object.__setattr__(value, name, before[name])
+            else:
+                object.__delattr__(value, name)
+
+
+def _restore_class(cls: type, before: dict[str, Any]) -> None:
+    now = dict(vars(cls))
+    for key in now:
+        if key not in before and not _is_pythons(key):
+            delattr(cls, key)
+    for key, value in before.items():
+        if now.get(key) is not value and not _is_pythons(key):
+            setattr(cls, key, value)
+
+
+def _is_pythons(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+def _restore_mapping(mapping: dict[Any, Any], before: dict[Any, Any], everything: bool) -> None:
+    for key in [key for key in mapping if key not in before]:
+        if everything or _holds_tensors([key, mapping[key]]):
+            del mapping[key]
+    for key, value in before.items():
+        now = mapping.get(key)
+        if now is not value and (everything or _holds_tensors([now, value])):
+            mapping[key] = value
+
+
+def _same(items: Any, before: Any) -> bool:
+    return len(items) == len(before) and all(a is b for a, b in zip(items, before))
+
+
+def _holds_tensors(values: list[Any], depth: int = _DEPTH) -> bool:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return True
+        if depth and not isinstance(value, _ATOMS):
+            listed = isinstance(value, (list, tuple, set, deque))
+            inside = value if listed else {**getattr(value, "__dict__", {}), **_in_slots(value)}
+            inside = value if isinstance(value, dict) else inside
+            if isinstance(inside, (dict, MappingProxyType)):
+                inside = [*inside, *inside.values()]
+            if _holds_tensors(list(inside), depth - 1):
+                return True
+    return False
+
+
+def _is_empty(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is cell
+    except ValueError:
+        return True
+
+
+def _is_own(cls: type) -> bool:
+    """Whether a class is none of torch's or of the language's."""
+    return cls.__module__.partition(".")[0] not in _FOREIGN
+
+
+@functools.lru_cache(maxsize=512)
+def _namespaces(cls: type) -> tuple[dict[str, Any], ...]:
+    """Globals of the file that a class is from, of those whose functions it has imported, and of those it names."""
+    module = sys.modules.get(cls.__module__)
+    if module is None:
+        return ()
+    own = vars(module)
+    called = list(own.values())
+    namespaces = [own]
+    names = {name for value in vars(cls).values() for name in _names_in(getattr(value, "__code__", None))}
+    for name in names:
+        other = own.get(name, sys.modules.get(name))
+        if isinstance(other, ModuleType) and other.__name__.partition(".")[0] not in _ELSEWHERE:
+            namespaces.append(vars(other))
+            called += [vars(other)[each] for each in names & vars(other).keys()]
+    for value in called:
+        function = getattr(value, "__wrapped__", value)
+        if isinstance(function, FunctionType) and (function.__module__ or "").partition(".")[0] not in _FOREIGN:
+            namespaces.append(function.__globals__)
+    return tuple({id(each): each for each in namespaces}.values())
+
+
+def _names_in(code: CodeType | None) -> set[str]:
+    """Names of globals, attributes and modules in a function and in those that it defines."""
+    if code is None:
+        return set()
+    inner = (_names_in(each) for each in code.co_consts if isinstance(each, CodeType))
+    return set(code.co_names).union(*inner)
