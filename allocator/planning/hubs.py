@@ -30,7 +30,7 @@ EXACT = 1e5
 WIDTHS = 40
 MOST_TIES = 3
 """Hubs and classes whose numbers are looked at beside those of another hub."""
-LARGEST = 2e6
+LARGEST = 5e5
 """Numbers to hold at once: wide layers have fewer counts of a hub looked at."""
 
 
