@@ -199,7 +199,7 @@ def _copy(value: Any, memo: Memo) -> Any:
     if kind is torch.Size:
         return torch.Size(map(int, value))  # while torch.jit traces, sizes are tensors, which nobody could copy
     if kind is tuple:
-        return value if _ATOMS.issuperset(map(type, value)) else tuple(_copy(item, memo) for item in value)
+        return value if _is_plain(value) else tuple(_copy(item, memo) for item in value)
     if kind in _MAPPINGS:
         mapping = memo[id(value)] = kind()
         _copy_items(value, mapping, memo)
@@ -219,9 +219,14 @@ def _copy_fields(module: nn.Module, into: dict[str, Any], memo: Memo) -> None:
     state = module.__getstate__() if "_compiled_call_impl" in vars(module) else vars(module)
     into.update(state)
     for key, item in state.items():
-        kind: Any = type(item)
-        if kind not in _ATOMS:
-            into[key] = kind() if key in _MODULE_FIELDS and not item else _copy(item, memo)
+        if type(item) not in _ATOMS and not _is_plain(item):
+            into[key] = type(item)() if key in _MODULE_FIELDS and not item else _copy(item, memo)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether this is a number, text or none, or a tuple of such: most of what a module holds beside its parts."""
+    kind = type(value)
+    return kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, value)))
 
 
 def _copy_items(items: Mapping[Any, Any], into: dict[Any, Any], memo: Memo) -> None:
@@ -250,8 +255,10 @@ def _tensor_attributes(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, 
     """Tensors that modules keep as plain attributes, alone or within lists, tuples and dicts."""
     for path, module in modules.items():
         for key, value in vars(module).items():
-            if type(value) not in _ATOMS and key not in _MODULE_FIELDS:
-                yield from ((f"{path}.{key}".lstrip("."), tensor) for tensor in _tensors_within(value))
+            if key in _MODULE_FIELDS or _is_plain(value):
+                continue
+            for tensor in _tensors_within(value):
+                yield f"{path}.{key}".lstrip("."), tensor
 
 
 def _tensors_within(value: Any) -> list[torch.Tensor]:

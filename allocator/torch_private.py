@@ -6,7 +6,8 @@ by being there: a renamed hook would otherwise put every call into the wrong mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ try:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.nn.modules.batchnorm import _NormBase as BatchNormBase
     from torch.nn.modules.conv import _ConvNd as ConvolutionBase
-    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
     from torch.utils._python_dispatch import _disable_current_modes as without_dispatch_modes
     from torch.utils._pytree import tree_flatten, tree_map
 except ImportError as error:
@@ -51,7 +52,11 @@ __all__ = [
     "call_as_usual",
     "call_by",
     "call_by_itself",
+    "called_straight",
+    "is_being_recorded",
     "map_arguments",
+    "of_the_processor",
+    "parts_recorded",
     "schema_of",
     "state_without_compiled_call",
     "tree_flatten",
@@ -59,9 +64,19 @@ __all__ = [
     "without_dispatch_modes",
 ]
 
+
+class TorchDispatchMode(_TorchDispatchMode):
+    """Torch's own, without the two calls around each of its calls that keep torch.compile out: it meets none here."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
 _COMPILED = "_compiled_call_impl"  # where Module.compile leaves what is called in place of the module
 MODULE_FIELDS = frozenset(vars(nn.Module()))
 """What every module keeps for torch itself."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 PT2_DTYPES = {
     1: torch.uint8,
@@ -93,6 +108,33 @@ def call_as_usual(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)
 
 
+@contextlib.contextmanager
+def called_straight(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, `module(...)` is a module's forward and nothing around it, where nothing would run there.
+
+    Torch's tracer notes the whole stack for every call and every number in it, so that each frame takes its time.
+
+    Args:
+        modules: one's own; those with hooks or with another way to be called stay as they are.
+    """
+    straight = (
+        [] if nn.modules.module._has_any_global_hook() else [each for each in modules if _is_called_plainly(each)]
+    )
+    for module in straight:
+        call_by(module, module.forward)
+    try:
+        yield
+    finally:
+        for module in straight:
+            call_by_itself(module)  # else each would hold itself
+
+
+def _is_called_plainly(module: nn.Module) -> bool:
+    cls: Any = type(module)
+    as_usual = cls.__call__ is nn.Module.__call__ and cls._call_impl is nn.Module._call_impl
+    return as_usual and not any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def state_without_compiled_call(module: nn.Module) -> Mapping[str, Any]:
     """A module's fields without a forward that was compiled in place: it would run this module's weights."""
     return module.__getstate__() if _COMPILED in vars(module) else vars(module)
@@ -119,6 +161,26 @@ def schema_of(target: OpOverload) -> Any:
     return target._schema
 
 
+def is_being_recorded() -> bool:
+    """Whether torch.jit's tracer records what is called now; not so within a call that it has recorded."""
+    return torch._C._get_tracing_state() is not None
+
+
+def parts_recorded() -> Any:
+    """A context of a dispatch mode's, in which torch.jit's tracer records what is called."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    tracer: Any = torch._C._parse_dispatch_key("Tracer")
+    return torch._C._ForceDispatchKeyGuard(included, excluded.remove(tracer))
+
+
+def of_the_processor(target: OpOverload, args: Any, kwargs: Any) -> Any:
+    """What an overload does on the CPU: it may be a call of others, which are dispatched anew."""
+    return target._handle.redispatch_boxed(_ON_CPU, *args, **kwargs)
+
+
+_ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
 def overload_for(name: str, args: list[Any], kwargs: dict[str, Any]) -> str:
     """The overload of an ATen operator that torch would choose for arguments of these kinds, "default" for none.
 
@@ -140,6 +202,12 @@ def _check_calls() -> None:
     call_by_itself(module)
     if (answer, module(4), seen) != (3, 4, [3]):
         raise _unexpected("calls modules in another way")
+    hooked = nn.Identity()
+    hooked.register_forward_hook(lambda *_: 5)
+    with called_straight([module, hooked]):
+        straight = vars(module)[_COMPILED], vars(hooked).get(_COMPILED), module(3), hooked(3)
+    if straight != (module.forward, None, 3, 5) or vars(module).get(_COMPILED) is not None:
+        raise _unexpected("keeps hooks in another way")
     if not {"_parameters", "_buffers", "_modules", "training"} <= MODULE_FIELDS:
         raise _unexpected("keeps a module's parts in another way")
 
@@ -180,7 +248,7 @@ def _check_classes() -> None:
     of_convolutions = issubclass(nn.Conv1d, ConvolutionBase) and issubclass(nn.ConvTranspose2d, ConvolutionBase)
     if not of_norms or not of_convolutions or not issubclass(FakeTensor, torch.Tensor):
         raise _unexpected("derives its classes in another way")
-    if not issubclass(FakeTensorMode, TorchDispatchMode):
+    if not issubclass(FakeTensorMode, _TorchDispatchMode):
         raise _unexpected("makes fake tensors in another way")
 
 

@@ -2,6 +2,7 @@
 
 python -m benchmarks.speed                                   # everything, into results/speed.{json,md}
 python -m benchmarks.speed --parts scaling memory            # these parts anew, the others kept
+python -m benchmarks.speed --parts compare --models torchvision:resnet50    # this row anew, the others kept
 python -m benchmarks.speed --parts compare --models torchvision:resnet50 --print   # shown, not written
 """
 
@@ -11,7 +12,7 @@ import argparse
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from . import memory, peer
@@ -28,6 +29,7 @@ FAMILIES = {
     "resnet": [f"torchvision:resnet{depth}" for depth in (18, 34, 50, 101, 152)],
     "densenet": [f"torchvision:densenet{depth}" for depth in (121, 169, 201)],
 }
+PARTS = ("compare", "scaling", "memory", "stages")
 APART = ("fvcore", "certificate")
 
 Data = dict[str, Any]
@@ -104,51 +106,55 @@ def memory_row(name: str) -> Data:
     return {"model": name, **{what: memory.measure(name, what) for what in memory.WHAT}}
 
 
-def _progress(part: str, rows: list[Data], row: Data) -> None:
-    rows.append(row)
-    print(f"{part}: {row['model']}", flush=True)
-
-
-def measure(parts: Sequence[str], models: Sequence[str], repeats: int) -> Data:
-    """All rows of the parts asked for."""
+def measured(parts: Sequence[str], models: Sequence[str], repeats: int) -> Iterator[tuple[str, Data]]:
+    """(part, row) of the parts asked for, each as soon as it is measured."""
     peer.prune_once(randomised(memory.WARM_UP), example(memory.WARM_UP))
     ours(randomised(memory.WARM_UP))
-    data: Data = {}
+    rows: dict[str, Callable[[str], Data]] = {
+        "compare": lambda name: compare(name, repeats),
+        "memory": memory_row,
+        "stages": lambda name: {"model": name, "seconds": stages(name, repeats)},
+    }
     for part in parts:
-        rows: list[Data] = []
-        if part == "compare":
-            for name in models:
-                _progress(part, rows, compare(name, repeats))
-        elif part == "scaling":
+        if part == "scaling":
             for family, names in FAMILIES.items():
-                for name in names:
-                    _progress(part, rows, {"family": family, **scaling(name, repeats)})
-        elif part == "memory":
-            for name in models:
-                _progress(part, rows, memory_row(name))
+                yield from ((part, {"family": family, **scaling(name, repeats)}) for name in names)
         else:
-            for name in models:
-                _progress(part, rows, {"model": name, "seconds": stages(name, repeats)})
-        data[part] = {"environment": environment(), "repeats": repeats, "rows": rows}
-    return data
+            yield from ((part, rows[part](name)) for name in models)
+
+
+def with_row(part: Data, row: Data, repeats: int, on: dict[str, str]) -> Data:
+    """A part with this row in place of what there was of its model, in the order of the reference set.
+
+    Rows of other versions, of another machine or over another number of calls are left out.
+    """
+    conditions = {**part.get("environment", {}), "load": on["load"], "repeats": part.get("repeats")}
+    kept = part["rows"] if conditions == {**on, "repeats": repeats} else []
+    rows = {each["model"]: each for each in (*kept, row)}
+    names = [name for name in REFERENCE_SET if name in rows]
+    ordered = [rows[name] for name in dict.fromkeys([*names, *rows])]
+    return {"environment": on, "repeats": repeats, "rows": ordered}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write."""
-    parts = ("compare", "scaling", "memory", "stages")
+    """Measure, and write after every row, so that what was stopped goes on with the models that are left."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.split("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="what to measure")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     parser.add_argument("--models", nargs="+", default=list(REFERENCE_SET), help="names as for allocator.build")
     parser.add_argument("--repeats", type=int, default=5, help="calls that a median is taken over (default 5)")
     parser.add_argument("--print", action="store_true", help="show the tables, write nothing")
     chosen = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    data = measure(chosen.parts, chosen.models, chosen.repeats)
+    data: Data = {} if chosen.print else read("speed")
+    environments = {part: environment() for part in chosen.parts}
+    for part, row in measured(chosen.parts, chosen.models, chosen.repeats):
+        data[part] = with_row(data.get(part, {}), row, chosen.repeats, environments[part])
+        print(f"{part}: {row['model']}", flush=True)
+        if not chosen.print:
+            data = {name: data[name] for name in PARTS if name in data}
+            write("speed", data, markdown(data))
     if chosen.print:
         print(markdown(data))
-        return 0
-    data = {part: found for part in parts if (found := {**read("speed"), **data}.get(part))}
-    write("speed", data, markdown(data))
     return 0
 
 

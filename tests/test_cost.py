@@ -16,6 +16,7 @@ from torch import nn
 import allocator
 import allocator.operators  # declares what torch's tracer is to record
 from allocator.cost.fvcore import fvcore_flops
+from allocator.errors import TraceError
 from allocator.tracing.inputs import as_inputs
 
 
@@ -133,3 +134,32 @@ def test_a_rewritten_network_costs_what_fvcore_counts(name: str) -> None:
     assert result.flops_after == by_fvcore(result.model, IMAGE)
     assert result.flops_after <= before * 0.7
     assert result.flops_after < before
+
+
+@pytest.mark.parametrize("name", list(WHOLE)[::3])
+def test_fvcore_counts_the_same_where_nothing_is_computed(name: str) -> None:
+    model, shapes = WHOLE[name]
+    inputs = as_inputs(tuple(inputs_of(shapes)), model.eval())
+    assert fvcore_flops(model, inputs, computed=False) == fvcore_flops(model, inputs)
+
+
+def test_what_is_not_computed_can_be_indices_and_in_a_constant_it_is_computed() -> None:
+    def forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+        steps = (torch.arange(3) * 2 + 1).tolist()  # made of numbers alone, read as ever
+        x = F.conv2d(x, module.weight, padding=1).view(int(x.shape[0]), sum(steps), *x.shape[2:])
+        best = x.flatten(1).argmax(1)
+        table = torch.zeros(4, 6)[(x.flatten(1).sum(1) * 0).long() + best * 0]
+        x[:, 1:3] += 1
+        return torch.cat([table, x.mean((2, 3))[:, :2].relu_()], 1) @ module.last
+
+    model = Calls(forward, weight=torch.randn(9, 3, 3, 3), last=torch.randn(8, 5))
+    inputs = as_inputs(torch.randn(2, 3, 16, 16), model.eval())
+    counted = fvcore_flops(model, inputs)
+    assert fvcore_flops(model, inputs, computed=False) == counted
+    assert counted[0] > 2 * 9 * 27 * 16 * 16
+
+
+def test_a_number_that_nobody_computed_is_not_read_in_silence() -> None:
+    model = Calls(lambda m, x: x.relu() if bool(m.weight.sum() > 0) else x @ m.weight, weight=torch.randn(4, 4))
+    with pytest.raises(TraceError, match="cannot be counted without its numbers"):
+        fvcore_flops(model, as_inputs(torch.ones(2, 4), model), computed=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import warnings
@@ -12,19 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from allocator import adapters
 from allocator.errors import TraceError
 from allocator.logs import hidden
-from allocator.modules import set_training, skeleton, tensor_names
+from allocator.modules import modules_of, set_training, skeleton, tensor_names
+from allocator.torch_private import called_straight
 from allocator.tracing.inputs import Inputs
 from allocator.tracing.isolation import apart, undisturbed
 from allocator.tracing.record import tensors_in
+from allocator.tracing.uncomputed import Uncomputed
 
 # Convolutions and linear layers, as fvcore calls them.
 _LAYERS = ("conv", "linear", "addmm", "mm")
 
 
 def fvcore_flops(
-    model: nn.Module, inputs: Inputs, written: Collection[str] | None = None
+    model: nn.Module, inputs: Inputs, written: Collection[str] | None = None, *, computed: bool = True
 ) -> tuple[int, dict[str, int]]:
     """FLOPs of one eval-mode forward by `fvcore.nn.FlopCountAnalysis`.
 
@@ -32,6 +36,7 @@ def fvcore_flops(
         model: any module; a copy of it is run.
         inputs: positional example inputs.
         written: names of the parameters that the forward writes into, where that is known: no others are copied.
+        computed: False where sizes depend on no numbers, which then nobody computes; on the CPU alone.
 
     Returns:
         (total FLOPs, operators that fvcore does not count with the number of their calls). A product of a matrix
@@ -41,7 +46,7 @@ def fvcore_flops(
     Raises:
         TraceError: fvcore cannot follow or count the forward.
     """
-    counts, unsupported = _count(model, inputs, written)
+    counts, unsupported = _count(model, inputs, written, computed=computed)
     return sum(counts.values()), unsupported
 
 
@@ -56,17 +61,17 @@ def fvcore_layer_flops(model: nn.Module, inputs: Inputs) -> int:
 
 
 def _count(
-    model: nn.Module, inputs: Inputs, written: Collection[str] | None = None
+    model: nn.Module, inputs: Inputs, written: Collection[str] | None = None, *, computed: bool = True
 ) -> tuple[dict[str, int], dict[str, int]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its import touches parts of torch that are deprecated
         import fvcore.nn  # noqa: F401
 
     try:
-        return _analyse(model, inputs, written, plain=True)
+        return _analyse(model, inputs, written, plain=True, computed=computed)
     except Exception:  # of what a model returns, torch's tracer takes tensors in plain containers only
         try:
-            return _analyse(model, inputs, written, plain=False)
+            return _analyse(model, inputs, written, plain=False, computed=computed)
         except Exception as error:
             raise TraceError(
                 f"fvcore cannot count {type(model).__name__}: {type(error).__name__}: {error}; check that "
@@ -75,7 +80,7 @@ def _count(
 
 
 def _analyse(
-    model: nn.Module, inputs: Inputs, written: Collection[str] | None, *, plain: bool
+    model: nn.Module, inputs: Inputs, written: Collection[str] | None, *, plain: bool, computed: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """`plain`: the model returns what it returns itself; else the tensors alone of that."""
     from fvcore.nn import FlopCountAnalysis
@@ -86,27 +91,36 @@ def _analyse(
         return tensor.detach() if shared else tensor.detach().clone()
 
     inputs = inputs.map(torch.clone)  # a forward may write into its inputs
-    called = _Whole(set_training(skeleton(model, own), False), inputs.kwargs, plain)
-    with torch.no_grad(), undisturbed(model), hidden("fvcore.nn.jit_analysis", logging.WARNING):
+    copied = set_training(skeleton(model, own), False)
+    mode = None if computed else Uncomputed(tensor_names(copied).values())
+    called, straight = _Whole(copied, inputs.kwargs, plain, mode), called_straight(modules_of(copied).values())
+    as_traced = contextlib.nullcontext() if computed else adapters.while_tracing()
+    with torch.no_grad(), undisturbed(model), as_traced, straight, hidden("fvcore.nn.jit_analysis", logging.WARNING):
         analysis = FlopCountAnalysis(called, tuple(inputs.args))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         analysis.set_op_handle("aten::matmul", _matmul_flops, "aten::_convolution_mode", _convolution_flops)
         counts = {name: int(flops) for name, flops in analysis.by_operator().items()}
-        return counts, dict(analysis.unsupported_ops())
+    if mode is not None and mode.failed:
+        raise TraceError(f"the forward of {type(model).__name__} cannot be counted without its numbers")
+    return counts, dict(analysis.unsupported_ops())
 
 
 class _Whole(nn.Module):
     """A model as one module: fvcore passes positional arguments only, and would keep a count for every part of it."""
 
-    def __init__(self, model: nn.Module, kwargs: dict[str, object], plain: bool) -> None:
+    def __init__(
+        self, model: nn.Module, kwargs: dict[str, object], plain: bool, mode: Uncomputed | None = None
+    ) -> None:
         super().__init__()
+        self.within: Any = contextlib.nullcontext() if mode is None else mode
         self.network, self.kwargs, self.plain = (model,), kwargs, plain  # in a tuple it is no part of this module
         for i, tensor in enumerate(tensor_names(model).values()):
             fields: dict[str, Any] = self._parameters if isinstance(tensor, nn.Parameter) else self._buffers
             fields[str(i)] = tensor
 
     def forward(self, *args: object) -> object:
-        output = apart(self.network[0], *args, **self.kwargs)
+        with self.within:
+            output = apart(self.network[0], *args, **self.kwargs)
         return output if self.plain else tuple(tensors_in(output))
 
 

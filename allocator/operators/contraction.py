@@ -66,7 +66,8 @@ def _convolved(
 
 def _convolved_with_flags(*args: Any) -> torch.Tensor:
     """As `aten.convolution`, whose arguments end in flags for the choice of a kernel; torch 2.6 has none for meta."""
-    result: torch.Tensor = _ATEN.convolution.default(*args[:9])
+    plain = _convolved(*args[:9])
+    result: torch.Tensor = _ATEN.convolution.default(*args[:9]) if plain is None else plain
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,7 +26,10 @@ from allocator.rewriting.lineage import remember
 from allocator.rewriting.materialise import materialise, reset_parameters
 from allocator.scoring.registry import Data, check_criterion
 from allocator.settings import Certify, Limits, Settings, check_certify
+from allocator.tracing.inputs import device_of
+from allocator.tracing.value_sized import value_sized
 from allocator.verifying.certificate import Certificate, certify, require
+from allocator.verifying.smaller import WORTH
 
 
 def run(
@@ -108,8 +112,14 @@ def _count(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, planned: int
     Returns:
         What fvcore does not count, with the number of calls.
     """
+    written = graph.flow.trace.written()
+    if planned >= WORTH and _sizes_alone_count(graph):
+        with contextlib.suppress(TraceError):
+            counted, uncounted = fvcore_flops(small, graph.inputs, written, computed=False)
+            if counted == planned:
+                return uncounted
     try:
-        counted, uncounted = fvcore_flops(small, graph.inputs, graph.flow.trace.written())
+        counted, uncounted = fvcore_flops(small, graph.inputs, written)
     except TraceError as error:
         failed: Exception | None = error
         said, uncounted = f"fvcore cannot count the result ({first_line(error)})", {}
@@ -129,6 +139,12 @@ def _count(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, planned: int
         f"{said}; the figures are the cost model's, whose {products:,} multiply-adds torch's own counter finds too"
     )
     return uncounted
+
+
+def _sizes_alone_count(graph: ChannelGraph) -> bool:
+    """Whether no size in the forward depends on a number, as one that ran without any shows."""
+    trace = graph.flow.trace
+    return trace.mode == "meta" and not value_sized(trace) and device_of(graph.model).type == "cpu"
 
 
 def finish(

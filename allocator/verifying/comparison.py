@@ -125,7 +125,8 @@ def compare_outputs(
 
 
 def _compare(pair: _Pair) -> Comparison:
-    inputs, *others = pair.inputs()
+    others = pair.inputs()
+    inputs = next(others)
     tried = pair.tried(inputs) if len(pair.like) > 1 else pair.compare(inputs)
     if tried is None:  # what a trace on sizes alone does not see, as indices beyond a smaller image
         return _compare(replace(pair, like=pair.like[1:]))
