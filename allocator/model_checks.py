@@ -68,7 +68,7 @@ def _check_tensor(tensor: torch.Tensor, path: str, values: bool) -> None:
         )
     if tensor.is_quantized:
         raise UnsupportedModelError(f"{path} is quantised: allocate the float model, then quantise it")
-    if tensor.layout is not torch.strided or tensor.is_nested:
+    if isinstance(tensor, nn.Parameter) and (tensor.layout is not torch.strided or tensor.is_nested):
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise UnsupportedModelError(
             f"{path} is {kind}, which has no channels that could be followed: pass the model with dense weights, such "

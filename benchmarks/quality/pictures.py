@@ -67,6 +67,11 @@ def crops(pictures: list[Path], side: int, count: int, seed: int) -> Tensor:
         return torch.stack([cut(opened[i % len(opened)]) for i in range(count)])
 
 
+def by_picture(images: Tensor, pictures: int) -> Tensor:
+    """The same crops, those of one picture side by side: then what recovery holds back shows pictures of its own."""
+    return images[torch.argsort(torch.arange(len(images)) % pictures, stable=True)]
+
+
 def _opened(path: Path, side: int) -> Tensor:
     image = Image.open(path).convert("RGB")
     image.thumbnail((6 * side, 6 * side))

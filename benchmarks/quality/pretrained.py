@@ -24,7 +24,7 @@ from benchmarks.common import RESULTS  # sets one thread before torch is importe
 
 from .arms import ARMS, flops_of
 from .measure import with_batch_norm_statistics
-from .pictures import crops, find, split
+from .pictures import by_picture, crops, find, split
 from .rows import add_row, is_known
 from .task import Part
 
@@ -104,8 +104,10 @@ def likeness(model: nn.Module, images: Tensor, full: Tensor) -> dict[str, float]
     return {"agreement": same, "divergence": float(apart)}
 
 
-def row(model: nn.Module, arm: str, share: float, calibration: Part, test: Tensor, full: Tensor) -> dict[str, Any]:
-    """What one arm makes of one network."""
+def row(
+    model: nn.Module, arm: str, share: float, calibration: Part, test: Tensor, full: Tensor, together: Tensor
+) -> dict[str, Any]:
+    """What one arm makes of one network; it is recovered on the crops that lie together by picture."""
     start = time.perf_counter()
     try:
         made = ARMS[arm](model, calibration, share)
@@ -118,7 +120,7 @@ def row(model: nn.Module, arm: str, share: float, calibration: Part, test: Tenso
     found["statistics"] = likeness(with_batch_norm_statistics(small, calibration), test, full)
     if isinstance(made, allocator.Result):
         start = time.perf_counter()
-        recovered = allocator.recover(made, calibration.images)
+        recovered = allocator.recover(made, together)
         found["recovery seconds"] = time.perf_counter() - start
         found["recovered"] = likeness(recovered.model, test, full)
         found["recovery"] = recovered.recovery.to_dict()["tried"]
@@ -138,6 +140,7 @@ def main() -> None:
     parts = split(find(args.pictures))
     print({name: len(pictures) for name, pictures in parts.items()}, "pictures", flush=True)
     calibration, test = crops(parts["calibration"], SIDE, args.crops, 0), crops(parts["test"], SIDE, TEST_CROPS, 1)
+    together = by_picture(calibration, len(parts["calibration"]))
     for name in args.networks:
         model = NETWORKS[name]()
         full, part = answers(model, test), Part(calibration, answers(model, calibration).argmax(1))
@@ -146,7 +149,7 @@ def main() -> None:
                 key = {"network": name, "asked": share, "arm": arm, "crops": args.crops}
                 if is_known(ROWS, **key):
                     continue
-                add_row(ROWS, row(model, arm, share, part, test, full), **key)
+                add_row(ROWS, row(model, arm, share, part, test, full, together), **key)
 
 
 if __name__ == "__main__":
