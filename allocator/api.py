@@ -22,6 +22,7 @@ from allocator.pipeline.model import trace_model
 from allocator.pipeline.recover import asked_method, recover_result
 from allocator.pipeline.run import run
 from allocator.pipeline.sweep import Evaluate, Sweep, sweep_model
+from allocator.pipeline.trial import recovered_by_trial
 from allocator.pipeline.verify import verify_model
 from allocator.pipeline.widen import by_budgets, has_room_to_grow, widen_model
 from allocator.result import Result
@@ -29,7 +30,7 @@ from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.rewrite import rewrite as rewrite_model
 from allocator.scoring.answers import Loss
 from allocator.scoring.batches import again_and_again
-from allocator.scoring.registry import Data
+from allocator.scoring.registry import AUTO, Data
 from allocator.scoring.registry import score as score_graph
 from allocator.scoring.scores import Scores
 from allocator.settings import (
@@ -107,7 +108,8 @@ def allocate(
         criterion: what ranks neurons; see `score`. "auto" is "group_norm" without data. With data, networks by
             "fisher", "group_norm" and "activation" are made and compared with the original on up to 128 inputs, as cut
             and after batch-norm statistics, and the nearest is taken; the notes say how near each was. With `recover`
-            it is "surgeon", whose networks come back best; "fisher" where layers are too wide for its matrices.
+            networks by "fisher" and "surgeon" (where its matrices are not too large) are made and refitted, and the
+            nearest on the inputs held back is taken.
         scope: "branches" (neurons that enter a concatenation or a grouped convolution), "inner" (all but residual
             streams), "all" (which "auto" is), or "narrowest" for the narrowest of them that can meet the budgets.
         fill: spend the rest of the budgets on the next best neurons.
@@ -152,20 +154,29 @@ def allocate(
         return replace(result, model=adapters.wrapped_like(model, result.model))
     if method is not None:
         data = again_and_again(data)
-    result = run(
-        model,
-        limits,
-        example_inputs,
-        settings,
-        data=None if data is None else Data(data, loss, seed, progress),
-        recovers=method is not None,
-        weights=weights,
-        numeric=certify,
-        seed=seed,
-        progress=progress,
-    )
-    if method is not None:
-        result = recover_result(result, data, method, samples=RECOVERING.samples, seed=seed, progress=progress)
+
+    def make(criterion: Any) -> Result:
+        return run(
+            model,
+            limits,
+            example_inputs,
+            replace(settings, criterion=criterion),
+            data=None if data is None else Data(data, loss, seed, progress),
+            weights=weights,
+            numeric=certify,
+            seed=seed,
+            progress=progress,
+        )
+
+    def refit(result: Result) -> Result:
+        return recover_result(result, data, method or "auto", samples=RECOVERING.samples, seed=seed, progress=progress)
+
+    if method is None:
+        result = make(criterion)
+    elif isinstance(criterion, str) and criterion == AUTO:
+        result = recovered_by_trial(make, refit)
+    else:
+        result = refit(make(criterion))
     return replace(result, model=adapters.wrapped_like(model, result.model))
 
 

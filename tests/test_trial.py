@@ -109,13 +109,38 @@ def test_a_single_input_can_only_be_looked_at(images: Tensor) -> None:
     assert not any("by trial" in note for note in found.notes)
 
 
-@pytest.mark.parametrize(("most", "criterion"), [(surgeon.MOST, "surgeon"), (0, "fisher")])
-def test_nothing_is_tried_where_the_network_is_recovered(
-    images: Tensor, monkeypatch: pytest.MonkeyPatch, most: int, criterion: str
-) -> None:
-    monkeypatch.setattr(surgeon, "MOST", most)
+@pytest.mark.parametrize("seed", range(2))
+def test_of_those_that_are_recovered_the_nearest_is_taken(images: Tensor, seed: int) -> None:
+    model = net(seed)
+    with untouched(model):
+        found = allocator.allocate(model, "50%", example_inputs=IMAGE, data=images, recover=True)
+    alone = {
+        name: allocator.allocate(model, "50%", example_inputs=IMAGE, data=images, recover=True, criterion=name)
+        for name in trial.RECOVERED
+    }
+    after = {name: result.recovery.after for name, result in alone.items() if result.recovery is not None}
+    nearest = min(after, key=lambda name: after[name])
+    assert found.allocation.criterion == nearest
+    assert found.allocation.kept == alone[nearest].allocation.kept
+    (said,) = (note for note in found.notes if "by trial" in note)
+    figures = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.e+-]+)(?:,|\)$)", said)}
+    assert figures == pytest.approx(after, rel=0.01)
+
+
+def test_the_second_is_taken_too(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever it is: here the other way round."""
+    found = []
+    for order in (trial.RECOVERED, trial.RECOVERED[::-1]):
+        monkeypatch.setattr(trial, "RECOVERED", order)
+        made = allocator.allocate(net(0), "50%", example_inputs=IMAGE, data=images, recover=True)
+        found.append(made.allocation.criterion)
+    assert found[0] == found[1]
+
+
+def test_matrices_that_are_too_large_are_not_made(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surgeon, "MOST", 0)
     found = allocator.allocate(net(0), "50%", example_inputs=IMAGE, data=images, recover=True)
-    assert found.allocation.criterion == criterion
+    assert found.allocation.criterion == "fisher"
     assert not any("by trial" in note for note in found.notes)
 
 

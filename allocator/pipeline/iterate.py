@@ -21,11 +21,12 @@ from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.model import trace_model
 from allocator.pipeline.recover import recover_result
 from allocator.pipeline.run import run
+from allocator.pipeline.trial import RECOVERED
 from allocator.pipeline.widen import by_budgets, widen_model
 from allocator.planning.problem import Widths
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
-from allocator.scoring.registry import Data, score
+from allocator.scoring.registry import AUTO, Data, score
 from allocator.settings import RECOVERING, Certify, Limits, Settings
 from allocator.verifying.certificate import Certificate
 
@@ -109,6 +110,8 @@ def iterate_model(
     if len(schedule) > 1 and not last.met(graph.everything):  # what can't be met is said before anything is trained
         choose(graph, last, settings, score(graph, "random"))
     settings = replace(settings, at_least=Widths(settings.at_least).of(graph))
+    if recover is not None and settings.criterion == AUTO:
+        settings = replace(settings, criterion=RECOVERED[0])
     done: Iterated | None = None
     for number, far in enumerate(schedule, start=1):
         source = model if done is None else done.model
@@ -120,7 +123,6 @@ def iterate_model(
                 graph.inputs,
                 settings,
                 data=data,
-                recovers=recover is not None,
                 numeric=numeric,
                 seed=seed,
                 progress=None if progress is None else partial(_say, progress, step),

@@ -39,7 +39,6 @@ def run(
     settings: Settings,
     *,
     data: Data | None = None,
-    recovers: bool = False,
     weights: str = "keep",
     numeric: Certify = "small",
     seed: int = 0,
@@ -54,7 +53,6 @@ def run(
         example_inputs: as the caller gave them.
         settings: how neurons are chosen.
         data: what criteria may look at.
-        recovers: what is left will be refitted.
         weights: "keep" or "reset".
         numeric: compare weights and outputs too, at which size.
         seed: of the certificate's input.
@@ -76,7 +74,7 @@ def run(
         check_criterion(graph, settings.criterion)  # also where the budgets leave nothing to choose
         scores = None
         if not budgets.met(graph.everything):
-            scores, tried = suitable_scores(graph, budgets, settings, data, stored, recovers=recovers)
+            scores, tried = suitable_scores(graph, budgets, settings, data, stored)
             notes += tried
         plan = choose if "latency" not in budgets.names else choose_in_time
         fitted = plan(graph, budgets, settings, scores)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -22,6 +22,7 @@ from allocator.pipeline.choice import choose
 from allocator.recovering.batch_norm import take_statistics
 from allocator.recovering.compare import distances
 from allocator.recovering.samples import Samples, gather
+from allocator.result import Result
 from allocator.rewriting.materialise import materialise
 from allocator.scoring import ranks
 from allocator.scoring.batches import again_and_again
@@ -33,6 +34,8 @@ from allocator.tracing.isolation import undisturbed
 
 CANDIDATES = ("fisher", "group_norm", "activation")
 """The first is taken where nothing can be tried."""
+RECOVERED = ("fisher", "surgeon")
+"""Where what is left is refitted: the second knows what a refit makes up for, and misleads where data are few."""
 SAMPLES = 128
 """Inputs that the networks are compared on, at most."""
 USELESS = 1.0
@@ -40,13 +43,7 @@ USELESS = 1.0
 
 
 def suitable_scores(
-    graph: ChannelGraph,
-    budgets: Budgets,
-    settings: Settings,
-    data: Data | None,
-    stored: Stored = None,
-    *,
-    recovers: bool = False,
+    graph: ChannelGraph, budgets: Budgets, settings: Settings, data: Data | None, stored: Stored = None
 ) -> tuple[Scores, list[str]]:
     """Scores by the settings' criterion; where that is "auto" and there are data, by the best of `CANDIDATES`.
 
@@ -56,8 +53,6 @@ def suitable_scores(
         settings: how neurons are chosen.
         data: what criteria may look at, and what the networks are compared on.
         stored: as for `score`; without data.
-        recovers: what is left will be refitted. Nothing is tried then: "surgeon" knows what a refit can make up for,
-            and is taken wherever its matrices are affordable (benchmarks/results/recovery.md).
 
     Returns:
         The scores, and a note on what was tried, if anything.
@@ -65,9 +60,7 @@ def suitable_scores(
     Raises:
         UnknownNameError, CriterionError, DataError: as for `score`.
     """
-    if data is not None and recovers and settings.criterion == AUTO and affordable(graph):
-        return score(graph, "surgeon", data), []
-    if data is None or recovers or settings.criterion != AUTO or "latency" in budgets.names:
+    if data is None or settings.criterion != AUTO or "latency" in budgets.names:
         return score(graph, settings.criterion, data, stored), []
     data = replace(data, loader=again_and_again(data.loader))
     scored = score_each(graph, CANDIDATES, data, stored)
@@ -78,12 +71,39 @@ def suitable_scores(
     if not tried:
         return scored[0], []
     best = min(tried, key=lambda name: tried[name])
-    listed = ", ".join(f"{name} {tried[name]:.3g}" for name in sorted(tried, key=lambda name: tried[name]))
-    note = (
-        f"criterion {best} was chosen by trial: how far answers are from the original's on "
-        f"{samples.count + samples.held_count} inputs ({listed})"
-    )
+    count = samples.count + samples.held_count
+    note = _note(best, f"how far answers are from the original's on {count} inputs", tried)
     return next(scores for scores in scored if scores.criterion == best), [note]
+
+
+def recovered_by_trial(make: Callable[[str], Result], recover: Callable[[Result], Result]) -> Result:
+    """Of the networks by `RECOVERED`, each refitted, the nearest to the original on the inputs held back.
+
+    Args:
+        make: allocates by a criterion.
+        recover: refits a result.
+    """
+    first, second = RECOVERED
+    best = recover(make(first))
+    tried = {first: _after(best)}
+    if affordable(best.graph):
+        with contextlib.suppress(AllocatorError):
+            other = recover(make(second))
+            tried[second] = _after(other)
+            best = other if tried[second] < tried[first] else best
+    if len(tried) > 1:
+        name = min(tried, key=lambda each: tried[each])
+        best.notes.append(_note(name, "recovered, how far outputs are from the original's on inputs held back", tried))
+    return best
+
+
+def _after(result: Result) -> float:
+    return math.inf if result.recovery is None else result.recovery.after
+
+
+def _note(best: str, what: str, tried: dict[str, float]) -> str:
+    listed = ", ".join(f"{name} {tried[name]:.3g}" for name in sorted(tried, key=lambda name: tried[name]))
+    return f"criterion {best} was chosen by trial: {what} ({listed})"
 
 
 def _samples(graph: ChannelGraph, data: Data) -> Samples | None:

@@ -31,7 +31,7 @@ def markdown(rows: Sequence[Row]) -> str:
         "is bisected to within 1 % below the same FLOPs, or as near as whole channels come to it. Training, "
         "calibration and test draw from digits of their own. Where choices were tried on different numbers of "
         "networks (in brackets where a state was seen on fewer), their means do not compare; what can be told apart "
-        "is paired. With `recover=True` the default with data is `fisher`, whose row shows what comes back then."
+        "is paired. With `recover=True` the default with data is `surgeon`: recovery.md shows what comes back then."
     )
     full = errors(rows, "full", 1.0, "cut", "test")
     for name in networks:
