@@ -266,6 +266,12 @@ def test_a_network_of_five_thousand_blocks(record_property: Callable[[str, objec
 
 # ------------------------------------------------------------------------------------------ Ctrl-C
 
+PATIENT = """
+import signal, sys
+from allocator.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in the background ignore it
+sys.exit(main())
+"""
 INTERRUPTED = """
 import os, signal, sys
 from allocator import disk
@@ -276,6 +282,7 @@ def interrupted(file):
     assert any(name.endswith(".tmp") and os.path.getsize(name) for name in os.listdir()), "nothing was written yet"
     os.kill(os.getpid(), signal.SIGINT)
 disk.os.fsync = interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main())
 """
 
@@ -296,11 +303,10 @@ def test_an_interrupted_report_leaves_no_half_written_file(suffix: str, before: 
 
 
 def test_a_report_interrupted_while_it_works_writes_nothing() -> None:
-    code = "import sys; from allocator.cli import main; sys.exit(main())"
     command = [
         sys.executable,
         "-c",
-        code,
+        PATIENT,
         "report",
         "nets:many_blocks",
         "--input-size",
