@@ -20,9 +20,9 @@ from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.iterate import Iterated, even_schedule, iterate_model
 from allocator.pipeline.model import trace_model
 from allocator.pipeline.recover import asked_method, recover_result
+from allocator.pipeline.recovered import run_recovered
 from allocator.pipeline.run import run
 from allocator.pipeline.sweep import Evaluate, Sweep, sweep_model
-from allocator.pipeline.trial import recovered_by_trial
 from allocator.pipeline.verify import verify_model
 from allocator.pipeline.widen import by_budgets, has_room_to_grow, widen_model
 from allocator.result import Result
@@ -30,7 +30,7 @@ from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.rewrite import rewrite as rewrite_model
 from allocator.scoring.answers import Loss
 from allocator.scoring.batches import again_and_again
-from allocator.scoring.registry import AUTO, Data
+from allocator.scoring.registry import Data
 from allocator.scoring.registry import score as score_graph
 from allocator.scoring.scores import Scores
 from allocator.settings import (
@@ -152,31 +152,16 @@ def allocate(
         if method is not None:
             result.notes.append("nothing was dropped, so that there was nothing to recover")
         return replace(result, model=adapters.wrapped_like(model, result.model))
-    if method is not None:
-        data = again_and_again(data)
-
-    def make(criterion: Any) -> Result:
-        return run(
-            model,
-            limits,
-            example_inputs,
-            replace(settings, criterion=criterion),
-            data=None if data is None else Data(data, loss, seed, progress),
-            weights=weights,
-            numeric=certify,
-            seed=seed,
+    given = None if data is None else Data(data, loss, seed, progress)
+    if method is None or given is None:
+        result = run(
+            model, limits, example_inputs, settings, data=given, weights=weights, numeric=certify, seed=seed,
             progress=progress,
-        )
-
-    def refit(result: Result) -> Result:
-        return recover_result(result, data, method or "auto", samples=RECOVERING.samples, seed=seed, progress=progress)
-
-    if method is None:
-        result = make(criterion)
-    elif isinstance(criterion, str) and criterion == AUTO:
-        result = recovered_by_trial(make, refit)
+        )  # fmt: skip
     else:
-        result = refit(make(criterion))
+        result = run_recovered(
+            model, limits, example_inputs, settings, given, method, numeric=certify, seed=seed, progress=progress
+        )
     return replace(result, model=adapters.wrapped_like(model, result.model))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import allocator
-from allocator.pipeline import trial
+from allocator.pipeline import recovered, trial
 from allocator.recovering.samples import Samples
 from allocator.scoring import registry, surgeon
 
@@ -116,7 +116,7 @@ def test_of_those_that_are_recovered_the_nearest_is_taken(images: Tensor, seed: 
         found = allocator.allocate(model, "50%", example_inputs=IMAGE, data=images, recover=True)
     alone = {
         name: allocator.allocate(model, "50%", example_inputs=IMAGE, data=images, recover=True, criterion=name)
-        for name in trial.RECOVERED
+        for name in recovered.CANDIDATES
     }
     after = {name: result.recovery.after for name, result in alone.items() if result.recovery is not None}
     nearest = min(after, key=lambda name: after[name])
@@ -130,8 +130,8 @@ def test_of_those_that_are_recovered_the_nearest_is_taken(images: Tensor, seed: 
 def test_the_second_is_taken_too(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever it is: here the other way round."""
     found = []
-    for order in (trial.RECOVERED, trial.RECOVERED[::-1]):
-        monkeypatch.setattr(trial, "RECOVERED", order)
+    for order in (recovered.CANDIDATES, recovered.CANDIDATES[::-1]):
+        monkeypatch.setattr(recovered, "CANDIDATES", order)
         made = allocator.allocate(net(0), "50%", example_inputs=IMAGE, data=images, recover=True)
         found.append(made.allocation.criterion)
     assert found[0] == found[1]
@@ -141,6 +141,17 @@ def test_matrices_that_are_too_large_are_not_made(images: Tensor, monkeypatch: p
     monkeypatch.setattr(surgeon, "MOST", 0)
     found = allocator.allocate(net(0), "50%", example_inputs=IMAGE, data=images, recover=True)
     assert found.allocation.criterion == "fisher"
+    assert not any("by trial" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("recover", [False, True])
+def test_scores_of_ones_own_are_tried_against_nothing(images: Tensor, recover: bool) -> None:
+    """An array compared with a word is an array."""
+    model = net(0)
+    scores = np.random.default_rng(0).random(allocator.trace(model, IMAGE).size)
+    found = allocator.allocate(model, "50%", example_inputs=IMAGE, data=images, criterion=scores, recover=recover)
+    alone = allocator.allocate(model, "50%", example_inputs=IMAGE, criterion=scores)
+    assert found.allocation.kept == alone.allocation.kept
     assert not any("by trial" in note for note in found.notes)
 
 

@@ -19,15 +19,14 @@ from allocator.model_checks import check_model
 from allocator.modules import shapes_of
 from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.model import trace_model
-from allocator.pipeline.recover import recover_result
+from allocator.pipeline.recovered import run_recovered
 from allocator.pipeline.run import run
-from allocator.pipeline.trial import RECOVERED
 from allocator.pipeline.widen import by_budgets, widen_model
 from allocator.planning.problem import Widths
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
-from allocator.scoring.registry import AUTO, Data, score
-from allocator.settings import RECOVERING, Certify, Limits, Settings
+from allocator.scoring.registry import Data, score
+from allocator.settings import Certify, Limits, Settings
 from allocator.verifying.certificate import Certificate
 
 Train = Callable[[nn.Module], Any]
@@ -110,25 +109,21 @@ def iterate_model(
     if len(schedule) > 1 and not last.met(graph.everything):  # what can't be met is said before anything is trained
         choose(graph, last, settings, score(graph, "random"))
     settings = replace(settings, at_least=Widths(settings.at_least).of(graph))
-    if recover is not None and settings.criterion == AUTO:
-        settings = replace(settings, criterion=RECOVERED[0])
     done: Iterated | None = None
     for number, far in enumerate(schedule, start=1):
         source = model if done is None else done.model
         step = f"step {number} of {len(schedule)}"
         try:
-            result = run(
-                source,
-                _limits_on_the_way(last, far) if grow is None else Limits(last.first.limit * grow),
-                graph.inputs,
-                settings,
-                data=data,
-                numeric=numeric,
-                seed=seed,
-                progress=None if progress is None else partial(_say, progress, step),
-            )
-            if recover is not None and data is not None:
-                result = recover_result(result, data.loader, recover, samples=RECOVERING.samples, seed=seed)
+            limited = _limits_on_the_way(last, far) if grow is None else Limits(last.first.limit * grow)
+            how: dict[str, Any] = {
+                "numeric": numeric,
+                "seed": seed,
+                "progress": None if progress is None else partial(_say, progress, step),
+            }
+            if recover is None or data is None:
+                result = run(source, limited, graph.inputs, settings, data=data, **how)
+            else:
+                result = run_recovered(source, limited, graph.inputs, settings, data, recover, **how)
             results = [result]
             if grow is not None:
                 wider = by_budgets(Limits(flops=last.first.limit))

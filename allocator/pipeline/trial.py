@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -22,20 +22,16 @@ from allocator.pipeline.choice import choose
 from allocator.recovering.batch_norm import take_statistics
 from allocator.recovering.compare import distances
 from allocator.recovering.samples import Samples, gather
-from allocator.result import Result
 from allocator.rewriting.materialise import materialise
 from allocator.scoring import ranks
 from allocator.scoring.batches import again_and_again
-from allocator.scoring.registry import AUTO, Data, Stored, score, score_each
+from allocator.scoring.registry import Data, Stored, is_auto, score, score_each
 from allocator.scoring.scores import Scores
-from allocator.scoring.surgeon import affordable
 from allocator.settings import Settings
 from allocator.tracing.isolation import undisturbed
 
 CANDIDATES = ("fisher", "group_norm", "activation")
 """The first is taken where nothing can be tried."""
-RECOVERED = ("fisher", "surgeon")
-"""Where what is left is refitted: the second knows what a refit makes up for, and misleads where data are few."""
 SAMPLES = 128
 """Inputs that the networks are compared on, at most."""
 USELESS = 1.0
@@ -60,7 +56,7 @@ def suitable_scores(
     Raises:
         UnknownNameError, CriterionError, DataError: as for `score`.
     """
-    if data is None or settings.criterion != AUTO or "latency" in budgets.names:
+    if data is None or not is_auto(settings.criterion) or "latency" in budgets.names:
         return score(graph, settings.criterion, data, stored), []
     data = replace(data, loader=again_and_again(data.loader))
     scored = score_each(graph, CANDIDATES, data, stored)
@@ -72,38 +68,15 @@ def suitable_scores(
         return scored[0], []
     best = min(tried, key=lambda name: tried[name])
     count = samples.count + samples.held_count
-    note = _note(best, f"how far answers are from the original's on {count} inputs", tried)
+    note = trial_note(f"how far answers are from the original's on {count} inputs", tried)
     return next(scores for scores in scored if scores.criterion == best), [note]
 
 
-def recovered_by_trial(make: Callable[[str], Result], recover: Callable[[Result], Result]) -> Result:
-    """Of the networks by `RECOVERED`, each refitted, the nearest to the original on the inputs held back.
-
-    Args:
-        make: allocates by a criterion.
-        recover: refits a result.
-    """
-    first, second = RECOVERED
-    best = recover(make(first))
-    tried = {first: _after(best)}
-    if affordable(best.graph):
-        with contextlib.suppress(AllocatorError):
-            other = recover(make(second))
-            tried[second] = _after(other)
-            best = other if tried[second] < tried[first] else best
-    if len(tried) > 1:
-        name = min(tried, key=lambda each: tried[each])
-        best.notes.append(_note(name, "recovered, how far outputs are from the original's on inputs held back", tried))
-    return best
-
-
-def _after(result: Result) -> float:
-    return math.inf if result.recovery is None else result.recovery.after
-
-
-def _note(best: str, what: str, tried: dict[str, float]) -> str:
-    listed = ", ".join(f"{name} {tried[name]:.3g}" for name in sorted(tried, key=lambda name: tried[name]))
-    return f"criterion {best} was chosen by trial: {what} ({listed})"
+def trial_note(what: str, tried: dict[str, float]) -> str:
+    """Which criterion was the nearest, of those tried, and how near each was."""
+    order = sorted(tried, key=lambda name: tried[name])
+    listed = ", ".join(f"{name} {tried[name]:.3g}" for name in order)
+    return f"criterion {order[0]} was chosen by trial: {what} ({listed})"
 
 
 def _samples(graph: ChannelGraph, data: Data) -> Samples | None:

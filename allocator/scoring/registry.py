@@ -56,6 +56,11 @@ class Criterion:
 CRITERIA: dict[str, Criterion] = {}
 
 
+def is_auto(criterion: Any) -> bool:
+    """Whether it is left open what ranks neurons; arrays are compared number by number, and are no answer."""
+    return isinstance(criterion, str) and criterion == AUTO
+
+
 @dataclass(frozen=True)
 class Data:
     """What criteria may look at beside the weights.
@@ -148,7 +153,7 @@ def score(graph: ChannelGraph, criterion: Any = AUTO, data: Data | None = None, 
     if isinstance(criterion, Mapping):
         return _checked(graph, "own", _by_parameter(graph, criterion))
     if isinstance(criterion, str):
-        return _by_names(graph, (usual_criterion(data) if criterion == AUTO else criterion,), data, stored)
+        return _by_names(graph, (usual_criterion(data) if is_auto(criterion) else criterion,), data, stored)
     if isinstance(criterion, Sequence) and criterion and all(isinstance(name, str) for name in criterion):
         return _by_names(graph, tuple(criterion), data, stored)
     if callable(criterion):
