@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import allocator
 from allocator.cost.budget import Budget, Budgets
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.planning import hubs
 from allocator.planning.bound import upper_bound
 from allocator.planning.classes import classes_of
-from allocator.planning.hubs import by_hubs
 from allocator.planning.planes import by_planes
 from allocator.planning.policies.registry import POLICIES
 from allocator.planning.problem import Problem, forced_neurons, free_neurons
@@ -172,7 +172,7 @@ def test_layers_that_hubs_tie_together_are_bounded_nearly_as_in_the_best_mix_of_
         asked = problem(graph, 0.45, seed)
         classes = classes_of(asked, asked.budgets.each[0])
         assert classes is not None
-        found = by_hubs(classes)
+        found = hubs.by_hubs(classes)
         assert found is not None
         mixed = mix_of_plans(asked)
         assert mixed - 1e-9 <= found + classes.kept <= 1.01 * mixed
@@ -242,3 +242,15 @@ def test_gaps_on_the_reference_set(scope: str) -> None:
     assert all(gap is not None and gap >= -1e-9 for gap in gaps.values()), gaps
     assert len(gaps) >= 14, gaps  # streams of HRNet-W18-small alone cost more than half
     assert all(gap is not None and gap <= 0.0005 for gap in gaps.values()), gaps
+
+
+def test_what_a_wide_tree_comes_to_is_bounded_between_few_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines between some values of a convex function lie on or above it, and with many of them close to it."""
+    own = np.cumsum(np.sort(np.random.default_rng(0).lognormal(size=(3, 200)))[:, ::-1], axis=1)
+    exact = hubs._answer(own, 0.01, 300)
+    monkeypatch.setattr(hubs, "EXACT", 0)
+    bounded = hubs._answer(own, 0.01, 300)
+    assert bounded.shape == exact.shape == (3, 300)
+    assert (bounded >= exact - 1e-9).all()
+    assert (bounded <= 1.01 * exact + 1e-9).all()
+    assert (bounded > exact + 1e-9).any()
