@@ -247,10 +247,12 @@ def test_gaps_on_the_reference_set(scope: str) -> None:
 def test_what_a_wide_tree_comes_to_is_bounded_between_few_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines between some values of a convex function lie on or above it, and with many of them close to it."""
     own = np.cumsum(np.sort(np.random.default_rng(0).lognormal(size=(3, 200)))[:, ::-1], axis=1)
-    exact = hubs._answer(own, 0.01, 300)
-    monkeypatch.setattr(hubs, "EXACT", 0)
-    bounded = hubs._answer(own, 0.01, 300)
+    found = []
+    for most in (np.inf, 0):
+        monkeypatch.setattr(hubs, "EXACT", most)
+        found.append(hubs._answer(own, 0.01, 300))
+    exact, bounded = found
     assert bounded.shape == exact.shape == (3, 300)
     assert (bounded >= exact - 1e-9).all()
-    assert (bounded <= 1.01 * exact + 1e-9).all()
+    assert (bounded <= 1.02 * exact).all()
     assert (bounded > exact + 1e-9).any()
