@@ -127,6 +127,23 @@ def test_of_those_that_are_recovered_the_nearest_is_taken(images: Tensor, seed: 
     assert figures == pytest.approx(after, rel=0.01)
 
 
+@pytest.mark.parametrize("batch", [5, 48])
+def test_criteria_do_not_see_what_is_held_back_to_judge_by(images: Tensor, batch: int) -> None:
+    seen: set[int] = set()
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        assert len(output) == len(target)
+        seen.update(target.tolist())
+        return F.cross_entropy(output, target % 5)
+
+    data = list(zip(images.split(batch), torch.arange(len(images)).split(batch), strict=True))
+    found = allocator.allocate(net(0), "50%", data=data, loss=loss, recover="least_squares")
+    assert found.recovery is not None
+    assert (found.recovery.inputs, found.recovery.held) == (len(seen), len(images) - len(seen))
+    assert found.recovery.held > 0
+    assert found.graph.inputs.tensors()[0].shape == images[:1].shape  # the size of the data
+
+
 def test_the_second_is_taken_too(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever it is: here the other way round."""
     found = []

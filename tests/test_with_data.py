@@ -15,8 +15,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import allocator
-from allocator.scoring.batches import first_sample
+from allocator.scoring.answers import own_answers
+from allocator.scoring.batches import Batch, first_sample
 from allocator.scoring.calibration import CHUNK
+from allocator.scoring.calibration import _noise as noise_of
+from allocator.tracing.inputs import Inputs
 
 IMAGE = torch.zeros(1, 3, 12, 12)
 
@@ -61,8 +64,12 @@ def by_gates(model: Net, images: Tensor, loss: Callable[[Tensor, Any], Tensor], 
     for start in range(0, len(images), CHUNK):
         gates = torch.ones(8, requires_grad=True), torch.ones(6, requires_grad=True)
         output = model.gated(images[start : start + CHUNK], *gates)
-        target = output.detach().argmax(1) if labels is None else labels[start : start + CHUNK]
-        rows.append(torch.cat(torch.autograd.grad(loss(output, target), gates)))
+        chunk = images[start : start + CHUNK]
+        if labels is None:
+            value = own_answers(output, noise_of(Batch(Inputs((chunk,))), 0), "shaken")
+        else:
+            value = loss(output, labels[start : start + CHUNK])
+        rows.append(torch.cat(torch.autograd.grad(value, gates)))
     return (torch.stack(rows).square().mean(0) / 2).double().numpy()
 
 
@@ -77,6 +84,32 @@ def test_fisher_is_the_squared_gradient_of_a_gate(model: Net, images: Tensor, la
             scores = allocator.score(graph, "fisher", [(images, labels)], F.cross_entropy)
     np.testing.assert_allclose(scores.values, by_gates(model, images, F.cross_entropy, labels), rtol=1e-3, atol=1e-9)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_shaken_answer_speaks_for_every_class() -> None:
+    """On average over the noise: the squared gradient of a certain answer, and as much for each of the others."""
+    logits = torch.tensor([[9.0, 0.0, 1.0, -2.0]], requires_grad=True)
+    squares = torch.zeros(4)
+    generator, draws = torch.Generator().manual_seed(0), 4000
+    for _ in range(draws):
+        (found,) = torch.autograd.grad(own_answers(logits, generator, "shaken"), logits)
+        assert abs(float(found.sum())) < 1e-5  # a rise of all logits says nothing
+        squares += found[0].square() / draws
+    certain = logits.detach()[0].softmax(0) - torch.tensor([1.0, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(squares, certain.square() + (1 - 1 / 4) / 4, rtol=0.1, atol=0)
+
+
+def test_what_speaks_for_a_class_that_no_input_shows_counts() -> None:
+    """Two neurons, one for each of two classes; the model is certain that all inputs are of the first."""
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2) + 0.1)
+        model[0].bias.fill_(1.0)
+        model[2].weight.copy_(torch.tensor([[30.0, 0.02], [0.01, 5.0], [0.02, 0.01]]))
+        model[2].bias.zero_()
+    x = torch.rand(64, 2, generator=torch.Generator().manual_seed(0))
+    first, second = allocator.score(allocator.trace(model, x[:1]), "fisher", x).values
+    assert second > 0.01 * first > 0
 
 
 def test_answers_that_are_no_classes_stand_in_by_noise(model: Net, images: Tensor) -> None:

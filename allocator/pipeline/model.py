@@ -40,10 +40,7 @@ def trace_model(
             there are equally many each, whatever the settings say.
     """
     settings = settings.checked()
-    sampled = example_inputs is None and data is not None and not is_size_known(model)
-    if sampled:
-        example_inputs = first_sample(data, model)
-    inputs = as_inputs(example_inputs, model)
+    inputs, sampled = inputs_to_trace(model, example_inputs, data)
     options = options_of(settings)
     if growing:
         options = replace(options, renumbers=False, norms="even")
@@ -61,6 +58,14 @@ def trace_model(
         warn(message, ValueDependentTraceWarning)
         graph.notes.append(message)
     return graph
+
+
+def inputs_to_trace(model: nn.Module, example_inputs: Any, data: Any) -> tuple[Inputs, bool]:
+    """What a model is traced with, and whether that is the first sample of the data; see `trace_model`."""
+    sampled = example_inputs is None and data is not None and not is_size_known(model)
+    if sampled:
+        example_inputs = first_sample(data, model)
+    return as_inputs(example_inputs, model), sampled
 
 
 def options_of(settings: Settings) -> Options:

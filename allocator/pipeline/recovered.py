@@ -11,9 +11,12 @@ from torch import nn
 
 from allocator.clock import Progress
 from allocator.errors import AllocatorError
+from allocator.model_checks import check_model
+from allocator.pipeline.model import inputs_to_trace
 from allocator.pipeline.recover import recover_result
 from allocator.pipeline.run import run
 from allocator.pipeline.trial import trial_note
+from allocator.recovering.samples import gather
 from allocator.result import Result
 from allocator.scoring.batches import again_and_again
 from allocator.scoring.registry import Data, is_auto
@@ -38,15 +41,21 @@ def run_recovered(
 ) -> Result:
     """As `run`, and what is left is refitted on the data.
 
-    Where the criterion is "auto", networks by `CANDIDATES` are made and refitted, and the one that is nearer to the
-    original on the inputs held back is given; the second only where its matrices are affordable.
+    Criteria look at what the refit looks at, and neither at what is held back to judge by: on inputs that had a say in
+    what goes, little seems to be lost. Where the criterion is "auto", networks by `CANDIDATES` are made and refitted,
+    and the one that is nearer to the original on the inputs held back is given; the second only where its matrices are
+    affordable.
 
     Args:
         model, limits, example_inputs, settings, numeric, seed, progress: as for `run`.
         data: what criteria look at, and what is refitted on.
         method: of refitting.
     """
-    data = replace(data, loader=again_and_again(data.loader))
+    model = check_model(model, values=True)
+    loader = again_and_again(data.loader)
+    inputs, _ = inputs_to_trace(model, example_inputs, loader)
+    samples = gather(loader, model, inputs, RECOVERING.samples, progress, targets=data.loss is not None)
+    seen = replace(data, loader=samples.batches)
 
     def made(criterion: Any) -> Result:
         result = run(
@@ -54,12 +63,12 @@ def run_recovered(
             limits,
             example_inputs,
             replace(settings, criterion=criterion),
-            data=data,
+            data=seen,
             numeric=numeric,
             seed=seed,
             progress=progress,
         )
-        return recover_result(result, data.loader, method, samples=RECOVERING.samples, seed=seed, progress=progress)
+        return recover_result(result, samples, method, samples=RECOVERING.samples, seed=seed, progress=progress)
 
     if not is_auto(settings.criterion):
         return made(settings.criterion)

@@ -78,7 +78,7 @@ def recover(
         graph: the original's neurons.
         kept: (neurons,) bool, which of them `small` has.
         small: the smaller network; not changed.
-        data: as for `allocator.recover`.
+        data: as for `allocator.recover`; or what was gathered of it.
         method: its name.
         samples: inputs to look at.
         seed: of the positions that are looked at.
@@ -96,7 +96,7 @@ def recover(
             stays=stays,
             readers=readers,
             left=left,
-            samples=gather(data, graph.model, graph.inputs, samples, progress),
+            samples=data if isinstance(data, Samples) else gather(data, graph.model, graph.inputs, samples, progress),
             seed=seed,
             progress=progress,
         )

@@ -30,15 +30,25 @@ class Samples:
         seen: to fit.
         held: to judge by.
         count, held_count: how many inputs these are.
+        batches: those to fit with what came with them, for criteria to look at.
     """
 
     seen: tuple[Inputs, ...]
     held: tuple[Inputs, ...]
     count: int
     held_count: int
+    batches: tuple[Batch, ...] = ()
 
 
-def gather(data: Any, model: nn.Module, example: Inputs, most: int, progress: Progress | None = None) -> Samples:
+def gather(
+    data: Any,
+    model: nn.Module,
+    example: Inputs,
+    most: int,
+    progress: Progress | None = None,
+    *,
+    targets: bool = False,
+) -> Samples:
     """Read the caller's data, up to so many inputs.
 
     Neighbours go into the same part, since crops of one picture often stand side by side.
@@ -49,31 +59,32 @@ def gather(data: Any, model: nn.Module, example: Inputs, most: int, progress: Pr
         example: the inputs that it was traced with.
         most: inputs to take.
         progress: called with how far it is.
+        targets: keep what came with the inputs.
 
     Raises:
         DataError: there is none, only one, one that is not finite, or all are the same.
     """
     if data is None:
         raise DataError("there are no data: a few hundred inputs without labels are enough")
-    found: list[Inputs] = []
+    found: list[Batch] = []
     count = 0
     with bar("reading the data", progress) as advance:
         for batch in batches(data, model, example):
             (batch, *_) = batch.chunks(max(most - count, 1))
             _check_finite(batch.inputs)
-            found.append(batch.inputs)
+            found.append(batch if targets else Batch(batch.inputs))
             count += batch.size
             advance(f"{count} inputs")
             if count >= most:
                 break
-    _check_varied(found, count)
+    _check_varied([batch.inputs for batch in found], count)
     parts = _parts(found, max(min(LEAST, count // 4), -(-count // PARTS), 1))
     if len(parts) < 2:
         raise DataError(f"the data hold {count} inputs in one batch that cannot be parted: give several batches")
-    held = tuple(part for i, part in enumerate(parts) if i % HELD == 1)
+    held = tuple(part.inputs for i, part in enumerate(parts) if i % HELD == 1)
     seen = tuple(part for i, part in enumerate(parts) if i % HELD != 1)
     held_count = sum(map(size_of, held))
-    return Samples(seen, held, count - held_count, held_count)
+    return Samples(tuple(part.inputs for part in seen), held, count - held_count, held_count, seen)
 
 
 def size_of(inputs: Inputs) -> int:
@@ -96,38 +107,38 @@ def _check_varied(found: list[Inputs], count: int) -> None:
         raise DataError(f"all {count} inputs are the same number throughout: nothing can be learned from them")
 
 
-def _parts(found: list[Inputs], size: int) -> list[Inputs]:
+def _parts(found: list[Batch], size: int) -> list[Batch]:
     """Parts of about this many inputs, put together from neighbours where batches are smaller than that."""
-    parts: list[Inputs] = []
-    waiting: list[Inputs] = []
-    for inputs in found:
-        if waiting and _kind(waiting[0]) != _kind(inputs):
+    parts: list[Batch] = []
+    waiting: list[Batch] = []
+    for batch in found:
+        if waiting and _kind(waiting[0]) != _kind(batch):
             parts.append(_joined(waiting))
             waiting = []
-        waiting.append(inputs)
-        if sum(map(size_of, waiting)) >= size:
-            *whole, last = _cut(_joined(waiting), size)
-            waiting = [last] if size_of(last) < size else []
+        waiting.append(batch)
+        if sum(each.size for each in waiting) >= size:
+            *whole, last = _joined(waiting).chunks(size)
+            waiting = [last] if last.size < size else []
             parts += [*whole, *([] if waiting else [last])]
     if waiting and len(parts) > 1 and _kind(parts[-1]) == _kind(waiting[0]):  # a few more are no part of their own
         waiting.insert(0, parts.pop())
     return [*parts, *([_joined(waiting)] if waiting else [])]
 
 
-def _kind(inputs: Inputs) -> Any:
-    """Equal for inputs that can be put together in one batch."""
-    leaves, structure = tree_flatten((inputs.args, inputs.kwargs))
+def _tree(batch: Batch) -> Any:
+    return batch.inputs.args, batch.inputs.kwargs, batch.target
+
+
+def _kind(batch: Batch) -> Any:
+    """Equal for what can be put together in one batch."""
+    leaves, structure = tree_flatten(_tree(batch))
     return structure, [(t.shape[1:], t.dtype) if isinstance(t, torch.Tensor) and t.dim() else t for t in leaves]
 
 
-def _joined(several: list[Inputs]) -> Inputs:
+def _joined(several: list[Batch]) -> Batch:
     if len(several) == 1:
         return several[0]
-    flat = zip(*(tree_flatten((inputs.args, inputs.kwargs))[0] for inputs in several), strict=True)
+    flat = zip(*(tree_flatten(_tree(batch))[0] for batch in several), strict=True)
     joined = (torch.cat(each) if isinstance(each[0], torch.Tensor) and each[0].dim() else each[0] for each in flat)
-    args, kwargs = tree_map(lambda _: next(joined), (several[0].args, several[0].kwargs))
-    return Inputs(args, kwargs)
-
-
-def _cut(inputs: Inputs, size: int) -> list[Inputs]:
-    return [batch.inputs for batch in Batch(inputs).chunks(size)]
+    args, kwargs, target = tree_map(lambda _: next(joined), _tree(several[0]))
+    return Batch(Inputs(args, kwargs), target)

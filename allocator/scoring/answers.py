@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional
@@ -14,10 +14,13 @@ from allocator.tracing.record import tensors_in
 
 Loss = Callable[[Any, Any], torch.Tensor]
 """(the model's output, the batch's target) to a scalar."""
+Answer = Literal["likeliest", "shaken", "drawn"]
+"""What stands in for a label: the class that the model takes for right; this, and every other class a little; or one
+that is drawn."""
 
 
 def loss_of(
-    output: Any, batch: Batch, loss: Loss | None, generator: torch.Generator, *, drawn: bool = False
+    output: Any, batch: Batch, loss: Loss | None, generator: torch.Generator, answer: Answer = "likeliest"
 ) -> torch.Tensor:
     """A scalar whose gradient tells what a change of the output costs.
 
@@ -26,13 +29,13 @@ def loss_of(
         batch: what it was given.
         loss: the caller's, called with the output and the batch's target; None for the model's own answers.
         generator: of the noise that stands in for answers that are no classes, and of classes that are drawn.
-        drawn: as for `own_answers`.
+        answer: as for `own_answers`.
 
     Raises:
         DataError: the loss raised, or is not a finite scalar.
     """
     if loss is None:
-        value = own_answers(output, generator, drawn=drawn)
+        value = own_answers(output, generator, answer)
     else:
         try:
             value = loss(output, batch.target)
@@ -47,34 +50,46 @@ def loss_of(
     return value.reshape(())
 
 
-def own_answers(output: Any, generator: torch.Generator, *, drawn: bool = False) -> torch.Tensor:
+def own_answers(output: Any, generator: torch.Generator, answer: Answer = "likeliest") -> torch.Tensor:
     """A loss without labels: how far the output is from what it is.
 
-    Of logits, cross-entropy with the class that the model takes for right; or, where it is `drawn`, with one that is as
-    likely as the model says, so that the mean square of its gradient is what the divergence from the model bends. Of
-    anything else, the output times noise, whose squared gradient is, on average, what the sum of squared errors loses
-    (Gauss-Newton).
+    Of logits, cross-entropy with the class that the model takes for right. Where the logits are to be "shaken", noise
+    whose mean square is one over all classes is added: a few inputs show a few classes, of which the model is certain,
+    and its gradient would be that of these alone. Or, where the answer is to be "drawn", cross-entropy with a class
+    that is as likely as the model says, so that the mean square of its gradient is what the divergence from the model
+    bends. Of anything else, the output times noise, whose squared gradient is, on average, what the sum of squared
+    errors loses (Gauss-Newton).
     """
     logits = getattr(output, "logits", None)
     tensors = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
     if not tensors:
         raise DataError(f"the model's output, {a_kind(output)}, has no floating-point tensor to learn from")
     if isinstance(logits, torch.Tensor) and logits.dim() >= 2:
-        return _cross_entropy(logits.reshape(-1, logits.shape[-1]), generator if drawn else None)
+        return _of_logits(logits.reshape(-1, logits.shape[-1]), generator, answer)
     if len(tensors) == 1 and tensors[0].dim() == 2 and tensors[0].shape[1] > 1:
-        return _cross_entropy(tensors[0], generator if drawn else None)
+        return _of_logits(tensors[0], generator, answer)
     total = tensors[0].new_zeros(())
     for tensor in tensors:
-        noise = torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+        noise = _noise(tensor, generator)
         spread = tensor.detach().float().std().clamp_min(1e-12) if tensor.numel() > 1 else 1.0
         total = total + (tensor * noise).sum() / (spread * max(tensor.numel(), 1) ** 0.5)
     return total
 
 
-def _cross_entropy(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """With the likeliest class, or with one that is drawn."""
-    if generator is None:
-        return functional.cross_entropy(logits, logits.detach().argmax(-1))
-    likely = logits.detach().float().softmax(-1).cpu()
-    classes = torch.multinomial(likely, 1, generator=generator)[:, 0]
-    return functional.cross_entropy(logits, classes.to(logits.device))
+def _of_logits(logits: torch.Tensor, generator: torch.Generator, answer: Answer) -> torch.Tensor:
+    """Mean over (n, classes) rows."""
+    if answer == "drawn":
+        likely = logits.detach().float().softmax(-1).cpu()
+        classes = torch.multinomial(likely, 1, generator=generator)[:, 0]
+        return functional.cross_entropy(logits, classes.to(logits.device))
+    value = functional.cross_entropy(logits, logits.detach().argmax(-1))
+    if answer == "shaken":
+        noise = _noise(logits, generator)
+        noise = noise - noise.mean(1, keepdim=True)  # all logits raised alike say the same
+        value = value + (logits * noise).sum() / logits.shape[1] ** 0.5 / len(logits)
+    return value
+
+
+def _noise(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal, drawn on the CPU for any device."""
+    return torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)

@@ -54,7 +54,8 @@ def batches(data: Any, model: nn.Module, example: Inputs) -> Iterator[Batch]:
 
     Args:
         data: a tensor of inputs, a dict of them by name; or an iterable of tensors, of tuples of arguments, of
-            (inputs, target) pairs, or of dicts, as torch's, Hugging Face's and Ultralytics' loaders give them.
+            (inputs, target) pairs, or of dicts, as torch's, Hugging Face's and Ultralytics' loaders give them; or of
+            batches that this gave.
         model: what they are for.
         example: the inputs that it was traced with, which tell how many arguments it takes.
 
@@ -116,7 +117,9 @@ def first_sample(data: Any, model: nn.Module) -> Inputs | None:
         if isinstance(data, Iterator) or not isinstance(data, Iterable):
             return None
         data = next(iter(data), None)
-    if isinstance(data, (tuple, list)) and data and _needs_one(model):
+    if isinstance(data, Batch):
+        data = data.inputs.args[0] if len(data.inputs.args) == 1 and not data.inputs.kwargs else None
+    elif isinstance(data, (tuple, list)) and data and _needs_one(model):
         data = data[0]
     if not isinstance(data, torch.Tensor) or not data.dim() or not data.is_floating_point() or not data.numel():
         return None
@@ -136,6 +139,8 @@ def again_and_again(data: Any) -> Any:
 
 
 def _as_batch(item: Any, model: nn.Module, example: Inputs) -> Batch:
+    if isinstance(item, Batch):
+        return item
     if isinstance(item, torch.Tensor):
         return Batch(Inputs((item,)))
     if isinstance(item, Mapping):

@@ -17,7 +17,7 @@ from allocator.errors import CriterionError, DataError, first_line
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import set_training, skeleton, tensor_names
 from allocator.scoring import ranks
-from allocator.scoring.answers import Loss, loss_of
+from allocator.scoring.answers import Answer, Loss, loss_of
 from allocator.scoring.batches import Batch, batches, outputs_of
 from allocator.scoring.curvature import Curvature, Dim
 from allocator.torch_private import TorchDispatchMode
@@ -267,18 +267,18 @@ class _Look:
             stack.enter_context(torch.set_grad_enabled(learns))
             output = outputs_of(self.shadow, batch.inputs)
         if self.gradients is not None:
-            value = self._loss(output, batch)
+            value = self._loss(output, batch, "shaken")
             if not value.requires_grad:  # of none of the weights that hold neurons, which no call may read
                 _check_that_any_weight_counts(self.shadow, batch, self.loss, self.seed)
             self.gradients.add(value, again=self.curvature is not None)
         if self.curvature is not None and self.reader is not None:
-            value = self._loss(output, batch, drawn=True)
+            value = self._loss(output, batch, "drawn")
             if value.requires_grad:
                 self.curvature.add(value, self.reader.moments, batch.size)
 
-    def _loss(self, output: Any, batch: Batch, *, drawn: bool = False) -> torch.Tensor:
+    def _loss(self, output: Any, batch: Batch, answer: Answer) -> torch.Tensor:
         with torch.enable_grad():
-            return loss_of(output, batch, self.loss, _noise(batch, self.seed), drawn=drawn)
+            return loss_of(output, batch, self.loss, _noise(batch, self.seed), answer)
 
 
 def _check_that_any_weight_counts(shadow: nn.Module, batch: Batch, loss: Loss | None, seed: int) -> None:
