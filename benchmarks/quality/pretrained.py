@@ -24,12 +24,12 @@ from benchmarks.common import RESULTS  # sets one thread before torch is importe
 
 from .arms import ARMS, flops_of
 from .measure import with_batch_norm_statistics
-from .pictures import by_picture, crops, find, more, split
+from .pictures import by_picture, crops, find, split
 from .rows import add_row, is_known
 from .task import Part
 
 ROWS = RESULTS / "quality_pretrained.jsonl"
-"""One line per network, share, arm and number of calibration crops and pictures."""
+"""One line per network, share, arm and number of calibration crops."""
 SIDE = 128
 TEST_CROPS = 240
 SHARES = (0.9, 0.8)
@@ -134,25 +134,19 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--crops", type=int, default=512, help="for calibration")
-    parser.add_argument("--pictures", type=Path, help="a folder of more photographs, half of them for the test")
-    parser.add_argument("--more", type=Path, help="a folder of more for calibration alone")
-    parser.add_argument("--most", type=int, default=30, help="pictures for calibration")
+    parser.add_argument("--pictures", type=Path, help="a folder of more photographs")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     parts = split(find(args.pictures))
-    if args.more is not None:
-        parts.update(more(args.more, parts))
-    parts["calibration"] = parts["calibration"][: args.most]
     print({name: len(pictures) for name, pictures in parts.items()}, "pictures", flush=True)
     calibration, test = crops(parts["calibration"], SIDE, args.crops, 0), crops(parts["test"], SIDE, TEST_CROPS, 1)
-    pictures = len(parts["calibration"])
-    together = by_picture(calibration, pictures)
+    together = by_picture(calibration, len(parts["calibration"]))
     for name in args.networks:
         model = NETWORKS[name]()
         full, part = answers(model, test), Part(calibration, answers(model, calibration).argmax(1))
         for share in args.shares:
             for arm in args.arms:
-                key = {"network": name, "asked": share, "arm": arm, "crops": args.crops, "pictures": pictures}
+                key = {"network": name, "asked": share, "arm": arm, "crops": args.crops}
                 if is_known(ROWS, **key):
                     continue
                 add_row(ROWS, row(model, arm, share, part, test, full, together), **key)
