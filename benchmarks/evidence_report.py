@@ -165,9 +165,9 @@ def _task() -> str:
 
 def _counted() -> str:
     return (
-        "A learned allocation costs the training of the seed network too. In the same time an even one can be trained for "
-        "twice as long. The two arms beside it were thought of once the rows above were there: their differences from it "
-        "are no part of what was fixed, and are corrected for the two."
+        "A learned allocation costs the training of the seed network too. In the same time an even one can be trained "
+        "for twice as long. The two arms beside it were thought of once the rows above were there: their differences "
+        "from it are no part of what was fixed, and are corrected for the two."
     )
 
 
