@@ -171,9 +171,7 @@ def _counted() -> str:
     )
 
 
-def errors(
-    rows: Sequence[Row], share: float, arms: Sequence[str], found: Sequence[Contrast], than: str = OURS
-) -> str:
+def errors(rows: Sequence[Row], share: float, arms: Sequence[str], found: Sequence[Contrast], than: str = OURS) -> str:
     """One budget's table, with the differences from an arm."""
     lines = []
     for arm in arms:
