@@ -11,11 +11,10 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import allocator
@@ -54,9 +53,10 @@ def _peer(importance: Callable[[Any], Any], how: str, *, labels: bool = False) -
         image = part.images[:1]
         budget = share * fvcore_flops(model, Inputs((image,)))[0]
         low, high, best, most = 0.0, 1.0, None, 0
+        gradients = _gradients(model, part) if labels else []
         for _ in range(MOST_TRIES):
             ratio = (low + high) / 2
-            small = _pruned(model, part, importance, how, ratio, labels)
+            small = _pruned(model, part, importance, how, ratio, gradients)
             flops = fvcore_flops(small, Inputs((image,)))[0]
             if most < flops <= budget:
                 best, most = small, flops
@@ -73,8 +73,20 @@ def _peer(importance: Callable[[Any], Any], how: str, *, labels: bool = False) -
     return choose
 
 
+def _gradients(model: nn.Module, part: Part) -> list[Tensor | None]:
+    """By parameter, of the loss on the labelled images: the same at every ratio."""
+    model = copy.deepcopy(model).eval()
+    F.cross_entropy(model(part.images[:CALIBRATION]), part.labels[:CALIBRATION]).backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
 def _pruned(
-    model: nn.Module, part: Part, importance: Callable[[Any], Any], how: str, ratio: float, labels: bool
+    model: nn.Module,
+    part: Part,
+    importance: Callable[[Any], Any],
+    how: str,
+    ratio: float,
+    gradients: Sequence[Tensor | None],
 ) -> nn.Module:
     import torch_pruning as tp
 
@@ -92,8 +104,8 @@ def _pruned(
             pruning_ratio=ratio,
             ignored_layers=heads,
         )
-        if labels:
-            F.cross_entropy(small(part.images[:CALIBRATION]), part.labels[:CALIBRATION]).backward()
+        for parameter, gradient in zip(small.parameters(), gradients, strict=False):
+            parameter.grad = None if gradient is None else gradient.clone()
         pruner.step()
     small.zero_grad()
     return small
@@ -145,6 +157,6 @@ PEERS = _peers()
 ARMS = {**OURS, **PEERS}
 
 
-def flops_of(model: nn.Module, image: torch.Tensor) -> int:
+def flops_of(model: nn.Module, image: Tensor) -> int:
     """By fvcore."""
     return fvcore_flops(model, Inputs((image,)))[0]
