@@ -101,7 +101,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"Chosen, and recovered, on {CROPS} crops of so many photographs. The first 30 are of the same sources as the "
         f"{TEST_CROPS} crops of 29 others that are the test; those that were added show animals, tools, buildings and "
         f"things before white, and as many crops of {VALIDATION} others of that kind are the second judge. Good to "
-        "about 5 points, as crops of one picture are alike. With the likeliest class alone, 512 crops were refitted on.",
+        "about 5 points, as crops of one picture are alike. With the likeliest class alone, 512 were refitted on; "
+        "the second judge had a say in how `fisher` counts the others.",
         "",
     ]
     lines = [
