@@ -179,8 +179,8 @@ class Recovering:
     memory: Annotated[
         Limit,
         Option(
-            "bytes that what forwards hold while they wait for each other may take, such as 2e9 or 2GB; the rest lies in "
-            "a temporary file. Left out, half of what is free",
+            "bytes that what forwards hold while they wait for each other may take, such as 2e9 or 2GB; the rest lies "
+            "in a temporary file. Left out, half of what is free",
             metavar="N",
         ),
     ] = None

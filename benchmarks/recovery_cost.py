@@ -6,8 +6,8 @@
 Networks of the reference set at 224 pixels lose half of their FLOPs without data, and are refitted on images of noise:
 what they hold makes no difference to what it costs. Memory is the kernel's high-water mark above the model, as in
 `benchmarks.memory`; what `fold` takes, which makes no matrix of inputs by inputs, tells what the forwards hold. Where
-all that waits lies in a file (`memory=0`), the system's cache of that file is not counted: it gives way to whoever needs
-memory. A run that is in the results already is not made again.
+all that waits lies in a file (`memory=0`), the system's cache of that file is not counted: it gives way to whoever
+needs memory. A run that is in the results already is not made again.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Shelf:
         self.left = limit
         self.written = 0
         self._file: IO[bytes] | None = None
-        self._between = torch.empty(BETWEEN, dtype=torch.uint8)  # an array of a storage itself would hold it fast
+        self._between = torch.empty(0, dtype=torch.uint8)  # an array of a storage itself would hold that fast
         self._gaps = Gaps()
         self._laid: dict[StorageReference, _Laid] = {}
 
@@ -148,9 +148,10 @@ class Shelf:
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - `close` ends it
+                self._between = torch.empty(BETWEEN, dtype=torch.uint8)
             self._file.seek(start)
             for part in data.split(len(self._between)):
-                view = memoryview(self._between[: len(part)].copy_(part).numpy())
+                view = self._between[: len(part)].copy_(part).numpy().data
                 while view:
                     view = view[self._file.write(view) :]
         except OSError as error:
@@ -168,7 +169,7 @@ class Shelf:
         self._file.seek(start)
         for part in data.split(len(self._between)):
             here = self._between[: len(part)]
-            view = memoryview(here.numpy())
+            view = here.numpy().data
             while view:
                 count = self._file.readinto(view)  # type: ignore[attr-defined]
                 if not count:

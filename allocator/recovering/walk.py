@@ -80,7 +80,7 @@ class Walk:
     Args:
         model: in eval mode.
         inputs: of this forward.
-        watched: names of the weights to wait at, before the layer runs; and whether to wait at the sum that follows too.
+        watched: names of the weights to wait at, before the layer runs; and whether at the sum that follows too.
         after: wait once more after the layer ran.
         shelf: where what it holds may lie; None for one of its own, in memory.
 
