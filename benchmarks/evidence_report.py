@@ -240,7 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if complete_seeds(rows) < SEEDS:
         print(markdown(rows))
         return 0
-    write("evidence", {"contrasts": [vars(each) for each in contrasts(rows)]}, markdown(rows))
+    found = {"contrasts": contrasts(rows), "afterwards": afterwards(rows)}
+    write("evidence", {name: [vars(each) for each in of] for name, of in found.items()}, markdown(rows))
     draw(rows, "evidence")
     return 0
 

@@ -21,12 +21,15 @@ import allocator
 from allocator.cost.fvcore import fvcore_flops
 from allocator.tracing.inputs import Inputs
 
+from .networks import Attention
 from .task import Part
 
 Arm = Callable[[nn.Module, Part, float], "nn.Module | allocator.Result"]
 CALIBRATION = 256
 TOLERANCE = 0.01
 MOST_TRIES = 16
+LOST = {("Crepe", "conv6")}
+"""Layers, by a network's class and their name, that Torch-Pruning loses sight of: its result runs only if they stay."""
 
 
 def _ours(*, data: str = "", **options: Any) -> Arm:
@@ -92,7 +95,11 @@ def _pruned(
 
     small = copy.deepcopy(model).eval()
     classes = small(part.images[:1]).shape[1]
-    heads = [module for module in small.modules() if isinstance(module, nn.Linear) and module.out_features == classes]
+    stay = [
+        layer
+        for name, layer in small.named_modules()
+        if (isinstance(layer, nn.Linear) and layer.out_features == classes) or (type(small).__name__, name) in LOST
+    ]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         pruner = tp.pruner.BasePruner(
@@ -102,13 +109,23 @@ def _pruned(
             global_pruning=how != "local",
             isomorphic=how == "isomorphic",
             pruning_ratio=ratio,
-            ignored_layers=heads,
+            ignored_layers=stay,
+            **_whole_heads(small, ratio),
         )
         for parameter, gradient in zip(small.parameters(), gradients, strict=False):
             parameter.grad = None if gradient is None else gradient.clone()
         pruner.step()
     small.zero_grad()
     return small
+
+
+def _whole_heads(model: nn.Module, ratio: float) -> dict[str, Any]:
+    """What tells it of attention, of which heads go as a whole, the same share as of channels; nothing else runs."""
+    attention = [module for module in model.modules() if isinstance(module, Attention)]
+    if not attention:
+        return {}
+    heads = {module.qkv: module.heads for module in attention}
+    return {"num_heads": heads, "prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": ratio}
 
 
 def _peers() -> dict[str, Arm]:

@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--tones", type=int, default=512, help="for calibration")
+    parser.add_argument("--no-recovery", action="store_true", help="leave out the state that is refitted")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     model, (frames, cents), test = pitch.crepe(), drawn(args.tones, 0), drawn(TEST_TONES, 1)
@@ -74,7 +75,8 @@ def main() -> None:
     if not is_known(ROWS, **key, arm="full"):
         add_row(ROWS, {"cut": judge(model)}, **key, asked=1.0, arm="full")
     bins = ((cents - pitch.LOWEST_CENTS) / pitch.BIN_CENTS).round().long()
-    run(ROWS, model, args.arms, args.shares, Part(frames, bins), frames, judge, **key)
+    together = None if args.no_recovery else frames
+    run(ROWS, model, args.arms, args.shares, Part(frames, bins), together, judge, **key)
 
 
 if __name__ == "__main__":

@@ -113,8 +113,10 @@ def likeness(model: nn.Module, images: Tensor, full: Tensor) -> dict[str, float]
     return {"agreement": same, "divergence": float(apart)}
 
 
-def row(model: nn.Module, arm: str, share: float, calibration: Part, together: Tensor, judge: Judge) -> dict[str, Any]:
-    """What one arm makes of one network; it is recovered on the inputs as they lie together."""
+def row(
+    model: nn.Module, arm: str, share: float, calibration: Part, together: Tensor | None, judge: Judge
+) -> dict[str, Any]:
+    """What one arm makes of one network; it is recovered on the inputs as they lie together, where these are given."""
     start = time.perf_counter()
     try:
         made = ARMS[arm](model, calibration, share)
@@ -122,10 +124,10 @@ def row(model: nn.Module, arm: str, share: float, calibration: Part, together: T
         return {"failed": f"{type(error).__name__}: {error!s:.120}"}
     found: dict[str, Any] = {"seconds": time.perf_counter() - start}
     small = made.model if isinstance(made, allocator.Result) else made
-    found["share"] = flops_of(small, together[:1]) / flops_of(model, together[:1])
+    found["share"] = flops_of(small, calibration.images[:1]) / flops_of(model, calibration.images[:1])
     found["cut"] = judge(small)
     found["statistics"] = judge(with_batch_norm_statistics(small, calibration))
-    if isinstance(made, allocator.Result):
+    if isinstance(made, allocator.Result) and together is not None:
         start = time.perf_counter()
         recovered = allocator.recover(made, together)
         found["recovery seconds"] = time.perf_counter() - start
@@ -140,7 +142,7 @@ def run(
     arms: Sequence[str],
     shares: Sequence[float],
     calibration: Part,
-    together: Tensor,
+    together: Tensor | None,
     judge: Judge,
     **key: Any,
 ) -> None:
@@ -160,12 +162,13 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--crops", type=int, default=512, help="for calibration")
     parser.add_argument("--pictures", type=Path, help="a folder of more photographs")
+    parser.add_argument("--no-recovery", action="store_true", help="leave out the state that is refitted")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     parts = split(find(args.pictures))
     print({name: len(pictures) for name, pictures in parts.items()}, "pictures", flush=True)
     calibration, test = crops(parts["calibration"], SIDE, args.crops, 0), crops(parts["test"], SIDE, TEST_CROPS, 1)
-    together = by_picture(calibration, len(parts["calibration"]))
+    together = None if args.no_recovery else by_picture(calibration, len(parts["calibration"]))
     for name in args.networks:
         model = NETWORKS[name]()
         full, part = answers(model, test), Part(calibration, answers(model, calibration).argmax(1))
