@@ -63,10 +63,10 @@ class Holdings:
 
 
 def references(tree: Any) -> list[StorageReference]:
-    """Those of the storages of all plain tensors in some arguments or results."""
+    """Those of the storages of all plain tensors with values in some arguments or results."""
     leaves, _ = tree_flatten(tree)
     return [
         StorageReference(leaf.untyped_storage())
         for leaf in leaves
-        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not leaf.is_meta
     ]
