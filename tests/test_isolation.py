@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextvars
 import functools
 import logging
+import os
 import random
 import sys
 import threading
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -131,6 +133,24 @@ def test_what_was_put_back_is_put_back_again() -> None:
             ramp(side, IMAGE.device)
         memory.restore()
         assert ramp.cache_info().currsize == 0
+
+
+def test_the_environment_and_the_filters_of_warnings_are_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OF_THE_CALLER", "before")
+    monkeypatch.setenv("TAKEN_AWAY", "there")
+
+    def meddling(x: Tensor) -> Tensor:
+        os.environ.update(OF_THE_CALLER="after", OF_THE_FORWARD="set")
+        os.environ.pop("TAKEN_AWAY", None)
+        warnings.simplefilter("error", BytesWarning)
+        warnings.filters = [*warnings.filters]
+        return x + 0.5
+
+    before, filters, within = dict(os.environ), warnings.filters, list(warnings.filters)
+    assert allocate(model_with(meddling)).certificate.ok
+    assert dict(os.environ) == before
+    assert list(filters) == within
+    assert threading.active_count() > 1 or warnings.filters is filters
 
 
 def doubled(m: Any, x: Tensor) -> Tensor:

@@ -67,7 +67,8 @@ def random(graph: ChannelGraph, weights: Weights) -> np.ndarray:
 
 def _norms(tensor: torch.Tensor, dims: Sequence[int], name: str) -> list[np.ndarray]:
     """Per dim, (n,) the L2 norm of every slice along it; the name is for messages."""
-    squares = tensor.detach().to(torch.float64, copy=True).square_()
+    tensor = tensor.detach()
+    squares = (tensor.abs() if tensor.is_complex() else tensor).to(torch.float64, copy=True).square_()
     squares = _sum_but(squares, dims, keepdim=True)
     return [_finite(_sum_but(squares, [dim]).sqrt(), name) for dim in dims]
 

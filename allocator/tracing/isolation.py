@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import os
 import random
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -169,10 +171,34 @@ def _of_cudnn(name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
     return lambda: getattr(flags, name), lambda value: setattr(flags, name, value)
 
 
+def _set_environment(before: dict[str, str]) -> None:
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    for name, value in before.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+
+
+def _set_filters(before: tuple[list[Any], list[Any]]) -> None:
+    """The list of filters that there was, with what was in it.
+
+    In another thread's `catch_warnings` another list stands in its place, which is that thread's.
+    """
+    filters, within = before
+    if warnings.filters is not filters and threading.active_count() == 1:
+        warnings.filters = filters
+    if filters != within:
+        filters[:] = within
+        with warnings.catch_warnings():  # forgets what the filters said of earlier warnings
+            pass
+
+
 _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = (
+    (lambda: dict(os.environ), _set_environment),
+    (lambda: (warnings.filters, list(warnings.filters)), _set_filters),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     *(_of_cudnn(name) for name in ("enabled", "benchmark", "deterministic")),
 )
-"""Of the whole process, which a forward may set: how each is read and written."""
+"""Of the whole process, which a forward may set: how each is read and put back."""

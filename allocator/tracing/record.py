@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -64,10 +65,20 @@ def trace_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -
             errors.append(error)
     last = errors[-1]
     where = f"in {last.module}" if last.module else "in the model's own forward"
+    given = _OF_FUNCTIONS.search(str(last.cause))
+    if given is not None:
+        raise TraceError(
+            f"the forward calls torch's {given[1]} {where}, which runs functions that it is given, and isn't followed: "
+            "write the branch or the loop in Python, or compute all branches and choose with torch.where"
+        ) from last.cause
     raise TraceError(
         f"the forward raised {type(last.cause).__name__} {where} with {inputs.describe()}: {last.cause}; "
         "check that model(*example_inputs) runs, or pass other example_inputs"
     ) from last.cause
+
+
+_OF_FUNCTIONS = re.compile(r"no rule registered for HigherOrderOperator (\w+)")
+"""What torch says of an operator that takes functions, where a mode is on that does not."""
 
 
 def record(
