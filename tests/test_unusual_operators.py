@@ -200,10 +200,11 @@ class Waves(nn.Module):
 
 
 @pytest.mark.filterwarnings("error:Casting complex")
-def test_convolutions_of_complex_numbers_count_as_fvcore_counts_them() -> None:
+@pytest.mark.parametrize("criterion", ["group_norm", "magnitude", "fpgm"])
+def test_convolutions_of_complex_numbers_count_as_fvcore_counts_them(criterion: str) -> None:
     torch.manual_seed(0)
     model = Waves().eval()
-    result = allocator.allocate(model, "60%", example_inputs=IMAGE, scope="all")
+    result = allocator.allocate(model, "60%", example_inputs=IMAGE, scope="all", criterion=criterion)
     assert result.certificate.ok
     assert result.certificate.relative_error is not None
     assert result.flops_after == fvcore_flops(result.model, result.graph.inputs)[0]
