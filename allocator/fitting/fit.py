@@ -49,7 +49,8 @@ def fit(graph: ChannelGraph, planner: Planner, hold: Hold | None = None) -> Fitt
 
     Where the forward no longer fits, a module attribute that equals the old size is set to the new one for
     all modules of that class; failing that, the parts of a split are made equal; failing that, the neurons
-    at the operator are frozen in all modules of that class, and the plan is made again.
+    at the operator are frozen, and the plan is made again. Both are done in that module alone, and in all of
+    its class where a second one of them does not fit.
 
     Args:
         graph: the model's neurons.

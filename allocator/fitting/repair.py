@@ -87,7 +87,6 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
     flow = graph.flows[mismatch.forward]
     mends.judge((mismatch.forward, op.index))
     mends.retract(notes)
-    alike = _alike_modules(graph.modules, op.module)
     scene = _Scene(graph, flow, plan, mends)
     for owner in dict.fromkeys((op.module, mismatch.module)):  # where it stopped: a block may check what its layers do
         if owner is None or (owner and not lies_within(op.module, [owner])):
@@ -106,9 +105,9 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
         kind = type(graph.modules[op.module]).__name__
         notes.append(f"of {kind}, neurons that one attribute counts go together, place by place: {mismatch.what}")
         return rebuilt(graph, graph.options.tying(counted))
-    if op.declared.splits and op.declared.sized and not alike <= graph.options.equal_parts:
+    if op.declared.splits and op.declared.sized and op.module not in graph.options.equal_parts:
         notes.append(f"the parts of {op} stay equal: {mismatch.what}")
-        options = graph.options.equalising(alike)
+        options = graph.options.equalising(_meant(graph, op.module, graph.options.equal_parts))
     elif given is not None:
         hint = _hint(graph.modules[mismatch.module or ""], flow, given)
         notes.append(f"the neurons at {given} stay: {mismatch.module} is given them, and {mismatch.what}{hint}")
@@ -116,7 +115,7 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
     else:
         notes.append(f"the neurons at {op} stay: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
         options = _freeze(graph, flow, op, plan)
-    mends.forget(alike)
+    mends.forget(_meant(graph, op.module, {place.module for place in graph.options.frozen}))
     mends.retract(notes)
     return rebuilt(graph, options)
 
@@ -276,8 +275,9 @@ def _freeze(graph: ChannelGraph, flow: Flow, op: Op, plan: Plan) -> Options:
     """Keep the neurons at a call; where it loses none (a number in it changed), those at the last before it.
 
     What its module does comes first, also what it would do next: a module may check its sizes before it does anything.
-    The same call is meant in all modules of the class, but not where it splits heads of an attention and here none, or
-    the other way: of a single head nothing in a view tells. Where one is named a second time, all its calls are meant.
+    Where another module of the class came before, the same call is meant in all of them, but not where it splits heads
+    of an attention and here none, or the other way: of a single head nothing in a view tells. Where one is named a
+    second time, all its calls are meant.
     """
     stays = graph.stays(plan.kept)
     ops = flow.trace.ops
@@ -291,11 +291,17 @@ def _freeze(graph: ChannelGraph, flow: Flow, op: Op, plan: Plan) -> Options:
     place = flow.places[culprit.index]
     named = {(other.module, other.operator) for other in graph.options.frozen}
     call = None if (place.module, place.operator) in named else place.call
-    modules = _alike_modules(graph.modules, culprit.module)
+    modules = _meant(graph, culprit.module, {module for module, operator in named if operator == place.operator})
     in_heads = {flow.places[other.index]: flow.heads_at(other) is not None for other in ops}
     here = in_heads[place]
     places = (Place(path, culprit.name, call) for path in modules)
     return graph.options.freezing(each for each in places if in_heads.get(each, here) == here)
+
+
+def _meant(graph: ChannelGraph, path: str, before: Collection[str]) -> set[str]:
+    """The module alone; all of its class where others of them did not fit before."""
+    alike = _alike_modules(graph.modules, path)
+    return {path} if alike.isdisjoint(set(before) - {path}) else alike
 
 
 def _alike_modules(modules: dict[str, nn.Module], path: str) -> set[str]:

@@ -25,6 +25,8 @@ RANGE = 14.0
 """How far, as a logarithm, the best price level may be from importance per cost on the whole."""
 ROUNDS = ((RANGE, 0.1, 6), (0.3, 1e-3, 20))
 """Of the search for the best level: how far to look, how closely, and at how many counts of a hub."""
+MOST_LOOKS = 20
+"""At levels, per round: each is linear in the network's size, so that the whole is."""
 EXACT = 1e5
 """Numbers to compute for which every width of a layer is looked at; else `WIDTHS` of them, with lines between."""
 WIDTHS = 40
@@ -49,7 +51,7 @@ def by_hubs(classes: Classes) -> float | None:
             bounds=(level - within, level + within),
             args=(points,),
             method="bounded",
-            options={"xatol": closely},
+            options={"xatol": closely, "maxiter": MOST_LOOKS},
         )
         level, bound = float(found.x), min(bound, float(found.fun))
     return bound
@@ -148,11 +150,13 @@ def _nested(classes: Classes, axes: Sequence[int]) -> dict[int, _Hub]:
     """Hubs by number; one that counts all that another does, and more, counts that one."""
     size, sizes = len(classes.best), np.array([len(best) - 1 for best in classes.best])
     hubs = {}
+    most_first = sorted(axes, key=lambda axis: -np.count_nonzero(classes.weights[axis]))
+    first = {axis: int(np.flatnonzero(classes.weights[axis])[0]) for axis in axes}
     for axis in axes:
         row, fixed = classes.weights[axis], float(classes.fixed[axis])
         high = fixed + float(row @ sizes)
-        within = [b for b in axes if _is_part(classes.weights[b], row) and classes.fixed[b] <= fixed]
-        inner = max(within, key=lambda b: np.count_nonzero(classes.weights[b]), default=None)
+        within = (b for b in most_first if row[first[b]] and classes.fixed[b] <= fixed)
+        inner = next((b for b in within if _is_part(classes.weights[b], row)), None)
         low, left = fixed, row
         if inner is not None:
             left, fixed = row - classes.weights[inner], fixed - float(classes.fixed[inner])
@@ -242,16 +246,34 @@ def _behind(costs: _Costs, graph: nx.Graph, hub: int, open_hubs: set[int]) -> li
     """What hangs on a hub without any that is open; None where what else hangs on it does not hang together."""
     known = costs.hubs.get(hub)
     before = set() if known is None else {*known.members, *(() if known.inner is None else (known.inner,))}
-    rest = graph.copy()
-    rest.remove_node(hub)
-    near = set(graph[hub])
-    groups = [group for group in nx.connected_components(rest) if group & near]
-    behind = [group for group in groups if not group & open_hubs and not group & before]
-    others = [group for group in groups if group & open_hubs or group & before]
-    if known is None:
-        return behind if len(others) <= 1 else None
-    readers = set(costs.readers[hub])
-    return None if any(group & readers for group in others) else behind
+    readers = {} if known is None else costs.readers[hub]
+    behind: list[set[int]] = []
+    others: list[int] = []
+    for node in (*readers, *graph[hub]):
+        if any(node in group for group in behind):
+            continue
+        group = _without(graph, hub, node, open_hubs | before)
+        if group is not None:
+            behind.append(group)
+        elif node in readers:
+            return None
+        else:
+            others.append(node)
+    if known is None and others and not set(others) <= (_without(graph, hub, others[0], set()) or set()):
+        return None
+    return behind
+
+
+def _without(graph: nx.Graph, hub: int, start: int, stops: set[int]) -> set[int] | None:
+    """What hangs together with a node once a hub is gone; None where a stop is among it, and no further is looked."""
+    if start in stops:
+        return None
+    found = {start}
+    for _, node in nx.generic_bfs_edges(graph, start, lambda at: (n for n in graph[at] if n != hub)):
+        if node in stops:
+            return None
+        found.add(node)
+    return found
 
 
 def _parts(

