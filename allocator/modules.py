@@ -177,13 +177,17 @@ def on_a_copy(model: nn.Module, replace: Replace, run: Callable[[nn.Module], T])
 
 
 class _NoHooks(OrderedDict[Any, Any]):
-    """Takes no hook, and notes that there was one: nobody else is to run it."""
+    """Takes no hook, and notes that there was one, or that it was copied: nobody else is to run it."""
 
     written = False
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.written = True
         raise RuntimeError("hooks are added to a copy whose modules share them")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self.written = True  # what the forward makes of a module, with `deepcopy`, would share its dicts too
+        return OrderedDict, ()
 
 
 def _skeleton(model: nn.Module, replace: Replace, no_hooks: _NoHooks | None) -> nn.Module:

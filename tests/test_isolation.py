@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import copy
 import functools
 import logging
 import os
@@ -159,6 +160,16 @@ def doubled(m: Any, x: Tensor) -> Tensor:
         return forward(m, x)
     finally:
         hook.remove()
+
+
+def doubled_on_a_copy(m: Any, x: Tensor) -> Tensor:
+    relu = copy.deepcopy(m.relu)
+    relu.register_forward_hook(lambda *given: given[2] * 2)
+    return forward(m, x, relu)
+
+
+def test_hooks_may_be_added_to_what_a_forward_copies() -> None:
+    assert allocate(net(doubled_on_a_copy, relu=nn.ReLU(), **parts())).certificate.ok
 
 
 def test_a_hook_that_a_forward_adds_runs_where_it_is_added() -> None:
