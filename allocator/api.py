@@ -173,6 +173,7 @@ def recover(
     method: Method = "auto",
     *,
     samples: int = RECOVERING.samples,
+    memory: Limit = RECOVERING.memory,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -191,7 +192,10 @@ def recover(
             was dropped into offsets; "auto" tries batch_norm, least_squares, and both, and gives what is nearest to
             the original on the inputs held back, which may be the network as it was cut.
             "distil" trains what least squares gives on the original's outputs, without labels, and takes minutes more.
-        samples: inputs to look at, at most. All of them are held in memory, each with what a forward holds.
+        samples: inputs to look at, at most; all of them are held in memory.
+        memory: bytes that what forwards hold while they wait for each other, and a layer's rows, may take: a number, or
+            text such as "2GB"; None for half of what is free. The rest lies in a temporary file without a name, in the
+            folder that TMPDIR says. It makes no difference to what is found.
         seed: of the positions that are looked at.
         progress: called with how far it is.
 
@@ -205,13 +209,14 @@ def recover(
             other paths through it.
         RecoveryError: no layer can be refitted, or the network cannot be trained where it is to be; says why.
         UnknownNameError: no such method.
-        InputError: this is no result, or `samples` no number of them.
+        InputError: this is no result, `samples` no number of them, or `memory` no number of bytes.
+        FileError: there is no room for the temporary file.
     """
     if samples < 2:
         raise InputError(
             f"samples={samples!r} is no whole number from 2 on: one to fit and one to judge by are the least"
         )
-    return recover_result(result, data, method, samples=samples, seed=seed, progress=progress)
+    return recover_result(result, data, method, samples=samples, memory=memory, seed=seed, progress=progress)
 
 
 @checked

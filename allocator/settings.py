@@ -176,6 +176,14 @@ class Recovering:
         ),
     ] = False
     samples: Annotated[int, Option("look at no more inputs than these", metavar="N")] = 1024
+    memory: Annotated[
+        Limit,
+        Option(
+            "bytes that what forwards hold while they wait for each other may take, such as 2e9 or 2GB; the rest lies "
+            "in a temporary file. Left out, half of what is free",
+            metavar="N",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ def _unexpected(what: str) -> UnexpectedTorchError:
 try:
     from torch._ops import OpOverload
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.multiprocessing.reductions import StorageWeakRef as StorageReference
     from torch.nn.modules.batchnorm import _NormBase as BatchNormBase
     from torch.nn.modules.conv import _ConvNd as ConvolutionBase
     from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
@@ -48,6 +49,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
+    "StorageReference",
     "TorchDispatchMode",
     "call_as_usual",
     "call_by",
@@ -60,6 +62,7 @@ __all__ = [
     "past_dispatch",
     "schema_of",
     "state_without_compiled_call",
+    "storage_of",
     "tree_flatten",
     "tree_map",
     "without_dispatch_modes",
@@ -142,6 +145,12 @@ def _is_called_plainly(module: nn.Module) -> bool:
 def state_without_compiled_call(module: nn.Module) -> Mapping[str, Any]:
     """A module's fields without a forward that was compiled in place: it would run this module's weights."""
     return module.__getstate__() if _COMPILED in vars(module) else vars(module)
+
+
+def storage_of(reference: StorageReference) -> torch.UntypedStorage | None:
+    """The storage that a reference is of, which it does not keep; None where it is gone."""
+    found: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+    return found
 
 
 LITERALS = frozenset({int, float, bool, str, type(None)})
@@ -258,7 +267,24 @@ def _check_classes() -> None:
         raise _unexpected("makes fake tensors in another way")
 
 
-for _check in (_check_calls, _check_operators, _check_dispatch, _check_classes):
+def _check_storages() -> None:
+    x = torch.arange(4.0)
+    known, other = StorageReference(x[1:].untyped_storage()), StorageReference(torch.ones(1).untyped_storage())
+    found, version = storage_of(known), x._version
+    if known not in {StorageReference(x.untyped_storage())} or known == other or storage_of(other) is not None:
+        raise _unexpected("refers to storages in another way")
+    assert found is not None
+    found.resize_(0)
+    found.resize_(16)
+    torch.empty(0, dtype=torch.uint8).set_(found).copy_(torch.arange(4.0).view(torch.uint8))
+    if x.tolist() != [0, 1, 2, 3] or x._version != version:
+        raise _unexpected("empties and fills storages in another way")
+    del x, found
+    if storage_of(known) is not None or not known.expired():
+        raise _unexpected("keeps storages that nobody holds")
+
+
+for _check in (_check_calls, _check_operators, _check_dispatch, _check_classes, _check_storages):
     try:
         _check()
     except UnexpectedTorchError:

@@ -124,8 +124,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 def first_stop(model: nn.Module, x: Tensor, weight: str) -> tuple[Walk, Stop]:
     walk = Walk(model, Inputs((x,)), {weight: False}, after=True)
+    before = walk.advance()
+    assert before is not None
+    assert before.result is None
     stop = walk.advance()
-    assert stop is not None
+    assert stop is before
     return walk, stop
 
 

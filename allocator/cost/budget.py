@@ -98,7 +98,7 @@ def parse_limit(name: str, asked: float | str, metric: Metric) -> float:
     """
     whole, is_time = metric.whole, name == "latency"
     try:
-        value = _number(asked, whole, is_time)
+        value = number_of(asked, whole, is_time)
     except (TypeError, ValueError, OverflowError):
         what, example = "seconds" if is_time else metric.unit, _EXAMPLES.get(name, "5e6 or '5M'")
         given = " ".join(repr(asked).split())
@@ -120,7 +120,7 @@ def check_limit(name: str, asked: float | str) -> None:
         BudgetError: not a number, zero, negative, NaN or infinite.
     """
     try:
-        value = _number(asked, 1, name == "latency")
+        value = number_of(asked, 1, name == "latency")
     except (TypeError, ValueError, OverflowError):
         example = _EXAMPLES.get(name, "5e6 or '5M'")
         raise BudgetError(f"{name}={asked!r} is not a number such as {example}, or a share such as '60%'") from None
@@ -128,7 +128,12 @@ def check_limit(name: str, asked: float | str) -> None:
         raise BudgetError(f"{name}={asked!r} must be positive and finite")
 
 
-def _number(asked: float | str, whole: int, is_time: bool) -> float:
+def number_of(asked: float | str, whole: int = 1, is_time: bool = False) -> float:
+    """The number that a figure or a text such as "4.2G" stands for; a share is of `whole`, a time in nanoseconds.
+
+    Raises:
+        TypeError, ValueError, OverflowError: it is none.
+    """
     if isinstance(asked, bool):
         raise TypeError("a truth value limits nothing")
     if not isinstance(asked, str):

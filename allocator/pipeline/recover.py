@@ -10,7 +10,7 @@ from allocator.clock import Clock, Progress
 from allocator.errors import DataError, InputError
 from allocator.recovering.recover import recover
 from allocator.result import Result
-from allocator.settings import METHODS, Method, Weights, check_choice, method_of
+from allocator.settings import METHODS, RECOVERING, Limit, Method, Weights, check_choice, method_of
 
 
 def asked_method(recover: bool | Method, data: Any, weights: Weights) -> Method | None:
@@ -32,7 +32,14 @@ def asked_method(recover: bool | Method, data: Any, weights: Weights) -> Method 
 
 
 def recover_result(
-    result: Result, data: Any, method: str, *, samples: int, seed: int = 0, progress: Progress | None = None
+    result: Result,
+    data: Any,
+    method: str,
+    *,
+    samples: int,
+    memory: Limit = RECOVERING.memory,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Result:
     """A new result; see `allocator.recover`.
 
@@ -53,6 +60,7 @@ def recover_result(
             data,
             method,
             samples=samples,
+            memory=memory,
             seed=seed,
             progress=progress,
         )

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
 from allocator.clock import Progress, bar
-from allocator.errors import DataError
-from allocator.modules import skeleton, tensor_names
+from allocator.modules import tensor_names
+from allocator.recovering.holdings import references
+from allocator.recovering.pairs import Pair, check_same, set_out
 from allocator.recovering.readers import Reader
 from allocator.recovering.record import Layer
 from allocator.recovering.ridge import refit
-from allocator.recovering.rows import Layout, Pair, Rows, Stops, Wanted, pads
+from allocator.recovering.rows import Layout, Rows, Wanted
 from allocator.recovering.samples import Samples
+from allocator.recovering.shelf import Shelf
 from allocator.recovering.targets import predicted
-from allocator.recovering.walk import Walk
+from allocator.recovering.walk import Stop
 
 ROWS = 16384
 """Rows per layer that are looked at, where there are so many; more where a layer has many unknowns."""
@@ -36,6 +41,7 @@ def fit(
     samples: Samples,
     *,
     weights: bool = True,
+    memory: int = sys.maxsize,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Layer]:
@@ -48,100 +54,119 @@ def fit(
         readers: the layers, by their weights.
         samples: inputs.
         weights: refit these, not the offsets alone.
+        memory: bytes that what forwards hold at a layer, and its rows, may take; the rest lies in a temporary file.
         seed: of the positions that are looked at.
         progress: called with how far it is.
 
     Raises:
         DataError: the networks do not take the inputs, or take another way for some of them.
+        FileError: there is no room for the file.
     """
     layers: list[Layer] = []
-    generator = torch.Generator().manual_seed(seed)
+    watched = {name: reader.after.meets for name, reader in readers.items()}
     with ExitStack() as stack, bar("refitting", progress, len(readers)) as advance:
-        pairs = []
-        watched = {name: reader.after.meets for name, reader in readers.items()}
-        for held, parts in ((False, samples.seen), (True, samples.held)):
-            for inputs in parts:
-                walks = [Walk(_of_its_own(each), inputs, watched, after=each is model) for each in (model, small)]
-                for walk in walks:
-                    stack.callback(walk.close)
-                pairs.append(Pair(walks[0], walks[1], inputs, held))
-        fitting = _Fitting(model, small, stays, weights, generator)
+        shelf = Shelf(memory)
+        stack.callback(shelf.close)
+        pairs = set_out(model, small, watched, samples, shelf, stack)
+        fitting = _Fitting(model, small, stays, weights, torch.Generator().manual_seed(seed), shelf)
         while True:
-            stops = _advance(pairs)
-            if not stops:
+            place, looked = None, None
+            for number, pair in enumerate(pairs):
+                with pair.at_next() as (at, original, cut):
+                    place = check_same([at if number == 0 else place, at])
+                    if original is not None and cut is not None:
+                        looked = looked or fitting.look(readers[cut.weight], cut, pairs)
+                        looked.rows.add(original, cut, pair.count, held=pair.held)
+            if looked is None:
                 return layers
-            reader = readers[stops[0][1].weight]
-            if reader.after.meets and stops[0][1].meeting is None:
-                continue  # its turn comes at the sum
-            layers.append(fitting.fit(reader, stops))
-            advance(reader.weight)
+            layers.append(fitting.fit(looked, pairs))
+            advance(looked.reader.weight)
 
 
-def _of_its_own(model: nn.Module) -> nn.Module:
-    """The same tensors in modules that no other forward shares: one may keep in a module what it reads later."""
-    return skeleton(model, lambda _, tensor: tensor)
+@dataclass
+class _Looked:
+    """A layer at which all forwards were.
 
-
-def _advance(pairs: Sequence[Pair]) -> Stops:
-    """Lead all forwards to the next layer, or sum; none at the end.
-
-    Raises:
-        DataError: they are not all at the same.
+    Attributes:
+        reader: the layer.
+        layout: of its weight.
+        start: (groups, outputs, n + 1) the weights as they are, and the offset.
+        rows: what it reads and should give.
     """
-    stops = [(pair, pair.original.advance(), pair.small.advance()) for pair in pairs]
-    places = {None if stop is None else (stop.weight, stop.meeting is None) for _, *both in stops for stop in both}
-    if len(places) > 1:
-        said = ", ".join(sorted({place[0] if place else "the end" for place in places}))
-        raise DataError(f"the forward takes another path for some inputs ({said}): nothing can be lined up")
-    return [(pair, a, b) for pair, a, b in stops if a is not None and b is not None]
+
+    reader: Reader
+    layout: Layout
+    start: torch.Tensor
+    rows: Rows
 
 
 class _Fitting:
     """The refit of one layer after the other."""
 
     def __init__(
-        self, model: nn.Module, small: nn.Module, stays: np.ndarray, weights: bool, generator: torch.Generator
+        self,
+        model: nn.Module,
+        small: nn.Module,
+        stays: np.ndarray,
+        weights: bool,
+        generator: torch.Generator,
+        shelf: Shelf,
     ) -> None:
         self.originals, self.tensors = tensor_names(model), tensor_names(small)
-        self.stays, self.weights, self.generator = stays, weights, generator
+        self.stays, self.weights, self.generator, self.shelf = stays, weights, generator, shelf
 
     @torch.no_grad()
-    def fit(self, reader: Reader, stops: Stops) -> Layer:
-        """Refit a layer that all forwards wait at, or at the sum after it."""
-        if any(a.x.shape[0] != b.x.shape[0] for _, a, b in stops):
-            return Layer(reader.weight, None, None, note="it reads another number of rows than the original's")
-        if any(small.x._version != small.version for _, _, small in stops):
-            return Layer(reader.weight, None, None, note="what it reads is written over")
-        layout = Layout.of(stops[0][2], self.tensors[reader.weight])
+    def look(self, reader: Reader, stop: Stop, pairs: Sequence[Pair]) -> _Looked:
+        """Begin with a layer that the first of the smaller network's forwards waits at, or at the sum after it."""
+        layout = Layout.of(stop, self.tensors[reader.weight])
         start = self._start(reader, layout)
-        dtype = start.dtype
-        unknowns = start.shape[2] - 1
         outputs = self._outputs(reader)
-        wanted = Wanted(layout, outputs, reader.after, reader.after.affine(self.originals, outputs, dtype), dtype)
-        rows = Rows(stops, wanted, max(ROWS, ROWS_PER_UNKNOWN * unknowns), self.generator)
-        there = rows.as_it_is()
-        off = (predicted(there.x, start) - there.y).norm()
-        if bool(off > FAR * there.y.norm()):
-            return Layer(reader.weight, None, None, note="it gives other numbers than weight and bias make")
+        affine = reader.after.affine(self.originals, outputs, start.dtype)
+        windowed = stop.operator.declared.window is not None
+        wanted = Wanted(layout, outputs, reader.after, affine, windowed, start.dtype)
+        most = max(ROWS, ROWS_PER_UNKNOWN * (start.shape[2] - 1))
+        inputs = sum(pair.count for pair in pairs)
+        return _Looked(reader, layout, start, Rows(wanted, most, inputs, self.generator, self.shelf))
+
+    @torch.no_grad()
+    def fit(self, looked: _Looked, pairs: Sequence[Pair]) -> Layer:
+        """Refit a layer that all forwards were at."""
+        reader, rows, start = looked.reader, looked.rows, looked.start
+        why = rows.why or self._unlike(rows, start)
+        if why:
+            rows.drop()
+            return Layer(reader.weight, None, None, note=why)
+        unknowns = start.shape[2] - 1
         fewer = rows.seen < unknowns
         found = refit(rows.parts, start, offset=reader.offset is not None, weights=self.weights, few=fewer)
+        rows.drop()
         if found.solution is not None:
-            self._write(reader, layout, found.solution)
-            self._redo(reader, stops, dtype)
+            self._write(reader, looked.layout, found.solution)
+            for pair in pairs:
+                pair.due = partial(self._redo, reader, pair, start.dtype)
         note = f"{rows.seen} rows for {unknowns} unknowns" if self.weights and fewer else ""
-        if not self.weights and found.step and pads(stops[0][1]):
+        if not self.weights and found.step and rows.pads:
             note = "a constant is not exact where it reads padding"
         strength = found.strength if math.isfinite(found.strength) and found.step else None
         return Layer(reader.weight, found.before, found.after, rows.seen, strength, found.step, note)
 
-    def _redo(self, reader: Reader, stops: Stops, dtype: torch.dtype) -> None:
-        """Where the forwards wait at the sum, what came of the layer with its old weights is made anew."""
+    def _unlike(self, rows: Rows, start: torch.Tensor) -> str:
+        """Why the rows do not say what the layer does; "" where they do."""
+        there = rows.as_it_is
+        assert there is not None
+        off = (predicted(there.x, start) - there.y).norm()
+        return "it gives other numbers than weight and bias make" if bool(off > FAR * there.y.norm()) else ""
+
+    @torch.no_grad()
+    def _redo(self, reader: Reader, pair: Pair, dtype: torch.dtype, stop: Stop) -> None:
+        """Where the forward waits at the sum, what came of the layer with its old weights is made anew."""
+        if stop.meeting is None:
+            return
         affine = reader.after.affine(self.tensors, None, dtype)
-        for _, _, small in stops:
-            if small.meeting is not None:
-                channels = 1 if small.operator.declared.window is not None else -1
-                again = affine(small.run().to(dtype).movedim(channels, -1)).movedim(-1, channels)
-                small.meeting.own.copy_(again.reshape(small.meeting.own.shape))
+        channels = 1 if stop.operator.declared.window is not None else -1
+        again = affine(stop.run().to(dtype).movedim(channels, -1)).movedim(-1, channels)
+        stop.meeting.own.copy_(again.reshape(stop.meeting.own.shape))
+        pair.small.holdings.written(references(stop.meeting.own))
 
     def _outputs(self, reader: Reader) -> torch.Tensor | None:
         """Which of the original's outputs the smaller layer gives; None for all."""

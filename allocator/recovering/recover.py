@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,8 +21,10 @@ from allocator.recovering.distil import distil
 from allocator.recovering.least_squares import fit
 from allocator.recovering.readers import Reader, readers_of
 from allocator.recovering.record import Layer, Recovery, recovery_of, remember_recovery
-from allocator.recovering.samples import Samples, gather
+from allocator.recovering.room import allowed_bytes
+from allocator.recovering.samples import LEAST, Samples, gather, most_at_once
 from allocator.settings import METHODS, check_choice
+from allocator.tracing.inputs import device_of, dtype_of
 from allocator.tracing.isolation import undisturbed
 
 
@@ -36,7 +38,9 @@ class Subject:
         stays: (slots,) bool, which of the original's it has.
         readers: the layers that can be refitted, by their weights.
         left: the weights that read dropped neurons and can't be, with the reason.
-        samples: inputs.
+        samples: inputs, in parts.
+        at_once: inputs per forward, at most; statistics are of `LEAST` at least.
+        memory: bytes that what forwards hold at a layer may take.
         seed: of the positions that are looked at.
         progress: called with how far it is.
     """
@@ -47,6 +51,8 @@ class Subject:
     readers: dict[str, Reader]
     left: dict[str, str]
     samples: Samples
+    at_once: int
+    memory: int
     seed: int
     progress: Progress | None
 
@@ -69,6 +75,7 @@ def recover(
     method: str = "auto",
     *,
     samples: int,
+    memory: float | str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Recovery]:
@@ -81,6 +88,7 @@ def recover(
         data: as for `allocator.recover`.
         method: its name.
         samples: inputs to look at.
+        memory: bytes that what forwards hold at a layer may take; None for half of what is free.
         seed: of the positions that are looked at.
         progress: called with how far it is.
     """
@@ -89,20 +97,25 @@ def recover(
     readers, left = _readers(graph, stays, small)
     if not readers and method in ("least_squares", "fold"):
         raise RecoveryError(f"no layer that reads neurons can be refitted: {_listed(left)}")
+    allowed = allowed_bytes(memory, device_of(graph.model))
     with undisturbed(graph.model):
+        gathered = gather(data, graph.model, graph.inputs, samples, progress)
+        numbers = graph.metric("peak_activations").value(graph.everything)
         subject = Subject(
             model=for_inference(graph.model),
             small=for_inference(small),
             stays=stays,
             readers=readers,
             left=left,
-            samples=gather(data, graph.model, graph.inputs, samples, progress),
+            samples=gathered,
+            at_once=most_at_once(gathered, graph.inputs, numbers, dtype_of(graph.model).itemsize),
+            memory=allowed,
             seed=seed,
             progress=progress,
         )
         as_cut = Made("none", subject.small)
         made = [as_cut, *(_all_that_may_help(subject) if method == "auto" else [MAKERS[method](subject)])]
-        found = distances(subject.model, [each.model for each in made], subject.samples.held)
+        found = distances(subject.model, [each.model for each in made], gathered.cut(subject.at_once).held)
         tried = {each.method: far for each, far in zip(made, found, strict=True)}
         best = min(made, key=lambda each: tried[each.method]) if method == "auto" else made[-1]
         return _finish(small, best, subject, tried)
@@ -124,14 +137,15 @@ def _all_that_may_help(subject: Subject) -> list[Made]:
 
 
 def _least_squares(subject: Subject, *, weights: bool = True) -> Made:
-    small = skeleton(subject.small, _copied)
+    small = _with_own(subject.small, {name for reader in subject.readers.values() for name in reader.tensors})
     layers = fit(
         subject.model,
         small,
         subject.stays,
         subject.readers,
-        subject.samples,
+        subject.samples.cut(subject.at_once),
         weights=weights,
+        memory=subject.memory,
         seed=subject.seed,
         progress=subject.progress,
     )
@@ -144,15 +158,16 @@ def _fold(subject: Subject) -> Made:
 
 
 def _batch_norm(subject: Subject) -> Made:
-    small = skeleton(subject.small, _copied)
-    return Made("batch_norm", small, take_statistics(small, subject.samples))
+    small = _with_own(subject.small)
+    return Made("batch_norm", small, take_statistics(small, subject.samples.cut(max(subject.at_once, LEAST))))
 
 
 def _distil(subject: Subject) -> Made:
     """After what the closed form gives."""
-    fitted = _least_squares(subject) if subject.readers else Made("distil", skeleton(subject.small, _copied))
-    changed = distil(subject.model, fitted.model, subject.samples, subject.progress)
-    return Made("distil", fitted.model, list(dict.fromkeys([*fitted.tensors, *changed])), fitted.layers)
+    fitted = _least_squares(subject) if subject.readers else Made("distil", subject.small)
+    small = skeleton(fitted.model, _copied)
+    changed = distil(subject.model, small, subject.samples, subject.progress)
+    return Made("distil", small, list(dict.fromkeys([*fitted.tensors, *changed])), fitted.layers)
 
 
 MAKERS: dict[str, Callable[[Subject], Made]] = {
@@ -180,7 +195,7 @@ def _readers(graph: ChannelGraph, stays: np.ndarray, small: nn.Module) -> tuple[
 def _finish(small: nn.Module, best: Made, subject: Subject, tried: dict[str, float]) -> tuple[nn.Module, Recovery]:
     """The model on its own, which is as it came but for what the record names, and the record."""
     made, earlier = tensor_names(best.model), recovery_of(small)
-    model = skeleton(small, lambda name, tensor: _copied(name, made[name] if name in best.tensors else tensor))
+    model = skeleton(small, lambda name, tensor: made[name].detach() if name in best.tensors else _copied(name, tensor))
     recovery = Recovery(
         method=best.method,
         inputs=subject.samples.count,
@@ -198,6 +213,15 @@ def _finish(small: nn.Module, best: Made, subject: Subject, tried: dict[str, flo
 
 def _listed(left: dict[str, str]) -> str:
     return "; ".join(f"{name} ({why})" for name, why in left.items()) or "no call multiplies by a parameter"
+
+
+def _with_own(model: nn.Module, names: Collection[str] = ()) -> nn.Module:
+    """A copy that shares all parameters but those of these names."""
+
+    def own(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if isinstance(tensor, nn.Parameter) and name not in names else _copied(name, tensor)
+
+    return skeleton(model, own)
 
 
 def _copied(_: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -12,24 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from allocator.recovering.after import Affine, After
-from allocator.recovering.samples import size_of
+from allocator.recovering.shelf import Kept, Shelf
 from allocator.recovering.targets import Part
-from allocator.recovering.walk import Stop, Walk
-from allocator.tracing.inputs import Inputs
-
-
-@dataclass
-class Pair:
-    """The same inputs on their way through the original and the smaller network; `held` back, or to be fitted."""
-
-    original: Walk
-    small: Walk
-    inputs: Inputs
-    held: bool
-
-
-Stops = Sequence[tuple[Pair, Stop, Stop]]
-"""Per part of the inputs, where the original and the smaller network wait."""
+from allocator.recovering.walk import Stop
 
 
 @dataclass(frozen=True)
@@ -79,6 +64,7 @@ class Wanted:
         outputs: those of the original's outputs that it has; None for all.
         after: what follows the layer.
         affine: the batch norm among that, for these outputs.
+        windowed: whether it slides over pixels.
         dtype: to compute in.
     """
 
@@ -86,45 +72,73 @@ class Wanted:
     outputs: torch.Tensor | None
     after: After
     affine: Affine
+    windowed: bool
     dtype: torch.dtype
 
 
 class Rows:
-    """What one layer reads and should give at sampled positions, made anew whenever it is asked for.
+    """What one layer reads and should give at sampled positions, part by part of the inputs.
 
     Args:
-        stops: where all forwards wait.
         wanted: of the layer.
         most: rows to look at, of all inputs together.
+        inputs: how many these are.
         generator: draws the positions.
+        shelf: where the rows lie.
+
+    Attributes:
+        seen: how many rows there are to fit.
+        pads: whether some outputs read fewer inputs than others do.
+        why: the layer can't be refitted, for this reason; "" where it can.
+        as_it_is: what the smaller network's layer reads of the first part, and what it gives with its old weights.
     """
 
-    def __init__(self, stops: Stops, wanted: Wanted, most: int, generator: torch.Generator) -> None:
-        self.stops, self.wanted = stops, wanted
-        self.windowed = stops[0][2].operator.declared.window is not None
-        inputs = sum(size_of(pair.inputs) for pair, _, _ in stops)
-        self.positions, self.seen = [], 0
-        for pair, original, small in stops:
-            samples = small.x.shape[0] if self.windowed else 1
-            share = max(most * size_of(pair.inputs) // (inputs * samples), 1)
-            count = math.prod(original.sizes[2:]) if self.windowed else small.x.shape[0]
-            positions = _drawn(count, share, generator)
-            self.positions.append(positions)
-            self.seen += 0 if pair.held else samples * len(positions)
+    def __init__(self, wanted: Wanted, most: int, inputs: int, generator: torch.Generator, shelf: Shelf) -> None:
+        self.wanted, self.most, self.inputs, self.generator, self.shelf = wanted, most, inputs, generator, shelf
+        self.seen, self.pads, self.why = 0, False, ""
+        self.as_it_is: Part | None = None
+        self._parts: list[tuple[bool, list[Kept]]] = []
+
+    def add(self, original: Stop, small: Stop, inputs: int, *, held: bool) -> None:
+        """Those of a part of the inputs, whose forwards wait at the layer: the original after it ran.
+
+        Args:
+            original, small: where they wait.
+            inputs: how many these are.
+            held: back, or to be fitted.
+        """
+        if original.x.shape[0] != small.x.shape[0]:
+            self.why = "it reads another number of rows than the original's"
+        elif small.x._version != small.version:
+            self.why = "what it reads is written over"
+        if self.why:
+            return
+        samples = small.x.shape[0] if self.wanted.windowed else 1
+        share = max(self.most * inputs // (self.inputs * samples), 1)
+        count = math.prod(original.sizes[2:]) if self.wanted.windowed else small.x.shape[0]
+        positions = _drawn(count, share, self.generator)
+        self.seen += 0 if held else samples * len(positions)
+        positions = positions.to(small.x.device)
+        x = read(small, positions, original.sizes, self.wanted.dtype)
+        if self.as_it_is is None:
+            self.as_it_is = Part(x, self._grouped(self._at(small.run(), positions, None)))
+            self.pads = pads(original)
+        y, ends = self._wanted(original, small, positions)
+        self._parts.append((held, [self.shelf.keep(each) for each in (x, y, *(ends or ()))]))
 
     def parts(self, held: bool) -> Iterator[Part]:
         """Part by part of the inputs to fit, or of those held back."""
-        for (pair, original, small), positions in zip(self.stops, self.positions, strict=True):
-            if pair.held == held:
-                x = read(small, positions.to(small.x.device), original.sizes, self.wanted.dtype)
-                yield Part(x, *self._wanted(original, small, positions.to(small.x.device)))
+        for back, kept in self._parts:
+            if back == held:
+                x, y, *ends = (each.tensor() for each in kept)
+                yield Part(x, y, (ends[0], ends[1]) if ends else None)
 
-    def as_it_is(self) -> Part:
-        """What the first part of the smaller network's inputs reads, and what the layer gives with its old weights."""
-        _, original, small = self.stops[0]
-        positions = self.positions[0].to(small.x.device)
-        given = self._at(small.run(), positions, None)
-        return Part(read(small, positions, original.sizes, self.wanted.dtype), self._grouped(given))
+    def drop(self) -> None:
+        """They are not needed any more."""
+        for _, kept in self._parts:
+            for each in kept:
+                each.drop()
+        self._parts = []
 
     def _wanted(
         self, original: Stop, small: Stop, positions: torch.Tensor
@@ -147,7 +161,7 @@ class Rows:
 
     def _at(self, tensor: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None) -> torch.Tensor:
         """(rows, channels) of a tensor that has channels where the layer's output has them."""
-        if self.windowed:
+        if self.wanted.windowed:
             found = tensor.flatten(2)[:, :, positions].transpose(1, 2).flatten(0, 1)
         else:
             found = tensor.flatten(0, -2)[positions]

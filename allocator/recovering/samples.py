@@ -20,6 +20,8 @@ PARTS = 16
 """How many parts the inputs are led through a network in, where there are enough of them."""
 LEAST = 16
 """Inputs per part, where there are enough of them."""
+AT_ONCE = 2**27
+"""Bytes that a forward of several inputs may hold."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Samples:
     held: tuple[Inputs, ...]
     count: int
     held_count: int
+
+    def cut(self, most: int) -> Samples:
+        """The same inputs in parts of at most so many, where they can be parted; neighbours stay together."""
+        seen, held = (tuple(piece for part in parts for piece in _even(part, most)) for parts in (self.seen, self.held))
+        return Samples(seen, held, self.count, self.held_count)
 
 
 def gather(data: Any, model: nn.Module, example: Inputs, most: int, progress: Progress | None = None) -> Samples:
@@ -79,6 +86,29 @@ def gather(data: Any, model: nn.Module, example: Inputs, most: int, progress: Pr
 def size_of(inputs: Inputs) -> int:
     """How many samples these are."""
     return max((t.shape[0] for t in inputs.tensors() if t.dim()), default=1)
+
+
+def most_at_once(samples: Samples, example: Inputs, numbers: int, itemsize: int) -> int:
+    """How many inputs a forward is given at once, so that what it holds stays within `AT_ONCE`.
+
+    Args:
+        samples: the inputs.
+        example: others that a network was traced with.
+        numbers: that are alive at once in a forward of these.
+        itemsize: bytes of each.
+    """
+    traced = sum(tensor.numel() for tensor in example.tensors())
+    largest = max(sum(t.numel() for t in part.tensors()) / size_of(part) for part in (*samples.seen, *samples.held))
+    each = numbers * itemsize * largest / max(traced, 1)
+    return max(int(AT_ONCE / max(each, 1)), 1)
+
+
+def _even(inputs: Inputs, most: int) -> list[Inputs]:
+    """Parts that are about as large as each other."""
+    size = size_of(inputs)
+    if size <= most or not all(isinstance(each, torch.Tensor) for each in (*inputs.args, *inputs.kwargs.values())):
+        return [inputs]
+    return _cut(inputs, -(-size // -(-size // most)))
 
 
 def _check_finite(inputs: Inputs) -> None:

@@ -2,12 +2,13 @@
 
 Every forward runs in a thread of its own, and only one of them at a time: whoever leads says when it goes on, and sees
 what the layer is about to read, or what it gave. So each layer is run once however many there are, and all that is held
-of an input is what its forward holds at that layer.
+of an input is what its forward holds at that layer; while others go on, that may lie elsewhere.
 """
 
 from __future__ import annotations
 
 import contextvars
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+import allocator.operators  # noqa: F401  (declares the operators)
 from allocator.modules import tensor_names
+from allocator.recovering.holdings import Holdings
+from allocator.recovering.shelf import Shelf
 from allocator.scoring.batches import outputs_of
 from allocator.torch_private import TorchDispatchMode
 from allocator.tracing.inputs import Inputs
@@ -76,13 +80,22 @@ class Walk:
     Args:
         model: in eval mode.
         inputs: of this forward.
-        watched: names of the weights to wait at, and whether to wait at the sum that follows too.
-        after: wait after the layer ran, else before.
+        watched: names of the weights to wait at, before the layer runs; and whether at the sum that follows too.
+        after: wait once more after the layer ran.
+        shelf: where what it holds may lie; None for one of its own, in memory.
+
+    Attributes:
+        output: what the forward gave, once it is at its end.
+        stop: where it waits; None before the first layer and at the end.
+        holdings: what it made and holds.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs, watched: Mapping[str, bool], *, after: bool) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, watched: Mapping[str, bool], *, after: bool, shelf: Shelf | None = None
+    ) -> None:
         self.output: Any = None
-        self._stop: Stop | None = None
+        self.stop: Stop | None = None
+        self.holdings = Holdings(Shelf(sys.maxsize) if shelf is None else shelf)
         self._error: Exception | None = None
         self._abandoned = False
         self._go, self._came = threading.Semaphore(0), threading.Semaphore(0)
@@ -92,30 +105,31 @@ class Walk:
         self._thread.start()
 
     def advance(self) -> Stop | None:
-        """Go on to the next layer; None at the end, when `output` is there.
+        """Go on to where it waits next; None at the end, when `output` is there.
 
         Raises:
             DataError: the model raised.
         """
-        self._stop = None
+        self.stop = None
         if self._thread.is_alive():
             self._go.release()
             self._came.acquire()
         if self._error is not None:
             raise self._error
-        return self._stop
+        return self.stop
 
     def close(self) -> None:
-        """End the thread, wherever it is."""
+        """End the thread, wherever it is, and let go what the forward holds."""
         self._abandoned = True
         self._go.release()
         self._thread.join()
+        self.stop = self.output = None
 
     def _run(self, model: nn.Module, inputs: Inputs, watched: Mapping[str, bool], after: bool) -> None:
         self._go.acquire()
         try:
             if not self._abandoned:
-                with torch.no_grad(), _Contiguous(), _Stopping(model, watched, after, self._wait):
+                with torch.no_grad(), _Contiguous(), _Stopping(model, watched, after, self):
                     self.output = outputs_of(model, inputs)
         except _Abandoned:
             pass
@@ -124,10 +138,15 @@ class Walk:
         finally:
             self._came.release()
 
-    def _wait(self, stop: Stop) -> None:
-        self._stop = stop
+    def wait(self, stop: Stop) -> None:
+        """Wait there, in the forward's own thread."""
+        self.stop = stop
         self._came.release()
         self._go.acquire()
+        self.check()
+
+    def check(self) -> None:
+        """End the forward where nobody leads it any more: what it holds may be elsewhere."""
         if self._abandoned:
             raise _Abandoned
 
@@ -148,41 +167,45 @@ class _Contiguous(TorchFunctionMode):
 class _Stopping(TorchDispatchMode):
     """Waits at the calls that multiply by a watched parameter, and at the sums that what they gave goes into."""
 
-    def __init__(
-        self, model: nn.Module, watched: Mapping[str, bool], after: bool, wait: Callable[[Stop], None]
-    ) -> None:
+    def __init__(self, model: nn.Module, watched: Mapping[str, bool], after: bool, walk: Walk) -> None:
         super().__init__()
-        self.watched, self.after, self.wait = watched, after, wait
+        self.watched, self.after, self.walk = watched, after, walk
         self.names = {id(tensor): name for name, tensor in tensor_names(model).items() if name in watched}
         self.awaited: dict[int, tuple[Stop, torch.Tensor]] = {}  # by what is on its way to a sum, which is kept alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        self.walk.check()
         operator = operator_of(func)
+
+        def run() -> Any:
+            given = self.walk.holdings.before((args, kwargs))
+            result = func(*args, **(kwargs or {}))
+            self.walk.holdings.after(given, result, writes=operator.writes)
+            return result
+
         if operator.declared.read_dim is not None:
-            stop = self._stop(operator, args, lambda: func(*args, **kwargs))
+            stop = self._stop(operator, args, run)
             if stop is not None:
                 return self._pass(stop)
         tensors = [item for item in args if isinstance(item, torch.Tensor)] if self.awaited else []
         found = next((self.awaited.pop(id(tensor)) for tensor in tensors if id(tensor) in self.awaited), None)
         if found is None:
-            return func(*args, **kwargs)
+            return run()
         stop, own = found
         if len(tensors) == 2 and operator.pointwise:
-            return self._meet(stop, own, tensors, lambda: func(*args, **kwargs))
-        result = func(*args, **kwargs)  # a batch norm, or a view
+            return self._meet(stop, own, tensors, run)
+        result = run()  # a batch norm, or a view
         onward = result[0] if isinstance(result, (tuple, list)) else result
         self.awaited[id(onward)] = stop, onward
         return result
 
     def _pass(self, stop: Stop) -> torch.Tensor:
         """Wait at a layer, and run it."""
-        if not self.after:
-            self.wait(stop)
+        self.walk.wait(stop)
         result = stop.result = stop.run()
         stop.sizes = tuple(result.shape)
         if self.after:
-            self.wait(stop)
+            self.walk.wait(stop)
         if self.watched[stop.weight]:
             self.awaited[id(result)] = stop, result
         stop.result = None
@@ -192,11 +215,10 @@ class _Stopping(TorchDispatchMode):
         """Wait at a sum, and make it."""
         (other,) = [tensor for tensor in tensors if tensor is not own] or [own]
         stop.meeting = Meeting(own, other)
-        if not self.after:
-            self.wait(stop)
+        self.walk.wait(stop)
         result = stop.meeting.result = run()
         if self.after:
-            self.wait(stop)
+            self.walk.wait(stop)
         stop.meeting = None
         return result
 
