@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -17,11 +18,14 @@ _DEPTH = 4
 
 
 class Memo(dict[int, Any]):
-    """What `copy.deepcopy` has copied by its id; and `own`, the ids of what is the model's: modules and tensors."""
+    """What `copy.deepcopy` has copied by its id; and `own`, the ids of what is the model's: modules and tensors.
 
-    def __init__(self, own: Iterable[int]) -> None:
+    `empty` stands for all of torch's own ordered dicts in a module that hold nothing; None for one of its own each.
+    """
+
+    def __init__(self, own: Iterable[int], empty: OrderedDict[Any, Any] | None = None) -> None:
         super().__init__()
-        self.own = set(own)
+        self.own, self.empty = set(own), empty
 
 
 Copy = Callable[[Any, Memo], Any]

@@ -6,7 +6,7 @@ import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from allocator.closures import CALLABLES, Memo, copy_callable, reaches
 from allocator.errors import UnsupportedModelError
 
 Replace = Callable[[str, torch.Tensor], torch.Tensor]
+T = TypeVar("T")
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -150,8 +151,48 @@ def skeleton(model: nn.Module, replace: Replace) -> nn.Module:
     Raises:
         UnsupportedModelError: the module structure cannot be deep-copied.
     """
+    return _skeleton(model, replace, None)
+
+
+def on_a_copy(model: nn.Module, replace: Replace, run: Callable[[nn.Module], T]) -> T:
+    """What `run` gives of a `skeleton` for one forward, whose modules share one dict for all the hooks that are none.
+
+    Such dicts are most of what a copy is made of. Where a forward adds a hook, it runs once more, on a plain skeleton.
+
+    Args:
+        model: any module; it is not changed.
+        replace: as for `skeleton`.
+        run: called with the copy.
+    """
+    shared = _NoHooks()
+    try:
+        result = run(_skeleton(model, replace, shared))
+    except Exception:
+        if not shared.written:
+            raise
+    else:
+        if not shared.written:
+            return result
+    return run(skeleton(model, replace))
+
+
+class _NoHooks(OrderedDict[Any, Any]):
+    """Takes no hook, and notes that there was one, or that it was copied: nobody else is to run it."""
+
+    written = False
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.written = True
+        raise RuntimeError("hooks are added to a copy whose modules share them")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self.written = True  # what the forward makes of a module, with `deepcopy`, would share its dicts too
+        return OrderedDict, ()
+
+
+def _skeleton(model: nn.Module, replace: Replace, no_hooks: _NoHooks | None) -> nn.Module:
     modules = modules_of(model)
-    memo = Memo(map(id, modules.values()))
+    memo = Memo(map(id, modules.values()), no_hooks)
     for kind, name, tensor in _tensors(modules):
         new = replace(name, tensor)
         new = tensor.detach() if new is tensor else new
@@ -219,8 +260,16 @@ def _copy_fields(module: nn.Module, into: dict[str, Any], memo: Memo) -> None:
     state = module.__getstate__() if "_compiled_call_impl" in vars(module) else vars(module)
     into.update(state)
     for key, item in state.items():
-        if type(item) not in _ATOMS and not _is_plain(item):
-            into[key] = type(item)() if key in _MODULE_FIELDS and not item else _copy(item, memo)
+        kind = type(item)
+        if kind in _ATOMS:
+            continue
+        if key in _MODULE_FIELDS:
+            if item:
+                into[key] = _copy(item, memo)
+            else:
+                into[key] = kind() if kind is not OrderedDict or memo.empty is None else memo.empty
+        elif kind is not tuple or not _ATOMS.issuperset(map(type, item)):
+            into[key] = _copy(item, memo)
 
 
 def _is_plain(value: Any) -> bool:
@@ -255,7 +304,7 @@ def _tensor_attributes(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, 
     """Tensors that modules keep as plain attributes, alone or within lists, tuples and dicts."""
     for path, module in modules.items():
         for key, value in vars(module).items():
-            if key in _MODULE_FIELDS or _is_plain(value):
+            if type(value) in _ATOMS or key in _MODULE_FIELDS or _is_plain(value):
                 continue
             for tensor in _tensors_within(value):
                 yield f"{path}.{key}".lstrip("."), tensor

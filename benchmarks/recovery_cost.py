@@ -85,16 +85,18 @@ def markdown(rows: list[Data]) -> str:
             f"{row['cpu seconds']:.0f}",
             f"{row['seconds']:.0f} (load {row['environment']['load']})",
             f"{row['peak'] / 1e6:,.0f} MB",
+            f"{(2 * row['weights'] + row['gram']) / 1e6:,.0f} MB",
         ]
         for row in rows
     ]
     heads = ["network", "layers", "images", "method", "threads", "memory", "CPU seconds", "seconds"]
-    heads.append("peak above the model")
+    heads += ["peak above the model", "twice the model, and its largest matrix"]
     first = rows[0]
     said = (
         f"ResNet-50 has {first['weights'] / 1e6:,.0f} MB of weights, and its widest layer left a matrix of inputs by "
         f"inputs of {first['gram'] / 1e6:,.0f} MB. The seconds hold other work where the load says so."
     )
+    said += "".join(f" {row['remark']}" for row in rows if "remark" in row)
     head = ["# What a recovery costs", "", "Made by `python -m benchmarks.recovery_cost`: see its first lines.", ""]
     return "\n".join([*head, table(heads, lines), "", said, ""])
 

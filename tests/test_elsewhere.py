@@ -85,6 +85,18 @@ def test_a_result_works_in_every_mode_and_size(middle: str) -> None:
     assert allocator.verify(model, small, result.allocation, example_inputs=IMAGE).ok
 
 
+def test_train_mode_is_tried_in_the_first_smaller_size_that_runs() -> None:
+    def halving(m: Any, y: Tensor) -> Tensor:
+        return y + F.interpolate(F.max_pool2d(y, 4), scale_factor=4.0)
+
+    used = {name: layer for name, layer in layers().items() if name not in ("aux", "other")}
+    model = net(lambda m, x: forward(m, x, halving), **used)
+    result = allocator.allocate(model, "60%", example_inputs=IMAGE, criterion="magnitude", scope="all")
+    said = "in eval mode with 1x3x16x16 and 3x3x48x48, in train mode with 2x3x8x8"
+    assert result.notes[-1] == f"held against the original {said}"
+    require_same(model, result, ((False, 1, 16), (True, 2, 16), (True, 3, 24), (False, 2, 8)))
+
+
 class Supervised(nn.Module):
     """Needs a target in train mode, for its head and for an auxiliary one."""
 

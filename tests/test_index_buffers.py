@@ -24,6 +24,7 @@ PICK: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "index_select": lambda m, y: y.index_select(1, m.index),
     "advanced": lambda m, y: y[:, m.index],
     "gather": lambda m, y: y.gather(1, m.index.view(1, -1, 1, 1).expand(len(y), -1, *y.shape[2:])),
+    "take_along_dim": lambda m, y: torch.take_along_dim(y, m.index.view(1, -1, 1, 1), 1),
     "on the last dim": lambda m, y: y.permute(0, 2, 3, 1)[..., m.index].permute(0, 3, 1, 2),
 }
 
@@ -85,12 +86,15 @@ def test_groups_of_what_is_picked_go_whole(tmp_path: Path) -> None:
     assert allocator.verify(model, again, result.allocation, example_inputs=IMAGE).ok
 
 
-def test_gathered_places_leave_the_channels_free() -> None:
+@pytest.mark.parametrize("along", [False, True])
+def test_gathered_places_leave_the_channels_free(along: bool) -> None:
     """Of a vision transformer's tokens, those that score best, each with all of its channels."""
 
     def run(m: Any, x: Tensor) -> Tensor:
         tokens = m.first(x).flatten(2).transpose(1, 2)
         best = m.score(tokens).squeeze(-1).topk(5, dim=1).indices
+        if along:
+            return m.head(tokens.take_along_dim(best[..., None], 1).relu().mean(1))
         return m.head(tokens.gather(1, best[..., None].expand(-1, -1, tokens.shape[-1])).relu().mean(1))
 
     torch.manual_seed(0)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextvars
+import copy
 import functools
 import logging
+import os
 import random
 import sys
 import threading
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import allocator
 from allocator.errors import AllocatorError, UnsupportedModelError
+from allocator.tracing.memory import Memory
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 KEPT: dict[Any, Any] = {}
@@ -119,6 +123,63 @@ def test_what_a_forward_keeps_outside_of_its_modules_is_as_it_was(cache: str) ->
     assert KEPT == {} or all(item["ramp"].dtype == torch.float32 for item in KEPT.values())
     assert all(not row.is_meta and row.dtype == torch.float32 for row in ROWS)
     assert LATEST is None or LATEST.dtype == torch.float32
+
+
+def test_what_was_put_back_is_put_back_again() -> None:
+    ramp.cache_clear()
+    ramp(3, IMAGE.device)
+    memory = Memory([Kept(CACHES["lru_cache"])])
+    for sides in ((4,), (5,), (6, 7)):  # after the first time, one miss is as many as there were at first
+        for side in sides:
+            ramp(side, IMAGE.device)
+        memory.restore()
+        assert ramp.cache_info().currsize == 0
+
+
+def test_the_environment_and_the_filters_of_warnings_are_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OF_THE_CALLER", "before")
+    monkeypatch.setenv("TAKEN_AWAY", "there")
+
+    def meddling(x: Tensor) -> Tensor:
+        os.environ.update(OF_THE_CALLER="after", OF_THE_FORWARD="set")
+        os.environ.pop("TAKEN_AWAY", None)
+        warnings.simplefilter("error", BytesWarning)
+        warnings.filters = [*warnings.filters]
+        return x + 0.5
+
+    before, filters, within = dict(os.environ), warnings.filters, list(warnings.filters)
+    assert allocate(model_with(meddling)).certificate.ok
+    assert dict(os.environ) == before
+    assert list(filters) == within
+    assert threading.active_count() > 1 or warnings.filters is filters
+
+
+def doubled(m: Any, x: Tensor) -> Tensor:
+    hook = m.one.register_forward_hook(lambda *given: given[2] * 2)
+    try:
+        return forward(m, x)
+    finally:
+        hook.remove()
+
+
+def doubled_on_a_copy(m: Any, x: Tensor) -> Tensor:
+    relu = copy.deepcopy(m.relu)
+    relu.register_forward_hook(lambda *given: given[2] * 2)
+    return forward(m, x, relu)
+
+
+def test_hooks_may_be_added_to_what_a_forward_copies() -> None:
+    assert allocate(net(doubled_on_a_copy, relu=nn.ReLU(), **parts())).certificate.ok
+
+
+def test_a_hook_that_a_forward_adds_runs_where_it_is_added() -> None:
+    model = net(doubled, **parts())
+    trace = allocator.trace(model, IMAGE).flow.trace
+    assert [op.module for op in trace.ops if op.name == "mul"] == ["one"]
+    result = allocate(model)
+    assert result.certificate.ok
+    assert result.certificate.relative_error is not None
+    assert not any(module._forward_hooks for module in (*model.modules(), *result.model.modules()))
 
 
 class Kept(nn.Module):

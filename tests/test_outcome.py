@@ -31,8 +31,8 @@ model#2 (sum)                       16 → 15
   identity          1               16 → 15           ━━━━━━━━━━━─  94%
   expand.0          1      3x3      16 → 15  16 → 12  ━━━━━━━━━━━─  94%
 not counted by fvcore: max_pool2d (1), add (1), mean (1)
-note: held against the original in eval mode with 1x3x16x16, 3x3x48x48 and 
-1x3x8x8, in train mode with 2x3x16x16
+note: held against the original in eval mode with 1x3x16x16 and 3x3x48x48, in 
+train mode with 2x3x8x8
 """  # noqa: W291
 
 

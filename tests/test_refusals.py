@@ -14,7 +14,13 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 import allocator
-from allocator.errors import BudgetError, CostMismatchError, NothingToAllocateError, UnsupportedModelError
+from allocator.errors import (
+    BudgetError,
+    CostMismatchError,
+    NothingToAllocateError,
+    TraceError,
+    UnsupportedModelError,
+)
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 
@@ -140,3 +146,13 @@ def test_a_count_that_nobody_shares_is_refused(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr("allocator.pipeline.run.products_by_torch", lambda *_, **__: 7)
         with pytest.raises(CostMismatchError, match=f"fvcore counts {counted:,} FLOPs in the result, the cost model"):
             allocate(model)
+
+
+def test_a_choice_between_functions_says_what_to_write_instead() -> None:
+    def chosen(m: Any, x: Tensor) -> Tensor:
+        y = m.one(x)
+        return m.two(torch.cond(y.sum() > 0, lambda y: y * 2, lambda y: y * 3, (y,)))
+
+    model = net(chosen, one=nn.Conv2d(3, 8, 3), two=nn.Conv2d(8, 4, 3))
+    with pytest.raises(TraceError, match=r"calls torch's cond .*write the branch .*in Python, or .* torch\.where"):
+        allocate(model)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import allocator
+from allocator.cost.fvcore import fvcore_flops
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::allocator.AllocatorWarning"),
@@ -182,6 +183,33 @@ def test_it_is_right_or_stays_and_is_named(kind: str) -> None:
     _same_as_zeroed(model, result)
     if kind not in _NO_GRADIENT:
         small.train()(torch.randn(2, 3, 16, 16)).sum().backward()
+
+
+class Waves(nn.Module):
+    """Convolutions of complex numbers, of which fvcore sees the real ones that they are made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1, dtype=torch.complex64)
+        self.each = nn.Conv2d(16, 16, 3, padding=1, groups=16, dtype=torch.complex64)
+        self.head = nn.Conv2d(16, 4, 1, dtype=torch.complex64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.each(self.first(x.to(torch.complex64))))
+        return y.abs()
+
+
+@pytest.mark.filterwarnings("error:Casting complex")
+@pytest.mark.parametrize("criterion", ["group_norm", "magnitude", "fpgm"])
+def test_convolutions_of_complex_numbers_count_as_fvcore_counts_them(criterion: str) -> None:
+    torch.manual_seed(0)
+    model = Waves().eval()
+    result = allocator.allocate(model, "60%", example_inputs=IMAGE, scope="all", criterion=criterion)
+    assert result.certificate.ok
+    assert result.certificate.relative_error is not None
+    assert result.flops_after == fvcore_flops(result.model, result.graph.inputs)[0]
+    assert result.flops_before == fvcore_flops(model, result.graph.inputs)[0]
+    assert result.model.first.out_channels < 16  # type: ignore[union-attr, operator]
 
 
 _NO_GRADIENT = {"custom operator without a meta kernel"}

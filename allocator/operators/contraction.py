@@ -27,10 +27,13 @@ AsOneCall = tuple[Any, tuple[Any, ...]]
 def _convolution_flops(flow: Flow, op: Op) -> list[Product]:
     x, weight = op.inputs()[:2]
     run = flow.shape(x if op.arg("transposed") else op.outputs[0])
-    pixels = 1
+    pixels = _REAL_ONES if flow.trace.values[weight].dtype.is_complex else 1
     for size in run[2:]:
         pixels *= size
     return [times(elements(flow, x, pixels, slice(0, 1)), elements(flow, weight))]
+
+
+_REAL_ONES = 3  # convolutions that one of complex numbers is made of, by Gauss's way to multiply them
 
 
 def _convolution_window(flow: Flow, op: Op) -> tuple[Any, Any, Any]:

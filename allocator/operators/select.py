@@ -12,7 +12,7 @@ from allocator.flow.flow import Flow
 from allocator.flow.labels import Label
 from allocator.operators.pointwise import adopt
 from allocator.tracing.calls import Op, Trace
-from allocator.tracing.operators import Declaration, declare, operator
+from allocator.tracing.operators import AS_ONE_CALL, Declaration, declare, operator
 from allocator.tracing.value_sized import MASKS, everywhere, without_values
 
 
@@ -193,6 +193,29 @@ def gather(flow: Flow, op: Op) -> None:
         flow.freeze(along, op, "channels are picked by an index tensor")
     _repeated_like(flow, op, index, [(dim, labels[dim]) for dim in others])
     flow.set(op.outputs[0], [named if dim == at else label for dim, label in enumerate(labels)])
+
+
+def _taken_along(
+    input: torch.Tensor, indices: torch.Tensor, dim: int | None = None, *, out: torch.Tensor | None = None
+) -> tuple[Any, tuple[Any, ...]] | None:
+    """`torch.take_along_dim` is `gather`, once both are as large, and what names places from the end was counted anew.
+
+    That is arithmetic, which hides what the places come from; on tensors without values there is nothing to count.
+    """
+    if dim is None or out is not None or not (input.is_meta and indices.is_meta and input.dim() == indices.dim()):
+        return None
+    at = dim % input.dim()
+
+    def sizes(own: torch.Tensor, other: torch.Tensor) -> list[int]:
+        pairs = enumerate(zip(own.shape, other.shape, strict=True))
+        return [n if d == at or m == 1 else m for d, (n, m) in pairs]
+
+    wide, places = input.expand(sizes(input, indices)), indices.expand(sizes(indices, input))
+    return torch.ops.aten.gather.default, (wide, at, places)
+
+
+AS_ONE_CALL[torch.take_along_dim] = _taken_along
+AS_ONE_CALL[torch.Tensor.take_along_dim] = _taken_along
 
 
 def _repeated_like(flow: Flow, op: Op, index: int, dims: list[tuple[int, Label]]) -> None:

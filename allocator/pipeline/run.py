@@ -29,7 +29,6 @@ from allocator.settings import Certify, Limits, Settings, check_certify
 from allocator.tracing.inputs import device_of
 from allocator.tracing.value_sized import value_sized
 from allocator.verifying.certificate import Certificate, certify, require
-from allocator.verifying.smaller import WORTH
 
 
 def run(
@@ -98,6 +97,10 @@ def _floors(fitted: Fitted, settings: Settings) -> list[str]:
     return [f"every layer keeps at least {problem.widths.at_least} of its channels{but} (at_least=0: any number)"]
 
 
+SHORT = 200_000_000
+"""FLOPs of a forward below which its numbers take no longer than doing without them."""
+
+
 def _count(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, planned: int, notes: list[str]) -> dict[str, int]:
     """Hold the planned FLOPs against fvcore's count; where it cannot count or overlooks a part, against torch's too.
 
@@ -111,7 +114,7 @@ def _count(graph: ChannelGraph, kept: np.ndarray, small: nn.Module, planned: int
         What fvcore does not count, with the number of calls.
     """
     written = graph.flow.trace.written()
-    if planned >= WORTH and _sizes_alone_count(graph):
+    if planned >= SHORT and _sizes_alone_count(graph):
         with contextlib.suppress(TraceError):
             counted, uncounted = fvcore_flops(small, graph.inputs, written, computed=False)
             if counted == planned:

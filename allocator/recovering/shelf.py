@@ -6,6 +6,7 @@ The file has no name, or one that goes with it, so that nothing of it is left ho
 from __future__ import annotations
 
 import bisect
+import ctypes
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,9 +16,6 @@ import torch
 
 from allocator.errors import FileError
 from allocator.torch_private import StorageReference, storage_of
-
-BETWEEN = 2**22
-"""Bytes that are on their way into the file or out of it at a time."""
 
 
 class Gaps:
@@ -78,7 +76,6 @@ class Shelf:
         self.left = limit
         self.written = 0
         self._file: IO[bytes] | None = None
-        self._between = torch.empty(0, dtype=torch.uint8)  # an array of a storage itself would hold that fast
         self._gaps = Gaps()
         self._laid: dict[StorageReference, _Laid] = {}
 
@@ -148,12 +145,11 @@ class Shelf:
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - `close` ends it
-                self._between = torch.empty(BETWEEN, dtype=torch.uint8)
             self._file.seek(start)
-            for part in data.split(len(self._between)):
-                view = self._between[: len(part)].copy_(part).numpy().data
-                while view:
-                    view = view[self._file.write(view) :]
+            here = data.cpu()
+            view = _view_of(here)
+            while view:
+                view = view[self._file.write(view) :]
         except OSError as error:
             raise FileError(
                 f"cannot write {self._gaps.end / 1e6:,.0f} MB of activations into a temporary file in "
@@ -167,15 +163,15 @@ class Shelf:
         """Fill a tensor of bytes with those from there on."""
         assert self._file is not None
         self._file.seek(start)
-        for part in data.split(len(self._between)):
-            here = self._between[: len(part)]
-            view = here.numpy().data
-            while view:
-                count = self._file.readinto(view)  # type: ignore[attr-defined]
-                if not count:
-                    raise FileError(f"the temporary file in {tempfile.gettempdir()} is shorter than what was written")
-                view = view[count:]
-            part.copy_(here)
+        here = data if data.device.type == "cpu" else torch.empty_like(data, device="cpu")
+        view = _view_of(here)
+        while view:
+            count = self._file.readinto(view)  # type: ignore[attr-defined]
+            if not count:
+                raise FileError(f"the temporary file in {tempfile.gettempdir()} is shorter than what was written")
+            view = view[count:]
+        if here is not data:
+            data.copy_(here)
 
     def give(self, start: int, size: int) -> None:
         """These bytes of the file are not needed any more."""
@@ -221,3 +217,8 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten().view(torch.uint8)
+
+
+def _view_of(data: torch.Tensor) -> memoryview:
+    """Bytes on the CPU themselves; an array of them would hold their storage at its size, which torch keeps to."""
+    return memoryview((ctypes.c_ubyte * len(data)).from_address(data.data_ptr())).cast("B")

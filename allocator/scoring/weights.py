@@ -53,7 +53,9 @@ def fpgm(graph: ChannelGraph, weights: Weights) -> SlotScores:
     """Sum of a filter's distances to all others of its layer, relative to its layer's (He et al., CVPR 2019)."""
     rows = []
     for name, dim, label in _written(graph):
-        filters = weights(name).detach().to(torch.float32).movedim(dim, 0).flatten(1)
+        filters = weights(name).detach()
+        filters = torch.view_as_real(filters) if filters.is_complex() else filters
+        filters = filters.to(torch.float32).movedim(dim, 0).flatten(1)
         distances = _finite(torch.cdist(filters[None], filters[None])[0].sum(1), name)
         rows.append((label, _over_mean(distances)))
     return SlotScores.of(rows)
@@ -67,7 +69,8 @@ def random(graph: ChannelGraph, weights: Weights) -> np.ndarray:
 
 def _norms(tensor: torch.Tensor, dims: Sequence[int], name: str) -> list[np.ndarray]:
     """Per dim, (n,) the L2 norm of every slice along it; the name is for messages."""
-    squares = tensor.detach().to(torch.float64, copy=True).square_()
+    tensor = tensor.detach()
+    squares = (tensor.abs() if tensor.is_complex() else tensor).to(torch.float64, copy=True).square_()
     squares = _sum_but(squares, dims, keepdim=True)
     return [_finite(_sum_but(squares, [dim]).sqrt(), name) for dim in dims]
 
@@ -120,7 +123,7 @@ def _dims_of_neurons(graph: ChannelGraph) -> Iterator[tuple[str, dict[int, np.nd
     """The slots of every dim that holds neurons, by weight or scale; shifts tell nothing of size."""
     scales = {gamma.name for gamma in graph.facts.gammas}
     for name, tensor in graph.tensors.items():
-        if not isinstance(tensor, torch.nn.Parameter) or not tensor.is_floating_point():
+        if not isinstance(tensor, torch.nn.Parameter) or not (tensor.is_floating_point() or tensor.is_complex()):
             continue
         if tensor.dim() < 2 and name not in scales:
             continue

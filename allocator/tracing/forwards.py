@@ -14,6 +14,7 @@ from allocator.errors import first_line
 from allocator.modules import tensor_names
 from allocator.tracing.calls import Trace
 from allocator.tracing.inputs import Inputs
+from allocator.tracing.isolation import looked_at_once
 from allocator.tracing.record import ForwardError, record, trace_forward
 from allocator.tracing.value_sized import value_sized
 from allocator.tracing.variations import batch_of, dims_of_sides, larger, smaller, with_batch, with_sides
@@ -104,15 +105,8 @@ def more_forwards(model: nn.Module, first: Forwards) -> Forwards:
     if base.mode == "real":
         return replace(first, refused=("in other modes and sizes, since the forward needs values",))
     trials = _Trials(model, base.mode)
-    inputs = base.inputs
-    trials.another_batch(inputs)
-    shrunk = list(_resized(inputs, smaller))
-    if any(trace.training for trace in first.traces):
-        trials.first_of(shrunk)
-    else:
-        trials.train_mode(base, [_another_batch(each, 1) for each in (*shrunk[:1], inputs)])
-        if shrunk and not any(trace.inputs.sizes() == _another_batch(shrunk[0], 1).sizes() for trace in trials.traces):
-            trials.first_of(shrunk)
+    with looked_at_once(model):
+        trials.others(base, in_train_mode=any(trace.training for trace in first.traces))
     return replace(first, traces=(*first.traces, *trials.traces), refused=tuple(trials.refused))
 
 
@@ -123,6 +117,19 @@ class _Trials:
         self.model, self.mode = model, mode
         self.traces: list[Trace] = []
         self.refused: list[str] = []
+
+    def others(self, base: Trace, *, in_train_mode: bool) -> None:
+        """All of them; `in_train_mode`: there is one in that mode already."""
+        inputs = base.inputs
+        self.another_batch(inputs)
+        shrunk = list(_resized(inputs, smaller))
+        if in_train_mode:
+            self.first_of(shrunk)
+            return
+        self.train_mode(base, [_another_batch(each, 1) for each in (*shrunk, inputs)])
+        sizes = {_another_batch(each, 1).sizes() for each in shrunk}
+        if sizes.isdisjoint(trace.inputs.sizes() for trace in self.traces):
+            self.first_of(shrunk)
 
     def first_of(self, variations: list[Inputs]) -> bool:
         """Record the first of these that runs; whether one did."""

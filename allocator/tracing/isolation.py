@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import os
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -33,21 +35,24 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module, *, itself: bool = False) -> Iterator[None]:
+def undisturbed(
+    model: nn.Module, modules: Mapping[str, nn.Module] | None = None, *, itself: bool = False
+) -> Iterator[None]:
     """Run copies of this model within: afterwards random states, and what lies outside of modules, are as before.
 
     Args:
         model: what was copied.
+        modules: what `modules_of(model)` gives, where it is known.
         itself: it is one's own, and runs itself.
 
     Raises:
         UnsupportedModelError: the forward reached the model itself instead of the copy, and wrote into it.
     """
-    modules = modules_of(model)
+    modules = modules_of(model) if modules is None else modules
     tensors = {} if itself else tensor_names(model, modules)
     versions = {name: _version(tensor) for name, tensor in tensors.items()}
     with _ONE_AT_A_TIME:
-        memory, restore_states = Memory(modules.values()), _states()
+        memory, restore_states = _memory_of(modules), _states()
         watch, watched = _Watch(), _has_to_be_watched(modules.values())
         try:
             with watch if watched else contextlib.nullcontext(), adapters.in_calls_that_are_followed():
@@ -61,6 +66,26 @@ def undisturbed(model: nn.Module, *, itself: bool = False) -> Iterator[None]:
             f"the forward of a copy wrote into {', '.join(written[:3])} of the model itself, which it reaches other "
             "than through its modules: take the hook or global variable away that holds the model"
         )
+
+
+@contextlib.contextmanager
+def looked_at_once(model: nn.Module) -> Iterator[None]:
+    """Within, nothing but forwards of copies of this model runs: what they may remember is looked for once, here."""
+    with _ONE_AT_A_TIME:
+        memory = Memory(modules_of(model).values())
+    token = _LOOKED_AT.set(memory)
+    try:
+        yield
+    finally:
+        _LOOKED_AT.reset(token)
+
+
+_LOOKED_AT: contextvars.ContextVar[Memory | None] = contextvars.ContextVar("looked_at", default=None)
+
+
+def _memory_of(modules: Mapping[str, nn.Module]) -> Memory:
+    known = _LOOKED_AT.get()
+    return known if known is not None and known.covers(modules.values()) else Memory(modules.values())
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -146,10 +171,34 @@ def _of_cudnn(name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
     return lambda: getattr(flags, name), lambda value: setattr(flags, name, value)
 
 
+def _set_environment(before: dict[str, str]) -> None:
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    for name, value in before.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+
+
+def _set_filters(before: tuple[list[Any], list[Any]]) -> None:
+    """The list of filters that there was, with what was in it.
+
+    In another thread's `catch_warnings` another list stands in its place, which is that thread's.
+    """
+    filters, within = before
+    if warnings.filters is not filters and threading.active_count() == 1:
+        warnings.filters = filters
+    if filters != within:
+        filters[:] = within
+        with warnings.catch_warnings():  # forgets what the filters said of earlier warnings
+            pass
+
+
 _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = (
+    (lambda: dict(os.environ), _set_environment),
+    (lambda: (warnings.filters, list(warnings.filters)), _set_filters),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     *(_of_cudnn(name) for name in ("enabled", "benchmark", "deterministic")),
 )
-"""Of the whole process, which a forward may set: how each is read and written."""
+"""Of the whole process, which a forward may set: how each is read and put back."""

@@ -35,20 +35,20 @@ class Memory:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._containers: list[tuple[Any, Any, bool]] = []  # (container, copy of it, whether all of it is put back)
         self._classes: list[tuple[type, dict[str, Any]]] = []
-        self._caches: list[tuple[Any, int]] = []
+        self._caches: dict[Any, int] = {}  # how often each had missed
         self._generators: list[Callable[[], None]] = []
         self._objects: list[tuple[Any, dict[str, Any], bool]] = []  # (object with slots, their contents, as above)
         self._seen: set[int] = set()
         classes: set[type] = set()
         functions: list[FunctionType] = []
-        kinds: set[type] = set()
+        self._kinds: set[type] = set()
         for module in modules:
-            kinds.add(type(module))
+            self._kinds.add(type(module))
             for value in vars(module).values():
                 if type(value) in _ON_MODULES:
                     functions += [value] if isinstance(value, FunctionType) else []
                     self._look(value, False, _DEPTH)
-        for kind in kinds:
+        for kind in self._kinds:
             of_classes: Any = type(kind)  # a class of classes keeps things too
             bases = [*kind.__mro__, *of_classes.__mro__]
             classes.update(base for base in bases if _is_own(base))
@@ -72,7 +72,7 @@ class Memory:
             if len(value) > _REGISTRY and depth < _DEPTH:
                 return
         elif isinstance(value, functools._lru_cache_wrapper):
-            self._caches.append((value, value.cache_info().misses))
+            self._caches[value] = value.cache_info().misses
         elif isinstance(value, _GENERATORS):
             self._generators.append(_state_of(value))
         elif _slots_of(value.__class__):
@@ -80,13 +80,18 @@ class Memory:
         for each in _held_by(value):
             self._look(each, everything, depth - 1)
 
+    def covers(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether this is of all classes of these modules."""
+        return self._kinds.issuperset(map(type, modules))
+
     def restore(self) -> None:
         """Put everything back."""
         for put_back in self._generators:
             put_back()
-        for cache, misses in self._caches:
+        for cache, misses in self._caches.items():
             if cache.cache_info().misses != misses:
                 cache.cache_clear()
+                self._caches[cache] = 0
         for cls, before in self._classes:
             _restore_class(cls, before)
         for container, before, everything in self._containers:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from allocator import adapters
 from allocator.errors import TraceError
 from allocator.logs import hidden
-from allocator.modules import modules_of, set_training, skeleton, tensor_names
+from allocator.modules import modules_of, on_a_copy, tensor_names
 from allocator.torch_private import (
     FAKE_LOGGER,
     LITERALS,
@@ -25,8 +26,8 @@ from allocator.torch_private import (
     call_as_usual,
     call_by,
     call_by_itself,
+    past_dispatch,
     tree_flatten,
-    tree_map,
 )
 from allocator.tracing import meta_kernels
 from allocator.tracing.calls import Call, Op, Ref, Trace, Value
@@ -64,10 +65,20 @@ def trace_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -
             errors.append(error)
     last = errors[-1]
     where = f"in {last.module}" if last.module else "in the model's own forward"
+    given = _OF_FUNCTIONS.search(str(last.cause))
+    if given is not None:
+        raise TraceError(
+            f"the forward calls torch's {given[1]} {where}, which runs functions that it is given, and isn't followed: "
+            "write the branch or the loop in Python, or compute all branches and choose with torch.where"
+        ) from last.cause
     raise TraceError(
         f"the forward raised {type(last.cause).__name__} {where} with {inputs.describe()}: {last.cause}; "
         "check that model(*example_inputs) runs, or pass other example_inputs"
     ) from last.cause
+
+
+_OF_FUNCTIONS = re.compile(r"no rule registered for HigherOrderOperator (\w+)")
+"""What torch says of an operator that takes functions, where a mode is on that does not."""
 
 
 def record(
@@ -84,36 +95,53 @@ def record(
     """
     with contextlib.ExitStack() as stack:
         convert = _converter(model, mode, stack)
-        running = model if copied else skeleton(model, convert)
-        args, kwargs = tree_map(
-            lambda leaf: convert("", leaf) if isinstance(leaf, torch.Tensor) else leaf,
-            (inputs.args, inputs.kwargs),
-        )
-        recorder = _Recorder(running, inputs)
-        adapters.take_any_width(recorder.modules)
-        if any(module.training is not training for module in recorder.modules.values()):
-            set_training(running, training)
-        given = recorder.modules if copied else modules_of(model)
+
+        def forward(running: nn.Module) -> _Ran:
+            return _run(model, running, inputs, inputs.map(lambda t: convert("", t)), mode, training=training)
+
+        ran = forward(model) if copied else on_a_copy(model, convert, forward)
+    if ran.raised is not None:
+        ran.recorder.drop_unfinished()
+        partial = ran.recorder.compact(None, ran.modules, mode, training, unfinished=True)
+        raise ForwardError(ran.raised, ran.recorder.path, partial) from ran.raised
+    return ran.recorder.compact(ran.output, ran.modules, mode, training)
+
+
+class _Ran(NamedTuple):
+    """A forward that is over: who recorded it, what it gave or raised, and the modules of the model that was given."""
+
+    recorder: _Recorder
+    output: Any
+    raised: Exception | None
+    modules: dict[str, nn.Module]
+
+
+def _run(model: nn.Module, running: nn.Module, inputs: Inputs, converted: Inputs, mode: str, *, training: bool) -> _Ran:
+    """Run a copy of `model`, or itself where it is one, on inputs as it takes them."""
+    recorder = _Recorder(running, inputs, mode)
+    adapters.take_any_width(recorder.modules)
+    for module in recorder.modules.values():
+        if module.training is not training:
+            module.training = training
+    itself = running is model
+    modules = recorder.modules if itself else modules_of(model)
+    output: Any = None
+    raised: Exception | None = None
+    with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(undisturbed(model, itself=copied))
+        stack.enter_context(undisturbed(model, modules, itself=itself))
         if mode != "real":
             stack.enter_context(adapters.while_tracing())
         stack.enter_context(recorder.following())
         stack.enter_context(_Functions(recorder))
         stack.enter_context(recorder)
-        output: Any = None
-        raised: Exception | None = None
         try:
-            output = apart(running, *args, **kwargs)
+            output = apart(running, *converted.args, **converted.kwargs)
         except SystemExit as gives_up:  # which must not end the caller's process
             raised = RuntimeError(f"the forward exits ({gives_up})")
         except Exception as error:
             raised = error
-    if raised is not None:
-        recorder.drop_unfinished()
-        partial = recorder.compact(None, given, mode, training, unfinished=True)
-        raise ForwardError(raised, recorder.path, partial) from raised
-    return recorder.compact(output, given, mode, training)
+    return _Ran(recorder, output, raised, modules)
 
 
 def _converter(model: nn.Module, mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.Tensor], torch.Tensor]:
@@ -153,9 +181,9 @@ _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 class _Recorder(TorchDispatchMode):
     """Collects raw calls; `compact` turns them into a `Trace` once the forward is over."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, mode: str) -> None:
         super().__init__()
-        self.model, self.inputs = model, inputs
+        self.model, self.inputs, self.mode = model, inputs, mode
         self.raw: list[tuple[Any, Any, Any, Any, str, Call | None]] = []
         self.before: dict[int, list[tuple[int, ...]]] = {}
         self.literals: dict[int, tuple[torch.Tensor, tuple[Any, ...]]] = {}
@@ -191,6 +219,9 @@ class _Recorder(TorchDispatchMode):
 
     def whole(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run a call without recording its parts."""
+        if self.mode == "meta":
+            with past_dispatch():
+                return meta_kernels.run(target, args, kwargs)
         self.paused = True
         try:
             return meta_kernels.run(target, args, kwargs)

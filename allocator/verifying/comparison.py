@@ -14,6 +14,7 @@ from allocator.flow.labels import FROZEN
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.rewriting.index_map import Maps
 from allocator.tracing.inputs import Inputs, device_of, dtype_of
+from allocator.tracing.isolation import looked_at_once
 from allocator.tracing.variations import batch_of, with_batch
 from allocator.verifying.difference import Difference, difference, noise_floors
 from allocator.verifying.float64 import Draw, Rows, run_float64
@@ -112,7 +113,9 @@ def compare_outputs(
     said = []
     for dtype in (torch.float64, torch.float32):
         try:
-            return _compare(_Pair(graph, kept, maps, small, seed, like or (graph.inputs,), dtype, uncut, copies or {}))
+            pair = _Pair(graph, kept, maps, small, seed, like or (graph.inputs,), dtype, uncut, copies or {})
+            with looked_at_once(graph.model):
+                return _compare(pair)
         except AllocatorError:
             raise
         except Exception as error:  # whatever the model's own code raises

@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.modules import set_training, skeleton, tensor_names
+from allocator.modules import on_a_copy, set_training, tensor_names
 from allocator.rewriting.index_map import IndexMap, Maps
 from allocator.torch_private import map_arguments
 from allocator.tracing.inputs import Inputs, dtype_of
@@ -76,15 +76,18 @@ def run_float64(
         known = written is not None and isinstance(tensor, nn.Parameter) and name not in written
         return tensor if known or _reads_only(tensor, dtype) else tensor.clone()
 
-    copied = set_training(skeleton(model, own), False)
-    direct = {name: rows for name, rows in (zeroed or {}).items() if fill or not _zero_computed(copied, name, rows)}
-    with torch.no_grad(), undisturbed(model), _Wide(copied, direct, draw, dtype, nudge, fill) as mode:
-        arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs
-        output = apart(copied, *arguments.args, **arguments.kwargs)
-    tensors = tensors_in(output)
-    if not any(t.is_floating_point() or t.is_complex() for t in tensors):
-        tensors += mode.rounded
-    return [_plain(t) for t in tensors]
+    def forward(copied: nn.Module) -> list[torch.Tensor]:
+        set_training(copied, False)
+        direct = {name: rows for name, rows in (zeroed or {}).items() if fill or not _zero_computed(copied, name, rows)}
+        with torch.no_grad(), undisturbed(model), _Wide(copied, direct, draw, dtype, nudge, fill) as mode:
+            arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs
+            output = apart(copied, *arguments.args, **arguments.kwargs)
+        tensors = tensors_in(output)
+        if not any(t.is_floating_point() or t.is_complex() for t in tensors):
+            tensors += mode.rounded
+        return [_plain(t) for t in tensors]
+
+    return on_a_copy(model, own, forward)
 
 
 def _reads_only(tensor: torch.Tensor, dtype: torch.dtype) -> bool:

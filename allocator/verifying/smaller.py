@@ -20,8 +20,8 @@ SIDES = (64, 96, 128, 192, 256, 384, 512)
 """Tried in turn for the shortest side of an input; networks halve sides up to five times."""
 STEP = 32
 """Sides are multiples of it, since many networks take no others."""
-WORTH = 200_000_000
-"""FLOPs of a forward below which it is so short that a smaller one saves nothing."""
+WORTH = 200_000
+"""FLOPs per call of a forward below which it is so short that a smaller one saves less than it takes to find."""
 
 
 def smaller_inputs(graph: ChannelGraph) -> Inputs | None:
@@ -37,7 +37,7 @@ def smaller_inputs(graph: ChannelGraph) -> Inputs | None:
     """
     trace, inputs = graph.flow.trace, graph.inputs
     sides = [side for tensor in inputs.tensors() for side in _sides(tensor)]
-    if trace.mode != "meta" or graph.flops < WORTH or not sides:
+    if trace.mode != "meta" or graph.flops < WORTH * len(trace.ops) or not sides:
         return None
     for side in SIDES:
         if 2 * side > min(sides):

@@ -23,6 +23,7 @@ from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import numbers_of, shapes_of
 from allocator.rewriting.index_map import Maps, renumbered
 from allocator.tracing.calls import Op, Ref, Trace
+from allocator.tracing.isolation import looked_at_once
 from allocator.tracing.record import ForwardError, record
 from allocator.verifying.image import Image
 
@@ -64,23 +65,29 @@ def find_mismatch(graph: ChannelGraph, maps: Maps, small: nn.Module, *, copied: 
     if torn is not None:
         what = "what meets here is put into different orders"
         return Mismatch(graph.flow.trace.ops[torn.op], what, misplaced=image.misplaced)
-    for which, flow in enumerate(graph.flows):
-        error: Exception | None = None
-        where: str | None = None
-        last = copied and flow is graph.flows[-1]
-        try:
-            mode, training = flow.trace.mode, flow.trace.training
-            trace = record(small, flow.trace.inputs, mode, training=training, copied=last)
-        except ForwardError as raised:
-            trace, error, where = raised.partial, raised.cause, raised.module
-        try:
-            new = run_rules(trace, slots, Facts(), flow.options)
-        except RuleError as failed:
-            new, error = failed.flow, failed
-        mismatch = compare(flow, new, image, error)
-        if mismatch is not None:
-            return replace(mismatch, module=where, forward=which)
+    with looked_at_once(small):
+        for which, flow in enumerate(graph.flows):
+            mismatch = _mismatch_in(flow, small, slots, image, copied=copied and flow is graph.flows[-1])
+            if mismatch is not None:
+                return replace(mismatch, forward=which)
     return None
+
+
+def _mismatch_in(flow: Flow, small: nn.Module, slots: Slots, image: Image, *, copied: bool) -> Mismatch | None:
+    """As `find_mismatch`, with the inputs and in the mode of one flow."""
+    error: Exception | None = None
+    where: str | None = None
+    try:
+        mode, training = flow.trace.mode, flow.trace.training
+        trace = record(small, flow.trace.inputs, mode, training=training, copied=copied)
+    except ForwardError as raised:
+        trace, error, where = raised.partial, raised.cause, raised.module
+    try:
+        new = run_rules(trace, slots, Facts(), flow.options)
+    except RuleError as failed:
+        new, error = failed.flow, failed
+    mismatch = compare(flow, new, image, error)
+    return None if mismatch is None else replace(mismatch, module=where)
 
 
 def _numbers_left(graph: ChannelGraph, maps: Maps) -> dict[str, np.ndarray]:
