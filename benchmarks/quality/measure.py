@@ -13,8 +13,11 @@ from .task import Part, shifted
 BATCH = 64
 
 
-def train(model: nn.Module, part: Part, epochs: float, lr: float, seed: int) -> None:
-    """Stochastic gradient descent with momentum, one cosine; parts of an epoch are allowed."""
+def train(model: nn.Module, part: Part, epochs: float, lr: float, seed: int, warm_up: float = 0.0) -> None:
+    """Stochastic gradient descent with momentum, or AdamW for transformers; parts of an epoch are allowed.
+
+    The rate falls along one cosine, after it has risen along another for `warm_up`, a share of the steps.
+    """
     generator = torch.Generator().manual_seed(seed)
     steps = max(round(epochs * len(part) / BATCH), 1)
     transformer = any(isinstance(module, nn.LayerNorm) for module in model.modules())
@@ -23,7 +26,12 @@ def train(model: nn.Module, part: Part, epochs: float, lr: float, seed: int) -> 
         optimiser = torch.optim.AdamW(model.parameters(), lr=lr / 50, weight_decay=0.05)
     else:
         optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    schedule: torch.optim.lr_scheduler.LRScheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    if warm_up:
+        rate = optimiser.param_groups[0]["lr"]
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, rate, total_steps=steps, pct_start=warm_up, cycle_momentum=False
+        )
     model.train()
     order = torch.randperm(len(part), generator=generator)
     place = 0

@@ -146,11 +146,14 @@ class Attention(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches of 4x4 pixels, four layers (Dosovitskiy et al., ICLR 2021)."""
+    """Four layers (Dosovitskiy et al., ICLR 2021) behind convolutions (Xiao et al., NeurIPS 2021).
+
+    From patches of 4x4 pixels it learns next to nothing of so few images.
+    """
 
     def __init__(self, width: int = 64, layers: int = 4) -> None:
         super().__init__()
-        self.stem = nn.Sequential(conv(1, 16, 3, 2), nn.Conv2d(16, width, 2, 2))
+        self.stem = nn.Sequential(conv(1, 24, 3, 2), conv(24, 48, 3, 2), nn.Conv2d(48, width, 1))
         self.positions = nn.Parameter(0.02 * torch.randn(1, (SIDE // 4) ** 2, width))
         self.layers = nn.Sequential(*(Attention(width, 4, 3 * width) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)

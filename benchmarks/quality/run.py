@@ -27,6 +27,7 @@ from .task import Part, load
 
 SHARES = (0.9, 0.8, 0.6, 0.4)
 EPOCHS, LEARNING_RATE = 8.0, 0.1
+LONGER = {"vit": {"epochs": 32.0, "warm_up": 0.1}}
 TUNING_EPOCHS, TUNING_RATE = 0.5, 0.02
 ROWS = RESULTS / "quality.jsonl"
 """One line per network, seed, share and arm."""
@@ -40,7 +41,8 @@ def trained(name: str, seed: int, parts: dict[str, Part], folder: Path) -> nn.Mo
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
     else:
-        train(model, parts["train"], EPOCHS, LEARNING_RATE, seed)
+        plain = {"epochs": EPOCHS, "warm_up": 0.0}
+        train(model, parts["train"], lr=LEARNING_RATE, seed=seed, **LONGER.get(name, plain))
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), path)
     return model.eval()
