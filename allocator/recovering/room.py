@@ -63,7 +63,7 @@ def _of_the_system() -> int:
 def _of_the_group() -> float:
     """What a container may still take; its files in memory are given back where it needs more."""
     try:
-        limit, used = ((_GROUP / f"memory.{each}").read_text(encoding="ascii") for each in ("max", "current"))
+        limit, used = ((_GROUP / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
         inside = (_GROUP / "memory.stat").read_text(encoding="ascii").splitlines()
         files = next(int(line.split()[1]) for line in inside if line.startswith("inactive_file "))
         return max(int(limit) - int(used) + files, 0)
