@@ -185,9 +185,15 @@ class _NoHooks(OrderedDict[Any, Any]):
         self.written = True
         raise RuntimeError("hooks are added to a copy whose modules share them")
 
+    def copy(self) -> OrderedDict[Any, Any]:  # type: ignore[override]
+        self.written = True  # what the forward makes of it, also with `deepcopy` of a module, would be shared too
+        return OrderedDict()
+
+    def __or__(self, other: Any) -> Any:
+        return self.copy() | other
+
     def __reduce__(self) -> tuple[Any, ...]:
-        self.written = True  # what the forward makes of a module, with `deepcopy`, would share its dicts too
-        return OrderedDict, ()
+        return type(self.copy()), ()
 
 
 def _skeleton(model: nn.Module, replace: Replace, no_hooks: _NoHooks | None) -> nn.Module:

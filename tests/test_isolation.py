@@ -162,6 +162,18 @@ def doubled(m: Any, x: Tensor) -> Tensor:
         hook.remove()
 
 
+def doubled_by_a_copied_dict(m: Any, x: Tensor) -> Tensor:
+    hooks = m.one._forward_hooks.copy()
+    hooks[1] = lambda *given: given[2] * 2
+    m.one._forward_hooks = hooks
+    m.relu._forward_hooks = m.relu._forward_hooks | {1: lambda *given: given[2] * 2}
+    return m.two(m.relu(m.one(x)))
+
+
+def test_dicts_of_hooks_that_a_forward_copies_are_its_own() -> None:
+    assert allocate(net(doubled_by_a_copied_dict, relu=nn.ReLU(), **parts())).certificate.ok
+
+
 def doubled_on_a_copy(m: Any, x: Tensor) -> Tensor:
     relu = copy.deepcopy(m.relu)
     relu.register_forward_hook(lambda *given: given[2] * 2)

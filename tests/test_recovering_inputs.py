@@ -116,6 +116,47 @@ def test_an_iterator_serves_choice_and_recovery(model: nn.Module, images: Tensor
     assert made.recovery.inputs + made.recovery.held == 80
 
 
+def boxes_of(images: Tensor) -> list[dict[str, Tensor]]:
+    """As of a detector: what is in each of the images, as many as it says."""
+    return [{"boxes": image.flatten()[: 4 * (1 + number % 2)].reshape(-1, 4)} for number, image in enumerate(images)]
+
+
+def numbers_of(images: Tensor) -> list[float]:
+    return images.flatten(1)[:, 0].tolist()
+
+
+def counts_of(images: Tensor) -> Any:
+    return images.flatten(1)[:, 0].numpy()
+
+
+def parts_of(images: Tensor) -> dict[str, Tensor]:
+    """As of Ultralytics' loader: two boxes per image, with the number of the image in its batch."""
+    return {"of": torch.arange(len(images)).repeat_interleave(2), "boxes": images.flatten(1)[:, :8].reshape(-1, 4)}
+
+
+@pytest.mark.parametrize("targets_of", [boxes_of, numbers_of, counts_of, parts_of])
+@pytest.mark.parametrize("size", [1, 5, 16])
+def test_targets_stay_with_their_inputs(
+    model: nn.Module, images: Tensor, size: int, targets_of: Callable[[Tensor], Any]
+) -> None:
+    """Whatever a loader gives beside a batch comes to the loss as it was, and the choice sees nothing held back."""
+    data = [(part, targets_of(part)) for part in images.split(size)]
+    known = {(len(part), repr(target)) for part, target in data}
+    seen: list[int] = []
+
+    def loss(output: Tensor, target: Any) -> Tensor:
+        assert (len(output), repr(target)) in known
+        seen.append(len(output))
+        return output.square().mean()
+
+    made = allocator.allocate(
+        model, "50%", data=data, loss=loss, recover="batch_norm", criterion="taylor", example_inputs=IMAGE
+    )
+    assert made.recovery is not None
+    assert made.recovery.inputs == sum(seen)
+    assert made.recovery.inputs + made.recovery.held == 80
+
+
 # Networks that are no good --------------------------------------------------------------------------
 
 

@@ -99,6 +99,19 @@ def test_a_shaken_answer_speaks_for_every_class() -> None:
     torch.testing.assert_close(squares, certain.square() + (1 - 1 / 4) / 4, rtol=0.1, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_classes_that_are_ruled_out_and_large_sums_shake_nothing(dtype: torch.dtype) -> None:
+    logits = torch.full((64, 20000), -3000.0, dtype=dtype)
+    logits[:, 7] = -torch.inf
+    logits.requires_grad_()
+    value = own_answers(logits, torch.Generator().manual_seed(0), "shaken")
+    (found,) = torch.autograd.grad(value, logits)
+    assert bool(value.isfinite())
+    assert bool(found.isfinite().all())
+    assert not found[:, 7].any()
+    assert bool(found[:, 8].any())
+
+
 def test_what_speaks_for_a_class_that_no_input_shows_counts() -> None:
     """Two neurons, one for each of two classes; the model is certain that all inputs are of the first."""
     model: Any = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3)).eval()

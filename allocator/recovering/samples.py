@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -77,21 +78,22 @@ def gather(
     count = 0
     with bar("reading the data", progress) as advance:
         for batch in batches(data, model, example):
-            (batch, *_) = batch.chunks(max(most - count, 1))
+            (batch, *_) = (batch if targets else Batch(batch.inputs)).chunks(max(most - count, 1))
             _check_finite(batch.inputs)
-            found.append(batch if targets else Batch(batch.inputs))
+            found.append(batch)
             count += batch.size
             advance(f"{count} inputs")
             if count >= most:
                 break
     _check_varied([batch.inputs for batch in found], count)
-    parts = _parts(found, max(min(LEAST, count // 4), -(-count // PARTS), 1))
+    size = max(min(LEAST, count // 4), -(-count // PARTS), 1)
+    parts = [[part] for part in _parts(found, size)] if all(each.parts for each in found) else _groups(found, size)
     if len(parts) < 2:
         raise DataError(f"the data hold {count} inputs in one batch that cannot be parted: give several batches")
-    held = tuple(part.inputs for i, part in enumerate(parts) if i % HELD == 1)
-    seen = tuple(part for i, part in enumerate(parts) if i % HELD != 1)
+    held = tuple(_inputs(part) for i, part in enumerate(parts) if i % HELD == 1)
+    seen = [part for i, part in enumerate(parts) if i % HELD != 1]
     held_count = sum(map(size_of, held))
-    return Samples(tuple(part.inputs for part in seen), held, count - held_count, held_count, seen)
+    return Samples(tuple(map(_inputs, seen)), held, count - held_count, held_count, tuple(chain.from_iterable(seen)))
 
 
 def size_of(inputs: Inputs) -> int:
@@ -153,6 +155,22 @@ def _parts(found: list[Batch], size: int) -> list[Batch]:
     if waiting and len(parts) > 1 and _kind(parts[-1]) == _kind(waiting[0]):  # a few more are no part of their own
         waiting.insert(0, parts.pop())
     return [*parts, *([_joined(waiting)] if waiting else [])]
+
+
+def _groups(found: list[Batch], size: int) -> list[list[Batch]]:
+    """Neighbours, about this many inputs together, each as it came: what came with it is the caller's to know."""
+    groups: list[list[Batch]] = []
+    for batch in found:
+        last = groups[-1] if groups else []
+        if 0 < sum(each.size for each in last) < size and _kind(Batch(last[0].inputs)) == _kind(Batch(batch.inputs)):
+            last.append(batch)
+        else:
+            groups.append([batch])
+    return groups if len(groups) > 1 else [[batch] for batch in found]
+
+
+def _inputs(several: list[Batch]) -> Inputs:
+    return _joined([Batch(each.inputs) for each in several]).inputs
 
 
 def _tree(batch: Batch) -> Any:

@@ -86,7 +86,9 @@ def _of_logits(logits: torch.Tensor, generator: torch.Generator, answer: Answer)
     if answer == "shaken":
         noise = _noise(logits, generator)
         noise = noise - noise.mean(1, keepdim=True)  # all logits raised alike say the same
-        value = value + (logits * noise).sum() / logits.shape[1] ** 0.5 / len(logits)
+        allowed = torch.where(logits.isfinite(), logits, 0)  # a class that is ruled out stays so
+        wide = allowed.to(torch.promote_types(logits.dtype, torch.float32))  # the sum may be too large for half
+        value = value + (wide * noise).sum() / logits.shape[1] ** 0.5 / len(logits)
     return value
 
 

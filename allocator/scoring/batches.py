@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from allocator.errors import DataError, a_kind
-from allocator.torch_private import tree_map
+from allocator.torch_private import tree_flatten, tree_map
 from allocator.tracing.inputs import Inputs, device_of, dtype_of
 from allocator.tracing.isolation import apart
 
@@ -36,17 +36,31 @@ class Batch:
         """How many samples it holds."""
         return max((t.shape[0] for t in self.inputs.tensors() if t.dim()), default=1)
 
+    @property
+    def parts(self) -> bool:
+        """Whether what came with the samples is known to be one entry for each, so that it goes with them."""
+        if isinstance(self.target, (list, tuple)) and len(self.target) == self.size:
+            return False  # one of its items for each, as of a detector, whose tensors are of any length
+        leaves, _ = tree_flatten(self.target)
+        return all(leaf is None or (_has_samples(leaf) and leaf.shape[0] == self.size) for leaf in leaves)
+
     def chunks(self, size: int) -> Iterator[Batch]:
-        """Parts of at most so many samples, in order."""
+        """Parts of at most so many samples, in order; itself where it does not part."""
+        if not self.parts:
+            yield self
+            return
         whole = self.size
         for start in range(0, whole, size):
 
             def part(leaf: Any, start: int = start) -> Any:
-                parted = isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and leaf.dim() > 0
-                return leaf[start : start + size] if parted and leaf.shape[0] == whole else leaf
+                return leaf[start : start + size] if _has_samples(leaf) and leaf.shape[0] == whole else leaf
 
             args, kwargs = tree_map(part, (self.inputs.args, self.inputs.kwargs))
             yield Batch(Inputs(args, kwargs), tree_map(part, self.target))
+
+
+def _has_samples(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and leaf.dim() > 0
 
 
 def batches(data: Any, model: nn.Module, example: Inputs) -> Iterator[Batch]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,7 +138,7 @@ def _own_share(
     most = -(-MOST_CHUNKS // ranks.count())
     with bar("looking at the data", progress) as advance:
         for batch in batches(data, graph.model, graph.inputs):
-            for chunk in batch.chunks(CHUNK):
+            for chunk in _few_at_a_time(batch, loss):
                 look(chunk)
                 found.samples, looked = found.samples + chunk.size, looked + 1
                 advance(f"{found.samples} samples")
@@ -190,7 +190,7 @@ def with_gradients(
     def look() -> None:
         with bar("looking at the data", progress) as advance, torch.enable_grad():
             for batch in batches(data, graph.model, graph.inputs):
-                for chunk in batch.chunks(CHUNK):
+                for chunk in _few_at_a_time(batch, loss):
                     value = loss_of(outputs_of(shadow, chunk.inputs), chunk, loss, _noise(chunk, seed))
                     _check_gradient(value)
                     _backward(value, shadow)
@@ -224,6 +224,11 @@ def _backward(loss: torch.Tensor, shadow: nn.Module, *, again: bool = False) -> 
             f"the gradient of the loss could not be taken: {first_line(error)}; a criterion of weights alone, such as "
             "group_norm, needs none"
         ) from error
+
+
+def _few_at_a_time(batch: Batch, loss: Loss | None) -> Iterator[Batch]:
+    """With what came with the samples only where it is asked for, since it may not part."""
+    return (Batch(batch.inputs) if loss is None else batch).chunks(CHUNK)
 
 
 def _shared(graph: ChannelGraph) -> Callable[[str, torch.Tensor], torch.Tensor]:
