@@ -19,7 +19,7 @@ from allocator.rewriting.index_map import Maps, maps_of, take, take_buffers, tak
 from allocator.rewriting.materialise import materialise
 from allocator.verifying.structure import Mismatch, find_mismatch
 
-MAX_ROUNDS = 24
+MAX_ROUNDS = 48  # of which a class of modules that does not fit takes two
 Planner = Callable[[ChannelGraph], Plan]
 Hold = Callable[[np.ndarray], bool]
 """Told of slots that stand in other places than they should: whether the next plan is another for that."""

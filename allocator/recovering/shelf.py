@@ -153,7 +153,7 @@ class Shelf:
         except OSError as error:
             raise FileError(
                 f"cannot write {self._gaps.end / 1e6:,.0f} MB of activations into a temporary file in "
-                f"{tempfile.gettempdir()}: {error.strerror or error}; set TMPDIR to a folder with more room, look at "
+                f"{_folder()}: {error.strerror or error}; set TMPDIR to a folder with more room, look at "
                 "fewer samples, or let more of them lie in memory (memory=)"
             ) from error
         self.written += len(data)
@@ -168,7 +168,7 @@ class Shelf:
         while view:
             count = self._file.readinto(view)  # type: ignore[attr-defined]
             if not count:
-                raise FileError(f"the temporary file in {tempfile.gettempdir()} is shorter than what was written")
+                raise FileError(f"the temporary file in {_folder()} is shorter than what was written")
             view = view[count:]
         if here is not data:
             data.copy_(here)
@@ -217,6 +217,11 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten().view(torch.uint8)
+
+
+def _folder() -> str:
+    """Where temporary files lie; asking for it raises where there is no such folder."""
+    return tempfile.tempdir or "the folder for such files"
 
 
 def _view_of(data: torch.Tensor) -> memoryview:
