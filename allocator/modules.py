@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -216,11 +216,17 @@ def _skeleton(model: nn.Module, replace: Replace, no_hooks: _NoHooks | None) -> 
         ) from error
 
 
-def for_inference(model: nn.Module) -> nn.Module:
-    """A copy in eval mode that shares the parameters; buffers, which a forward may write into, are its own."""
+def for_inference(model: nn.Module, written: Collection[str] = ()) -> nn.Module:
+    """A copy in eval mode that shares the parameters; buffers, which a forward may write into, are its own.
 
-    def share(_: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+    Args:
+        model: any module; it is not changed.
+        written: names of parameters that a forward writes into, which are the copy's own too.
+    """
+
+    def share(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        own = name in written or not isinstance(tensor, nn.Parameter)
+        return tensor.detach().clone() if own else tensor
 
     return set_training(skeleton(model, share), False)
 

@@ -198,3 +198,28 @@ def test_a_sweep_takes_what_suits_its_smallest_budget(images: Tensor) -> None:
     points = allocator.sweep(model, ["80%", "50%"], example_inputs=IMAGE, data=images).points
     smallest = allocator.allocate(model, "50%", example_inputs=IMAGE, data=images, certify=False)
     assert {point.allocation.criterion for point in points} == {smallest.allocation.criterion}
+
+
+@pytest.mark.parametrize("recover", [False, True])
+@pytest.mark.parametrize("how", ["data", "detach", "no_grad"])
+def test_weights_that_a_forward_writes_stay_the_callers(how: str, recover: bool) -> None:
+    class Decays(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                weight = self.first.weight
+                {"data": weight.data, "detach": weight.detach(), "no_grad": weight}[how].mul_(0.99)
+            y: torch.Tensor = self.last(self.second(self.first(x).relu()).relu().mean((2, 3)))
+            return y
+
+    model = Decays().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    allocator.allocate(model, flops="60%", data=torch.randn(32, 3, 16, 16), recover=recover)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    result = allocator.allocate(model, flops="60%", example_inputs=torch.randn(1, 3, 16, 16))
+    made = {name: tensor.clone() for name, tensor in result.model.state_dict().items()}
+    allocator.recover(result, torch.randn(32, 3, 16, 16))
+    assert all(torch.equal(tensor, made[name]) for name, tensor in result.model.state_dict().items())

@@ -134,6 +134,10 @@ class ChannelGraph(Shown):
         """The labels of every forward that was traced, in eval mode with the example inputs first."""
         return [self.flow, *self.others]
 
+    def written(self) -> set[str]:
+        """Names of the parameters and buffers that some forward may write into."""
+        return set().union(*(flow.trace.written() for flow in self.flows))
+
     @property
     def training_flow(self) -> Flow | None:
         """Labels of a train-mode forward, where one was traced to its end."""

@@ -98,7 +98,7 @@ def _tried(
     """How far the network that each criterion leads to is from the original; without those that lead to none."""
     tried: dict[str, float] = {}
     with undisturbed(graph.model), bar("trying criteria", progress, total=len(scored)) as advance:
-        model = for_inference(graph.model)
+        model = for_inference(graph.model, graph.written())
         for scores in scored:
             with contextlib.suppress(AllocatorError):
                 fitted = choose(graph, budgets, settings, scores)

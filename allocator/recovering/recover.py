@@ -100,10 +100,11 @@ def recover(
     allowed = allowed_bytes(memory, device_of(graph.model))
     with undisturbed(graph.model):
         gathered = data if isinstance(data, Samples) else gather(data, graph.model, graph.inputs, samples, progress)
+        written = graph.written()
         numbers = graph.metric("peak_activations").value(graph.everything)
         subject = Subject(
-            model=for_inference(graph.model),
-            small=for_inference(small),
+            model=for_inference(graph.model, written),
+            small=for_inference(small, written),
             stays=stays,
             readers=readers,
             left=left,
