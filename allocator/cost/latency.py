@@ -12,7 +12,7 @@ from torch import nn
 from allocator.arguments import checked
 from allocator.errors import InputError, TraceError
 from allocator.model_checks import check_model
-from allocator.modules import set_training, skeleton, tensor_names
+from allocator.modules import for_inference, tensor_names
 from allocator.tracing.inputs import Inputs, as_inputs
 
 SECONDS = 1.0
@@ -96,13 +96,12 @@ def latencies(
 
 
 def runnable(model: nn.Module, example_inputs: Any, seed: int = 0) -> tuple[nn.Module, Inputs]:
-    """A copy of a model in eval mode that shares its weights, and inputs drawn for it; it has run once.
+    """A copy of a model in eval mode that shares its parameters, and inputs drawn for it; it has run once.
 
     Raises:
         InputError, UnsupportedModelError, TraceError: as for `latency`.
     """
-    network = skeleton(check_model(model, values=True), lambda _, tensor: tensor.detach())
-    set_training(network, False)
+    network = for_inference(check_model(model, values=True))
     inputs = _drawn(network, as_inputs(example_inputs, network), seed)
     try:
         with torch.no_grad():
