@@ -336,6 +336,7 @@ def test_inputs_are_of_the_size_of_the_data_where_the_model_does_not_say() -> No
     model, images = Pooled().eval(), torch.randn(12, 1, 10, 9)
     note = "input 1x1x10x9, from the first of the data"
     loaders: list[Any] = [images, [images], [(images, torch.zeros(12))], DataLoader(TensorDataset(images), 4)]
+    loaders += [{"input": images}, [{"input": images, "labels": torch.zeros(12)}]]
     for data in loaders:
         result = allocator.allocate(model, "60%", data=data)
         assert note in result.notes
@@ -353,7 +354,7 @@ def test_the_model_s_word_on_its_inputs_counts_more_than_the_data_and_an_iterato
     once = iter([torch.randn(12, 1, 10, 10)])
     assert first_sample(once, model) is None
     assert len(list(once)) == 1
-    assert first_sample([{"x": torch.zeros(1, 1, 10, 10)}], model) is None
+    assert first_sample([{"nothing of it": torch.zeros(1, 1, 10, 10)}], model) is None
     assert first_sample([], model) is None
     assert first_sample(3, model) is None
     assert first_sample(torch.zeros(2, 3, dtype=torch.long), model) is None

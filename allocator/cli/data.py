@@ -71,7 +71,7 @@ def _opened(args: argparse.Namespace, model: nn.Module) -> Any:
     raise FileError(f"{args.data} does not exist")
 
 
-def _from_function(name: str, samples: int) -> Tensor | Iterator[Any]:
+def _from_function(name: str, samples: int) -> Tensor | list[Any]:
     """The first batches of what a function gives, or of a loader that lies there ready; of a tensor its first rows."""
     import torch
 
@@ -82,7 +82,7 @@ def _from_function(name: str, samples: int) -> Tensor | Iterator[Any]:
     if not isinstance(loader, Iterable):
         gave = f"gave {a_kind(loader)}" if callable(found) else f"is {a_kind(loader)}"
         raise DataError(f"{name} {gave}, and not a loader: a list of batches is one, or a DataLoader")
-    return itertools.islice(loader, max(1, samples // _BATCH))
+    return list(itertools.islice(loader, max(1, samples // _BATCH)))
 
 
 def _named(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from allocator.errors import InputError, TraceError
 from allocator.model_checks import check_model
 from allocator.modules import for_inference, tensor_names
 from allocator.tracing.inputs import Inputs, as_inputs
+from allocator.tracing.record import trace_forward
 
 SECONDS = 1.0
 ROUNDS = 5  # so that a machine that stalls once does not decide
@@ -101,8 +102,10 @@ def runnable(model: nn.Module, example_inputs: Any, seed: int = 0) -> tuple[nn.M
     Raises:
         InputError, UnsupportedModelError, TraceError: as for `latency`.
     """
-    network = for_inference(check_model(model, values=True))
-    inputs = _drawn(network, as_inputs(example_inputs, network), seed)
+    model = check_model(model, values=True)
+    inputs = as_inputs(example_inputs, model)
+    network = for_inference(model, _written(model, inputs))
+    inputs = _drawn(network, inputs, seed)
     try:
         with torch.no_grad():
             network(*inputs.args, **inputs.kwargs)
@@ -111,6 +114,14 @@ def runnable(model: nn.Module, example_inputs: Any, seed: int = 0) -> tuple[nn.M
             f"the forward raised {type(error).__name__} with {inputs.describe()}: {error!s:.300}"
         ) from error
     return network, inputs
+
+
+def _written(model: nn.Module, inputs: Inputs) -> Collection[str]:
+    """Names of what a forward may write into; all, where that cannot be told."""
+    try:
+        return trace_forward(model, inputs).written()
+    except TraceError:
+        return tensor_names(model).keys()
 
 
 def _drawn(network: nn.Module, inputs: Inputs, seed: int) -> Inputs:

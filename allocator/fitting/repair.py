@@ -115,7 +115,8 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
     else:
         notes.append(f"the neurons at {op} stay: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
         options = _freeze(graph, flow, op, plan)
-    mends.forget(_meant(graph, op.module, {place.module for place in graph.options.frozen}))
+    before = {place.module for place in graph.options.frozen} | graph.options.equal_parts
+    mends.forget(_meant(graph, op.module, before))
     mends.retract(notes)
     return rebuilt(graph, options)
 

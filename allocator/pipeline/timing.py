@@ -14,7 +14,6 @@ from allocator.cost.speed import Sample, fit_speed, module_seconds, module_work
 from allocator.errors import AllocatorWarning, BudgetError, NothingToAllocateError
 from allocator.fitting.fit import Fitted
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.modules import for_inference
 from allocator.pipeline.choice import budgets_of, choose
 from allocator.rewriting.materialise import materialise
 from allocator.scoring.registry import score
@@ -35,11 +34,10 @@ def measure_speed(graph: ChannelGraph) -> None:
     Raises:
         UnsupportedModelError, InputError, TraceError: as for `allocator.latency`.
     """
-    model = for_inference(graph.model, graph.written())
-    samples = [_sample(graph, graph.everything, model)]
+    samples = [_sample(graph, graph.everything, graph.model)]
     for fitted in _narrower(graph):
         samples.append(_sample(fitted.graph, fitted.plan.kept, materialise(graph.model, fitted.allocation)))
-    (original,) = latencies([model], graph.inputs)
+    (original,) = latencies([graph.model], graph.inputs)
     graph.speed = fit_speed(samples, original.seconds)
 
 
@@ -68,7 +66,6 @@ def choose_in_time(graph: ChannelGraph, budgets: Budgets, settings: Settings, sc
     """
     limit = budgets.limit("latency")
     planned, target = limit, limit / graph.metric("latency").whole
-    model = for_inference(graph.model, graph.written())
     found: list[tuple[float, Fitted]] = []
     for _ in range(ROUNDS):
         try:
@@ -77,7 +74,7 @@ def choose_in_time(graph: ChannelGraph, budgets: Budgets, settings: Settings, sc
             if not found:
                 raise
             break
-        before, after = latencies([model, materialise(graph.model, fitted.allocation)], graph.inputs)
+        before, after = latencies([graph.model, materialise(graph.model, fitted.allocation)], graph.inputs)
         share = after.seconds / before.seconds
         found.append((share, _noted(fitted, limit, before, after)))
         if target - BELOW <= share <= target + ABOVE or fitted.plan.kept.all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -125,14 +126,18 @@ def first_sample(data: Any, model: nn.Module) -> Inputs | None:
 
     Returns:
         None where it takes more to know which part of a batch is for the model: where it is no tensor, nor a pair whose
-        first part is one for a forward that needs one argument.
+        first part is one for a forward that needs one argument, nor a dict with one such argument.
     """
-    if not isinstance(data, torch.Tensor):
+    if not isinstance(data, (torch.Tensor, Mapping)):
         if isinstance(data, Iterator) or not isinstance(data, Iterable):
             return None
         data = next(iter(data), None)
+    if isinstance(data, Mapping) and _needs_one(model):
+        with contextlib.suppress(DataError):
+            data = _of_dict(data, model, Inputs(()))
     if isinstance(data, Batch):
-        data = data.inputs.args[0] if len(data.inputs.args) == 1 and not data.inputs.kwargs else None
+        (data, *more) = (*data.inputs.args, *data.inputs.kwargs.values())
+        data = None if more else data
     elif isinstance(data, (tuple, list)) and data and _needs_one(model):
         data = data[0]
     if not isinstance(data, torch.Tensor) or not data.dim() or not data.is_floating_point() or not data.numel():
