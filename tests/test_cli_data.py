@@ -121,6 +121,13 @@ def test_a_function_that_gives_a_loader(capsys: pytest.CaptureFixture[str]) -> N
     assert is_by_trial(chosen(capsys, "--data", "data_nets:batches", *LOSS, "--samples", "32"))
 
 
+@pytest.mark.parametrize("name", ["inputs", "ready", "batches"])
+def test_the_size_is_that_of_what_a_function_gives(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["allocate", "data_nets:classifier", "--flops", "60%", "--data", f"data_nets:{name}"]
+    assert main([*arguments, "-o", "small.pt", "--force", "--json", "-q"]) == 0
+    assert "input 1x3x16x16, from the first of the data" in json.loads(capsys.readouterr().out)["notes"]
+
+
 @pytest.mark.parametrize("name", ["inputs", "ready"])
 def test_a_function_that_gives_a_tensor_and_a_list_that_lies_there(
     name: str, capsys: pytest.CaptureFixture[str]
