@@ -18,13 +18,14 @@ from allocator.io.files import load_allocation
 from allocator.model_checks import check_model
 from allocator.pipeline.choice import budgets_of, choose
 from allocator.pipeline.iterate import Iterated, even_schedule, iterate_model
-from allocator.pipeline.model import trace_model
+from allocator.pipeline.model import trace_model, warn_of_unmatched
 from allocator.pipeline.recover import asked_method, recover_result
 from allocator.pipeline.recovered import run_recovered
 from allocator.pipeline.run import run
 from allocator.pipeline.sweep import Evaluate, Sweep, sweep_model
 from allocator.pipeline.verify import verify_model
 from allocator.pipeline.widen import by_budgets, has_room_to_grow, widen_model
+from allocator.planning.problem import Widths
 from allocator.result import Result
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.rewrite import rewrite as rewrite_model
@@ -314,6 +315,7 @@ def plan(
     if not limits.given():
         limits = Limits("50%")
     settings = Settings(policy=policy, scope=scope, fill=fill, at_least=at_least, multiple=multiple).checked()
+    warn_of_unmatched(Widths(at_least).unmatched(graph))
     return choose(graph, budgets_of(graph, limits), settings, scores).allocation
 
 

@@ -6,11 +6,11 @@ in the documentation are all made from this.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from allocator.errors import InputError, UnknownNameError, none_of
+from allocator.errors import InputError, UnknownNameError, a_kind, none_of
 
 Policy = Literal["auto", "per_block", "global", "uniform", "isomorphic", "priced"]
 Scope = Literal["auto", "branches", "inner", "all", "narrowest"]
@@ -114,10 +114,13 @@ class Settings:
 
         Raises:
             UnknownNameError: a value that is none of an option's.
-            InputError: `multiple` is no number above zero.
+            InputError: `multiple` is no number above zero, or `at_least` has a key that is no pattern.
         """
         for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), choices)
+        for pattern in self.at_least if isinstance(self.at_least, Mapping) else ():
+            if not isinstance(pattern, str):
+                raise InputError(f"at_least has the key {pattern!r:.60}, {a_kind(pattern)}: its keys are name patterns")
         if not isinstance(self.multiple, int) or self.multiple < 1:
             raise InputError(f"multiple={self.multiple!r} is no whole number above zero, such as 8")
         return self

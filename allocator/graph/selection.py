@@ -12,7 +12,7 @@ from allocator.errors import InputError, a_kind, did_you_mean
 
 Modules = Mapping[str, nn.Module]
 UNMATCHED = "matches no module"
-"""What every note of `unmatched` says."""
+"""What every note of `unmatched` says of modules."""
 
 
 def as_items(given: Any) -> tuple[Any, ...]:
@@ -46,23 +46,37 @@ def selected(modules: Modules, tensors: Collection[str], items: Sequence[Any]) -
     return {name for item in items for name in _tensors_of(modules, tensors, item)}
 
 
-def unmatched(modules: Modules, tensors: Collection[str], what: str, items: Sequence[Any]) -> list[str]:
+def unmatched(
+    modules: Modules, tensors: Collection[str], what: str, items: Sequence[Any], kind: str = "module or parameter"
+) -> list[str]:
     """A note for every item that matches nothing, since it may be misspelled.
 
     Args:
         modules, tensors, items: as for `selected`.
         what: the option that the items were given for.
+        kind: what the tensors are, or lie in.
     """
     notes = []
     for item in items:
         if isinstance(item, (list, tuple)):
-            notes += unmatched(modules, tensors, what, item)
+            notes += unmatched(modules, tensors, what, item, kind)
         elif isinstance(item, str) and not _tensors_of(modules, tensors, item):
-            near = did_you_mean(item, modules, mark="'")
-            notes.append(f"{what}={item!r} {UNMATCHED} or parameter{near and '; ' + near}")
+            near = did_you_mean(item, _holding(tensors), mark="'")
+            notes.append(f"{what}={item!r} matches no {kind}{near and '; ' + near}")
         elif isinstance(item, type) and not _tensors_of(modules, tensors, item):
             notes.append(f"{what}={item.__name__} {UNMATCHED} of the model")
     return notes
+
+
+def _holding(tensors: Collection[str]) -> dict[str, None]:
+    """The modules that these lie in, and those around these."""
+    found: dict[str, None] = {}
+    for name in tensors:
+        path = name.rpartition(".")[0]
+        while path and path not in found:
+            found[path] = None
+            path = path.rpartition(".")[0]
+    return found
 
 
 def _tensors_of(modules: Modules, tensors: Collection[str], item: Any) -> list[str]:

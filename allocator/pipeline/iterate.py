@@ -121,9 +121,9 @@ def iterate_model(
                 "progress": None if progress is None else partial(_say, progress, step),
             }
             if recover is None or data is None:
-                result = run(source, limited, graph.inputs, settings, data=data, **how)
+                result = run(source, limited, graph.inputs, _on(source, settings), data=data, **how)
             else:
-                result = run_recovered(source, limited, graph.inputs, settings, data, recover, **how)
+                result = run_recovered(source, limited, graph.inputs, _on(source, settings), data, recover, **how)
             results = [result]
             if grow is not None:
                 wider = by_budgets(Limits(flops=last.first.limit))
@@ -139,6 +139,14 @@ def iterate_model(
             done = _after(done, result)
     assert done is not None
     return done
+
+
+def _on(network: nn.Module, settings: Settings) -> Settings:
+    """The settings without what they ask of layers that this network has no more."""
+    if settings.at_least is None:
+        return settings
+    there = shapes_of(network)
+    return replace(settings, at_least={name: least for name, least in settings.at_least.items() if name in there})
 
 
 def _limits_on_the_way(last: Budgets, far: float) -> Limits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from allocator.flow.options import Options
 from allocator.graph.build import build_graph
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.graph.selection import as_groups, as_items, unmatched
+from allocator.planning.problem import Widths
 from allocator.scoring.batches import first_sample
 from allocator.settings import Settings
 from allocator.tracing.inputs import Inputs, as_inputs, infer_inputs, is_size_known
@@ -49,15 +51,25 @@ def trace_model(
     except TraceError as error:
         raise _input_error(model, inputs, error, sampled=sampled) or error from error.__cause__
     _check_dtypes(graph)
-    for name in ("exclude", "include", "same"):
-        for note in unmatched(graph.modules, graph.tensors, name, getattr(options, name)):
-            warn(note, UnmatchedPatternWarning)
-            graph.notes.append(note)
+    graph.notes += warn_of_unmatched(
+        note
+        for name in ("exclude", "include", "same")
+        for note in unmatched(graph.modules, graph.tensors, name, getattr(options, name))
+    )
+    graph.notes += warn_of_unmatched(Widths(settings.at_least).unmatched(graph))
     if graph.flow.trace.mode == "real":
         message = "the forward needs values: the trace holds for inputs that take the same path"
         warn(message, ValueDependentTraceWarning)
         graph.notes.append(message)
     return graph
+
+
+def warn_of_unmatched(notes: Iterable[str]) -> list[str]:
+    """Warn of patterns that match nothing; gives the notes."""
+    said = list(notes)
+    for note in said:
+        warn(note, UnmatchedPatternWarning)
+    return said
 
 
 def inputs_to_trace(model: nn.Module, example_inputs: Any, data: Any) -> tuple[Inputs, bool]:

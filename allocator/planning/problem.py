@@ -13,7 +13,7 @@ from allocator.cost.budget import Budgets
 from allocator.errors import InputError
 from allocator.flow.facts import AtLeast
 from allocator.graph.channel_graph import SCOPES, ChannelGraph
-from allocator.graph.selection import matches
+from allocator.graph.selection import matches, unmatched
 from allocator.scoring.scores import Scores
 
 
@@ -41,8 +41,17 @@ class Widths:
         """`at_least` as numbers by layer, so that shares are of this network's widths and not of what comes of it."""
         if self.at_least is None:
             return None
-        written = {graph.slots.name_of(int(label[0])): len(label) for label, _ in graph.facts.written}
-        return {name: self.minimum(name, width) for name, width in written.items()}
+        return {name: self.minimum(name, width) for name, width in _layers(graph).items()}
+
+    def unmatched(self, graph: ChannelGraph) -> list[str]:
+        """A note for every pattern of `at_least` that means no layer, since it may be misspelled."""
+        patterns = tuple(self.at_least) if isinstance(self.at_least, Mapping) else ()
+        return unmatched(graph.modules, _layers(graph), "at_least", patterns, "layer that writes channels")
+
+
+def _layers(graph: ChannelGraph) -> dict[str, int]:
+    """Channels of each layer, by the name of its weight."""
+    return {graph.slots.name_of(int(label[0])): len(label) for label, _ in graph.facts.written}
 
 
 def _minimum(asked: Any, width: int) -> int:
