@@ -102,7 +102,8 @@ def allocate(
             or of dicts, or a tensor of inputs. A few hundred samples are enough. Under `torch.distributed` every
             process calls this with its share of them, and all choose the same.
         loss: called with the model's output and the batch's target, gives a scalar; without one, the model's own
-            answers stand in for labels.
+            answers stand in for labels. The target is the second of a pair, a tuple of all that come after the inputs,
+            None where a batch is inputs alone, and of a batch that is a dict the whole dict.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None for one input of the size
             that the model says, else of the first of the data, else of the usual one. The notes say which.
         policy: who competes with whom; "auto" for what suits the criterion; see `plan`.
@@ -137,7 +138,7 @@ def allocate(
         BudgetError: a budget is missing, no positive number, or cannot be met; says what can.
         NothingToAllocateError: no neuron can be removed; says why.
         CriterionError: the criterion has nothing to rank this model by, or needs data.
-        DataError: the data are empty or do not fit the model, or the loss is no finite scalar.
+        DataError: the data are empty or do not fit the model, or the loss is no finite scalar, or given without data.
         UnsupportedModelError, InputError, TraceError: the model cannot be traced; says what to pass instead.
         CertificateError, CostMismatchError: the result failed its own checks, and is not returned.
     """
@@ -145,6 +146,7 @@ def allocate(
     settings = Settings(policy, criterion, scope, fill, groups, norms, exclude, include, same, at_least, multiple)
     method = asked_method(recover, data, weights)
     limits = Limits(flops, params, activations, peak_activations, latency)
+    given = Data.given(data, loss, seed, progress)
     if grow and has_room_to_grow(model, limits, example_inputs, settings):
         result = widen_model(
             model, by_budgets(limits), example_inputs, settings, weights=weights, numeric=certify, seed=seed,
@@ -153,7 +155,6 @@ def allocate(
         if method is not None:
             result.notes.append("nothing was dropped, so that there was nothing to recover")
         return replace(result, model=adapters.wrapped_like(model, result.model))
-    given = None if data is None else Data(data, loss, seed, progress)
     if method is None or given is None:
         result = run(
             model, limits, example_inputs, settings, data=given, weights=weights, numeric=certify, seed=seed,
@@ -275,7 +276,7 @@ def score(
         CriterionError: it has nothing to rank this model by, needs data, or the shapes do not fit.
         DataError: the data do not fit the model, or the loss is no finite scalar.
     """
-    return score_graph(graph, criterion, None if data is None else Data(data, loss, seed, progress))
+    return score_graph(graph, criterion, Data.given(data, loss, seed, progress))
 
 
 @checked
@@ -357,9 +358,9 @@ def sweep(
             as for `allocate`.
     """
     lists = {"flops": flops, "params": params, "activations": activations, "peak_activations": peak_activations}
-    data = None if data is None else Data(data, loss, seed, progress)
+    given = Data.given(data, loss, seed, progress)
     return sweep_model(
-        model, lists, example_inputs, Settings(**settings), data=data, evaluate=evaluate, progress=progress
+        model, lists, example_inputs, Settings(**settings), data=given, evaluate=evaluate, progress=progress
     )
 
 
@@ -419,7 +420,7 @@ def iterate(
         schedule=even_schedule(steps) if schedule is None else schedule,
         train=train,
         grow=grow,
-        data=None if data is None else Data(again_and_again(data), loss, seed, progress),
+        data=Data.given(again_and_again(data), loss, seed, progress),
         recover=method,
         numeric=certify,
         seed=seed,

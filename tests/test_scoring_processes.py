@@ -52,7 +52,7 @@ def test_a_loader_that_accelerate_prepared(both: list[dict[str, Any]]) -> None:
 
 
 def test_no_process_waits_for_one_that_failed(both: list[dict[str, Any]]) -> None:
-    said = "the loss is nan: check the data"
+    said = "the loss is nan, as the model's answers are not finite: check the data"
     assert both[0]["not finite"].startswith(f"rank 1 could not look at its data: DataError: {said}")
     assert both[1]["not finite"].startswith(said)
     assert "rank 1 could not look at its data: DataError: the data are empty" in both[0]["empty"]

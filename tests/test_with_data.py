@@ -240,11 +240,25 @@ def _raises() -> Iterator[Tensor]:
         (np.zeros((2, 3, 12, 12)), None, "the data yield an ndarray: .*; torch.from_numpy makes a tensor of it"),
         ([{"a": torch.zeros(2, 3, 12, 12)}], None, "the data yield dicts of a, none of which Net.forward takes"),
         ([torch.zeros(2, 5, 12, 12)], None, r"the model raised RuntimeError on inputs of \(2, 5, 12, 12\) float32"),
-        ([torch.full((2, 3, 12, 12), math.nan)], None, "the loss is nan"),
+        (
+            [torch.full((2, 3, 12, 12), math.nan)],
+            None,
+            "the loss is nan, as the model's answers are not finite: check the data",
+        ),
         ([torch.zeros(2, 3, 12, 12)], lambda y, t: y.mean(1), r"the loss gave shape \(2,\), expected a scalar"),
         ([torch.zeros(2, 3, 12, 12)], lambda y, t: 3.0, "the loss gave float, expected a scalar"),
-        ([torch.zeros(2, 3, 12, 12)], F.cross_entropy, "the loss raised TypeError: .*; the data yield no target"),
-        ([torch.zeros(2, 3, 12, 12)], lambda y, t: y.sum() * math.inf, "the loss is (nan|-?inf)"),
+        (
+            [torch.zeros(2, 3, 12, 12)],
+            F.cross_entropy,
+            "the loss raised TypeError: .*; it was called with a tensor of "
+            r"\(2, 5\) float32, and None for a target, as the data yield none",
+        ),
+        (
+            [torch.zeros(2, 3, 12, 12)],
+            lambda y, t: y.sum() * math.inf,
+            "the loss is (nan|-?inf), and the model's answers are "
+            "finite: check the function '<lambda>', and the targets",
+        ),
     ],
 )
 def test_data_that_do_not_fit_are_refused(model: Net, data: Any, loss: Any, said: str) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from allocator.errors import DataError, a_kind
 from allocator.scoring.batches import Batch
+from allocator.torch_private import tree_map
 from allocator.tracing.record import tensors_in
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -38,16 +39,45 @@ def loss_of(
         value = own_answers(output, generator, answer)
     else:
         try:
-            value = loss(output, batch.target)
+            value = loss(output, tree_map(_own, batch.target))
         except Exception as error:
-            hint = "" if batch.target is not None else "; the data yield no target"
-            raise DataError(f"the loss raised {type(error).__name__}: {error}{hint}") from error
+            said = f"the loss raised {type(error).__name__}: {error!s:.300}"
+            raise DataError(f"{said}; {_called_with(output, batch.target)}") from error
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise DataError(f"the loss gave {got}, expected a scalar: take the mean over the batch")
     if not bool(torch.isfinite(value)):
-        raise DataError(f"the loss is {float(value.detach())}: check the data, and the model's weights")
+        raise DataError(_not_finite(float(value.detach()), output, loss))
     return value.reshape(())
+
+
+def _own(leaf: Any) -> Any:
+    """A copy, which a loss may write into."""
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _called_with(output: Any, target: Any) -> str:
+    """What a loss was called with, in words."""
+    if target is None:
+        return f"it was called with {_shown(output)}, and None for a target, as the data yield none"
+    whole = ", which is the whole batch" if isinstance(target, dict) else ""
+    return f"it was called with {_shown(output)} and the target, {_shown(target)}{whole}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return f"{a_kind(value)} of {', '.join(map(str, value))}" if isinstance(value, dict) else a_kind(value)
+
+
+def _not_finite(value: float, output: Any, loss: Loss | None) -> str:
+    """Who is to blame for a loss that is no number: the model's answers, or else the caller's function."""
+    finite = all(bool(tensor.isfinite().all()) for tensor in tensors_in(output) if tensor.is_floating_point())
+    if loss is None or not finite:
+        answers = "" if finite else ", as the model's answers are not finite"
+        return f"the loss is {value}{answers}: check the data, and the model's weights"
+    name = getattr(loss, "__name__", type(loss).__name__)
+    return f"the loss is {value}, and the model's answers are finite: check the function {name!r}, and the targets"
 
 
 def own_answers(output: Any, generator: torch.Generator, answer: Answer = "likeliest") -> torch.Tensor:

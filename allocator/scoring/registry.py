@@ -12,6 +12,7 @@ import torch
 from allocator.clock import Progress
 from allocator.errors import (
     CriterionError,
+    DataError,
     UninformativeScoresWarning,
     UnknownNameError,
     did_you_mean,
@@ -76,6 +77,22 @@ class Data:
     loss: Loss | None = None
     seed: int = 0
     progress: Progress | None = None
+
+    @classmethod
+    def given(cls, loader: Any, loss: Loss | None, seed: int, progress: Progress | None) -> Data | None:
+        """What the caller gave, None for nothing.
+
+        Raises:
+            DataError: a loss without data to call it on.
+        """
+        if loader is not None:
+            return cls(loader, loss, seed, progress)
+        if loss is not None:
+            raise DataError(
+                "loss needs data, whose targets it is called with: pass data=loader of (inputs, target) pairs beside "
+                "it, or leave loss out"
+            )
+        return None
 
 
 def criterion(
