@@ -74,6 +74,17 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def misfit(function: Callable[..., Any], *given: Any) -> str:
+    """What keeps a function from being called with these arguments, "" where nothing does or none can tell."""
+    try:
+        inspect.signature(function).bind(*given)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # a builtin, of which nothing is known
+        return ""
+    return ""
+
+
 def is_real(value: Any) -> bool:
     """Whether this is a number, one of numpy's too; a truth value is none."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

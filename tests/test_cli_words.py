@@ -178,6 +178,18 @@ def test_layers_add_up_to_the_whole(capsys: pytest.CaptureFixture[str]) -> None:
     jsonschema.validate(json.loads(capsys.readouterr().out), schema())
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["allocate", "recipe:resnet-small", "--flops", "80%"], ["widen", "recipe:resnet-small", "--factor", "1.5"]],
+)
+def test_what_a_report_notes_is_not_said_before_it(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    said = "note: --exclude convv1 matches no module or parameter; did you mean 'conv1'?"
+    for more, places in (([], (1, 0)), (["--quiet"], (1, 0)), (["--json"], (0, 1))):
+        assert main([*words, "--exclude", "convv1", *more]) == 0
+        found = capsys.readouterr()
+        assert (found.out.count(said), found.err.count(said)) == places
+
+
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["allocate", "--help"], ["alocate"], ["report", "no.pt"]])
 def test_help_and_complaints_do_not_wait_for_torch(words: list[str]) -> None:
     code = (

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from subjects import IMAGE, Branches, trained, untouched
@@ -14,7 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import allocator
-from allocator import DataError, InputError, UnmatchedPatternWarning
+from allocator import (
+    AllocatorError,
+    BudgetError,
+    CriterionError,
+    DataError,
+    InputError,
+    UnknownNameError,
+    UnmatchedPatternWarning,
+)
+from allocator.scoring import registry
 
 pytestmark = pytest.mark.filterwarnings("error::allocator.AllocatorWarning")
 
@@ -105,6 +115,110 @@ def _spoilt(output: Tensor, target: Tensor) -> Tensor:
 def test_who_is_to_blame_for_a_loss_that_is_no_number(model: Any, loss: Any, said: str) -> None:
     with pytest.raises(DataError, match=rf"^the loss is nan, (and )?{said}$"):
         allocate(trained(model()), data=[(IMAGES, LABELS)], loss=loss)
+
+
+# --------------------------------------------------------------------------------- samples, not batches
+
+
+@pytest.mark.parametrize("data", [list(IMAGES), [(IMAGES[0], 3)], [{"x": IMAGES[0]}], IMAGES[0]])
+def test_a_sample_without_a_batch_dim_is_told_from_a_batch(data: Any) -> None:
+    said = (
+        r"^the data yield inputs of \(3, 16, 16\) float32, and the model was traced with 1x3x16x16; a sample alone "
+        r"needs a batch dim: yield batches, as torch.utils.data.DataLoader makes of a data set, or sample\[None\]"
+    )
+    model = trained()
+    with untouched(model), pytest.raises(DataError, match=said):
+        allocate(model, data=data)
+    with untouched(model), pytest.raises(DataError, match=said):
+        allocate(model, data=data, recover=True)
+
+
+def test_samples_by_which_a_model_would_be_traced() -> None:
+    said = (
+        r"^input 1x16x16, from the first of the data, does not fit: .*; a sample alone needs a batch dim: yield batches"
+    )
+    with pytest.raises(DataError, match=said):
+        allocate(trained(), inputs=None, data=list(IMAGES))
+
+
+# ------------------------------------------------------------------------------------------ multiples
+
+
+@pytest.mark.parametrize(("multiple", "budget"), [(1000, "90%"), (32, "10%")])
+def test_a_multiple_that_no_width_is_of_is_beside_the_widths(multiple: int, budget: str) -> None:
+    said = rf"multiple={multiple} \(layers that may get narrower have 16 or 32 channels\): the smallest that can be"
+    with pytest.raises(BudgetError, match=said):
+        allocate(trained(), budget, multiple=multiple)
+
+
+def test_many_widths_are_a_range() -> None:
+    model = nn.Sequential(*(nn.Conv2d(3 + n, 4 + n, 1) for n in range(9)))
+    with pytest.raises(BudgetError, match=r"multiple=99 \(layers that may get narrower have 4 to 11 channels\)"):
+        allocate(trained(model), "50%", multiple=99)
+
+
+# ----------------------------------------------------------------------------------------- criteria
+
+CALLED = (
+    "it is called with the graph and a function that gives a tensor by its name, and gives one number per neuron "
+    "(a loss is passed as loss=)"
+)
+
+
+def _fails(graph: Any, weights: Any) -> Any:
+    return 1 // 0
+
+
+@pytest.mark.parametrize(
+    ("criterion", "said"),
+    [
+        (lambda: 3, f"criterion '<lambda>' takes other arguments (too many positional arguments): {CALLED}"),
+        (lambda graph, weights, data: 3, "takes other arguments (missing a required argument: 'data'): it is called"),
+        (len, "criterion 'len' takes other arguments"),
+        (dict, "criterion 'dict' raised TypeError: dict expected at most 1 argument, got 2; it is called with"),
+        (
+            nn.CrossEntropyLoss(),
+            "criterion 'CrossEntropyLoss' raised TypeError: cross_entropy_loss(): argument 'input'",
+        ),
+        (_fails, f"criterion '_fails' raised ZeroDivisionError: integer division or modulo by zero; {CALLED}"),
+        (lambda graph, weights: None, "the scores of '<lambda>' are None: a function has to return them"),
+        (lambda graph, weights: 3, "the scores of '<lambda>' have shape (), expected (64,): one number per neuron"),
+        (lambda graph, weights: {"stem": 3}, "the scores of '<lambda>' are not an array of numbers: float()"),
+        (lambda graph, weights: torch.ones(graph.size) * 1j, "the scores of '<lambda>' are complex: give real numbers"),
+        (lambda graph, weights: np.ones(graph.size) * 1j, "the scores of '<lambda>' are complex: give real numbers"),
+        (
+            lambda graph, weights: weights("sten.weight"),
+            "criterion '<lambda>' reads unknown tensor 'sten.weight': did you mean stem.weight",
+        ),
+    ],
+)
+def test_a_criterion_says_what_it_is_called_with_and_gives(criterion: Any, said: str) -> None:
+    model = trained()
+    with untouched(model), pytest.raises(AllocatorError, match=re.escape(said)) as caught:
+        allocate(model, criterion=criterion)
+    assert isinstance(caught.value, (CriterionError, UnknownNameError))
+
+
+def test_a_registered_criterion_says_what_it_is_called_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "CRITERIA", dict(registry.CRITERIA))
+    allocator.criterion("short", needs=["moments"])(lambda graph, weights: np.ones(graph.size))
+    said = "criterion 'short' takes other arguments .*: it is called with the graph, a function that gives a tensor by"
+    with pytest.raises(CriterionError, match=f"^{said} its name and Statistics, and gives one number per neuron"):
+        allocate(trained(), criterion="short", data=IMAGES)
+
+
+def test_a_criterion_that_writes_into_weights_writes_into_a_copy() -> None:
+    model = trained()
+    model.wide.weight.grad = torch.ones_like(model.wide.weight)
+
+    def of_gradients(graph: Any, weights: Any) -> Any:
+        weight = weights("wide.weight")
+        moved = weight.detach().mul_(weight.grad.add_(1)).square_().sum((1, 2, 3))
+        return np.concatenate([np.full(graph.size - len(moved), 9.0), moved.numpy()])
+
+    with untouched(model):
+        assert allocate(model, criterion=of_gradients).certificate.ok
+    assert (model.wide.weight.grad == 1).all()
 
 
 # ------------------------------------------------------------------------------------------- floors

@@ -20,7 +20,6 @@ from allocator.cli.opening import example_inputs, open_model
 from allocator.cli.outputs import folder_named, source_folder, without_weights
 from allocator.cli.results import add_file_options, add_weight_options, certify_of, check_files, show, write_files
 from allocator.cli.talk import Talk
-from allocator.cli.words import in_shell
 from allocator.settings import METHODS, RECOVERING_OPTIONS
 
 if TYPE_CHECKING:
@@ -96,7 +95,9 @@ def _allocate(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
             seed=args.seed,
             progress=update,
         )
-    return _told(result, talk)
+        result.notes = talk.shows(result.notes)
+    talk.times(result.timings)
+    return result
 
 
 def _from_folder(output: str, args: argparse.Namespace, talk: Talk) -> Result:
@@ -115,10 +116,6 @@ def _from_folder(output: str, args: argparse.Namespace, talk: Talk) -> Result:
             **plan_options(args),
             progress=update,
         )
-    return _told(result, talk)
-
-
-def _told(result: Result, talk: Talk) -> Result:
+        result.notes = talk.shows(result.notes)
     talk.times(result.timings)
-    result.notes = list(map(in_shell, result.notes))
     return result

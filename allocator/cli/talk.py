@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from allocator.cli.words import in_shell
@@ -60,6 +60,13 @@ class Talk:
             self.note(str(warning.message))
         elif self.verbose:
             print(f"warning: {warning.message}", file=sys.stderr)
+
+    def shows(self, notes: Sequence[str]) -> list[str]:
+        """Notes that a result will show, in the shell's words; warnings of a stage that say the same are not shown."""
+        said = list(map(in_shell, notes))
+        if not self.json:  # else stdout is for machines
+            self.notes += said
+        return said
 
     def note(self, text: str) -> None:
         """Something worth knowing, once, on stderr."""

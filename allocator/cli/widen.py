@@ -90,5 +90,6 @@ def _widen(model: nn.Module, args: argparse.Namespace, talk: Talk) -> Result:
         else:
             options |= {**budgets(args), **{name: plan[name] for name in ("scope", "groups", "multiple")}}
             result = widen(model, factor=args.factor, like=args.like, **options)
+        result.notes = talk.shows(result.notes)
     talk.times(result.timings)
     return result

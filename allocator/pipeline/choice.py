@@ -74,7 +74,7 @@ def choose(
     try:
         return attempt(budgets)
     except (BudgetError, NothingToAllocateError) as error:
-        raise _what_can_be_met(budgets, settings, attempt, error) from None
+        raise _what_can_be_met(graph, budgets, settings, attempt, error) from None
 
 
 def _keep_everything(graph: ChannelGraph, budgets: Budgets, settings: Settings) -> Fitted:
@@ -113,6 +113,7 @@ def _attempt(
 
 
 def _what_can_be_met(
+    graph: ChannelGraph,
     budgets: Budgets,
     settings: Settings,
     attempt: Callable[[Budgets], Fitted],
@@ -129,4 +130,4 @@ def _what_can_be_met(
 
     figure = smallest_reachable(error, landing, first.limit, first.metric.whole)
     widths = Widths(settings.at_least, settings.multiple)
-    return error if figure is None else unmet([first], settings.scope, widths, [figure]).because(error.reasons)
+    return error if figure is None else unmet(graph, [first], settings.scope, widths, [figure]).because(error.reasons)

@@ -22,7 +22,7 @@ from allocator.graph.build import build_graph
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.graph.selection import as_groups, as_items, unmatched
 from allocator.planning.problem import Widths
-from allocator.scoring.batches import first_sample
+from allocator.scoring.batches import NO_BATCH, first_sample
 from allocator.settings import Settings
 from allocator.tracing.inputs import Inputs, as_inputs, infer_inputs, is_size_known
 
@@ -101,7 +101,9 @@ def _input_error(model: nn.Module, inputs: Inputs, error: TraceError, *, sampled
     except (InputError, TraceError):
         return None
     if sampled:
-        return DataError(f"{inputs.assumed}, does not fit: {error}; the model runs with {usual.describe()}")
+        flat = [t.dim() + 1 for t in inputs.tensors()] == [t.dim() for t in usual.tensors()]
+        hint = f"; {NO_BATCH}" if flat else ""
+        return DataError(f"{inputs.assumed}, does not fit: {error}; the model runs with {usual.describe()}{hint}")
     return InputError(f"example_inputs do not fit: {error}; the model runs with {usual.describe()}")
 
 

@@ -113,7 +113,9 @@ def _narrowed(problem: Problem, layers: list[_Layer], kept: np.ndarray, scope: s
     while not problem.budgets.met(kept):
         if not queue:
             exceeded = problem.budgets.unmet(kept)
-            raise unmet(exceeded, scope, problem.widths, [budget.metric.value(kept) for budget in exceeded])
+            raise unmet(
+                problem.graph, exceeded, scope, problem.widths, [budget.metric.value(kept) for budget in exceeded]
+            )
         _, i = heapq.heappop(queue)
         units = layers[i].preceding(kept)
         if not len(units):

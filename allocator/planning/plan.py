@@ -122,7 +122,7 @@ def make_plan(
         raise nothing(graph, scores, scope)
     nearest = min(least, key=budgets.used)
     exceeded = budgets.unmet(nearest)
-    raise unmet(exceeded, scope, widths, [budget.metric.value(nearest) for budget in exceeded])
+    raise unmet(graph, exceeded, scope, widths, [budget.metric.value(nearest) for budget in exceeded])
 
 
 def _scopes(scope: str) -> Sequence[str]:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from allocator.cost.budget import Budget
 from allocator.errors import BudgetError
+from allocator.graph.channel_graph import ChannelGraph
 from allocator.planning.problem import Widths
 
+_MOST_WIDTHS = 6
 
-def unmet(exceeded: Sequence[Budget], scope: str, widths: Widths, reachable: Sequence[int]) -> BudgetError:
+
+def unmet(
+    graph: ChannelGraph, exceeded: Sequence[Budget], scope: str, widths: Widths, reachable: Sequence[int]
+) -> BudgetError:
     """The error for budgets that cannot be met.
 
     Args:
+        graph: the model's neurons.
         exceeded: the budgets; at least one.
         scope: of which neurons may go.
         widths: what else was asked for.
@@ -23,7 +31,7 @@ def unmet(exceeded: Sequence[Budget], scope: str, widths: Widths, reachable: Seq
     if widths.at_least is not None:
         against.append(f"at_least={widths.at_least!r}")
     if widths.multiple > 1:
-        against.append(f"multiple={widths.multiple}")
+        against.append(f"multiple={widths.multiple} (layers that may get narrower have {_widths_of(graph)} channels)")
     found = []
     for budget, figure in zip(exceeded, reachable, strict=True):
         metric, whole = budget.metric, budget.metric.whole
@@ -38,3 +46,12 @@ def unmet(exceeded: Sequence[Budget], scope: str, widths: Widths, reachable: Seq
         asked=exceeded[0].limit,
         reachable=reachable[0],
     )
+
+
+def _widths_of(graph: ChannelGraph) -> str:
+    """How wide the layers are that hold neurons, in words."""
+    numbers = np.unique(graph.branch_of[graph.branch_of >= 0]).tolist()
+    *most, last = sorted({len(graph.facts.written[number].label) for number in numbers})
+    if len(most) >= _MOST_WIDTHS:
+        return f"{most[0]} to {last}"
+    return f"{', '.join(map(str, most))} or {last}" if most else str(last)

@@ -96,11 +96,26 @@ def batches(data: Any, model: nn.Module, example: Inputs) -> Iterator[Batch]:
         batch = _as_batch(item, model, example)
         if not batch.inputs.tensors():
             raise DataError(f"the data yield {a_kind(item)} without a tensor for the model")
+        if _is_one_sample(batch.inputs, example):
+            had, wanted = batch.inputs.describe(), example.sizes()
+            raise DataError(f"the data yield {had}, and the model was traced with {wanted}; {NO_BATCH}")
         if batch.size:
             empty = False
             yield Batch(batch.inputs.map(place), tree_map(place, batch.target))
     if empty:
         raise DataError("the data are empty: the loader yields no batch, or none with a sample")
+
+
+NO_BATCH = (
+    "a sample alone needs a batch dim: yield batches, as torch.utils.data.DataLoader makes of a data set, or "
+    "sample[None] for a batch of one"
+)
+
+
+def _is_one_sample(inputs: Inputs, example: Inputs) -> bool:
+    """Whether every tensor lacks the first dim that the example's has, and has the second's size."""
+    pairs = list(zip(inputs.tensors(), example.tensors(), strict=False))
+    return all(t.dim() == e.dim() - 1 and t.dim() > 0 and t.shape[0] == e.shape[1] for t, e in pairs)
 
 
 def outputs_of(model: nn.Module, inputs: Inputs) -> Any:

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from allocator.arguments import misfit
 from allocator.clock import Progress
 from allocator.errors import (
+    AllocatorError,
     CriterionError,
     DataError,
     UninformativeScoresWarning,
     UnknownNameError,
     did_you_mean,
     none_of,
+    unknown,
     warn,
 )
 from allocator.graph.channel_graph import ChannelGraph
@@ -27,7 +30,7 @@ from allocator.scoring.torch_pruning import importance_scores, is_importance
 from allocator.tracing.isolation import undisturbed
 
 Weights = Callable[[str], torch.Tensor]
-"""Gives a parameter or buffer of the model by its name."""
+"""Gives a parameter or buffer of the model by its name; functions of the caller's get a copy."""
 Function = Callable[..., "np.ndarray | SlotScores"]
 """Of the graph, of `Weights`, and of `Statistics` where it needs data: one number per neuron, or scores by slot."""
 Stored = Mapping[str, torch.Tensor] | None
@@ -52,6 +55,11 @@ class Criterion:
     needs: tuple[str, ...] = ()
     additive: bool = False
     labels: bool = False
+
+    @property
+    def of_this_package(self) -> bool:
+        """Whether it is known to write into nothing."""
+        return getattr(self.function, "__module__", "").partition(".")[0] == "allocator"
 
 
 CRITERIA: dict[str, Criterion] = {}
@@ -140,6 +148,8 @@ def check_criterion(graph: ChannelGraph, criterion: Any) -> None:
                 find_criterion(name)
     elif not callable(criterion):
         score(graph, criterion)
+    elif not is_importance(criterion):
+        _check_signature(_own(criterion), graph, graph.tensors.get)
 
 
 def usual_criterion(data: Data | None) -> str:
@@ -203,8 +213,44 @@ def score_each(graph: ChannelGraph, names: Sequence[str], data: Data | None, sto
     found = []
     for each in criteria:
         extra = (statistics,) if each.needs else ()
-        found.append(_checked(graph, each.name, each.function(graph, _weights_of(graph, each.name, stored), *extra)))
+        found.append(_checked(graph, each.name, _called(graph, each, stored, *extra)))
     return found
+
+
+def _called(graph: ChannelGraph, criterion: Criterion, stored: Stored, *statistics: Statistics | None) -> Any:
+    """What a criterion's function gives.
+
+    Raises:
+        CriterionError: it takes other arguments, or raised.
+    """
+    given = (graph, _weights_of(graph, criterion, stored), *statistics)
+    if criterion.of_this_package:
+        return criterion.function(*given)
+    _check_signature(criterion, *given)
+    try:
+        return criterion.function(*given)
+    except AllocatorError:
+        raise
+    except Exception as error:
+        said = f"criterion {criterion.name!r} raised {type(error).__name__}: {error!s:.300}"
+        raise CriterionError(f"{said}; {_takes(criterion)}") from error
+
+
+def _check_signature(criterion: Criterion, *given: Any) -> None:
+    wrong = misfit(criterion.function, *given)
+    if wrong:
+        raise CriterionError(f"criterion {criterion.name!r} takes other arguments ({wrong}): {_takes(criterion)}")
+
+
+def _takes(criterion: Criterion) -> str:
+    """What a criterion's function is called with, and gives."""
+    *most, last = (
+        "the graph",
+        "a function that gives a tensor by its name",
+        *(["Statistics"] if criterion.needs else []),
+    )
+    words = f"{', '.join(most)} and {last}"
+    return f"it is called with {words}, and gives one number per neuron (a loss is passed as loss=)"
 
 
 def _statistics(graph: ChannelGraph, criteria: Sequence[Criterion], data: Data | None) -> Statistics | None:
@@ -241,23 +287,38 @@ def _by_function(graph: ChannelGraph, function: Any, data: Data | None, stored: 
         with undisturbed(model, itself=True):  # one of them draws
             values = importance_scores(graph, function, model)
         return _checked(graph, name, values)
-    return _checked(graph, name, function(graph, _weights_of(graph, name, stored)))
+    return _checked(graph, name, _called(graph, _own(function), stored))
 
 
-def _weights_of(graph: ChannelGraph, criterion: str, stored: Stored) -> Weights:
+def _own(function: Any) -> Criterion:
+    """A function that is not registered."""
+    return Criterion(getattr(function, "__name__", type(function).__name__), function)
+
+
+def _weights_of(graph: ChannelGraph, criterion: Criterion, stored: Stored) -> Weights:
     tensors = graph.tensors
 
     def weights(name: str) -> torch.Tensor:
         if stored is not None and name in stored:
             return stored[name]
+        if name not in tensors:
+            raise UnknownNameError(f"criterion {criterion.name!r} reads {unknown('tensor', name, tensors)}")
         if tensors[name].is_meta:
             raise CriterionError(
-                f"criterion {criterion!r} reads {name}, which lies on the meta device and has no values: build the "
-                "model on a real device and load its weights, or pass criterion='random'"
+                f"criterion {criterion.name!r} reads {name}, which lies on the meta device and has no values: build "
+                "the model on a real device and load its weights, or pass criterion='random'"
             )
-        return tensors[name]
+        return tensors[name] if criterion.of_this_package else _copied(tensors[name])
 
     return weights
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the model with its gradient, into which a function of the caller's may write."""
+    own = tensor.detach().clone()
+    if tensor.is_leaf and tensor.grad is not None:
+        own.grad = tensor.grad.clone()
+    return own
 
 
 def _by_parameter(graph: ChannelGraph, arrays: Mapping[str, Any]) -> SlotScores:

@@ -135,6 +135,10 @@ def as_array(numbers: Any, name: str) -> np.ndarray:
     Raises:
         CriterionError: these are no numbers.
     """
+    if numbers is None:
+        raise CriterionError(f"{name} are None: a function has to return them")
+    if isinstance(numbers, (torch.Tensor, np.ndarray)) and "complex" in str(numbers.dtype):
+        raise CriterionError(f"{name} are complex: give real numbers, such as their .abs()")
     if isinstance(numbers, torch.Tensor):
         numbers = numbers.detach().to("cpu", torch.float64).numpy()
     try:
