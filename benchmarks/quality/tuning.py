@@ -1,8 +1,8 @@
 """Is one epoch of fine-tuning after recovery worth two without? `python -m benchmarks.quality.tuning`.
 
 The trained networks of `run` are narrowed twice by what `allocate` does on its own with unlabelled data: with
-`recover=True`, and then fine-tuned for one epoch; and without, and then fine-tuned for two. Schedule and order of images
-are the same. Every row is written as soon as it is there; a run that was stopped goes on where it was.
+`recover=True`, and then fine-tuned for one epoch; and without, and then fine-tuned for two. Schedule and order of
+images are the same. Every row is written as soon as it is there; a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ FAMILIES = ("residual", "inception", "inverted", "dense")
 
 def row(model: nn.Module, share: float, parts: dict[str, Part], seed: int) -> dict[str, float]:
     """Test errors in percent."""
-    cut, recovered = (_allocated(model, share, parts["calibration"].images, recover=recover) for recover in (False, True))
+    images = parts["calibration"].images
+    cut, recovered = (_allocated(model, share, images, recover=recover) for recover in (False, True))
     found = {"full": model, "cut": cut, "recovered": recovered}
     for name, small, epochs in (("two epochs", cut, 2.0), ("recovered, one epoch", recovered, 1.0)):
         found[name] = copy.deepcopy(small)
@@ -67,7 +68,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         "# One epoch after recovery, or two without",
         "",
         "Made by `python -m benchmarks.quality.tuning`. Test errors in percent on cluttered digits, of networks "
-        "narrowed by the default choice with data; recovered on 1,000 images without labels.",
+        "narrowed by what `allocate` does on its own with 1,000 images without labels: recovered as well, and then "
+        "trained for one epoch; or not, and trained for two.",
     ]
     for share in sorted({row["asked"] for row in rows}, reverse=True):
         behind = np.array([row["recovered, one epoch"] - row["two epochs"] for row in rows if row["asked"] == share])
@@ -85,8 +87,8 @@ def main() -> None:
     """See --help."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(FAMILIES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.4])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.4, 0.25])
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="for trained networks")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
