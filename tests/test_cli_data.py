@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import allocator
-from allocator.cli import main
+from allocator.cli import main, make_parser
+from allocator.cli.data import data_options
 
 NET = """
 import torch
@@ -105,8 +106,27 @@ def test_labels_are_the_folders_in_the_order_of_their_names(
 
     monkeypatch.setattr(torch.nn.functional, "of_the_test", loss, raising=False)
     chosen(capsys, "--data", str(pictures), "--loss", "torch.nn.functional:of_the_test")
-    assert sorted(seen) == [0] * 7 + [1] * 7 + [2] * 7
-    assert seen != sorted(seen)  # else those that are looked at first may all be of one class
+    assert sorted(seen) == [0] * 56 + [1] * 56 + [2] * 56
+    assert seen[::8] != sorted(seen[::8])  # else those that are looked at first may all be of one class
+
+
+def test_few_pictures_are_shown_in_several_crops(pictures: Path) -> None:
+    def shown(samples: int) -> torch.Tensor:
+        args = make_parser().parse_args([*ALLOCATE, "--data", str(pictures), "--samples", str(samples)])
+        found: torch.Tensor = torch.cat(data_options(args, allocator.build("data_nets:classifier"))["data"])
+        return found
+
+    torch.manual_seed(1)
+    once, crops = shown(30), shown(100)
+    torch.manual_seed(1)
+    assert torch.equal(once, shown(21))
+    state = torch.get_rng_state()
+    assert torch.equal(crops, shown(100))
+    assert torch.equal(state, torch.get_rng_state())
+    of_each = crops.reshape(21, 4, 3, 16, 16)  # side by side
+    assert torch.equal(of_each[:, 0], once)  # the middle first
+    assert len({each.numpy().tobytes() for each in of_each.flatten(0, 1)}) == 84
+    assert len(shown(1000)) == 21 * 8
 
 
 @pytest.mark.parametrize("name", ["inputs.pt", "inputs.npy"])

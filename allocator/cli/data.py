@@ -7,6 +7,7 @@ import importlib
 import itertools
 import pickle
 import random
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BATCH = 16
+_VIEWS = 8
+"""Crops of one picture, at most."""
+_SCALE = (0.15, 1.0)
+"""Share of the picture that a crop shows."""
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +43,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=256,
         metavar="N",
-        help="look at no more of them; of pictures, so many are drawn (default: 256)",
+        help=f"look at no more of them; of pictures, so many are drawn, and of fewer up to {_VIEWS} crops each "
+        "(default: 256)",
     )
     group.add_argument(
         "--loss",
@@ -119,33 +125,33 @@ def _tensor(path: Path) -> Tensor:
 def _pictures(folder: Path, args: argparse.Namespace, model: nn.Module) -> Iterator[Any]:
     """Batches of pictures below a folder, cropped to the model's own input size and normalised.
 
-    With --loss, pairs with labels: the number of the folder that a picture lies in, in the order of their names, as
-    torchvision's ImageFolder numbers them.
+    Fewer than --samples are shown in several crops, those of one picture side by side: what is held back to judge by
+    shows pictures of its own then. With --loss, pairs with labels: the number of the folder that a picture lies in, in
+    the order of their names, as torchvision's ImageFolder numbers them.
     """
     import torch
-    from PIL import Image, UnidentifiedImageError
 
-    prepare = _preparation(args, model)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
     if not files:
         raise DataError(f"{folder} holds no pictures ({', '.join(_SUFFIXES)})")
     # Drawn, since the first of them may all be of one class; the same ones every time.
     files = random.Random(0).sample(files, min(args.samples, len(files)))
     labels = None if args.loss is None else _labels(folder, files)
-    for start in range(0, len(files), _BATCH):
-        batch = []
-        for file in files[start : start + _BATCH]:
-            try:
-                batch.append(prepare(Image.open(file).convert("RGB")))
-            except (OSError, UnidentifiedImageError) as error:
-                raise DataError(f"{file} cannot be read: {error}") from error
-        pictures = torch.stack(batch)
-        yield pictures if labels is None else (pictures, torch.tensor(labels[start : start + _BATCH]))
+    views = min(args.samples // len(files), _VIEWS)
+    prepare = _preparation(args, model, views)
+    together = max(1, _BATCH // views)
+    for start in range(0, len(files), together):
+        pictures = torch.cat([prepare(file) for file in files[start : start + together]])
+        if labels is None:
+            yield pictures
+        else:
+            yield pictures, torch.tensor(labels[start : start + together]).repeat_interleave(views)
 
 
-def _preparation(args: argparse.Namespace, model: nn.Module) -> Callable[[Any], Tensor]:
-    """What makes a tensor of a picture."""
+def _preparation(args: argparse.Namespace, model: nn.Module, views: int) -> Callable[[Path], Tensor]:
+    """What makes (views, channels, height, width) of a picture: its middle, and crops that are the same every time."""
     import torch
+    from PIL import Image, UnidentifiedImageError
 
     from allocator.cli.opening import example_inputs
     from allocator.tracing.inputs import as_inputs
@@ -155,8 +161,20 @@ def _preparation(args: argparse.Namespace, model: nn.Module) -> Callable[[Any], 
     except ImportError as error:
         raise MissingPackageError("pictures need torchvision: pip install 'neuron-allocator[zoo]'") from error
     (side, *_) = as_inputs(example_inputs(args, model), model).tensors()[0].shape[-2:]
-    steps = [v2.ToImage(), v2.Resize(side), v2.CenterCrop(side), v2.ToDtype(torch.float32, scale=True)]
-    prepare: Callable[[Any], Tensor] = v2.Compose([*steps, v2.Normalize(_MEAN, _STD)])
+    middle = v2.Compose([v2.Resize(side), v2.CenterCrop(side)])
+    crop = v2.Compose([v2.RandomResizedCrop(side, _SCALE), v2.RandomHorizontalFlip()])
+    finish = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(_MEAN, _STD)])
+
+    def prepare(file: Path) -> Tensor:
+        try:
+            picture = Image.open(file).convert("RGB")
+        except (OSError, UnidentifiedImageError) as error:
+            raise DataError(f"{file} cannot be read: {error}") from error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(file.name.encode()))
+            seen = [middle(picture), *(crop(picture) for _ in range(views - 1))]
+        return torch.stack([finish(each) for each in seen])
+
     return prepare
 
 

@@ -153,7 +153,9 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, width: int = 64, layers: int = 4) -> None:
         super().__init__()
-        self.stem = nn.Sequential(conv(1, 24, 3, 2), conv(24, 48, 3, 2), nn.Conv2d(48, width, 1))
+        self.stem = nn.Sequential(
+            conv(1, 24, 3, 2), conv(24, 32, 3), conv(32, width, 3, 2), conv(width, width, 3), nn.Conv2d(width, width, 1)
+        )
         self.positions = nn.Parameter(0.02 * torch.randn(1, (SIDE // 4) ** 2, width))
         self.layers = nn.Sequential(*(Attention(width, 4, 3 * width) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)

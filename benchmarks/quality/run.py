@@ -27,7 +27,7 @@ from .task import Part, load
 
 SHARES = (0.9, 0.8, 0.6, 0.4)
 EPOCHS, LEARNING_RATE = 8.0, 0.1
-LONGER = {"vit": {"epochs": 32.0, "warm_up": 0.1}}
+LONGER = {"vit": {"epochs": 16.0, "warm_up": 0.1}}
 TUNING_EPOCHS, TUNING_RATE = 0.5, 0.02
 ROWS = RESULTS / "quality.jsonl"
 """One line per network, seed, share and arm."""

@@ -1,8 +1,8 @@
 """Is one epoch of fine-tuning after recovery worth two without? `python -m benchmarks.quality.tuning`.
 
-The trained networks of `run` are narrowed by the default choice with data. Each goes two ways: recovered without
-labels and then fine-tuned for one epoch, or fine-tuned for two; the same rate, schedule and order of images. Every row
-is written as soon as it is there; a run that was stopped goes on where it was.
+The trained networks of `run` are narrowed twice by what `allocate` does on its own with unlabelled data: with
+`recover=True`, and then fine-tuned for one epoch; and without, and then fine-tuned for two. Schedule and order of
+images are the same. Every row is written as soon as it is there; a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import allocator
 from benchmarks.common import RESULTS, table  # sets one thread before torch is imported
 
-from .arms import OURS
 from .measure import errors, train
 from .networks import NETWORKS
 from .rows import add_row, is_known, read_rows
@@ -32,20 +31,24 @@ ROWS = RESULTS / "quality_tuning.jsonl"
 """One line per network, seed and share."""
 PAGE = RESULTS / "recovery_tuning.md"
 FAMILIES = ("residual", "inception", "inverted", "dense")
-CHOICE = "fisher"
 
 
 def row(model: nn.Module, share: float, parts: dict[str, Part], seed: int) -> dict[str, float]:
     """Test errors in percent."""
-    result = OURS[CHOICE](model, parts["calibration"], share)
-    assert isinstance(result, allocator.Result)
-    recovered = allocator.recover(result, parts["calibration"].images).model
-    ways = {"two epochs": (result.model, 2.0), "recovered, one epoch": (recovered, 1.0)}
-    found = {"full": model, "cut": result.model, "recovered": recovered}
-    for name, (small, epochs) in ways.items():
+    images = parts["calibration"].images
+    cut, recovered = (_allocated(model, share, images, recover=recover) for recover in (False, True))
+    found = {"full": model, "cut": cut, "recovered": recovered}
+    for name, small, epochs in (("two epochs", cut, 2.0), ("recovered, one epoch", recovered, 1.0)):
         found[name] = copy.deepcopy(small)
         train(found[name], parts["train"], epochs, TUNING_RATE, seed)
     return {name: 100 * errors(network, parts["test"])["error"] for name, network in found.items()}
+
+
+def _allocated(model: nn.Module, share: float, images: Tensor, *, recover: bool) -> nn.Module:
+    small: nn.Module = allocator.allocate(
+        model, f"{100 * share}%", data=images, recover=recover, example_inputs=images[:1], certify=False
+    ).model
+    return small
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -65,7 +68,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         "# One epoch after recovery, or two without",
         "",
         "Made by `python -m benchmarks.quality.tuning`. Test errors in percent on cluttered digits, of networks "
-        "narrowed by the default choice with data; recovered on 1,000 images without labels.",
+        "narrowed by what `allocate` does on its own with 1,000 images without labels: recovered as well, and then "
+        "trained for one epoch; or not, and trained for two.",
     ]
     for share in sorted({row["asked"] for row in rows}, reverse=True):
         behind = np.array([row["recovered, one epoch"] - row["two epochs"] for row in rows if row["asked"] == share])
@@ -83,8 +87,8 @@ def main() -> None:
     """See --help."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(FAMILIES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.4])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.4, 0.25])
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="for trained networks")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
