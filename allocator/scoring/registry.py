@@ -59,7 +59,7 @@ class Criterion:
     @property
     def of_this_package(self) -> bool:
         """Whether it is known to write into nothing."""
-        return getattr(self.function, "__module__", "").partition(".")[0] == "allocator"
+        return str(getattr(self.function, "__module__", "")).partition(".")[0] == "allocator"
 
 
 CRITERIA: dict[str, Criterion] = {}
