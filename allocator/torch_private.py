@@ -44,6 +44,7 @@ FAKE_LOGGER = FakeTensorMode.__module__
 __all__ = [
     "LITERALS",
     "FAKE_LOGGER",
+    "GLOBAL_HOOKS",
     "BatchNormBase",
     "ConvolutionBase",
     "FakeTensor",
@@ -84,6 +85,11 @@ _COMPILED = "_compiled_call_impl"  # where Module.compile leaves what is called 
 MODULE_FIELDS = frozenset(vars(nn.Module()))
 """What every module keeps for torch itself."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(
+    each for name, each in vars(nn.modules.module).items() if name.startswith("_global_") and isinstance(each, dict)
+)
+"""Hooks of all modules, by their numbers, one dict per kind."""
 
 PT2_DTYPES = {
     1: torch.uint8,
@@ -225,6 +231,14 @@ def _check_calls() -> None:
         raise _unexpected("keeps a module's parts in another way")
 
 
+def _check_global_hooks() -> None:
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    found = any(hook.id in hooks for hooks in GLOBAL_HOOKS)
+    hook.remove()
+    if not found:
+        raise _unexpected("keeps hooks of all modules in another way")
+
+
 def _check_operators() -> None:
     target = torch.ops.aten.add_.Tensor
     if not isinstance(target, OpOverload) or schema_of(target).name != "aten::add_" or not schema_of(target).is_mutable:
@@ -284,7 +298,7 @@ def _check_storages() -> None:
         raise _unexpected("keeps storages that nobody holds")
 
 
-for _check in (_check_calls, _check_operators, _check_dispatch, _check_classes, _check_storages):
+for _check in (_check_calls, _check_global_hooks, _check_operators, _check_dispatch, _check_classes, _check_storages):
     try:
         _check()
     except UnexpectedTorchError:

@@ -481,28 +481,6 @@ def test_random_states_are_left_alone(draw: str) -> None:
     assert repr(before[2]) == repr(np.random.get_state())
 
 
-def test_switches_that_a_forward_sets_are_as_they_were() -> None:
-    def between(x: Tensor) -> Tensor:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = True
-        torch.set_num_threads(2)
-        np.seterr(all="ignore")
-        return x
-
-    def states() -> tuple[Any, ...]:
-        return (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.backends.cudnn.benchmark,
-            torch.get_num_threads(),
-            np.geterr(),
-        )
-
-    torch.set_num_threads(1)
-    before = states()
-    allocate(model_with(between))
-    assert states() == before
-
-
 def test_no_other_thread_sees_a_switch_of_the_process() -> None:
     def states() -> tuple[Any, ...]:
         attention = torch.backends.mha.get_fastpath_enabled()

@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import os
 import random
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -28,6 +26,7 @@ from allocator.modules import modules_of, tensor_names
 from allocator.torch_private import without_dispatch_modes
 from allocator.tracing.memory import Memory
 from allocator.tracing.operators import FUNCTIONS
+from allocator.tracing.switches import switches
 
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 # Two threads' forwards may share a cache, which neither is to see change under it.
@@ -148,57 +147,17 @@ def _states() -> Callable[[bool], None]:
     """
     on_cpu, python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    switches = [read() for read, _ in _SWITCHES]
+    restore_switches = switches()
 
     def restore(drew: bool) -> None:
         if drew or threading.active_count() == 1:
             torch.set_rng_state(on_cpu)
             if on_gpus:
                 torch.cuda.set_rng_state_all(on_gpus)
-        for (read, write), before in zip(_SWITCHES, switches, strict=True):
-            if read() != before:
-                write(before)
+        restore_switches()
         if random.getstate() != python:
             random.setstate(python)
         if not all(map(np.array_equal, np.random.get_state(), of_numpy)):
             np.random.set_state(of_numpy)
 
     return restore
-
-
-def _of_cudnn(name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
-    flags = torch.backends.cudnn
-    return lambda: getattr(flags, name), lambda value: setattr(flags, name, value)
-
-
-def _set_environment(before: dict[str, str]) -> None:
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    for name, value in before.items():
-        if os.environ.get(name) != value:
-            os.environ[name] = value
-
-
-def _set_filters(before: tuple[list[Any], list[Any]]) -> None:
-    """The list of filters that there was, with what was in it.
-
-    In another thread's `catch_warnings` another list stands in its place, which is that thread's.
-    """
-    filters, within = before
-    if warnings.filters is not filters and threading.active_count() == 1:
-        warnings.filters = filters
-    if filters != within:
-        filters[:] = within
-        with warnings.catch_warnings():  # forgets what the filters said of earlier warnings
-            pass
-
-
-_SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = (
-    (lambda: dict(os.environ), _set_environment),
-    (lambda: (warnings.filters, list(warnings.filters)), _set_filters),
-    (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_num_threads, torch.set_num_threads),
-    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
-    *(_of_cudnn(name) for name in ("enabled", "benchmark", "deterministic")),
-)
-"""Of the whole process, which a forward may set: how each is read and put back."""
