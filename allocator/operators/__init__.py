@@ -8,6 +8,7 @@ this package fills the table.
 from allocator.operators import (
     contraction,
     create,
+    draws,
     functions,
     join,
     norm,
@@ -22,6 +23,7 @@ from allocator.operators import (
 __all__ = [
     "contraction",
     "create",
+    "draws",
     "functions",
     "join",
     "norm",

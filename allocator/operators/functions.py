@@ -57,6 +57,19 @@ def area_flops(flow: Flow, op: Op) -> list[Product]:
     return [elements(flow, op.inputs()[0])] if counts else []
 
 
+def _undropped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    *more: Any,
+    **options: Any,
+) -> torch.Tensor:
+    """Attention that drops nothing: of fewer heads it would drop others."""
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, *more, **options)
+
+
 def _attention_in_parts(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -100,6 +113,7 @@ function(
     callable=functional.scaled_dot_product_attention,
     in_parts=_attention_in_parts,
     draws=True,
+    alike=_undropped_attention,
 )
 function("tensor_split", takes_apart=True)
 function("tensordot", flops=_nothing)
@@ -114,11 +128,3 @@ for _name in ("topk", "sort", "argsort", "argmax", "argmin", "nms"):
 
 for _name in ("round", "floor", "ceil", "trunc", "sign"):
     function(_name, whole=False, rounds=True)
-
-for _name in (
-    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"),
-    *("multinomial", "poisson", "uniform", "exponential", "geometric", "cauchy", "log_normal", "rrelu"),
-    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "gumbel_softmax"),
-    *("feature_alpha_dropout", "fractional_max_pool2d", "fractional_max_pool3d"),
-):
-    function(_name, whole=False, draws=True)

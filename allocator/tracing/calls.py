@@ -102,6 +102,10 @@ class Op:
         inside = self.call is not None and FUNCTIONS[self.call.name].takes_apart and bool(self.reads)
         return inside or self.operator.lists_views
 
+    def draws(self) -> bool:
+        """Whether it draws random numbers; what drops or leaks in train mode alone does not in eval mode."""
+        return self.operator.draws and not any(self.arg(name) is False for name in ("train", "training"))
+
     def lays_out(self) -> bool:
         """Whether it only gives its input another shape, or another place in memory."""
         placed = self.declared.copies and self.arg("memory_format") is not None

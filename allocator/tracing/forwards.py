@@ -90,6 +90,12 @@ def usual_forwards(model: nn.Module, inputs: Inputs) -> Forwards:
         if error is not None:
             notes.append(f"parameters and buffers used in train mode only stay as they are: {first_line(error)}")
         traces.append(training)
+    drawn = sorted({op.name for op in trace.ops if op.draws()})
+    if drawn:
+        notes.append(
+            f"the forward draws random numbers ({', '.join(drawn)}), fewer in a smaller network: outputs are compared "
+            "with one number in place of all that a call draws"
+        )
     by_value = sorted({op.name for op in value_sized(trace)})
     if by_value:
         notes.append(f"results whose size depends on values count at their largest ({', '.join(by_value)})")

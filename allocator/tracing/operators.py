@@ -79,6 +79,8 @@ class Function:
         orders: it puts numbers in order, so that the last bits of equals decide.
         rounds: it gives whole numbers in place of any, so that its results say little of what they were.
         draws: it draws from the process's generator of random numbers, or may.
+        alike: called as it is, gives what it could have drawn, which does not depend on how many channels there are.
+        alike_in_place: the same for the twin that works in place.
         callable: the function, where a program that names its ATen operator is to call it instead.
         in_parts: does the same in operators that are followed, where torch may fuse it into one of a device's own.
     """
@@ -91,6 +93,8 @@ class Function:
     orders: bool = False
     rounds: bool = False
     draws: bool = False
+    alike: Callable[..., Any] | None = None
+    alike_in_place: Callable[..., Any] | None = None
     callable: Callable[..., Any] | None = None
     in_parts: Callable[..., Any] | None = None
 
@@ -165,6 +169,7 @@ class Operator:
         lists_views: whether it takes its first input apart into a list of views.
         reshapes: whether it gives an input another shape in place.
         pointwise: whether it works number by number.
+        draws: whether it draws random numbers, or may.
         declared: what this package knows of it.
     """
 
@@ -175,6 +180,7 @@ class Operator:
     lists_views: bool
     reshapes: bool
     pointwise: bool
+    draws: bool
     declared: Declaration
 
 
@@ -192,6 +198,7 @@ def operator_of(target: OpOverload) -> Operator:
         lists_views=first is not None and "*" in first.after_set,
         reshapes=torch.Tag.inplace_view in target.tags,
         pointwise=torch.Tag.pointwise in target.tags or declared.pointwise,
+        draws=torch.Tag.nondeterministic_seeded in target.tags,
         declared=declared,
     )
 

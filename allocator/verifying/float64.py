@@ -6,11 +6,12 @@ is told the dtype that it would see otherwise, so that one which asserts float32
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import weakref
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -184,7 +185,8 @@ class _Wide(TorchFunctionMode):
         declared = FUNCTIONS.get(name)
         if declared is not None and declared.orders:
             args, kwargs = map_arguments(_rounded, (args, kwargs))
-        out = _convolve(func, *args, **kwargs) if func in _CONVOLUTIONS else func(*args, **kwargs)
+        called = functools.partial(_convolve, func) if func in _CONVOLUTIONS else _alike(name) or func
+        out = called(*args, **kwargs)
         out = self._zero_again(func, args, kwargs, out) if self.zeroed and isinstance(out, torch.Tensor) else out
         if name.endswith("_") or "out" in kwargs:
             self._note_written(given, (args, kwargs))
@@ -273,6 +275,14 @@ class _Wide(TorchFunctionMode):
             if not self.fill:
                 self.zeroed[id(wide)] = weakref.ref(wide), rows
         return wide
+
+
+def _alike(name: str) -> Callable[..., Any] | None:
+    """What stands in for a function that draws: of fewer channels it would draw others."""
+    declared = FUNCTIONS.get(name.removesuffix("_"))
+    if declared is None or not declared.draws:
+        return None
+    return declared.alike_in_place if name.endswith("_") else declared.alike
 
 
 def _with_left_out(name: str, given: list[torch.Tensor], out: Any) -> Any:
