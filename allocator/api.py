@@ -360,7 +360,7 @@ def sweep(
     lists = {"flops": flops, "params": params, "activations": activations, "peak_activations": peak_activations}
     given = Data.given(data, loss, seed, progress)
     return sweep_model(
-        model, lists, example_inputs, Settings(**settings), data=given, evaluate=evaluate, progress=progress
+        model, lists, example_inputs, Settings.named(settings), data=given, evaluate=evaluate, progress=progress
     )
 
 
@@ -416,7 +416,7 @@ def iterate(
         model,
         Limits(flops, params, activations, peak_activations),
         example_inputs,
-        Settings(**settings),
+        Settings.named(settings),
         schedule=even_schedule(steps) if schedule is None else schedule,
         train=train,
         grow=grow,

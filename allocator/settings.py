@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from allocator.errors import InputError, UnknownNameError, a_kind, none_of
+from allocator.errors import ArgumentsError, InputError, UnknownNameError, a_kind, none_of
 
 Policy = Literal["auto", "per_block", "global", "uniform", "isomorphic", "priced"]
 Scope = Literal["auto", "branches", "inner", "all", "narrowest"]
@@ -108,6 +108,18 @@ class Settings:
     multiple: Annotated[
         int, Option("widths of layers are multiples of this, such as 8, where they change at all", metavar="N")
     ] = 1
+
+    @classmethod
+    def named(cls, given: Mapping[str, Any]) -> Settings:
+        """Settings by their names.
+
+        Raises:
+            ArgumentsError: there is none of a name.
+        """
+        for name in given:
+            if name not in OPTIONS:
+                raise ArgumentsError(none_of("argument", name, OPTIONS))
+        return cls(**given)
 
     def checked(self) -> Settings:
         """These settings, if all of them can be.

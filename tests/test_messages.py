@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import allocator
 from allocator import (
     AllocatorError,
+    ArgumentsError,
     BudgetError,
     CriterionError,
     DataError,
@@ -58,6 +59,18 @@ def test_a_loss_without_data_is_refused(call: Callable[..., Any]) -> None:
     model = trained()
     with untouched(model), pytest.raises(DataError, match=said):
         call(model, loss=F.cross_entropy)
+
+
+def test_a_class_is_no_loss() -> None:
+    said = r"^loss is the class CrossEntropyLoss: pass an object of it, such as CrossEntropyLoss\(\)$"
+    with pytest.raises(DataError, match=said):
+        allocate(trained(), data=[(IMAGES, LABELS)], loss=nn.CrossEntropyLoss)
+
+
+@pytest.mark.parametrize("call", [_sweep, _iterate])
+def test_a_misspelt_setting_is_an_error_of_the_arguments(call: Callable[..., Any]) -> None:
+    with pytest.raises(ArgumentsError, match=r"^no argument 'polciy'; did you mean 'policy'\? \(there are policy, "):
+        call(trained(), polciy="global")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +194,10 @@ def _fails(graph: Any, weights: Any) -> Any:
             "criterion 'CrossEntropyLoss' raised TypeError: cross_entropy_loss(): argument 'input'",
         ),
         (_fails, f"criterion '_fails' raised ZeroDivisionError: integer division or modulo by zero; {CALLED}"),
-        (lambda graph, weights: None, "the scores of '<lambda>' are None: a function has to return them"),
+        (
+            lambda graph, weights: None,
+            "the scores of '<lambda>' are None: numbers are expected, which a function has to return",
+        ),
         (lambda graph, weights: 3, "the scores of '<lambda>' have shape (), expected (64,): one number per neuron"),
         (lambda graph, weights: {"stem": 3}, "the scores of '<lambda>' are not an array of numbers: float()"),
         (lambda graph, weights: torch.ones(graph.size) * 1j, "the scores of '<lambda>' are complex: give real numbers"),

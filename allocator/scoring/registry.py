@@ -91,8 +91,10 @@ class Data:
         """What the caller gave, None for nothing.
 
         Raises:
-            DataError: a loss without data to call it on.
+            DataError: a loss without data to call it on, or a class in place of one.
         """
+        if isinstance(loss, type):
+            raise DataError(f"loss is the class {loss.__name__}: pass an object of it, such as {loss.__name__}()")
         if loader is not None:
             return cls(loader, loss, seed, progress)
         if loss is not None:

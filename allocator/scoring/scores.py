@@ -136,7 +136,7 @@ def as_array(numbers: Any, name: str) -> np.ndarray:
         CriterionError: these are no numbers.
     """
     if numbers is None:
-        raise CriterionError(f"{name} are None: a function has to return them")
+        raise CriterionError(f"{name} are None: numbers are expected, which a function has to return")
     if isinstance(numbers, (torch.Tensor, np.ndarray)) and "complex" in str(numbers.dtype):
         raise CriterionError(f"{name} are complex: give real numbers, such as their .abs()")
     if isinstance(numbers, torch.Tensor):
