@@ -110,6 +110,27 @@ def test_group_norm_is_of_all_that_goes_with_a_neuron() -> None:
     np.testing.assert_allclose(allocator.score(graph, "group_norm").values, by_members(graph, relative, "mean"))
 
 
+def test_whole_heads_are_as_far_from_their_mean_as_single_channels_are() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, -1, 2).permute(2, 0, 3, 1, 4)
+            y: torch.Tensor = self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            return y
+
+    torch.manual_seed(0)
+    model = Heads()
+    graph = allocator.trace(model, torch.randn(1, 5, 8))
+    rows = model.qkv.weight.detach().double().norm(dim=1).reshape(3, 4, 2)
+    columns = model.proj.weight.detach().double().norm(dim=0).reshape(4, 2)
+    written, read = (rows / rows.mean()).mean((0, 2)), (columns / columns.mean()).mean(1)
+    expected = (6 * written**2**0.5 + 2 * read**2**0.5) / 8  # of two channels each, seen by six rows and two columns
+    np.testing.assert_allclose(allocator.score(graph, "group_norm").values, expected.numpy())
+
+
 def test_fpgm_is_the_sum_of_distances_to_other_filters() -> None:
     model = trained()
     graph = graph_of(model)

@@ -39,12 +39,15 @@ def magnitude(graph: ChannelGraph, weights: Weights) -> SlotScores:
 def group_norm(graph: ChannelGraph, weights: Weights) -> SlotScores:
     """Mean over all tensors that write, scale or read a neuron of the norm of its slice, relative to its branch's.
 
-    After the group L2 norm of Fang et al. (CVPR 2023), with every tensor's slices brought to one scale first.
+    After the group L2 norm of Fang et al. (CVPR 2023), with every tensor's slices brought to one scale first. Where a
+    neuron is several channels, as a head is, their mean is nearer to the branch's than one channel's is, by the root
+    of their number; that is made up for, or heads and whole groups would stay to the last.
     """
+    width = _channels(graph)
     rows = []
     for name, labels in _dims_of_neurons(graph):
         for label, norms in zip(labels.values(), _norms(weights(name), list(labels), name), strict=True):
-            rows.append((label, _over_branch(graph, label, norms)))
+            rows.append((label, _spread(graph, label, _over_branch(graph, label, norms), width)))
     return SlotScores.of(rows)
 
 
@@ -104,6 +107,33 @@ def _over_branch(graph: ChannelGraph, label: np.ndarray, values: np.ndarray) -> 
     mean = np.bincount(branch, weights=values) / np.maximum(count, 1)
     divisor = mean[branch]
     return np.divide(values, divisor, out=values.copy(), where=divisor > 0)
+
+
+def _channels(graph: ChannelGraph) -> np.ndarray:
+    """(neurons,) how many channels each is: its slots in the dim where it has fewest, as a flattened map has more."""
+    fewest = np.full(graph.size, np.inf)
+    for _, labels in _dims_of_neurons(graph):
+        for label in labels.values():
+            count = _count(graph, label)
+            fewest = np.where(count > 0, np.minimum(fewest, count), fewest)
+    return np.where(np.isfinite(fewest), fewest, 1.0)
+
+
+def _count(graph: ChannelGraph, label: np.ndarray, values: np.ndarray | None = None) -> np.ndarray:
+    """(neurons,) how many of the slots are each one's, or the sum of their values."""
+    units = graph.unit_of_slot[label]
+    weights = None if values is None else values[units >= 0]
+    return np.bincount(units[units >= 0], weights=weights, minlength=graph.size)
+
+
+def _spread(graph: ChannelGraph, label: np.ndarray, values: np.ndarray, width: np.ndarray) -> np.ndarray:
+    """Relative values as far from one as single channels' are, of neurons that are several."""
+    units = graph.unit_of_slot[label]
+    several = (units >= 0) & (width[units] > 1)
+    if not several.any():
+        return values
+    mean = _count(graph, label, values) / np.maximum(_count(graph, label), 1)
+    return np.where(several, (mean ** np.sqrt(width))[units], values)
 
 
 def _written(graph: ChannelGraph) -> list[tuple[str, int, np.ndarray]]:
