@@ -61,6 +61,7 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "bernoulli": lambda y: y * torch.bernoulli(y.sigmoid()),
     "bernoulli_": lambda y: y * torch.empty_like(y).bernoulli_(0.2),
     "rrelu": lambda y: F.rrelu(y, training=True),
+    "rrelu_": lambda y: F.rrelu_(y.clone(), training=True),
     "and a permutation": lambda y: (y + torch.rand_like(y))[torch.randperm(len(y))],
 }
 
@@ -74,9 +75,7 @@ def test_a_forward_that_draws_is_proven(what: str) -> None:
     assert result.model.one.out_channels < 16
     assert result.certificate.ok
     assert result.certificate.effect > 1e-6
-    said = (
-        r"the forward draws random numbers \(\w+(, \w+)*\), fewer in a smaller network: outputs are compared with one"
-    )
+    said = r"the forward draws random numbers \(\w+(, \w+)*\), fewer in a smaller network: outputs that differ are"
     assert any(re.match(said, note) for note in result.notes)
 
 
@@ -89,6 +88,41 @@ def test_what_is_wrong_is_still_seen() -> None:
     assert found.relative_error is not None
     assert found.relative_error > 1e-6
     assert not found.ok
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def _seeded(y: Tensor) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return y * torch.randn(1, y.shape[1], 1, 1)
+
+
+def _by_a_generator(y: Tensor) -> Tensor:
+    return y + torch.empty_like(y).normal_(generator=GENERATOR)
+
+
+@pytest.mark.parametrize("between", [_seeded, _by_a_generator])
+def test_numbers_that_the_forward_seeds_are_its_own(between: Callable[[Tensor], Tensor]) -> None:
+    model = Noisy(between).eval()
+    with pytest.raises(allocator.CertificateError, match="FAILED"):
+        allocator.allocate(model, "50%", example_inputs=IMAGE, criterion="random")
+
+
+def _standardised(y: Tensor) -> Tensor:
+    z = torch.randn(1, 1, 8, 8)
+    return y + F.interpolate((z - z.mean()) / z.std(), size=y.shape[-2:])
+
+
+def _inverted(y: Tensor) -> Tensor:
+    return y + torch.linalg.inv(torch.randn(4, 4)).abs().clamp(max=1).mean()
+
+
+@pytest.mark.parametrize("between", [_standardised, _inverted])
+def test_as_many_numbers_in_both_are_drawn(between: Callable[[Tensor], Tensor]) -> None:
+    model = Noisy(between).eval()
+    assert allocator.allocate(model, "50%", example_inputs=IMAGE, criterion="random").certificate.ok
 
 
 def test_attention_that_drops_in_eval_mode_is_proven() -> None:
@@ -111,6 +145,17 @@ def _alike(name: str) -> Callable[..., Tensor]:
     return found
 
 
+def _to(function: Callable[..., Tensor], *given: Any) -> Tensor:
+    out = torch.empty(0)
+    function(*given, out=out)
+    return out
+
+
+def _written(function: Callable[..., Tensor], tensor: Tensor, *given: Any) -> Tensor:
+    function(tensor, *given)
+    return tensor
+
+
 PROBABLE = torch.tensor([0.0, 0.1, 0.9, 1.0])
 ALIKE: dict[str, tuple[Callable[[], Tensor], list[float]]] = {
     "rand": (lambda: _alike("rand")(2, dtype=torch.float64), [0.75] * 2),
@@ -122,6 +167,10 @@ ALIKE: dict[str, tuple[Callable[[], Tensor], list[float]]] = {
     "bernoulli of a number": (lambda: _alike("bernoulli")(torch.zeros(2), 0.5), [1.0] * 2),
     "bernoulli_": (lambda: _alike("bernoulli_")(torch.zeros(4), PROBABLE), [0.0, 0.0, 1.0, 1.0]),
     "exponential_": (lambda: _alike("exponential_")(torch.zeros(2)), [1.0] * 2),
+    "normal to out": (lambda: _to(_alike("normal"), PROBABLE, PROBABLE), [0.0, 0.175, 1.575, 1.75]),
+    "normal of a size to out": (lambda: _to(_alike("normal"), 1.0, 2.0, (2,)), [2.5] * 2),
+    "bernoulli to out": (lambda: _to(_alike("bernoulli"), PROBABLE), [0.0, 0.0, 1.0, 1.0]),
+    "rrelu_": (lambda: _written(_alike("rrelu_"), torch.tensor([-8.0, 4.0]), 0.25, 0.75), [-4.0, 4.0]),
     "rrelu": (lambda: _alike("rrelu")(torch.tensor([-8.0, 4.0]), 0.25, 0.75), [-4.0, 4.0]),
 }
 

@@ -1,7 +1,7 @@
 """Functions that draw random numbers, and what stands in for what they draw where two networks are compared.
 
-Of fewer channels another number would fall to each, so that outputs would differ though the networks do not. What is
-drawn is the same number everywhere instead, one that could have been drawn, and nothing is taken from any generator.
+Of fewer channels another number would fall to each, so that outputs would differ though the networks do not. Where they
+do, what is drawn is the same number everywhere instead, one that could have been drawn, and no generator is read.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ def _made_by(make: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     return alike
 
 
-def _normal(mean: Any = 0.0, std: Any = 1.0, size: Any = None, **kwargs: Any) -> Any:
-    """`torch.normal` of tensors or numbers, and `normal_`, which gives its tensor first."""
+def _normal(mean: Any = 0.0, std: Any = 1.0, size: Any = None, *, out: Any = None, **kwargs: Any) -> Any:
+    """`torch.normal` of tensors or numbers."""
     if size is None:
-        return mean + _PLACE * std
+        made = mean + _PLACE * std
+        return made if out is None else out.resize_(made.shape).copy_(made)
+    if out is not None:
+        return out.resize_(tuple(size)).fill_(mean + _PLACE * std)
     given = {name: value for name, value in kwargs.items() if name in ("dtype", "device") and value is not None}
     return torch.full(tuple(size), mean + _PLACE * std, **given)
 
@@ -42,9 +45,10 @@ def _uniform_in_place(tensor: torch.Tensor, low: float = 0.0, high: float = 1.0,
     return tensor.fill_(low + _PLACE * (high - low))
 
 
-def _bernoulli(input: torch.Tensor, p: Any = None, **_: Any) -> torch.Tensor:
+def _bernoulli(input: torch.Tensor, p: Any = None, *, out: Any = None, **_: Any) -> torch.Tensor:
     """True where its probability, as `p` or in the tensor, is above a quarter."""
-    return (torch.as_tensor(input if p is None else p) >= 1 - _PLACE).to(input.dtype).expand_as(input).clone()
+    made = (torch.as_tensor(input if p is None else p) >= 1 - _PLACE).to(input.dtype).expand_as(input)
+    return made.clone() if out is None else out.resize_(made.shape).copy_(made)
 
 
 def _bernoulli_in_place(tensor: torch.Tensor, p: Any = 0.5, **_: Any) -> torch.Tensor:
@@ -60,8 +64,19 @@ def _undropped(input: torch.Tensor, p: float = 0.5, trains: bool = True, *_: Any
     return input.clone() if given.get("training", given.get("train", trains)) else input
 
 
-def _rrelu(input: torch.Tensor, lower: float = 1 / 8, upper: float = 1 / 3, *_: Any, **__: Any) -> torch.Tensor:
-    return functional.leaky_relu(input, (lower + upper) / 2)
+def _rrelu(
+    input: torch.Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    inplace: bool = False,
+    **_: Any,
+) -> torch.Tensor:
+    return functional.leaky_relu(input, (lower + upper) / 2, inplace)
+
+
+def _rrelu_in_place(input: torch.Tensor, lower: float = 1 / 8, upper: float = 1 / 3, *_: Any, **__: Any) -> Any:
+    return _rrelu(input, lower, upper, inplace=True)
 
 
 for _name in ("rand", "randn"):
@@ -83,7 +98,7 @@ for _name in ("exponential", "geometric", "cauchy", "log_normal"):
 function("normal", whole=False, draws=True, alike=_normal, alike_in_place=_normal_in_place)
 function("uniform", whole=False, draws=True, alike_in_place=_uniform_in_place)
 function("bernoulli", whole=False, draws=True, alike=_bernoulli, alike_in_place=_bernoulli_in_place)
-function("rrelu", whole=False, draws=True, alike=_rrelu)
+function("rrelu", whole=False, draws=True, alike=_rrelu, alike_in_place=_rrelu_in_place)
 # What these draw are places, or has an order; they are left to draw.
 for _name in (
     *("randint", "randperm", "randint_like", "multinomial", "poisson", "gumbel_softmax"),

@@ -93,8 +93,8 @@ def usual_forwards(model: nn.Module, inputs: Inputs) -> Forwards:
     drawn = sorted({op.name for op in trace.ops if op.draws()})
     if drawn:
         notes.append(
-            f"the forward draws random numbers ({', '.join(drawn)}), fewer in a smaller network: outputs are compared "
-            "with one number in place of all that a call draws"
+            f"the forward draws random numbers ({', '.join(drawn)}), fewer in a smaller network: outputs that "
+            "differ are compared with one number in place of all that a call draws"
         )
     by_value = sorted({op.name for op in value_sized(trace)})
     if by_value:
