@@ -298,9 +298,26 @@ def _check_storages() -> None:
         raise _unexpected("keeps storages that nobody holds")
 
 
+@contextlib.contextmanager
+def _as_usual() -> Iterator[None]:
+    """Within, no mode, default or hook of the caller's: what imports this first may be a call that is made in one."""
+    hooks, dtype = [dict(each) for each in GLOBAL_HOOKS], torch.get_default_dtype()
+    with without_dispatch_modes(), torch.inference_mode(False), torch.device("cpu"):
+        for each in GLOBAL_HOOKS:
+            each.clear()
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            for each, before in zip(GLOBAL_HOOKS, hooks, strict=True):
+                each.update(before)
+
+
 for _check in (_check_calls, _check_global_hooks, _check_operators, _check_dispatch, _check_classes, _check_storages):
     try:
-        _check()
+        with _as_usual():
+            _check()
     except UnexpectedTorchError:
         raise
     except Exception as error:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import allocator.torch_private as private
 from allocator.errors import UnexpectedTorchError
@@ -42,6 +45,28 @@ def test_a_name_that_is_gone_is_said_at_import(
 ) -> None:
     monkeypatch.delattr(owner, name)
     with pytest.raises(UnexpectedTorchError, match=f"this torch .* {said}.*: neuron-allocator was tried on torch"):
+        runpy.run_path(private.__file__)
+
+
+@contextmanager
+def _hooked() -> Iterator[None]:
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: 7)
+    yield
+    assert any(hook.id in hooks for hooks in private.GLOBAL_HOOKS)
+    hook.remove()
+
+
+@contextmanager
+def _wide() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    assert torch.get_default_dtype() == torch.float64
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("within", [torch.inference_mode, lambda: torch.device("meta"), FakeTensorMode, _hooked, _wide])
+def test_it_may_be_loaded_in_a_mode_of_the_callers(within: Any) -> None:
+    with within():
         runpy.run_path(private.__file__)
 
 
