@@ -200,3 +200,15 @@ def test_what_cannot_be_looked_at(
     Path("broken/a.png").write_bytes(b"no picture")
     assert main([*ALLOCATE, *arguments]) == status
     assert said in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_picture_that_is_refused_for_its_size_is_named(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(allocator.DataError, match=r"\d.png cannot be read: .*exceeds limit"):
+        data_options(make_parser().parse_args([*ALLOCATE, "--data", str(pictures)]), torch.nn.Conv2d(3, 4, 1))
+
+
+def test_a_folder_named_like_a_picture_is_none(pictures: Path) -> None:
+    (pictures / "bird" / "thumbs.png").mkdir()
+    args = make_parser().parse_args([*ALLOCATE, "--data", str(pictures)])
+    assert data_options(args, torch.nn.Conv2d(3, 4, 1))["data"]

@@ -131,7 +131,7 @@ def _pictures(folder: Path, args: argparse.Namespace, model: nn.Module) -> Itera
     """
     import torch
 
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if not files:
         raise DataError(f"{folder} holds no pictures ({', '.join(_SUFFIXES)})")
     # Drawn, since the first of them may all be of one class; the same ones every time.
@@ -151,7 +151,7 @@ def _pictures(folder: Path, args: argparse.Namespace, model: nn.Module) -> Itera
 def _preparation(args: argparse.Namespace, model: nn.Module, views: int) -> Callable[[Path], Tensor]:
     """What makes (views, channels, height, width) of a picture: its middle, and crops that are the same every time."""
     import torch
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     from allocator.cli.opening import example_inputs
     from allocator.tracing.inputs import as_inputs
@@ -168,7 +168,7 @@ def _preparation(args: argparse.Namespace, model: nn.Module, views: int) -> Call
     def prepare(file: Path) -> Tensor:
         try:
             picture = Image.open(file).convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
+        except Exception as error:  # Pillow raises many kinds, of no class of their own
             raise DataError(f"{file} cannot be read: {error}") from error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(file.name.encode()))
