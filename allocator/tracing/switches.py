@@ -119,6 +119,10 @@ def _autocast(device: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
     return lambda: torch.is_autocast_enabled(device), lambda value: torch.set_autocast_enabled(device, value)
 
 
+def _autocast_dtype(device: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    return lambda: torch.get_autocast_dtype(device), lambda dtype: torch.set_autocast_dtype(device, dtype)
+
+
 _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = (
     (lambda: dict(os.environ), _set_environment),
     _of_this_thread_alone(warnings, "showwarning"),
@@ -140,6 +144,7 @@ _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = (
     (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
     *(_attribute(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic")),
     _attribute(torch.backends.mkldnn, "enabled"),
-    *(_attention(kind) for kind in ("flash", "mem_efficient", "math")),
+    *(_attention(kind) for kind in ("flash", "mem_efficient", "math", "cudnn")),
     *(_autocast(device) for device in ("cpu", "cuda")),
+    *(_autocast_dtype(device) for device in ("cpu", "cuda")),
 )
