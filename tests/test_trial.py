@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import math
 import re
 from collections.abc import Iterator
@@ -199,6 +200,17 @@ def test_a_sweep_takes_what_suits_its_smallest_budget(images: Tensor) -> None:
     points = allocator.sweep(model, ["80%", "50%"], example_inputs=IMAGE, data=images).points
     smallest = allocator.allocate(model, "50%", example_inputs=IMAGE, data=images, certify=False)
     assert {point.allocation.criterion for point in points} == {smallest.allocation.criterion}
+
+
+@pytest.mark.parametrize("recover", [False, True])
+def test_nothing_keeps_the_weights_once_the_caller_lets_go_of_them(images: Tensor, recover: bool) -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(type(each) is nn.Parameter for each in gc.get_objects())
+
+    before = alive()
+    allocator.allocate(net(2), "60%", example_inputs=IMAGE, data=images, recover=recover, certify=False)
+    assert alive() == before
 
 
 @pytest.mark.parametrize("recover", [False, True])

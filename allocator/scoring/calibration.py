@@ -136,7 +136,7 @@ def _own_share(
     look = _Look(shadow, loss, seed, gradients, reader, curvature)
     looked = 0
     most = -(-MOST_CHUNKS // ranks.count())
-    with bar("looking at the data", progress) as advance:
+    with bar("looking at the data", progress) as advance, gradients or contextlib.nullcontext():
         for batch in batches(data, graph.model, graph.inputs):
             for chunk in _few_at_a_time(batch, loss):
                 look(chunk)
@@ -301,7 +301,8 @@ def _check_that_any_weight_counts(shadow: nn.Module, batch: Batch, loss: Loss | 
 class _Gradients:
     """What every neuron's weights, each times its gradient, add up to; one row per backward.
 
-    A parameter's gradient is used and dropped as soon as it is there, so that never all of them are held.
+    A parameter's gradient is used and dropped as soon as it is there, so that never all of them are held. As a context,
+    it lets go of the parameters at the end: torch would keep them, and with them the original's memory, for good.
     """
 
     def __init__(self, graph: ChannelGraph, shadow: nn.Module) -> None:
@@ -314,6 +315,7 @@ class _Gradients:
         free = graph.unit_of_slot >= 0
         self.has_reader = np.zeros(graph.size, dtype=bool)
         self.has_reader[graph.unit_of_slot[reads & free]] = True
+        self._hooks = contextlib.ExitStack()
         for name, tensor in tensor_names(shadow).items():
             if not isinstance(tensor, nn.Parameter) or not tensor.requires_grad:
                 continue
@@ -323,10 +325,17 @@ class _Gradients:
                 if chosen.any():
                     dims.append((dim, graph.unit_of_slot[label[chosen]], chosen, reads[label[chosen]]))
             if dims:
-                tensor.register_post_accumulate_grad_hook(lambda p, dims=dims: self._take(p, dims))
+                hook = tensor.register_post_accumulate_grad_hook(lambda p, dims=dims: self._take(p, dims))
+                self._hooks.callback(hook.remove)
             else:
                 tensor.requires_grad_(False)
         self._rows = self._empty()
+
+    def __enter__(self) -> _Gradients:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
 
     def _empty(self) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(self.graph.size), np.zeros(self.graph.size)
