@@ -48,9 +48,13 @@ def test_a_name_that_is_gone_is_said_at_import(
         runpy.run_path(private.__file__)
 
 
+def _another(*_: Any) -> Any:
+    return 7
+
+
 @contextmanager
 def _hooked() -> Iterator[None]:
-    hook = nn.modules.module.register_module_forward_hook(lambda *_: 7)
+    hook = nn.modules.module.register_module_forward_hook(_another)
     yield
     assert any(hook.id in hooks for hooks in private.GLOBAL_HOOKS)
     hook.remove()
