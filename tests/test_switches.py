@@ -94,7 +94,6 @@ MEDDLES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "collector": (gc.disable, gc.isenabled),
     "recursion": (lambda: sys.setrecursionlimit(sys.getrecursionlimit() + 999), sys.getrecursionlimit),
     "folder": (lambda: os.chdir("/"), os.getcwd),
-    "path": (lambda: sys.path.append("/nowhere"), lambda: (id(sys.path), list(sys.path))),
     "stdout": (lambda: setattr(sys, "stdout", sys.__stderr__), lambda: id(sys.stdout)),
 }
 

@@ -138,7 +138,7 @@ def _pictures(folder: Path, args: argparse.Namespace, model: nn.Module) -> Itera
     files = random.Random(0).sample(files, min(args.samples, len(files)))
     labels = None if args.loss is None else _labels(folder, files)
     views = min(args.samples // len(files), _VIEWS)
-    prepare = _preparation(args, model, views)
+    prepare = _preparation(folder, args, model, views)
     together = max(1, _BATCH // views)
     for start in range(0, len(files), together):
         pictures = torch.cat([prepare(file) for file in files[start : start + together]])
@@ -148,7 +148,7 @@ def _pictures(folder: Path, args: argparse.Namespace, model: nn.Module) -> Itera
             yield pictures, torch.tensor(labels[start : start + together]).repeat_interleave(views)
 
 
-def _preparation(args: argparse.Namespace, model: nn.Module, views: int) -> Callable[[Path], Tensor]:
+def _preparation(folder: Path, args: argparse.Namespace, model: nn.Module, views: int) -> Callable[[Path], Tensor]:
     """What makes (views, channels, height, width) of a picture: its middle, and crops that are the same every time."""
     import torch
     from PIL import Image
@@ -171,7 +171,7 @@ def _preparation(args: argparse.Namespace, model: nn.Module, views: int) -> Call
         except Exception as error:  # Pillow raises many kinds, of no class of their own
             raise DataError(f"{file} cannot be read: {error}") from error
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(file.name.encode()))
+            torch.manual_seed(zlib.crc32(file.relative_to(folder).as_posix().encode()))
             seen = [middle(picture), *(crop(picture) for _ in range(views - 1))]
         return torch.stack([finish(each) for each in seen])
 

@@ -127,13 +127,16 @@ def _count(graph: ChannelGraph, label: np.ndarray, values: np.ndarray | None = N
 
 
 def _spread(graph: ChannelGraph, label: np.ndarray, values: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """Relative values as far from one as single channels' are, of neurons that are several."""
+    """Relative values as far from one as single channels' are, of neurons that are several: 0 stays 0."""
     units = graph.unit_of_slot[label]
     several = (units >= 0) & (width[units] > 1)
     if not several.any():
         return values
     mean = _count(graph, label, values) / np.maximum(_count(graph, label), 1)
-    return np.where(several, (mean ** np.sqrt(width))[units], values)
+    farther = np.sqrt(width)
+    with np.errstate(divide="ignore"):
+        found = np.where(mean < 1, 1 / (1 + farther * (1 / mean - 1)), 1 + farther * (mean - 1))
+    return np.where(several, found[units], values)
 
 
 def _written(graph: ChannelGraph) -> list[tuple[str, int, np.ndarray]]:

@@ -65,10 +65,6 @@ def _set_filters(before: tuple[int, Any, list[Any]]) -> None:
         pass
 
 
-def _set_path(before: tuple[list[str], list[str]]) -> None:
-    sys.path, sys.path[:] = before
-
-
 def _folder() -> str | None:
     with contextlib.suppress(OSError):  # it was deleted
         return os.getcwd()
@@ -129,7 +125,6 @@ _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = (
     _of_this_thread_alone(warnings, "_showwarnmsg_impl"),
     (_filters, _set_filters),
     *(_of_this_thread_alone(sys, name) for name in ("stdout", "stderr", "excepthook")),
-    (lambda: (sys.path, list(sys.path)), _set_path),
     (sys.getrecursionlimit, sys.setrecursionlimit),
     (_folder, _set_folder),
     (gc.isenabled, _set_collecting),
