@@ -127,6 +127,11 @@ def test_few_pictures_are_shown_in_several_crops(pictures: Path) -> None:
     assert torch.equal(of_each[:, 0], once)  # the middle first
     assert len({each.numpy().tobytes() for each in of_each.flatten(0, 1)}) == 84
     assert len(shown(1000)) == 21 * 8
+    again = (pictures / "cat" / "0.png").read_bytes()
+    for name in ("cat", "dog"):
+        (pictures / name / "0.png").write_bytes(again)
+    of_each = shown(1000).reshape(21, -1)
+    assert len({each.numpy().tobytes() for each in of_each}) == 21  # the same picture twice, in other crops
 
 
 @pytest.mark.parametrize("name", ["inputs.pt", "inputs.npy"])

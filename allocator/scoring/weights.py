@@ -114,29 +114,23 @@ def _channels(graph: ChannelGraph) -> np.ndarray:
     fewest = np.full(graph.size, np.inf)
     for _, labels in _dims_of_neurons(graph):
         for label in labels.values():
-            count = _count(graph, label)
-            fewest = np.where(count > 0, np.minimum(fewest, count), fewest)
-    return np.where(np.isfinite(fewest), fewest, 1.0)
-
-
-def _count(graph: ChannelGraph, label: np.ndarray, values: np.ndarray | None = None) -> np.ndarray:
-    """(neurons,) how many of the slots are each one's, or the sum of their values."""
-    units = graph.unit_of_slot[label]
-    weights = None if values is None else values[units >= 0]
-    return np.bincount(units[units >= 0], weights=weights, minlength=graph.size)
+            units = graph.unit_of_slot[label]
+            found, count = np.unique(units[units >= 0], return_counts=True)
+            fewest[found] = np.minimum(fewest[found], count)
+    return fewest
 
 
 def _spread(graph: ChannelGraph, label: np.ndarray, values: np.ndarray, width: np.ndarray) -> np.ndarray:
     """Relative values as far from one as single channels' are, of neurons that are several: 0 stays 0."""
     units = graph.unit_of_slot[label]
     several = (units >= 0) & (width[units] > 1)
-    if not several.any():
-        return values
-    mean = _count(graph, label, values) / np.maximum(_count(graph, label), 1)
-    farther = np.sqrt(width)
+    found, place, count = np.unique(units[several], return_inverse=True, return_counts=True)
+    mean, farther = np.bincount(place, weights=values[several]) / count, np.sqrt(width[found])
     with np.errstate(divide="ignore"):
-        found = np.where(mean < 1, 1 / (1 + farther * (1 / mean - 1)), 1 + farther * (mean - 1))
-    return np.where(several, found[units], values)
+        spread = np.where(mean < 1, 1 / (1 + farther * (1 / mean - 1)), 1 + farther * (mean - 1))
+    result = values.copy()
+    result[several] = spread[place]
+    return result
 
 
 def _written(graph: ChannelGraph) -> list[tuple[str, int, np.ndarray]]:
