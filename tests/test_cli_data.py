@@ -110,6 +110,14 @@ def test_labels_are_the_folders_in_the_order_of_their_names(
     assert seen[::8] != sorted(seen[::8])  # else those that are looked at first may all be of one class
 
 
+def test_every_crop_has_the_label_of_its_picture(pictures: Path) -> None:
+    args = make_parser().parse_args([*ALLOCATE, "--data", str(pictures), *LOSS])
+    found = data_options(args, allocator.build("data_nets:classifier"))["data"]
+    images, labels = (torch.cat(each) for each in zip(*found, strict=True))
+    assert len(labels) == 21 * 8
+    assert torch.equal(images.mean((2, 3)).argmin(1), labels)  # a class is dark in the colour of its number
+
+
 def test_few_pictures_are_shown_in_several_crops(pictures: Path) -> None:
     def shown(samples: int) -> torch.Tensor:
         args = make_parser().parse_args([*ALLOCATE, "--data", str(pictures), "--samples", str(samples)])

@@ -49,6 +49,17 @@ def test_the_allocation_leads_from_the_original_to_the_last_network() -> None:
     assert allocator.verify(model, done.model, done.allocation, example_inputs=IMAGE).ok
 
 
+@pytest.mark.filterwarnings("error::allocator.errors.UnmatchedPatternWarning")
+def test_what_is_asked_of_a_layer_that_is_gone_is_asked_no_more() -> None:
+    torch.manual_seed(0)
+    model = allocator.build("recipe:scalenet-small-seed", planes=[4, 6], blocks=[1, 1], num_classes=5).eval()
+    image = torch.zeros(1, 1, 32, 32)
+    done = allocator.iterate(
+        model, "35%", schedule=[0.85, 1], train=nothing, example_inputs=image, at_least=0, multiple=4
+    )
+    assert done.steps[0].allocation.absent
+
+
 def test_training_between_steps_lasts() -> None:
     model = trained(Nested())
     done = allocator.iterate(model, "50%", schedule=[0.5, 1], train=shift, example_inputs=IMAGE)
