@@ -20,7 +20,7 @@ from allocator.modules import modules_of, set_training, skeleton, tensor_names
 from allocator.torch_private import called_straight
 from allocator.tracing.inputs import Inputs
 from allocator.tracing.isolation import apart, undisturbed
-from allocator.tracing.record import tensors_in
+from allocator.tracing.outputs import tensors_in
 from allocator.tracing.uncomputed import Uncomputed
 
 # Convolutions and linear layers, as fvcore calls them.

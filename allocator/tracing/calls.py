@@ -129,6 +129,8 @@ class Trace:
         training: whether the model was in train mode.
         inputs: what it was given.
         unfinished: the forward raised after these calls.
+        left: tensors whose numbers the forward gave to what is not torch (numpy, lists).
+        said: numbers and words that the model returned beside tensors, in order.
     """
 
     ops: list[Op]
@@ -140,6 +142,8 @@ class Trace:
     training: bool = False
     inputs: Inputs = field(default_factory=lambda: Inputs(()), repr=False)
     unfinished: bool = False
+    left: list[int] = field(default_factory=list)
+    said: tuple[Any, ...] = ()
 
     def live(self, gone: Collection[int] = frozenset()) -> list[Op]:
         """Calls that the outputs depend on, in order; those that only serve values in `gone` do not count.

@@ -76,7 +76,7 @@ class Memory:
         elif isinstance(value, _GENERATORS):
             self._generators.append(_state_of(value))
         elif _slots_of(value.__class__):
-            self._objects.append((value, _in_slots(value), everything))
+            self._objects.append((value, in_slots(value), everything))
         for each in _held_by(value):
             self._look(each, everything, depth - 1)
 
@@ -128,7 +128,7 @@ def _held_by(value: Any) -> list[Any]:
     # Objects of torch's or of the language's own classes keep nothing of a forward, and are many.
     if not _is_own(value.__class__):
         return []
-    return [*([vars(value)] if hasattr(value, "__dict__") else []), *_in_slots(value).values()]
+    return [*([vars(value)] if hasattr(value, "__dict__") else []), *in_slots(value).values()]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -138,13 +138,13 @@ def _slots_of(cls: type) -> tuple[str, ...]:
     return tuple(name for members in named for name, value in members if type(value) is MemberDescriptorType)
 
 
-def _in_slots(value: Any) -> dict[str, Any]:
+def in_slots(value: Any) -> dict[str, Any]:
     """What is in those slots of an object that are not empty."""
     return {name: getattr(value, name) for name in _slots_of(value.__class__) if hasattr(value, name)}
 
 
 def _restore_slots(value: Any, before: dict[str, Any], everything: bool) -> None:
-    now = _in_slots(value)
+    now = in_slots(value)
     for name in (*now, *(name for name in before if name not in now)):
         same = name in now and name in before and now[name] is before[name]
         if not same and (everything or _holds_tensors([now.get(name), before.get(name)])):
@@ -188,7 +188,7 @@ def _holds_tensors(values: list[Any], depth: int = _DEPTH) -> bool:
             return True
         if depth and not isinstance(value, _ATOMS):
             listed = isinstance(value, (list, tuple, set, deque))
-            inside = value if listed else {**getattr(value, "__dict__", {}), **_in_slots(value)}
+            inside = value if listed else {**getattr(value, "__dict__", {}), **in_slots(value)}
             inside = value if isinstance(value, dict) else inside
             if isinstance(inside, (dict, MappingProxyType)):
                 inside = [*inside, *inside.values()]

@@ -27,7 +27,7 @@ from allocator.torch_private import map_arguments
 from allocator.tracing.inputs import Inputs, dtype_of
 from allocator.tracing.isolation import apart, undisturbed
 from allocator.tracing.operators import FUNCTIONS, Function
-from allocator.tracing.record import tensors_in
+from allocator.tracing.outputs import said_in, tensors_in
 
 _Dims = list[tuple[int, np.ndarray]]
 Rows = dict[str, _Dims]
@@ -56,6 +56,7 @@ def run_float64(
     written: Collection[str] | None = None,
     alike: bool = False,
     states: list[torch.Tensor] | None = None,
+    said: list[Any] | None = None,
 ) -> list[torch.Tensor]:
     """Output tensors of an eval-mode forward in float64; weights are converted one call at a time.
 
@@ -71,6 +72,7 @@ def run_float64(
         written: names of the parameters that the forward writes into, where that is known: no others are copied.
         alike: one number stands in for all that a call draws at random.
         states: gets the state of the generator at each call that draws.
+        said: gets the numbers and words that the model returns beside tensors.
 
     Returns:
         Tensors on the CPU in float64; of complex ones the last dim is (real, imaginary). Where all are of whole
@@ -90,6 +92,8 @@ def run_float64(
             arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs
             output = apart(copied, *arguments.args, **arguments.kwargs)
         tensors = tensors_in(output)
+        if said is not None:
+            said.extend(said_in(output))
         if not any(t.is_floating_point() or t.is_complex() for t in tensors):
             tensors += mode.rounded
         return [_plain(t) for t in tensors]
@@ -104,6 +108,8 @@ def _reads_only(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
     if tensor.layout is not torch.strided and not tensor.is_nested:
         tensor = tensor.to_dense()
     if tensor.is_complex():
