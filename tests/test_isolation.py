@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import random
+import subprocess
 import sys
 import threading
 import warnings
@@ -479,6 +480,19 @@ def test_random_states_are_left_alone(draw: str) -> None:
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
     assert repr(before[2]) == repr(np.random.get_state())
+
+
+def test_what_the_first_call_loads_draws_nothing() -> None:
+    script = """
+import random, numpy, torch, allocator
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 3, 1))
+states = lambda: repr((random.getstate(), numpy.random.get_state(), torch.get_rng_state().tolist()))
+before = states()
+allocator.allocate(model, "50%", example_inputs=torch.zeros(1, 3, 4, 4))
+assert states() == before
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_other_thread_sees_a_switch_of_the_process() -> None:

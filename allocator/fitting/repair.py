@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,12 +40,16 @@ class Mends:
         trial: the last ones, and the place (forward, index) of the call that they are for.
         wrong: those that did not help there.
         notes: what was said of them, each with those that it is about.
+        tie: slots that were tied last, the place of the call that they were tied for, and what was said of it.
+        parted: slots that were tied in vain.
     """
 
     pieces: dict[AttributeKey, tuple[np.ndarray, ...]] = field(default_factory=dict)
     trial: tuple[tuple[int, int], list[AttributeKey]] | None = None
     wrong: set[AttributeKey] = field(default_factory=set)
     notes: dict[str, list[AttributeKey]] = field(default_factory=dict)
+    tie: tuple[tuple[int, int], set[Pair], str] | None = None
+    parted: set[Pair] = field(default_factory=set)
 
     def attributes(self) -> list[Attribute]:
         """All of them."""
@@ -57,6 +62,15 @@ class Mends:
                 self.pieces.pop(key, None)
                 self.wrong.add(key)
         self.trial = None
+
+    def part(self, place: tuple[int, int], notes: list[str]) -> set[Pair]:
+        """The slots that were tied last, if the forward got no further with that; they are not tied again."""
+        tie, self.tie = self.tie, None
+        if tie is None or place > tie[0]:
+            return set()
+        notes.remove(tie[2])
+        self.parted |= tie[1]
+        return tie[1]
 
     def forget(self, paths: set[str]) -> None:
         """Take all of these modules back."""
@@ -84,41 +98,70 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
     op = mismatch.op
     if op is None:
         raise RewriteError(f"the rewritten forward does not fit: {mismatch}")
-    flow = graph.flows[mismatch.forward]
-    mends.judge((mismatch.forward, op.index))
+    place = mismatch.forward, op.index
+    mends.judge(place)
     mends.retract(notes)
-    scene = _Scene(graph, flow, plan, mends)
+    parted = mends.part(place, notes)
+    scene = _Scene(graph, graph.flows[mismatch.forward], plan, mends)
+    options = graph.options
+    if not _follows(scene, op, mismatch, notes):
+        options = _tied(scene, op, mismatch, notes) or _stays(scene, op, mismatch, notes)
+    if options is graph.options and not parted:
+        return graph
+    return rebuilt(graph, options.untying(parted))
+
+
+def _follows(scene: _Scene, op: Op, mismatch: Mismatch, notes: list[str]) -> bool:
+    """Whether there is an attribute to set."""
     for owner in dict.fromkeys((op.module, mismatch.module)):  # where it stopped: a block may check what its layers do
         if owner is None or (owner and not lies_within(op.module, [owner])):
             continue
         attribute = _mend(scene, op, owner)
         if attribute is not None:
-            note = f"{attribute!r} of {type(graph.modules[owner]).__name__} follows the kept channels"
+            mends, modules = scene.mends, scene.graph.modules
+            note = f"{attribute!r} of {type(modules[owner]).__name__} follows the kept channels"
             if note not in mends.notes:
                 notes.append(note)
-            others = _alike_modules(graph.modules, owner)
+            others = _alike_modules(modules, owner)
             mends.notes.setdefault(note, []).extend((path, attribute) for path in others)
-            return graph
-    given = _given(graph, flow, mismatch, plan)
+            return True
+    return False
+
+
+def _tied(scene: _Scene, op: Op, mismatch: Mismatch, notes: list[str]) -> Options | None:
+    """With slots tied that have to be as many; None where there are none to tie."""
+    graph, mends = scene.graph, scene.mends
     counted = _counted_by_one(scene, op)
     if counted:
         kind = type(graph.modules[op.module]).__name__
         notes.append(f"of {kind}, neurons that one attribute counts go together, place by place: {mismatch.what}")
-        return rebuilt(graph, graph.options.tying(counted))
+        return graph.options.tying(counted)
+    sized = _sized_by_another(scene, op, mismatch.what) - mends.parted
+    if sized:
+        notes.append(f"the neurons at {op} go together with those that it takes its size from: {mismatch.what}")
+        mends.tie = (mismatch.forward, op.index), sized, notes[-1]
+        return graph.options.tying(sized)
+    return None
+
+
+def _stays(scene: _Scene, op: Op, mismatch: Mismatch, notes: list[str]) -> Options:
+    """With the parts of a split equal, or with neurons that stay."""
+    graph, flow, plan = scene.graph, scene.flow, scene.plan
+    given = _given(graph, flow, mismatch, plan)
     if op.declared.splits and op.declared.sized and op.module not in graph.options.equal_parts:
         notes.append(f"the parts of {op} stay equal: {mismatch.what}")
         options = graph.options.equalising(_meant(graph, op.module, graph.options.equal_parts))
     elif given is not None:
         hint = _hint(graph.modules[mismatch.module or ""], flow, given)
         notes.append(f"the neurons at {given} stay: {mismatch.module} is given them, and {mismatch.what}{hint}")
-        options = graph.options.freezing([flow.places[given.index]])
+        options = graph.options.freezing([flow.places[given.index]._replace(part="gives")])
     else:
         notes.append(f"the neurons at {op} stay: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
-        options = _freeze(graph, flow, op, plan)
+        options = _freeze(graph, flow, mismatch, op, plan)
     before = {place.module for place in graph.options.frozen} | graph.options.equal_parts
-    mends.forget(_meant(graph, op.module, before))
-    mends.retract(notes)
-    return rebuilt(graph, options)
+    scene.mends.forget(_meant(graph, op.module, before))
+    scene.mends.retract(notes)
+    return options
 
 
 # Attributes that follow -----------------------------------------------------------------------------
@@ -231,6 +274,40 @@ def _counted_by_one(scene: _Scene, op: Op) -> set[Pair]:
     return new if any(found[pair] for pair in new) else set()
 
 
+def _sized_by_another(scene: _Scene, op: Op, what: str) -> set[Pair]:
+    """Of a call that makes a dim as large as another tensor's channels (`y.view(x.shape)`), the slots of both.
+
+    Those are the nearest before it of which as many stay as was said of the misfit. The same calls in modules of the
+    class are meant too. Empty where there are none.
+    """
+    if not op.declared.reshapes:
+        return set()
+    flow, stays = scene.flow, scene.graph.stays(scene.plan.kept)
+    said = set(map(int, re.findall(r"\d+", what)))
+    for which, label in enumerate(_labels_of(flow, op)):
+        count = int((stays[label] == 1).sum())
+        for other in flow.trace.ops[: op.index][::-1]:
+            for place, found in enumerate(_labels_of(flow, other)):
+                left = int((stays[found] == 1).sum())
+                if len(found) == len(label) and left in said and left not in (count, len(found)):
+                    return set(_pairs_alike(scene.graph, flow, (op, which), (other, place)))
+    return set()
+
+
+def _pairs_alike(graph: ChannelGraph, flow: Flow, one: tuple[Op, int], other: tuple[Op, int]) -> Iterator[Pair]:
+    """A pair of labels, each the one of so many of a call's, and what stands in their place in modules of the class."""
+    ops, here, alike = flow.trace.ops, flow.places[one[0].index], _alike_modules(graph.modules, one[0].module)
+    for index, place in enumerate(flow.places):
+        before = index - (one[0].index - other[0].index)
+        if before < 0 or place.module not in alike or place._replace(module=here.module) != here:
+            continue
+        if ops[before].target is not other[0].target:
+            continue
+        labels = [list(_labels_of(flow, ops[i]))[which:][:1] for i, which in ((index, one[1]), (before, other[1]))]
+        if all(labels) and len(labels[0][0]) == len(labels[1][0]):
+            yield tuple(labels[0][0].tolist()), tuple(labels[1][0].tolist())
+
+
 def _taken(scene: _Scene, path: str, module: nn.Module) -> set[str]:
     """Attributes of a module that follow already, or were tried in vain."""
     names = {each.name for each in scene.graph.facts.attributes if each.module == path}
@@ -264,39 +341,49 @@ def _given(graph: ChannelGraph, flow: Flow, mismatch: Mismatch, plan: Plan) -> O
         return None
     stays = graph.stays(plan.kept)
     for other in flow.trace.ops[max(op.index - _NEAR, 0) : op.index][::-1]:
-        place = flow.places[other.index]
-        if place in graph.options.frozen:
+        if flow.places[other.index]._replace(part="gives") in graph.options.frozen:
             return None
         if any((stays[label] != 1).any() for label in _labels_of(flow, other)):
             return other
     return None
 
 
-def _freeze(graph: ChannelGraph, flow: Flow, op: Op, plan: Plan) -> Options:
+def _freeze(graph: ChannelGraph, flow: Flow, mismatch: Mismatch, op: Op, plan: Plan) -> Options:
     """Keep the neurons at a call; where it loses none (a number in it changed), those at the last before it.
 
     What its module does comes first, also what it would do next: a module may check its sizes before it does anything.
-    Where another module of the class came before, the same call is meant in all of them, but not where it splits heads
-    of an attention and here none, or the other way: of a single head nothing in a view tells. Where one is named a
-    second time, all its calls are meant.
+    Of a call that was not made, since the forward raised before, what it was to read: what it would have given had no
+    part in it, and may be a whole stream's.
     """
     stays = graph.stays(plan.kept)
     ops = flow.trace.ops
+    read = (label for i in op.inputs() if flow.trace.values[i].name is None for label in flow.labels(i))
+    lost = any(label is not None and (stays[label] != 1).any() for label in read)
+    if mismatch.module is not None and lost and not graph.options.freezes(flow.places[op.index], "reads"):
+        return _freezing(graph, flow, op, "reads")
     nearest = [*ops[: op.index][::-1], *ops[op.index :]]
     within = [other for other in nearest if not op.module or lies_within(other.module, [op.module])]
     for culprit in (op, *within, *nearest):
         if any((stays[label] != 1).any() for label in _labels_of(flow, culprit)):
-            break
-    else:
-        raise RewriteError(f"the rewritten forward does not fit at {op}, though all its neurons stay")
+            return _freezing(graph, flow, culprit, "")
+    raise RewriteError(f"the rewritten forward does not fit at {op}, though all its neurons stay")
+
+
+def _freezing(graph: ChannelGraph, flow: Flow, culprit: Op, part: str) -> Options:
+    """With the neurons at a call frozen, or with a part of them.
+
+    Where another module of the class came before, the same call is meant in all of them, but not where it splits heads
+    of an attention and here none, or the other way: of a single head nothing in a view tells. Where one is named a
+    second time, all its calls are meant.
+    """
     place = flow.places[culprit.index]
-    named = {(other.module, other.operator) for other in graph.options.frozen}
+    named = {(other.module, other.operator) for other in graph.options.frozen if other.part == part}
     call = None if (place.module, place.operator) in named else place.call
     modules = _meant(graph, culprit.module, {module for module, operator in named if operator == place.operator})
-    in_heads = {flow.places[other.index]: flow.heads_at(other) is not None for other in ops}
+    in_heads = {flow.places[other.index]: flow.heads_at(other) is not None for other in flow.trace.ops}
     here = in_heads[place]
-    places = (Place(path, culprit.name, call) for path in modules)
-    return graph.options.freezing(each for each in places if in_heads.get(each, here) == here)
+    places = [Place(path, culprit.name, call) for path in modules]
+    return graph.options.freezing(each._replace(part=part) for each in places if in_heads.get(each, here) == here)
 
 
 def _meant(graph: ChannelGraph, path: str, before: Collection[str]) -> set[str]:

@@ -51,6 +51,14 @@ def require_seen(output: Any) -> None:
             )
 
 
+def holds_itself(output: Any, around: tuple[Any, ...] = ()) -> bool:
+    """Whether a list or dict is found within itself, where torch's tracer would go round until the process ends."""
+    if not isinstance(output, (list, tuple, dict)):
+        return False
+    within = output.values() if isinstance(output, dict) else output
+    return any(each is output for each in around) or any(holds_itself(each, (*around, output)) for each in within)
+
+
 def _leaves(output: Any) -> list[Any]:
     """What holds nothing further, the outermost first; what is held twice counts once, but for tensors and numbers."""
     found: list[Any] = []
