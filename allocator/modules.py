@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from allocator.closures import CALLABLES, Memo, copy_callable, reaches
-from allocator.errors import UnsupportedModelError
+from allocator.errors import UnsupportedModelError, in_words
 from allocator.torch_private import without_dispatch_modes
 
 Replace = Callable[[str, torch.Tensor], torch.Tensor]
@@ -212,7 +212,7 @@ def _skeleton(model: nn.Module, replace: Replace, no_hooks: _NoHooks | None) -> 
         return cast(nn.Module, _copy(model, memo))
     except (TypeError, RuntimeError, AttributeError) as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
+            f"{type(model).__name__} cannot be copied ({in_words(error)}); "
             "detach tensors kept as attributes, and drop locks, streams or open files from the module"
         ) from error
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from allocator.errors import first_line
+from allocator.errors import first_line, text_of
 from allocator.modules import tensor_names
 from allocator.tracing.calls import Trace
 from allocator.tracing.inputs import Inputs
@@ -185,7 +185,7 @@ def _recorded(model: nn.Module, inputs: Inputs, mode: str, *, training: bool = F
     try:
         return record(model, inputs, mode, training=training)
     except ForwardError as error:
-        if mode != "meta" or not any(word in str(error.cause) for word in ("device", "meta")):
+        if mode != "meta" or not any(word in text_of(error.cause) for word in ("device", "meta")):
             raise
         try:
             return record(model, inputs, "fake", training=training)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from allocator import adapters
-from allocator.errors import TraceError
+from allocator.errors import TraceError, text_of
 from allocator.logs import hidden
 from allocator.modules import modules_of, on_a_copy, tensor_names
 from allocator.torch_private import (
@@ -42,7 +42,7 @@ class ForwardError(Exception):
     """A recorded forward raised; carries the calls that had been made until then, without one that raised."""
 
     def __init__(self, cause: Exception, module: str, partial: Trace):
-        super().__init__(str(cause))
+        super().__init__(text_of(cause))
         self.cause, self.module, self.partial = cause, module, partial
 
 
@@ -66,14 +66,14 @@ def trace_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -
             errors.append(error)
     last = errors[-1]
     where = f"in {last.module}" if last.module else "in the model's own forward"
-    given = _OF_FUNCTIONS.search(str(last.cause))
+    given = _OF_FUNCTIONS.search(text_of(last.cause))
     if given is not None:
         raise TraceError(
             f"the forward calls torch's {given[1]} {where}, which runs functions that it is given, and isn't followed: "
             "write the branch or the loop in Python, or compute all branches and choose with torch.where"
         ) from last.cause
     raise TraceError(
-        f"the forward raised {type(last.cause).__name__} {where} with {inputs.describe()}: {last.cause}; "
+        f"the forward raised {type(last.cause).__name__} {where} with {inputs.describe()}: {text_of(last.cause)}; "
         "check that model(*example_inputs) runs, or pass other example_inputs"
     ) from last.cause
 
@@ -139,7 +139,7 @@ def _run(model: nn.Module, running: nn.Module, inputs: Inputs, converted: Inputs
         try:
             output = apart(running, *converted.args, **converted.kwargs)
         except SystemExit as gives_up:  # which must not end the caller's process
-            raised = RuntimeError(f"the forward exits ({gives_up})")
+            raised = RuntimeError(f"the forward exits ({text_of(gives_up)})")
         except Exception as error:
             raised = error
     return _Ran(recorder, output, raised, modules)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from allocator.errors import in_words
 from allocator.flow.facts import Facts
 from allocator.flow.flow import Flow
 from allocator.flow.follow import RuleError, run_rules
@@ -155,7 +156,7 @@ def _last_of(old: Flow, calls: list[Op]) -> Op | None:
 
 def _first_not_made(old: Flow, before: list[Op], done: int, raised: Exception) -> Mismatch:
     """The original call on channels that comes next after `done` calls that were right."""
-    what = f"the rewritten forward raised {type(raised).__name__}: {raised}"
+    what = f"the rewritten forward raised {in_words(raised)}"
     for op in before[done:]:
         if any(label is not None for i in (*op.inputs(), *op.outputs) for label in old.labels(i)):
             return Mismatch(old.trace.ops[op.index], what)
