@@ -14,6 +14,7 @@ from torch import nn
 
 from allocator.closures import CALLABLES, Memo, copy_callable, reaches
 from allocator.errors import UnsupportedModelError, in_words
+from allocator.torch_private import without_dispatch_modes
 
 Replace = Callable[[str, torch.Tensor], torch.Tensor]
 T = TypeVar("T")
@@ -261,9 +262,17 @@ def _copy(value: Any, memo: Memo) -> Any:
         items = memo[id(value)] = []
         items += [_copy(item, memo) for item in value]
         return items
+    if kind is torch.Generator:
+        new = memo[id(value)] = _copied_generator(value)
+        return new
     if kind in CALLABLES:
         return copy_callable(value, memo, _copy) if reaches(value, memo.own) else value
     return copy.deepcopy(value, memo)
+
+
+def _copied_generator(generator: torch.Generator) -> torch.Generator:
+    with without_dispatch_modes():  # its state has values, in whatever mode the copy is made
+        return torch.Generator(generator.device).set_state(generator.get_state())
 
 
 def _copy_fields(module: nn.Module, into: dict[str, Any], memo: Memo) -> None:

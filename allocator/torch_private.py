@@ -177,7 +177,7 @@ def storage_of(reference: StorageReference) -> torch.UntypedStorage | None:
     return found
 
 
-LITERALS = frozenset({int, float, bool, str, type(None)})
+LITERALS = frozenset({int, float, bool, str, type(None), torch.Size})
 """What stands in the arguments of a call beside tensors, mostly."""
 
 

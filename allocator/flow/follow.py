@@ -42,6 +42,8 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
         frozen, even = len(facts.frozen), len(facts.even)
         if not flow.active.isdisjoint(op.inputs()):
             flow.activate(op)
+        if op.reads and flow.seeded.issuperset(op.reads):
+            flow.seeded.update(op.outputs)
         if op.operator.gives_views and flow.picked.issuperset(op.inputs()):
             flow.picked.update(op.outputs)
         rule = op.declared.rule
@@ -54,6 +56,8 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
             raise RuleError(op, flow, error) from error
         except (IndexError, KeyError, TypeError) as error:
             flow.refuse(op, f"the rule of this operator raised {in_words(error)}")
+        if op.seeded:
+            flow.keep_size(op)
         if op.index in unused:
             del facts.frozen[frozen:], facts.even[even:]
     flow.freeze_computed_weights()

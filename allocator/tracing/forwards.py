@@ -90,7 +90,12 @@ def usual_forwards(model: nn.Module, inputs: Inputs) -> Forwards:
         if error is not None:
             notes.append(f"parameters and buffers used in train mode only stay as they are: {first_line(error)}")
         traces.append(training)
-    drawn = sorted({op.name for op in trace.ops if op.draws()})
+    drawn, seeded = trace.drawn(seeded=False), trace.drawn(seeded=True)
+    if seeded:
+        notes.append(
+            f"the forward draws from a generator that it seeds or holds ({', '.join(seeded)}): channels that meet "
+            "these numbers stay"
+        )
     if drawn:
         notes.append(
             f"the forward draws random numbers ({', '.join(drawn)}), fewer in a smaller network: outputs that "

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from allocator.errors import in_words
@@ -267,8 +268,12 @@ def _compare_arguments(old: Flow, new: Flow, a: Op, b: Op, values: _Pairs, gone:
         return None
     # By their names, since torch leaves out an argument that has its default.
     numbers = [numbers_in(op.arg(name) for name in op.operator.arguments) for op in (a, b)]
-    sized = a.declared.sized and a.arg("fill_value") == b.arg("fill_value")
+    sized = a.declared.sized and all(a.arg(name) == b.arg(name) for name in _NO_SIZES)
     return _compare_numbers(*numbers, sized=sized)
+
+
+_NO_SIZES = ("fill_value", "low", "high")
+"""Whole numbers that an operator takes beside sizes."""
 
 
 def _compare_numbers(old: Sequence[Any], new: Sequence[Any], *, sized: bool = False) -> str | None:
@@ -290,7 +295,7 @@ def numbers_in(tree: Iterable[Any]) -> list[Any]:
         elif isinstance(item, dict):
             found += numbers_in(item.values())
         elif not isinstance(item, Ref):
-            found.append(item)
+            found.append(item.initial_seed() if isinstance(item, torch.Generator) else item)
     return found
 
 
