@@ -362,7 +362,7 @@ class Named:
     """Has no name of a module, as some classes of the language."""
 
 
-Named.__module__ = object()
+setattr(Named, "__module__", object())  # noqa: B010
 REGISTRY, TABLE, MISSING, NAMED = Lazy("networks", "name"), Rows(), Missing(), Named()
 
 
