@@ -91,6 +91,18 @@ class IterationError(AllocatorError, RuntimeError):
         self.done = done
 
 
+class SweepError(InputError, RuntimeError):
+    """What `evaluate` raised, or gave instead of numbers, for a network of a sweep.
+
+    Attributes:
+        done: the sweep over the budgets before it, which may be none.
+    """
+
+    def __init__(self, message: str, done: Any):
+        super().__init__(message)
+        self.done = done
+
+
 class RewriteError(AllocatorError, RuntimeError):
     """The rewritten model does not run, and no smaller plan was found that does."""
 
@@ -258,9 +270,23 @@ def _is_plain(value: object, levels: int = 2) -> bool:
     return value is None or isinstance(value, (str, int, float, complex))
 
 
+def text_of(error: BaseException) -> str:
+    """What an error says, "" where it cannot say it: errors of others are anybody's code."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says first, or its class where it says nothing; at most 200 characters."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return (text_of(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def in_words(error: BaseException, most: int = 300) -> str:
+    """The class of an error and so many characters of what it says, such as "ValueError: no data"."""
+    text = text_of(error)[:most]
+    return f"{type(error).__name__}{text and ': ' + text}"
 
 
 def plural(number: int, what: str) -> str:

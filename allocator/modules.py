@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from allocator.closures import CALLABLES, Memo, copy_callable, reaches
-from allocator.errors import UnsupportedModelError
+from allocator.errors import UnsupportedModelError, in_words
+from allocator.torch_private import without_dispatch_modes
 
 Replace = Callable[[str, torch.Tensor], torch.Tensor]
 T = TypeVar("T")
@@ -211,7 +212,7 @@ def _skeleton(model: nn.Module, replace: Replace, no_hooks: _NoHooks | None) -> 
         return cast(nn.Module, _copy(model, memo))
     except (TypeError, RuntimeError, AttributeError) as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
+            f"{type(model).__name__} cannot be copied ({in_words(error)}); "
             "detach tensors kept as attributes, and drop locks, streams or open files from the module"
         ) from error
 
@@ -261,9 +262,17 @@ def _copy(value: Any, memo: Memo) -> Any:
         items = memo[id(value)] = []
         items += [_copy(item, memo) for item in value]
         return items
+    if kind is torch.Generator:
+        new = memo[id(value)] = _copied_generator(value)
+        return new
     if kind in CALLABLES:
         return copy_callable(value, memo, _copy) if reaches(value, memo.own) else value
     return copy.deepcopy(value, memo)
+
+
+def _copied_generator(generator: torch.Generator) -> torch.Generator:
+    with without_dispatch_modes():  # its state has values, in whatever mode the copy is made
+        return torch.Generator(generator.device).set_state(generator.get_state())
 
 
 def _copy_fields(module: nn.Module, into: dict[str, Any], memo: Memo) -> None:

@@ -130,9 +130,7 @@ def called_straight(modules: Iterable[nn.Module]) -> Iterator[None]:
     Args:
         modules: one's own; those with hooks or with another way to be called stay as they are.
     """
-    straight = (
-        [] if nn.modules.module._has_any_global_hook() else [each for each in modules if _is_called_plainly(each)]
-    )
+    straight = [] if any(GLOBAL_HOOKS) else [each for each in modules if _is_called_plainly(each)]
     for module in straight:
         call_by(module, module.forward)
     try:
@@ -159,7 +157,7 @@ def storage_of(reference: StorageReference) -> torch.UntypedStorage | None:
     return found
 
 
-LITERALS = frozenset({int, float, bool, str, type(None)})
+LITERALS = frozenset({int, float, bool, str, type(None), torch.Size})
 """What stands in the arguments of a call beside tensors, mostly."""
 
 

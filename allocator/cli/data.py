@@ -19,6 +19,7 @@ from allocator.disk import existing
 from allocator.errors import DataError, FileError, MissingPackageError, UnknownNameError, a_kind
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor, nn
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -170,7 +171,7 @@ def _preparation(folder: Path, args: argparse.Namespace, model: nn.Module, views
 
     def prepare(file: Path) -> Tensor:
         try:
-            picture = Image.open(file).convert("RGB")
+            picture = in_colour(Image.open(file))
         except Exception as error:  # Pillow raises many kinds, of no class of their own
             raise DataError(f"{file} cannot be read: {error}") from error
         with torch.random.fork_rng(devices=[]):
@@ -179,6 +180,28 @@ def _preparation(folder: Path, args: argparse.Namespace, model: nn.Module, views
         return torch.stack([finish(each) for each in seen])
 
     return prepare
+
+
+_OF_16_BITS = 65535
+
+
+def in_colour(picture: Image) -> Image:
+    """A picture in 8 bits of red, green and blue; Pillow itself takes grey of more bits for white.
+
+    Raises:
+        ValueError: its numbers are of no range that is known.
+    """
+    if not picture.mode.startswith(("I", "F")):
+        return picture.convert("RGB")
+    import numpy as np
+    from PIL.Image import fromarray
+
+    grey = np.asarray(picture).astype(np.float64)
+    low, high = grey.min(), grey.max()
+    most = _OF_16_BITS if picture.mode.startswith("I") else 1 if high <= 1 else 255
+    if not 0 <= low <= high <= most:
+        raise ValueError(f"its grey is from {low:g} to {high:g}, of a range that is not known: save it in 8 or 16 bits")
+    return fromarray(np.rint(grey * (255 / most)).astype(np.uint8)).convert("RGB")
 
 
 def _labels(folder: Path, files: Sequence[Path]) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from allocator import adapters
-from allocator.errors import TraceError
+from allocator.errors import TraceError, in_words
 from allocator.logs import hidden
 from allocator.modules import modules_of, set_training, skeleton, tensor_names
 from allocator.torch_private import called_straight
@@ -74,7 +74,7 @@ def _count(
             return _analyse(model, inputs, written, plain=False, computed=computed)
         except Exception as error:
             raise TraceError(
-                f"fvcore cannot count {type(model).__name__}: {type(error).__name__}: {error}; check that "
+                f"fvcore cannot count {type(model).__name__}: {in_words(error)}; check that "
                 "torch.jit.trace follows model(*example_inputs)"
             ) from error
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from allocator.arguments import checked, is_real
-from allocator.errors import InputError, TraceError, as_given
+from allocator.errors import InputError, TraceError, as_given, text_of
 from allocator.model_checks import check_model
 from allocator.modules import for_inference, tensor_names
 from allocator.tracing.inputs import Inputs, as_inputs
@@ -115,9 +115,8 @@ def runnable(model: nn.Module, example_inputs: Any, seed: int = 0) -> tuple[nn.M
         with torch.no_grad():
             network(*inputs.args, **inputs.kwargs)
     except Exception as error:
-        raise TraceError(
-            f"the forward raised {type(error).__name__} with {inputs.describe()}: {error!s:.300}"
-        ) from error
+        said = f"the forward raised {type(error).__name__} with {inputs.describe()}: {text_of(error):.300}"
+        raise TraceError(said) from error
     return network, inputs
 
 

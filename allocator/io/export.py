@@ -23,7 +23,7 @@ from torch import nn
 from allocator.arguments import checked
 from allocator.cost.fvcore import fvcore_layer_flops
 from allocator.disk import PathLike, check_writable, shorten, write_atomically
-from allocator.errors import ExportError, MissingPackageError, UnknownNameError, did_you_mean, first_line
+from allocator.errors import ExportError, MissingPackageError, UnknownNameError, did_you_mean, first_line, text_of
 from allocator.io.onnx_flops import layer_flops
 from allocator.model_checks import check_model
 from allocator.modules import skeleton, tensor_names
@@ -190,7 +190,7 @@ def _exported(network: nn.Module, inputs: Inputs) -> tuple[torch.export.Exported
             program = torch.export.export(network, args, kwargs)
         except Exception as error:
             raise ExportError(
-                f"torch.export cannot follow {type(network).__name__}: {shorten(str(error), 400)}"
+                f"torch.export cannot follow {type(network).__name__}: {shorten(text_of(error), 400)}"
             ) from error
         return program, [f"the batch size is fixed, because the network cannot leave it open: {first_line(dynamic)}"]
 
@@ -241,7 +241,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, inputs: Input
     except OSError:
         raise
     except Exception as error:
-        raise ExportError(f"torch.onnx cannot write this network: {shorten(str(error), 400)}") from error
+        raise ExportError(f"torch.onnx cannot write this network: {shorten(text_of(error), 400)}") from error
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

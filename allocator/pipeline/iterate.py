@@ -14,7 +14,7 @@ from allocator import adapters
 from allocator.arguments import is_real
 from allocator.clock import Progress
 from allocator.cost.budget import Budgets
-from allocator.errors import AllocatorError, InputError, IterationError, as_given
+from allocator.errors import AllocatorError, InputError, IterationError, as_given, in_words
 from allocator.model_checks import check_model
 from allocator.modules import shapes_of
 from allocator.pipeline.choice import budgets_of, choose
@@ -166,7 +166,7 @@ def _train(train: Train, network: nn.Module, step: str, done: Iterated | None) -
     try:
         train(network)
     except Exception as error:
-        raise IterationError(f"{step}: training raised {type(error).__name__}: {error}", done) from error
+        raise IterationError(f"{step}: training raised {in_words(error)}", done) from error
     other = sorted({name for name, _ in before.items() ^ shapes_of(check_model(network)).items()})
     if other:
         raise IterationError(f"{step}: training gave the network other tensors ({', '.join(other[:3])})", done)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from allocator.cost.budget import Budgets
 from allocator.errors import InputError, as_given
 from allocator.flow.facts import AtLeast
 from allocator.graph.channel_graph import SCOPES, ChannelGraph
+from allocator.graph.lent import LentGraph
 from allocator.graph.selection import matches, unmatched
 from allocator.scoring.scores import Scores
 
@@ -93,6 +94,16 @@ class Problem:
         """(neurons,) bool: those that may be kept."""
         everything = np.ones(len(self.forced), dtype=bool)
         return everything if self.gone is None else ~self.gone | self.forced
+
+    def lent(self) -> Problem:
+        """The same question to a function of the caller's, which may write into its arrays and its graph's model."""
+        return replace(
+            self,
+            graph=LentGraph(self.graph),
+            scores=replace(self.scores, values=self.scores.values.copy()),
+            forced=self.forced.copy(),
+            gone=None if self.gone is None else self.gone.copy(),
+        )
 
 
 def free_neurons(graph: ChannelGraph, scores: Scores, scope: str) -> np.ndarray:

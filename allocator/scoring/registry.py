@@ -19,11 +19,13 @@ from allocator.errors import (
     UnknownNameError,
     as_given,
     did_you_mean,
+    in_words,
     none_of,
     unknown,
     warn,
 )
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.graph.lent import LentGraph, own
 from allocator.scoring.answers import Loss
 from allocator.scoring.calibration import Statistics, collect, with_gradients
 from allocator.scoring.scores import Scores, SlotScores, as_array
@@ -238,16 +240,17 @@ def _called(graph: ChannelGraph, criterion: Criterion, stored: Stored, *statisti
     Raises:
         CriterionError: it takes other arguments, or raised.
     """
-    given = (graph, _weights_of(graph, criterion, stored), *statistics)
+    weights = _weights_of(graph, criterion, stored)
     if criterion.of_this_package:
-        return criterion.function(*given)
+        return criterion.function(graph, weights, *statistics)
+    given = (LentGraph(graph), weights, *statistics)
     _check_signature(criterion, *given)
     try:
         return criterion.function(*given)
     except AllocatorError:
         raise
     except Exception as error:
-        said = f"criterion {criterion.name!r} raised {type(error).__name__}: {error!s:.300}"
+        said = f"criterion {criterion.name!r} raised {in_words(error)}"
         raise CriterionError(f"{said}; {_takes(criterion)}") from error
 
 
@@ -296,8 +299,9 @@ def _by_function(graph: ChannelGraph, function: Any, data: Data | None, stored: 
     if is_importance(function):
         if stored is not None:
             raise CriterionError(f"{name} of Torch-Pruning reads the whole model, whose weights stay in their folder")
-        model = graph.model
-        if data is not None:  # on a copy, so that the caller's gradients stay as they are
+        if data is None:
+            model = LentGraph(graph).model
+        else:  # on a copy, so that the caller's gradients stay as they are
             model = with_gradients(graph, data.loader, loss=data.loss, seed=data.seed, progress=data.progress)
         with undisturbed(model, itself=True):  # one of them draws
             values = importance_scores(graph, function, model)
@@ -323,17 +327,9 @@ def _weights_of(graph: ChannelGraph, criterion: Criterion, stored: Stored) -> We
                 f"criterion {criterion.name!r} reads {name}, which lies on the meta device and has no values: build "
                 "the model on a real device and load its weights, or pass criterion='random'"
             )
-        return tensors[name] if criterion.of_this_package else _copied(tensors[name])
+        return tensors[name] if criterion.of_this_package else own(tensors[name])
 
     return weights
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the model with its gradient, into which a function of the caller's may write."""
-    own = tensor.detach().clone()
-    if tensor.is_leaf and tensor.grad is not None:
-        own.grad = tensor.grad.clone()
-    return own
 
 
 def _by_parameter(graph: ChannelGraph, arrays: Mapping[str, Any]) -> SlotScores:

@@ -6,7 +6,7 @@ import contextvars
 import functools
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from types import CodeType, FunctionType, MappingProxyType, MemberDescriptorType, ModuleType
 from typing import Any
@@ -21,6 +21,7 @@ _ATOMS = (int, float, bool, str, bytes, type(None), type, ModuleType, torch.Tens
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _ON_MODULES = {FunctionType, functools.partial, *_GENERATORS}
 """What a module may hold that its forward changes, though no copy of the module has one of its own."""
+_CONTAINERS: tuple[Any, ...] = (dict, list, set, deque)
 _DEPTH = 4
 _REGISTRY = 50  # entries of a global from which on it is taken to be a table, and not looked into further
 
@@ -67,9 +68,10 @@ class Memory:
         if isinstance(value, _ATOMS) or not depth or id(value) in self._seen:
             return
         self._seen.add(id(value))
-        if isinstance(value, (dict, list, set, deque)):
-            self._containers.append((value, value.copy(), everything))
-            if len(value) > _REGISTRY and depth < _DEPTH:
+        if issubclass(type(value), _CONTAINERS):
+            before = _plain(value)
+            self._containers.append((value, before, everything))
+            if len(before) > _REGISTRY and depth < _DEPTH:
                 return
         elif isinstance(value, functools._lru_cache_wrapper):
             self._caches[value] = value.cache_info().misses
@@ -95,13 +97,20 @@ class Memory:
         for cls, before in self._classes:
             _restore_class(cls, before)
         for container, before, everything in self._containers:
-            if isinstance(container, dict):
+            if isinstance(before, dict):
                 _restore_mapping(container, before, everything)
-            elif not _same(container, before) and (everything or _holds_tensors(list(container))):
-                container.clear()
-                container.update(before) if isinstance(container, set) else container.extend(before)
+            elif not _same(now := _plain(container), before) and (everything or _holds_tensors(list(now))):
+                kind: Any = type(before)
+                kind.clear(container)
+                (kind.update if kind is set else kind.extend)(container, before)
         for value, fields, everything in self._objects:
             _restore_slots(value, fields, everything)
+
+
+def _plain(container: Any) -> Any:
+    """A plain container of the same kind with what is in this one, whatever its class makes of the methods."""
+    kind = next(kind for kind in (*_CONTAINERS, tuple) if issubclass(type(container), kind))
+    return dict(dict.items(container)) if kind is dict else kind(kind.__iter__(container))
 
 
 def _state_of(generator: Any) -> Callable[[], None]:
@@ -116,10 +125,9 @@ def _state_of(generator: Any) -> Callable[[], None]:
 
 def _held_by(value: Any) -> list[Any]:
     """What a model's code may write into, one step further in."""
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, (list, set, tuple, deque)):
-        return list(value)
+    if issubclass(type(value), (*_CONTAINERS, tuple)):
+        held = _plain(value)
+        return list(held.values() if isinstance(held, dict) else held)
     if isinstance(value, (staticmethod, classmethod)):
         return [value.__func__]
     if isinstance(value, FunctionType):
@@ -169,13 +177,14 @@ def _is_pythons(name: str) -> bool:
 
 
 def _restore_mapping(mapping: dict[Any, Any], before: dict[Any, Any], everything: bool) -> None:
-    for key in [key for key in mapping if key not in before]:
-        if everything or _holds_tensors([key, mapping[key]]):
-            del mapping[key]
+    kind: Any = OrderedDict if isinstance(mapping, OrderedDict) else dict
+    now = _plain(mapping)
+    for key in now.keys() - before.keys():
+        if everything or _holds_tensors([key, now[key]]):
+            kind.__delitem__(mapping, key)
     for key, value in before.items():
-        now = mapping.get(key)
-        if now is not value and (everything or _holds_tensors([now, value])):
-            mapping[key] = value
+        if now.get(key) is not value and (everything or _holds_tensors([now.get(key), value])):
+            kind.__setitem__(mapping, key, value)
 
 
 def _same(items: Any, before: Any) -> bool:
@@ -187,9 +196,8 @@ def _holds_tensors(values: list[Any], depth: int = _DEPTH) -> bool:
         if isinstance(value, torch.Tensor):
             return True
         if depth and not isinstance(value, _ATOMS):
-            listed = isinstance(value, (list, tuple, set, deque))
-            inside = value if listed else {**getattr(value, "__dict__", {}), **_in_slots(value)}
-            inside = value if isinstance(value, dict) else inside
+            held = issubclass(type(value), (*_CONTAINERS, tuple))
+            inside = _plain(value) if held else {**getattr(value, "__dict__", {}), **_in_slots(value)}
             if isinstance(inside, (dict, MappingProxyType)):
                 inside = [*inside, *inside.values()]
             if _holds_tensors(list(inside), depth - 1):
