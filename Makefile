@@ -68,7 +68,7 @@ unit: $(VENV)/.installed-dev
 sweep: $(VENV)/.installed-dev
 	$(PY) -m pytest -m sweep -n $(WORKERS) --timeout 3600 $(PYTEST_ARGS)
 
-WITH_LIBRARIES := $(addprefix tests/test_,yolo.py hugging_face.py folders.py hub.py widening_norms.py)
+WITH_LIBRARIES := $(addprefix tests/test_,yolo.py hugging_face.py folders.py hub.py widening_norms.py build.py growing.py)
 
 libraries: $(foreach extra,dev language ultralytics hub,$(VENV)/.installed-$(extra))
 	$(PY) -m pytest -n $(WORKERS) $(WITH_LIBRARIES) $(PYTEST_ARGS)

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from allocator.adapters.stand_ins import in_parts, stand_ins
-from allocator.errors import AdapterError
+from allocator.errors import AdapterError, in_words
 
 Kept = Callable[[str, int], np.ndarray]
 """`kept("conv1.weight", 0)`: (n,) bool, which indices of that dim of the module's tensor stay."""
@@ -344,7 +344,7 @@ def sizes_of(
     try:
         values = dict(adapter.sizes(module, kept))
     except Exception as error:  # an adapter is anybody's code
-        raise AdapterError(f"{where} raised {type(error).__name__}: {error}") from error
+        raise AdapterError(f"{where} raised {in_words(error)}") from error
     missing = [name for name in values if not _has(module, name)]
     if missing:
         raise AdapterError(f"{where} gives {', '.join(missing)}, which the module does not have")

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from allocator.closures import CALLABLES, Memo, copy_callable, reaches
-from allocator.errors import UnsupportedModelError
+from allocator.errors import UnsupportedModelError, in_words
+from allocator.torch_private import without_dispatch_modes
 
 Replace = Callable[[str, torch.Tensor], torch.Tensor]
 T = TypeVar("T")
@@ -211,7 +212,7 @@ def _skeleton(model: nn.Module, replace: Replace, no_hooks: _NoHooks | None) -> 
         return cast(nn.Module, _copy(model, memo))
     except (TypeError, RuntimeError, AttributeError) as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
+            f"{type(model).__name__} cannot be copied ({in_words(error)}); "
             "detach tensors kept as attributes, and drop locks, streams or open files from the module"
         ) from error
 
@@ -261,9 +262,17 @@ def _copy(value: Any, memo: Memo) -> Any:
         items = memo[id(value)] = []
         items += [_copy(item, memo) for item in value]
         return items
+    if kind is torch.Generator:
+        new = memo[id(value)] = _copied_generator(value)
+        return new
     if kind in CALLABLES:
         return copy_callable(value, memo, _copy) if reaches(value, memo.own) else value
     return copy.deepcopy(value, memo)
+
+
+def _copied_generator(generator: torch.Generator) -> torch.Generator:
+    with without_dispatch_modes():  # its state has values, in whatever mode the copy is made
+        return torch.Generator(generator.device).set_state(generator.get_state())
 
 
 def _copy_fields(module: nn.Module, into: dict[str, Any], memo: Memo) -> None:
@@ -275,7 +284,7 @@ def _copy_fields(module: nn.Module, into: dict[str, Any], memo: Memo) -> None:
         kind = type(item)
         if kind in _ATOMS:
             continue
-        if key in _MODULE_FIELDS:
+        if key in MODULE_FIELDS:
             if item:
                 into[key] = _copy(item, memo)
             else:
@@ -316,13 +325,13 @@ def _tensor_attributes(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, 
     """Tensors that modules keep as plain attributes, alone or within lists, tuples and dicts."""
     for path, module in modules.items():
         for key, value in vars(module).items():
-            if type(value) in _ATOMS or key in _MODULE_FIELDS or _is_plain(value):
+            if type(value) in _ATOMS or key in MODULE_FIELDS or _is_plain(value):
                 continue
-            for tensor in _tensors_within(value):
+            for tensor in tensors_within(value):
                 yield f"{path}.{key}".lstrip("."), tensor
 
 
-def _tensors_within(value: Any) -> list[torch.Tensor]:
+def tensors_within(value: Any) -> list[torch.Tensor]:
     """Tensors in containers within one another."""
     found, waiting, seen = [], [value], set[int]()
     while waiting:
@@ -336,4 +345,5 @@ def _tensors_within(value: Any) -> list[torch.Tensor]:
     return found
 
 
-_MODULE_FIELDS = frozenset(vars(nn.Module()))
+MODULE_FIELDS = frozenset(vars(nn.Module()))
+"""What torch keeps in every module."""

@@ -29,6 +29,7 @@ def _unexpected(what: str) -> UnexpectedTorchError:
 try:
     from torch._ops import OpOverload
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch._tensor_str import PRINT_OPTS as _PRINT_OPTIONS
     from torch.multiprocessing.reductions import StorageWeakRef as StorageReference
     from torch.nn.modules.batchnorm import _NormBase as BatchNormBase
     from torch.nn.modules.conv import _ConvNd as ConvolutionBase
@@ -45,6 +46,7 @@ __all__ = [
     "LITERALS",
     "FAKE_LOGGER",
     "GLOBAL_HOOKS",
+    "SETTERS_IN_C",
     "BatchNormBase",
     "ConvolutionBase",
     "FakeTensor",
@@ -62,6 +64,7 @@ __all__ = [
     "of_the_processor",
     "parts_recorded",
     "past_dispatch",
+    "print_options",
     "schema_of",
     "state_without_compiled_call",
     "storage_of",
@@ -81,6 +84,23 @@ class TorchDispatchMode(_TorchDispatchMode):
 
 past_dispatch: Callable[[], contextlib.AbstractContextManager[None]] = torch._C._DisableTorchDispatch
 """Within, calls on plain tensors go past the dispatch modes that are on: these take time even where they do nothing."""
+
+_SET_IN_C = (
+    *("num_threads", "anomaly", "warnAlways", "default_", "deterministic", "float32", "fp32", "cudnn", "cublas"),
+    *("mkldnn", "sdp_use"),
+)
+SETTERS_IN_C: tuple[Any, ...] = tuple(
+    each
+    for name, each in vars(torch._C).items()
+    if name.lstrip("_").startswith(tuple(f"set_{what}" for what in _SET_IN_C))
+)
+"""Functions by which others of torch set what holds for the whole process."""
+
+
+def print_options() -> tuple[tuple[str, Any], ...]:
+    """How tensors are printed, as `torch.set_printoptions` takes it."""
+    return tuple(vars(_PRINT_OPTIONS).items())
+
 
 _COMPILED = "_compiled_call_impl"  # where Module.compile leaves what is called in place of the module
 MODULE_FIELDS = frozenset(vars(nn.Module()))
@@ -131,9 +151,7 @@ def called_straight(modules: Iterable[nn.Module]) -> Iterator[None]:
     Args:
         modules: one's own; those with hooks or with another way to be called stay as they are.
     """
-    straight = (
-        [] if nn.modules.module._has_any_global_hook() else [each for each in modules if _is_called_plainly(each)]
-    )
+    straight = [] if any(GLOBAL_HOOKS) else [each for each in modules if _is_called_plainly(each)]
     for module in straight:
         call_by(module, module.forward)
     try:
@@ -160,7 +178,7 @@ def storage_of(reference: StorageReference) -> torch.UntypedStorage | None:
     return found
 
 
-LITERALS = frozenset({int, float, bool, str, type(None)})
+LITERALS = frozenset({int, float, bool, str, type(None), torch.Size})
 """What stands in the arguments of a call beside tensors, mostly."""
 
 
@@ -247,6 +265,18 @@ def _check_global_hooks() -> None:
         raise _unexpected("keeps hooks of all modules in another way")
 
 
+def _check_setters() -> None:
+    set_dtype = torch._C._set_default_dtype
+    if set_dtype not in SETTERS_IN_C or torch.set_num_threads not in SETTERS_IN_C:
+        raise _unexpected("sets what holds for the process in another way")
+    before = print_options()
+    torch.set_printoptions(precision=7)
+    changed = dict(print_options())
+    torch.set_printoptions(**dict(before))
+    if changed != {**dict(before), "precision": 7} or print_options() != before:
+        raise _unexpected("keeps how tensors are printed in another way")
+
+
 def _check_operators() -> None:
     target = torch.ops.aten.add_.Tensor
     if not isinstance(target, OpOverload) or schema_of(target).name != "aten::add_" or not schema_of(target).is_mutable:
@@ -322,7 +352,15 @@ def _as_usual() -> Iterator[None]:
                 each.update(before)
 
 
-for _check in (_check_calls, _check_global_hooks, _check_operators, _check_dispatch, _check_classes, _check_storages):
+for _check in (
+    _check_calls,
+    _check_global_hooks,
+    _check_setters,
+    _check_operators,
+    _check_dispatch,
+    _check_classes,
+    _check_storages,
+):
     try:
         with _as_usual():
             _check()

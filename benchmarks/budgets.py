@@ -1,4 +1,4 @@
-"""Budgets asked and achieved: every network of the reference set, every policy, 40, 60 and 80 % of its FLOPs.
+"""Budgets asked and achieved: every network of the reference set, every policy, 30, 40, 60 and 80 % of its FLOPs.
 
 python -m benchmarks.budgets                 # everything, into benchmarks/results/budgets.{json,md}
 python -m benchmarks.budgets --workers 2     # on two processes
@@ -22,7 +22,7 @@ from reference_set import REFERENCE_SET, fvcore_count, randomised  # isort: skip
 import allocator
 from allocator import BudgetError
 
-SHARES = (40, 60, 80)
+SHARES = (30, 40, 60, 80)
 POLICIES = ("per_block", "global", "uniform")
 
 Row = dict[str, Any]

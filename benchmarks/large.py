@@ -1,6 +1,7 @@
 """Large networks: planned without their weights or beside them, and in time proportional to the number of calls.
 
-python -m benchmarks.large            # writes results/large.json and large.md
+python -m benchmarks.large                      # writes results/large.json and large.md
+python -m benchmarks.large growth "GRU steps" 512   # one row alone, printed
 
 Needs Linux, and 9 GiB of memory for the networks whose weights are there.
 """
@@ -8,7 +9,9 @@ Needs Linux, and 9 GiB of memory for the networks whose weights are there.
 from __future__ import annotations
 
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -58,9 +61,60 @@ class Block(nn.Module):
         return (x + self.d(self.c(torch.cat([self.a(x), self.b(x)], 1)))).relu()
 
 
-def chain(blocks: int) -> nn.Module:
+def chain(blocks: int, width: int = 32) -> nn.Module:
     """A network of so many blocks."""
-    return nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), *[Block() for _ in range(blocks)], nn.Conv2d(32, 10, 1))
+    stem, head = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 10, 1)
+    return nn.Sequential(stem, *[Block(width) for _ in range(blocks)], head)
+
+
+class Unrolled(nn.Module):
+    """A recurrent cell that is called once for each step of a sequence, (N, steps, 8) to (N, 4)."""
+
+    def __init__(self, cell: type[nn.GRUCell] | type[nn.LSTMCell]) -> None:
+        super().__init__()
+        self.embedding, self.cell, self.head = nn.Linear(8, 12), cell(12, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state: Any = None
+        for step in x.unbind(1):
+            state = self.cell(self.embedding(step), state)
+        output: torch.Tensor = self.head(state[0] if isinstance(state, tuple) else state)
+        return output
+
+
+def plain_chain(modules: int) -> nn.Module:
+    """So many modules one after the other."""
+    unit = (lambda: nn.Conv2d(8, 8, 1), lambda: nn.BatchNorm2d(8), nn.ReLU, nn.Identity)
+    layers = [unit[number % 4]() for number in range(modules - 2)]
+    return nn.Sequential(nn.Conv2d(3, 8, 1), *layers, nn.Conv2d(8, 4, 1))
+
+
+# What grows: how it is built for a number, the numbers, and the shape of its inputs for one.
+GROWTH: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...], Callable[[int], tuple[int, ...]]]] = {
+    "modules in a chain": (plain_chain, (1000, 3000, 10000), lambda _: (1, 3, 8, 8)),
+    "GRU steps": (lambda _: Unrolled(nn.GRUCell), (64, 192, 512), lambda steps: (1, steps, 8)),
+    "LSTM steps": (lambda _: Unrolled(nn.LSTMCell), (64, 192, 512), lambda steps: (1, steps, 8)),
+    "blocks of two branches": (lambda blocks: chain(blocks, 8), (100, 300, 1000), lambda _: (1, 3, 8, 8)),
+}
+
+
+def grown(kind: str, number: int) -> Row:
+    """The whole default call at 60 %, with fvcore's count and the certificate."""
+    build, _, shape = GROWTH[kind]
+    torch.manual_seed(0)
+    model, image = build(number).eval(), torch.randn(shape(number))
+    done = _Mark()
+    result = allocator.allocate(model, "60%", example_inputs=image)
+    seconds, memory = done.seconds(), done.peak()
+    calls = len(allocator.trace(model, image).flow.trace.ops)
+    certified = bool(result.certificate.ok)
+    return {"number": number, "calls": calls, "seconds": seconds, "memory": memory, "certified": certified}
+
+
+def exponent(rows: list[Row]) -> float:
+    """The slope of seconds over calls, both by their logarithms."""
+    calls, seconds = ([math.log(row[name]) for row in rows] for name in ("calls", "seconds"))
+    return statistics.linear_regression(calls, seconds).slope
 
 
 def planned(build: Callable[[], nn.Module], inputs: Any) -> Row:
@@ -133,22 +187,25 @@ def beside_weights(build: Callable[[], nn.Module], criterion: str) -> Row:
     return row
 
 
-def here(name: str) -> Row:
+def here(name: str, *more: str) -> Row:
     """One row, measured in this process."""
     warnings.simplefilter("ignore")
     planned(lambda: chain(2), (1, 3, 32, 32))  # imports and first calls
+    if more:
+        allocator.allocate(chain(2), "60%", example_inputs=torch.zeros(1, 3, 32, 32))
+        return grown(more[0], int(more[1]))
     if name.isdigit():
         return planned(lambda: chain(int(name)), (1, 3, 32, 32))
     build, criterion = NETWORKS[name]
     return {"planned": planned(build, None), "beside": beside_weights(build, criterion)}
 
 
-def measure(name: str) -> Row:
+def measure(*name: str) -> Row:
     """One row, measured in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.large", name]
+    command = [sys.executable, "-m", "benchmarks.large", *name]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=True)
     row: Row = json.loads(done.stdout.splitlines()[-1])
-    print(name, row, flush=True)
+    print(*name, row, flush=True)
     return row
 
 
@@ -171,6 +228,11 @@ def markdown(data: dict[str, Any]) -> str:
         "structural certificate and fvcore's count. Memory in multiples of the weights, above the model itself.",
         "",
         _beside_table({name: row["beside"] for name, row in rows.items() if "beside" in row}),
+        "",
+        'How the time of `allocate(model, "60%")` grows, with everything that is on by default: fvcore\'s count, the '
+        "structural check and the outputs in float64. The exponent is the slope of seconds over calls, by logarithms.",
+        "",
+        _growth_table(data["growth"]),
         "",
         where(data["environment"]),
     ]
@@ -218,13 +280,34 @@ def _beside_table(rows: dict[str, Row]) -> str:
     return table(header, lines)
 
 
+def _growth_table(growth: dict[str, list[Row]]) -> str:
+    lines = []
+    for kind, rows in growth.items():
+        for row in rows:
+            lines.append(
+                [
+                    f"{row['number']:,} {kind}",
+                    f"{row['calls']:,}",
+                    f"{row['seconds']:.1f}",
+                    f"{1e3 * row['seconds'] / row['calls']:.2f}",
+                    f"{row['memory'] / 2**20:,.0f} MiB",
+                    "passed" if row["certified"] else "not passed",
+                    f"{exponent(rows):.2f}" if row is rows[-1] else "",
+                ]
+            )
+    return table(["network", "calls", "seconds", "ms per call", "memory", "certificate", "exponent"], lines)
+
+
 def main() -> int:
     """Measure all, or one in this process."""
     if len(sys.argv) > 1:
-        print(json.dumps(here(sys.argv[1])))
+        print(json.dumps(here(*sys.argv[1:])))
         return 0
     rows = {name: measure(name) for name in (*map(str, CHAINS), *NETWORKS)}
-    data = {"environment": environment(), "rows": rows}
+    growth = {
+        kind: [measure("growth", kind, str(number)) for number in numbers] for kind, (_, numbers, _) in GROWTH.items()
+    }
+    data = {"environment": environment(), "rows": rows, "growth": growth}
     write("large", data, markdown(data))
     return 0
 

@@ -358,6 +358,7 @@ MIXING = {
 
 # ------------------------------------------------------------------------------------------ pointwise
 
+_SHARES = Data((2, 4, 6), (1, 2), positive)
 _GATE = Data((2, 6, 1, 1), (1,))
 _MASK = Data((2, 6, 4, 4), (1,), truth)
 _PLAIN = image(dims=())
@@ -409,6 +410,23 @@ POINTWISE = {
     "hardswish": each(F.hardswish, IMAGE) + each(lambda x: F.hardswish(x, inplace=True), IMAGE),
     "hardsigmoid": each(F.hardsigmoid, IMAGE),
     "hardtanh": each(F.relu6, IMAGE),
+    "normal": [
+        *each(lambda x: x.normal_(3.0, 0.0), IMAGE),
+        *each(lambda x: torch.normal(x, 0.0), IMAGE),
+        *each(lambda x: x + torch.normal(1.0, 0.0, x.shape, dtype=x.dtype, device=x.device), IMAGE),
+    ],
+    "normal_functional": each(lambda x: aten.normal_functional(x, 1.0, 0.0), IMAGE),
+    "uniform": each(lambda x: x.uniform_(0.5, 0.5), IMAGE),
+    "random": each(lambda x: x.random_(3, 4), IMAGE),
+    "exponential": each(lambda x: x.exponential_(1e9).round(), IMAGE),
+    "geometric": each(lambda x: x.geometric_(1 - 1e-12), IMAGE),
+    "cauchy": each(lambda x: x.cauchy_(1.0, 1e-15), IMAGE, tolerance=1e-3),
+    "log_normal": each(lambda x: x.log_normal_(1.0, 1e-300), IMAGE),
+    "poisson": each(lambda x: torch.poisson(x * 0), IMAGE),
+    "binomial": each(lambda x: torch.binomial(x.sign().relu(), torch.ones_like(x)), IMAGE),
+    "_standard_gamma": each(lambda x: torch._standard_gamma(x.abs() + 1) * 0, IMAGE),
+    "_sample_dirichlet": each(lambda x: torch._sample_dirichlet(x * 1e12).round(decimals=3), _SHARES),
+    "multinomial": each(lambda x: torch.multinomial(x, 1), Data((3, 6), (0, 1), lambda s: torch.eye(*s))),
     "rrelu_with_noise": each(lambda x: F.rrelu(x, training=False), IMAGE),
     "lerp": each(lambda x, y: torch.lerp(x, y, 0.3), IMAGE, IMAGE) + each(torch.lerp, IMAGE, IMAGE, _GATE),
     "clamp": [

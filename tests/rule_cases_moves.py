@@ -43,8 +43,6 @@ VIEWS = {
     "positive": each(torch.positive, IMAGE),
     "fill": each(lambda x: x.fill_(2.0), IMAGE) + each(lambda x: aten.fill(x, 2.0), IMAGE),
     "zero": each(lambda x: x.zero_(), IMAGE),
-    "normal": each(lambda x: x.normal_(3.0, 0.0), IMAGE),
-    "uniform": each(lambda x: x.uniform_(1.0, 1.0), IMAGE),
     "view": [
         *each(lambda x: x.view(len(x), -1), IMAGE),
         *each(lambda x: x.view(len(x), -1, 16), IMAGE),
@@ -76,6 +74,11 @@ VIEWS = {
     "reshape": each(lambda x: x.transpose(1, 2).reshape(2, 4, -1), IMAGE),
     "_reshape_alias": each(lambda x: aten._reshape_alias(x, [2, x.shape[1] * 16], [x.stride(0), 1]), IMAGE),
     "_reshape_copy": each(lambda x: aten._reshape_copy(x, [2, -1]), IMAGE),
+    "resize": [
+        *each(lambda x: x.clone().resize_(x.shape), IMAGE),
+        *each(lambda x: x + x.new_zeros(0).resize_(x.shape).fill_(2.0), IMAGE),
+        *each(lambda x: x.clone().resize_(2, 6, 2, 4), IMAGE, refused=True),
+    ],
     "as_strided": [
         *each(lambda x: x.as_strided(x.shape, (x.shape[1], 1, x.shape[1], 1)), STRIPES),
         *each(lambda x: x.as_strided(x.shape, (1, 6)), Data((6, 6), (1,)), refused=True),
@@ -174,7 +177,8 @@ CREATION = {
     "linspace": meets(lambda x: torch.linspace(0, 1, x.shape[1], device=x.device), FEATURES),
     "eye": meets(lambda x: torch.eye(*x.shape, **_like(x)), FEATURES),
     "randperm": meets(lambda x: torch.randperm(x.shape[1], device=x.device), FEATURES),
-    "randint": meets(lambda x: torch.randint(99, x.shape[1:], device=x.device), FEATURES),
+    "randint": meets(lambda x: torch.randint(7, 8, x.shape[1:], device=x.device), FEATURES),
+    "randint_like": meets(lambda x: torch.randint_like(x, 7, 8)),
     "tril_indices": meets(lambda x: torch.tril_indices(3, 3, device=x.device)[:1], FEATURES),
     "triu_indices": meets(lambda x: torch.triu_indices(3, 3, device=x.device)[:1], FEATURES),
 }
@@ -339,6 +343,12 @@ PARTS = {
         *each(lambda x, i: x.scatter_add(1, i, x), FEATURES, Data((3, 6), (), below(6))),
         *each(lambda x, i: x.scatter_add(2, i, x), ROWS_OF, Data((2, 6, 4), (1,), below(4))),
         *each(lambda x, i: x[:1].scatter_add(1, i[:1], x), FEATURES, Data((3, 6), (), below(6)), refused=True),
+    ],
+    "scatter": [
+        *each(_scattered("scatter"), ROWS_OF, Data((1, 1, 4), (), lambda shape: torch.randperm(4).view(shape))),
+        *each(lambda x, i: x.scatter(2, i, 3.0), ROWS_OF, Data((2, 6, 4), (1,), below(4))),
+        *each(lambda x: torch.zeros_like(x).scatter_(2, x.argmax(2, keepdim=True), 1.0), ROWS_OF),
+        *each(lambda x, i: x.scatter(1, i, 3.0), FEATURES, Data((3, 6), (), below(6))),
     ],
     "scatter_reduce": each(
         lambda x, i: x.scatter_reduce(2, i.expand_as(x), x, "amax"), ROWS_OF, Data((1, 1, 4), (), below(4))

@@ -13,7 +13,7 @@ from PIL import Image
 
 import allocator
 from allocator.cli import main, make_parser
-from allocator.cli.data import data_options
+from allocator.cli.data import data_options, in_colour
 
 NET = """
 import torch
@@ -219,6 +219,39 @@ def test_a_picture_that_is_refused_for_its_size_is_named(pictures: Path, monkeyp
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(allocator.DataError, match=r"\d.png cannot be read: .*exceeds limit"):
         data_options(make_parser().parse_args([*ALLOCATE, "--data", str(pictures)]), torch.nn.Conv2d(3, 4, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "most"),
+    [
+        ("a.png", np.uint16, 65535),
+        ("a.tif", np.uint16, 65535),
+        ("a.tif", ">u2", 65535),
+        ("a.tif", np.int32, 65535),
+        ("a.tif", np.float32, 1),
+        ("a.tif", np.float32, 255),
+    ],
+)
+def test_grey_of_16_bits_or_of_floats_is_as_bright_as_that_of_8(
+    tmp_path: Path, name: str, kind: Any, most: int
+) -> None:
+    grey = np.linspace(0, 255, 256).reshape(16, 16)
+    Image.fromarray(grey.astype(np.uint8)).save(tmp_path / "eight.png")
+    Image.fromarray((grey * (most / 255)).astype(kind)).save(tmp_path / name)
+    expected = np.asarray(in_colour(Image.open(tmp_path / "eight.png")))
+    found = np.asarray(in_colour(Image.open(tmp_path / name)))
+    assert found.shape == expected.shape == (16, 16, 3)
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("pixels", [np.array([[0, 70000]], np.int32), np.array([[0, np.nan]], np.float32)])
+@pytest.mark.usefixtures("pictures")
+def test_grey_of_an_unknown_range_is_refused(pixels: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(pixels).save("pictures/odd.tif")
+    assert main([*ALLOCATE, "--data", "pictures"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "odd.tif cannot be read: its grey is from" in said
+    assert "of a range that is not known: save it in 8 or 16 bits" in said
 
 
 def test_a_folder_named_like_a_picture_is_none(pictures: Path) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from subjects import IMAGE
-from torch import Tensor, nn
+from torch import Tensor, distributions, nn
 from torch.nn import functional as F
 
 import allocator
-from allocator.verifying import float64
+from allocator.verifying.alike import Alike
 
 pytestmark = pytest.mark.filterwarnings("error::allocator.AllocatorWarning")
 
@@ -62,6 +62,20 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "bernoulli_": lambda y: y * torch.empty_like(y).bernoulli_(0.2),
     "rrelu": lambda y: F.rrelu(y, training=True),
     "rrelu_": lambda y: F.rrelu_(y.clone(), training=True),
+    "rand to out": lambda y: y + torch.rand(y.shape, out=torch.empty(y.shape)),
+    "native_dropout": lambda y: torch.native_dropout(y, 0.5, True)[0],
+    "an overload": lambda y: y + torch.ops.aten.rand_like.default(y),
+    "randint": lambda y: y * torch.randint(0, 5, (1, y.shape[1], 1, 1)),
+    "poisson": lambda y: y * torch.poisson(torch.ones_like(y)),
+    "Normal": lambda y: distributions.Normal(y, F.softplus(y) + 0.1).rsample(),
+    "Laplace": lambda y: distributions.Laplace(y, 1.0).sample(),
+    "Bernoulli": lambda y: y * distributions.Bernoulli(logits=y).sample(),
+    "Gumbel": lambda y: distributions.Gumbel(y, 1.0).rsample(),
+    "RelaxedBernoulli": lambda y: y * distributions.RelaxedBernoulli(torch.tensor(1.0), logits=y).rsample(),
+    "StudentT": lambda y: y + distributions.StudentT(torch.full_like(y, 3.0)).rsample(),
+    "LogNormal": lambda y: y * distributions.LogNormal(torch.zeros_like(y), 0.1).rsample(),
+    "Gumbel of pixels": lambda y: y * F.gumbel_softmax(y, dim=-1),
+    "Categorical of others": lambda y: y * (1 + distributions.Categorical(torch.ones(5)).sample((1,))),
     "and a permutation": lambda y: (y + torch.rand_like(y))[torch.randperm(len(y))],
 }
 
@@ -103,11 +117,85 @@ def _by_a_generator(y: Tensor) -> Tensor:
     return y + torch.empty_like(y).normal_(generator=GENERATOR)
 
 
-@pytest.mark.parametrize("between", [_seeded, _by_a_generator])
+def _by_a_new_one(y: Tensor) -> Tensor:
+    return y * torch.randn(1, y.shape[1], 1, 1, generator=torch.Generator().manual_seed(3))
+
+
+def _dropped(y: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    return F.dropout(y)
+
+
+def _from_a_state(y: Tensor) -> Tensor:
+    torch.set_rng_state(torch.Generator().manual_seed(5).get_state())
+    return y + torch.rand_like(y)
+
+
+@pytest.mark.parametrize("between", [_seeded, _by_a_generator, _by_a_new_one, _dropped, _from_a_state])
 def test_numbers_that_the_forward_seeds_are_its_own(between: Callable[[Tensor], Tensor]) -> None:
+    model, state = Noisy(between).eval(), GENERATOR.get_state()
+    result: Any = allocator.allocate(model, "50%", example_inputs=IMAGE, criterion="random")
+    assert torch.equal(GENERATOR.get_state(), state)
+    assert (result.model.one.out_channels, result.certificate.ok) == (16, True)
+    assert result.model.two.out_channels < 24
+    said = r"the forward draws from a generator that it seeds or holds \(\w+\): channels that meet these numbers stay"
+    assert any(re.match(said, note) for note in result.notes)
+    why = allocator.trace(model, IMAGE).why()
+    assert any("are others where they are fewer: draw them into a buffer" in line for line in why)
+
+
+class Holding(Noisy):
+    """A generator as an attribute, for numbers that do not hang on the channels."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda y: y * torch.randn(1, 1, *y.shape[2:], generator=self.generator))
+        self.generator = torch.Generator().manual_seed(7)
+
+
+def _of_pixels(y: Tensor) -> Tensor:
+    y = F.dropout(y)
+    torch.manual_seed(1)
+    return y * torch.randn(1, 1, *y.shape[2:])
+
+
+@pytest.mark.parametrize("make", [Holding, lambda: Noisy(_of_pixels)])
+def test_as_many_seeded_numbers_in_both_are_proven(make: Callable[[], Noisy]) -> None:
+    model = make().eval()
+    result: Any = allocator.allocate(model, "50%", example_inputs=IMAGE, criterion="random")
+    assert result.model.one.out_channels < 16
+    assert result.certificate.ok
+    if isinstance(model, Holding):
+        assert torch.equal(model.generator.get_state(), torch.Generator().manual_seed(7).get_state())
+
+
+def _seed_of_channels(y: Tensor) -> Tensor:
+    torch.manual_seed(y.shape[1])
+    return y * torch.randn(1)
+
+
+def _after_others(y: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    torch.randn(y.shape[1])
+    return y * torch.randn(1)
+
+
+def _from_one_generator(y: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    torch.randn(y.shape[1], generator=generator)
+    return y * torch.randn(1, generator=generator)
+
+
+@pytest.mark.parametrize("between", [_seed_of_channels, _after_others, _from_one_generator])
+def test_a_seeded_number_that_hangs_on_the_channels_never_passes(between: Callable[[Tensor], Tensor]) -> None:
     model = Noisy(between).eval()
-    with pytest.raises(allocator.CertificateError, match="FAILED"):
+    said = r"FAILED.*a generator that it seeds or holds \(randn\), and what.*draw these numbers once, into a buffer"
+    with pytest.raises(allocator.CertificateError, match=said):
         allocator.allocate(model, "50%", example_inputs=IMAGE, criterion="random")
+
+
+def _truncated(y: Tensor) -> Tensor:
+    """Which draws nothing without values."""
+    return y + nn.init.trunc_normal_(torch.empty_like(y))
 
 
 def _standardised(y: Tensor) -> Tensor:
@@ -119,7 +207,7 @@ def _inverted(y: Tensor) -> Tensor:
     return y + torch.linalg.inv(torch.randn(4, 4)).abs().clamp(max=1).mean()
 
 
-@pytest.mark.parametrize("between", [_standardised, _inverted])
+@pytest.mark.parametrize("between", [_standardised, _inverted, _truncated])
 def test_as_many_numbers_in_both_are_drawn(between: Callable[[Tensor], Tensor]) -> None:
     model = Noisy(between).eval()
     assert allocator.allocate(model, "50%", example_inputs=IMAGE, criterion="random").certificate.ok
@@ -139,10 +227,8 @@ def test_a_forward_that_draws_in_train_mode_alone_is_not_said_to() -> None:
     assert not any("random numbers" in note for note in result.notes)
 
 
-def _alike(name: str) -> Callable[..., Tensor]:
-    found = float64._alike(name)
-    assert found is not None
-    return found
+PROBABLE = torch.tensor([0.0, 0.1, 0.9, 1.0])
+WIDE = PROBABLE.double()
 
 
 def _to(function: Callable[..., Tensor], *given: Any) -> Tensor:
@@ -151,33 +237,55 @@ def _to(function: Callable[..., Tensor], *given: Any) -> Tensor:
     return out
 
 
-def _written(function: Callable[..., Tensor], tensor: Tensor, *given: Any) -> Tensor:
-    function(tensor, *given)
-    return tensor
-
-
-PROBABLE = torch.tensor([0.0, 0.1, 0.9, 1.0])
 ALIKE: dict[str, tuple[Callable[[], Tensor], list[float]]] = {
-    "rand": (lambda: _alike("rand")(2, dtype=torch.float64), [0.75] * 2),
-    "normal": (lambda: _alike("normal")(1.0, 2.0, (2,)), [2.5] * 2),
-    "normal of tensors": (lambda: _alike("normal")(PROBABLE, PROBABLE), [0.0, 0.175, 1.575, 1.75]),
-    "normal_": (lambda: _alike("normal_")(torch.zeros(2), std=2), [1.5] * 2),
-    "uniform_": (lambda: _alike("uniform_")(torch.zeros(2), -4, to=4), [2.0] * 2),
-    "bernoulli": (lambda: _alike("bernoulli")(PROBABLE), [0.0, 0.0, 1.0, 1.0]),
-    "bernoulli of a number": (lambda: _alike("bernoulli")(torch.zeros(2), 0.5), [1.0] * 2),
-    "bernoulli_": (lambda: _alike("bernoulli_")(torch.zeros(4), PROBABLE), [0.0, 0.0, 1.0, 1.0]),
-    "exponential_": (lambda: _alike("exponential_")(torch.zeros(2)), [1.0] * 2),
-    "normal to out": (lambda: _to(_alike("normal"), PROBABLE, PROBABLE), [0.0, 0.175, 1.575, 1.75]),
-    "normal of a size to out": (lambda: _to(_alike("normal"), 1.0, 2.0, (2,)), [2.5] * 2),
-    "bernoulli to out": (lambda: _to(_alike("bernoulli"), PROBABLE), [0.0, 0.0, 1.0, 1.0]),
-    "rrelu_": (lambda: _written(_alike("rrelu_"), torch.tensor([-8.0, 4.0]), 0.25, 0.75), [-4.0, 4.0]),
-    "rrelu": (lambda: _alike("rrelu")(torch.tensor([-8.0, 4.0]), 0.25, 0.75), [-4.0, 4.0]),
+    "rand": (lambda: torch.rand(2, dtype=torch.float64), [0.75] * 2),
+    "rand to out": (lambda: _to(torch.rand, (2,)), [0.75] * 2),
+    "randint": (lambda: torch.randint(2, 10, (2,)), [8.0] * 2),
+    "randint_like": (lambda: torch.randint_like(torch.zeros(2), 10), [7.0] * 2),
+    "random_": (lambda: torch.zeros(2).random_(), [1.0] * 2),
+    "random_ between": (lambda: torch.zeros(2).random_(-4, 4), [2.0] * 2),
+    "normal": (lambda: torch.normal(1.0, 2.0, (2,)), [2.5] * 2),
+    "normal of tensors": (lambda: torch.normal(PROBABLE, PROBABLE), [0.0, 0.175, 1.575, 1.75]),
+    "normal_": (lambda: torch.zeros(2).normal_(std=2), [1.5] * 2),
+    "uniform_": (lambda: torch.zeros(2).uniform_(-4, to=4), [2.0] * 2),
+    "bernoulli": (lambda: torch.bernoulli(PROBABLE), [0.0, 0.0, 1.0, 1.0]),
+    "bernoulli of a number": (lambda: torch.bernoulli(torch.zeros(2), 0.1), [1.0] * 2),
+    "bernoulli_": (lambda: torch.zeros(4).bernoulli_(PROBABLE), [0.0, 0.0, 1.0, 1.0]),
+    "exponential_": (lambda: torch.zeros(2).exponential_(), [1.0] * 2),
+    "normal to out": (lambda: _to(torch.normal, PROBABLE, PROBABLE), [0.0, 0.175, 1.575, 1.75]),
+    "normal of a size to out": (lambda: _to(torch.normal, 1.0, 2.0, (2,)), [2.5] * 2),
+    "bernoulli to out": (lambda: _to(torch.bernoulli, PROBABLE), [0.0, 0.0, 1.0, 1.0]),
+    "rrelu_": (lambda: F.rrelu_(torch.tensor([-8.0, 4.0]), 0.25, 0.75, training=True), [-4.0, 4.0]),
+    "rrelu": (lambda: F.rrelu(torch.tensor([-8.0, 4.0]), 0.25, 0.75, training=True), [-4.0, 4.0]),
+    "dropout": (lambda: F.dropout(WIDE, 0.9), [0.0, 1.0, 9.0, 10.0]),
+    "native_dropout": (lambda: torch.native_dropout(PROBABLE, 0.9, True)[0], [0.0, 1.0, 9.0, 10.0]),
+    "all dropped": (lambda: torch.native_dropout(PROBABLE, 1.0, True)[0], [0.0] * 4),
+    "poisson": (lambda: torch.poisson(3 * PROBABLE), [0.0, 1.0, 3.0, 3.0]),
+    "binomial": (lambda: torch.binomial(torch.full((4,), 5.0), PROBABLE), [0.0, 0.0, 4.0, 5.0]),
+    "shares": (lambda: torch.distributions.Dirichlet(torch.tensor([1.0, 3.0])).sample(), [0.25, 0.75]),
+    "gamma": (lambda: torch.distributions.Gamma(torch.tensor([1.0, 3.0]), 2.0).sample(), [0.5, 1.5]),
 }
 
 
 @pytest.mark.parametrize("what", ALIKE)
 def test_what_stands_in_could_have_been_drawn(what: str) -> None:
-    state = torch.get_rng_state()
     make, expected = ALIKE[what]
-    torch.testing.assert_close(make(), torch.tensor(expected), check_dtype=False)
-    assert torch.equal(torch.get_rng_state(), state)
+    drawn = make()
+    alike = Alike()
+    with torch.random.fork_rng(devices=[]), alike.drawing():
+        state = torch.get_rng_state()
+        made = make()
+        assert torch.equal(torch.get_rng_state(), state)
+    assert alike.stood_in == 1
+    torch.testing.assert_close(made, torch.tensor(expected), check_dtype=False)
+    assert (made.dtype, made.shape) == (drawn.dtype, drawn.shape)
+
+
+def test_what_is_seeded_is_drawn() -> None:
+    alike = Alike()
+    with torch.random.fork_rng(devices=[]), alike.drawing():
+        one = torch.rand(2, generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(0)
+        other = torch.rand(2)
+    assert torch.equal(one, other)
+    assert alike.stood_in == 0

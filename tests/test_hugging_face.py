@@ -192,7 +192,7 @@ def test_criteria_look_at_data_and_what_is_left_is_refitted() -> None:
     model, _ = tiny("Llama")
     data = [{"input_ids": (torch.arange(12) * step)[None] % 96} for step in range(1, 25)]
     result = allocator.allocate(model, "70%", data=data, recover=True)
-    assert result.allocation.criterion == "fisher"
+    assert result.allocation.criterion == "surgeon"
     assert result.recovery is not None
     assert result.recovery.after <= result.recovery.before
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -332,6 +332,53 @@ def test_what_is_kept_in_slots_queues_metaclasses_and_modules_is_as_it_was(monke
     assert list(LAST) == STORE.rows == []
     assert not hasattr(STORE, "latest")
     assert OfClasses.table == elsewhere.kept == {}
+
+
+class Lazy(OrderedDict[int, Tensor]):
+    """A registry that others must not copy, and that loads what it names once it is looked through."""
+
+    def __init__(self, of: str, by: str) -> None:
+        super().__init__()
+
+    def _must_not(self, *_: Any) -> Any:
+        raise AssertionError("a registry was looked through")
+
+    keys = values = items = get = copy = clear = __iter__ = __len__ = __contains__ = _must_not
+
+
+class Rows(list[Tensor]):
+    """A list that others must not copy."""
+
+    __iter__ = __len__ = copy = clear = extend = Lazy._must_not
+
+
+class Missing:
+    """Stands for a library that is not installed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError("install the library")
+
+
+class Named:
+    """Has no name of a module, as some classes of the language."""
+
+
+setattr(Named, "__module__", object())  # noqa: B010
+REGISTRY, TABLE, MISSING, NAMED = Lazy("networks", "name"), Rows(), Missing(), Named()
+
+
+class Registered(Kept):
+    def forward(self, x: Tensor) -> Tensor:
+        if MISSING is not None and NAMED is not None:
+            REGISTRY[0] = x
+        TABLE.append(x)
+        return forward(self, x, lambda y: y)
+
+
+def test_a_library_s_own_kinds_of_containers_are_not_asked_for_what_they_hold() -> None:
+    allocate(Registered(lambda x: x))
+    assert not dict.keys(REGISTRY)
+    assert list.__len__(TABLE) == 0
 
 
 # Weights --------------------------------------------------------------------------------------------

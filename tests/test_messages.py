@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +23,11 @@ from allocator import (
     CriterionError,
     DataError,
     InputError,
+    PolicyError,
     UnknownNameError,
     UnmatchedPatternWarning,
 )
+from allocator.planning.policies import registry as policies
 from allocator.scoring import registry
 
 pytestmark = pytest.mark.filterwarnings("error::allocator.AllocatorWarning")
@@ -237,6 +240,182 @@ def test_a_criterion_that_writes_into_weights_writes_into_a_copy() -> None:
     assert (model.wide.weight.grad == 1).all()
 
 
+def _wrote(tensors: Any) -> Any:
+    with torch.no_grad():
+        for name in ("stem.weight", "wide.weight", "wide_norm.running_mean"):
+            tensors[name].mul_(2)
+            tensors[name].data.zero_()
+            tensors[name].numpy()[:] = 3
+
+
+def _tensors(graph: Any) -> Any:
+    return graph.tensors
+
+
+def _of_modules(graph: Any) -> Any:
+    return {
+        "stem.weight": graph.modules["stem"].weight,
+        "wide.weight": graph.modules["wide"].weight,
+        "wide_norm.running_mean": graph.modules["wide_norm"].running_mean,
+    }
+
+
+def _of_the_model(graph: Any) -> Any:
+    return {**dict(graph.model.named_parameters()), **dict(graph.model.named_buffers())}
+
+
+REACHES = [_tensors, _of_modules, _of_the_model]
+
+
+@pytest.mark.parametrize("reach", REACHES)
+def test_a_criterion_and_a_policy_that_write_into_the_graphs_model_write_into_a_copy(
+    reach: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policies, "POLICIES", dict(policies.POLICIES))
+
+    def writes(graph: Any, weights: Any) -> Any:
+        _wrote(reach(graph))
+        assert isinstance(graph, allocator.ChannelGraph)
+        return np.arange(graph.size)
+
+    @allocator.policy("writes")
+    def keeps_the_forced(problem: Any) -> Any:
+        _wrote(reach(problem.graph))
+        problem.scores.values[:] = 0
+        return problem.forced
+
+    model = trained()
+    with untouched(model):
+        expected = allocate(model, criterion=lambda graph, weights: np.arange(graph.size))
+        assert allocate(model, criterion=writes).allocation.kept == expected.allocation.kept
+        assert allocate(model, "90%", policy="writes", fill=False).certificate.ok
+
+
+def test_a_policy_cannot_move_what_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policies, "POLICIES", dict(policies.POLICIES))
+
+    @allocator.policy("fewer")
+    def fewer(problem: Any) -> Any:
+        problem.forced[:] = False
+        problem.forced[0] = True
+        return problem.forced
+
+    with pytest.raises(PolicyError, match=r"^policy 'fewer' drops \d+ neurons that must stay"):
+        allocate(trained(), policy="fewer")
+
+
+def _by_data(model: Any, output: Tensor) -> None:
+    model.head.weight.data.clamp_(-0.01, 0.01)
+
+
+def _by_numpy(model: Any, output: Tensor) -> None:
+    model.head.weight.detach().numpy()[0] = 1
+
+
+def _through_the_output(model: Any, output: Tensor) -> None:
+    waiting: list[Any] = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            node.variable.data.add_(1)
+        waiting += [each for each, _ in getattr(node, "next_functions", ()) if each is not None]
+
+
+@pytest.mark.parametrize("write", [_by_data, _by_numpy, _through_the_output])
+def test_a_loss_that_writes_into_the_model_is_refused(write: Callable[[Any, Tensor], None]) -> None:
+    model = trained()
+
+    def clipping(output: Tensor, target: Tensor) -> Tensor:
+        write(model, output)
+        return F.cross_entropy(output, target)
+
+    said = (
+        r"^the loss 'clipping' wrote into .*weight.* of the model itself: load the model anew, and pass a loss of the"
+    )
+    with pytest.raises(DataError, match=said):
+        allocate(model, data=[(IMAGES, LABELS)], loss=clipping)
+
+
+def test_a_loss_that_keeps_the_model_and_reads_it_is_none_of_these() -> None:
+    model = trained()
+
+    def decayed(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target) + sum(p.square().sum() for p in model.parameters())
+
+    with untouched(model):
+        assert allocate(model, data=[(IMAGES, LABELS)], loss=decayed).certificate.ok
+
+
+# ------------------------------------------------------------------------- errors that say nothing
+
+
+class Speechless(ValueError, RuntimeError, TypeError):
+    """Cannot be made a text of."""
+
+    def __str__(self) -> str:
+        raise KeyError("no words")
+
+
+def _raises(*_: Any, **__: Any) -> Any:
+    raise Speechless
+
+
+class Raising(Branches):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) if x.sum() < 1e9 or _raises() else None
+
+
+class InTrainMode(Branches):
+    def forward(self, x: Tensor) -> Any:
+        return _raises() if self.training else super().forward(x)
+
+
+class AtData(Branches):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) if not x.is_meta and x.shape[0] == 1 else _raises()
+
+
+class Copied(Branches):
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _raises()
+
+
+SPEECHLESS: dict[str, Callable[[], Any]] = {
+    "the loss raised Speechless": lambda: allocate(trained(), data=[(IMAGES, LABELS)], loss=_raises),
+    "criterion '_raises' raised Speechless": lambda: allocate(trained(), criterion=_raises),
+    "the forward raised Speechless": lambda: allocate(trained(AtData()), inputs=torch.zeros(2, *IMAGE.shape[1:])),
+    "the model raised Speechless": lambda: allocate(trained(AtData()), data=IMAGES),
+    "cannot be copied (Speechless)": lambda: allocate(trained(Copied())),
+    "evaluate raised Speechless": lambda: _sweep(trained(), evaluate=_raises),
+    "training raised Speechless": lambda: allocator.iterate(trained(), "60%", train=_raises, example_inputs=IMAGE),
+    "latency raised Speechless": lambda: allocator.latency(trained(AtData()), torch.zeros(2, *IMAGE.shape[1:])),
+}
+
+
+@pytest.mark.parametrize("said", SPEECHLESS)
+def test_an_error_that_cannot_say_what_it_is_comes_out_as_one_of_ours(said: str) -> None:
+    with pytest.raises(AllocatorError, match=re.escape(said.removeprefix("latency "))) as caught:
+        SPEECHLESS[said]()
+    chain: BaseException | None = caught.value
+    while chain is not None and not isinstance(chain, Speechless):
+        chain = chain.__cause__
+    assert chain is not None, "the error itself is its cause"
+
+
+def test_a_policy_that_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policies, "POLICIES", dict(policies.POLICIES))
+    allocator.policy("mine")(_raises)
+    with pytest.raises(PolicyError, match=r"^policy 'mine' raised Speechless; it is called with a Problem, and gives"):
+        allocate(trained(), policy="mine")
+
+
+@pytest.mark.parametrize("kind", [Raising, InTrainMode])
+def test_a_forward_that_only_sometimes_raises_such_an_error_is_allocated(kind: type[nn.Module]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert allocate(trained(kind())).certificate.ok
+
+
 # ------------------------------------------------------------------------------------------- floors
 
 
@@ -254,5 +433,5 @@ def test_a_floor_under_no_layer_is_noted(pattern: str, near: str) -> None:
 
 def test_floors_are_named_by_patterns_alone() -> None:
     model = trained()
-    with untouched(model), pytest.raises(InputError, match=r"at_least has the key <class .*Conv2d'>, a type: its keys"):
+    with untouched(model), pytest.raises(InputError, match=r"at_least has the key the class Conv2d: its keys"):
         allocate(model, at_least={nn.Conv2d: 8})

@@ -27,6 +27,7 @@ WORDS = {
     "full": "how large the inputs are that a certificate compares outputs on",
     "inner": "a scope",
     "mean": "how entries make a score",
+    "random": "a criterion",
     "split": "a kind of block",
     "stack": "a kind of aggregation point",
     "sum": "a kind of aggregation point, or how entries make a score",

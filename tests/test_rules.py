@@ -213,7 +213,6 @@ _WHERE = Data((2, 6), (1,), below(6))
 REFUSED: dict[str, list[Case]] = {
     "kthvalue": each(lambda x: x.kthvalue(2, 1)[0], IMAGE, refused=True),
     "take": each(torch.take, FEATURES, _WHERE, refused=True),
-    "scatter": each(lambda x, i: x.scatter(1, i, 0.5), FEATURES, _WHERE, refused=True),
     "diagonal": each(lambda x: x.diagonal(0, 1, 2), _SQUARE, refused=True),
     "triu": each(torch.triu, _SQUARE, refused=True),
     "tril": each(torch.tril, FEATURES, refused=True),

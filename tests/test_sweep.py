@@ -14,7 +14,7 @@ from subjects import IMAGE, Nested, Parts, trained, untouched
 from torch import nn
 
 import allocator
-from allocator import BudgetError, InputError
+from allocator import BudgetError, InputError, SweepError
 from allocator.cli import main
 from allocator.rewriting.kept import kept_by
 
@@ -81,6 +81,33 @@ def test_networks_are_evaluated() -> None:
 def test_what_is_no_number_is_refused(given: Any) -> None:
     with pytest.raises(InputError, match=r"evaluate gave .*expected a number"):
         allocator.sweep(trained(Nested()), ["80%"], example_inputs=IMAGE, evaluate=lambda small: given)
+
+
+@pytest.mark.parametrize(
+    ("raises", "said"), [(True, "raised KeyError: 'a', given"), (False, "gave None for")], ids=["raises", "gives"]
+)
+def test_what_was_found_before_a_network_that_cannot_be_evaluated_is_kept(raises: bool, said: str) -> None:
+    model, seen = trained(Nested()), []
+
+    def evaluate(small: nn.Module) -> Any:
+        seen.append(small)
+        if len(seen) < 3:
+            return len(seen)
+        if raises:
+            raise KeyError("a")
+        return None
+
+    with untouched(model), pytest.raises(SweepError) as caught:
+        allocator.sweep(model, BUDGETS, example_inputs=IMAGE, evaluate=evaluate)
+    budget = f"{0.6 * allocator.trace(model, IMAGE).flops:,.0f} FLOPs"
+    assert f"evaluate {said} the network of {budget}" in str(caught.value)
+    assert str(caught.value).endswith("; the error's .done has the 2 budgets before it")
+    assert isinstance(caught.value.__cause__, KeyError if raises else TypeError)
+    done = caught.value.done
+    assert [point.values for point in done] == [{"value": 1.0}, {"value": 2.0}]
+    assert done.to_csv().count("\n") == 3
+    for point, small in zip(done, seen, strict=False):
+        assert allocator.verify(model, small, point.allocation, example_inputs=IMAGE).ok
 
 
 def test_what_is_written_says_the_same(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from allocator import __version__
 from allocator.cli import allocate, apply, compare, export, recipes, report, sweep, train, verify, widen
 from allocator.cli.arguments import UsageError
 from allocator.cli.words import in_shell
-from allocator.errors import AllocatorError, BudgetError
+from allocator.errors import AllocatorError, BudgetError, in_words, text_of
 
 _DESCRIPTION = """\
 Learn how many neurons each branch of a PyTorch vision model gets, under a FLOPs budget, and write out the
@@ -106,9 +106,9 @@ def _failed(args: argparse.Namespace, error: Exception) -> int:
     """Report an error on stderr, and for machines on stdout as well."""
     if args.debug:
         traceback.print_exc()
-    message = in_shell(str(error))
+    message = in_shell(text_of(error))
     if not isinstance(error, AllocatorError):
-        message = f"unexpected {type(error).__name__}: {error}"
+        message = f"unexpected {in_words(error)}"
         if not args.debug:
             message += " (run again with --debug for the traceback)"
     print(f"allocator-cli {args.command}: {message}", file=sys.stderr)

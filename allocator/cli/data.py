@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import os
 import pickle
 import random
 import zlib
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from allocator.cli.arguments import UsageError
 from allocator.cli.opening import find_local_modules
+from allocator.disk import existing
 from allocator.errors import DataError, FileError, MissingPackageError, UnknownNameError, a_kind
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor, nn
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -67,11 +70,10 @@ def data_options(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
 
 
 def _opened(args: argparse.Namespace, model: nn.Module) -> Any:
-    path = Path(args.data)
-    if path.is_dir():
-        return list(_pictures(path, args, model))
-    if path.exists():
-        return _tensor(path)[: args.samples]
+    if os.path.isdir(args.data):
+        return list(_pictures(Path(args.data), args, model))
+    if os.path.exists(args.data):
+        return _tensor(existing(args.data))[: args.samples]
     if ":" in args.data:
         return _from_function(args.data, args.samples)
     raise FileError(f"{args.data} does not exist")
@@ -110,15 +112,17 @@ def _tensor(path: Path) -> Tensor:
         raise UsageError(f"--data {path} is code: for a function in it, write --data {path.stem}:FUNCTION")
     try:
         if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False))
-        found = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch's own words advise to let the file run code.
-        other = isinstance(error, pickle.UnpicklingError)
+        # torch's and numpy's own words advise to let the file run code.
+        other = isinstance(error, pickle.UnpicklingError) or "allow_pickle" in str(error)
         said = "neither .npy nor a tensor alone that torch.save wrote" if other else f"{error!s:.200}"
         raise FileError(f"{path} cannot be read as a tensor: {said}") from error
-    if not isinstance(found, torch.Tensor):
-        raise FileError(f"{path} holds {a_kind(found)}, not a tensor of inputs")
+    if not isinstance(found, torch.Tensor) or found.dim() == 0:
+        what = "a number" if isinstance(found, torch.Tensor) else a_kind(found)
+        raise FileError(f"{path} holds {what}, not a tensor of inputs")
     return found
 
 
@@ -167,7 +171,7 @@ def _preparation(folder: Path, args: argparse.Namespace, model: nn.Module, views
 
     def prepare(file: Path) -> Tensor:
         try:
-            picture = Image.open(file).convert("RGB")
+            picture = in_colour(Image.open(file))
         except Exception as error:  # Pillow raises many kinds, of no class of their own
             raise DataError(f"{file} cannot be read: {error}") from error
         with torch.random.fork_rng(devices=[]):
@@ -176,6 +180,28 @@ def _preparation(folder: Path, args: argparse.Namespace, model: nn.Module, views
         return torch.stack([finish(each) for each in seen])
 
     return prepare
+
+
+_OF_16_BITS = 65535
+
+
+def in_colour(picture: Image) -> Image:
+    """A picture in 8 bits of red, green and blue; Pillow itself takes grey of more bits for white.
+
+    Raises:
+        ValueError: its numbers are of no range that is known.
+    """
+    if not picture.mode.startswith(("I", "F")):
+        return picture.convert("RGB")
+    import numpy as np
+    from PIL.Image import fromarray
+
+    grey = np.asarray(picture).astype(np.float64)
+    low, high = grey.min(), grey.max()
+    most = _OF_16_BITS if picture.mode.startswith("I") else 1 if high <= 1 else 255
+    if not 0 <= low <= high <= most:
+        raise ValueError(f"its grey is from {low:g} to {high:g}, of a range that is not known: save it in 8 or 16 bits")
+    return fromarray(np.rint(grey * (255 / most)).astype(np.uint8)).convert("RGB")
 
 
 def _labels(folder: Path, files: Sequence[Path]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +14,10 @@ from allocator.flow.facts import AtLeast, Even, Facts, Frozen, Gamma, Tie, Writt
 from allocator.flow.labels import Label, Labels, Slots
 from allocator.flow.options import Options, Place, places_of
 from allocator.tracing.calls import Op, Ref, Trace, Value
+
+SEEDED = (
+    "numbers of a generator that the forward seeds or holds are others where they are fewer: draw them into a buffer"
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Flow:
         active: values that depend on the model's inputs.
         picked: those of them that are parts of parameters, where only which of them depends on the inputs (the matrices
             of a token's experts).
+        seeded: values drawn from a generator that the forward made, holds or seeded.
+        derived: values that layers computed, of the model's inputs or of parameters alone as an object query is.
         uniform: values that are the same everywhere, so that they fit any channels.
         zeros: tensors that were made as zeros.
         joins: where branches meet, in order.
@@ -60,10 +66,12 @@ class Flow:
         unnamed = {i for i, value in enumerate(trace.values) if value.name is None}
         self.active = unnamed - produced - written_down
         self.picked: set[int] = set()
+        self.derived: set[int] = set()
         self.uniform: set[int] = set()
         self.zeros: set[int] = set()
         self.joins: list[Join] = []
         self.grouped: dict[int, np.ndarray] = {}
+        self.seeded: set[int] = set()
         self._rewritten: set[int] = set()
         self._labels: list[Labels | None] = [None] * len(trace.values)
         self._used = np.zeros(slots.total, dtype=bool)
@@ -172,13 +180,14 @@ class Flow:
         self.uniform.discard(index)
 
     def same_everywhere(self, index: int) -> list[int]:
-        """A value and what it is a view or copy of, as far as these are the same everywhere."""
+        """A value and what it was made from, as far as these are the same everywhere."""
         found: list[int] = []
-        while index in self.uniform and index not in found:
-            found.append(index)
-            reads = self._made_by.get(index, ())
-            is_view = self.trace.root(index) != index
-            index = reads[0] if len(reads) == 1 or (is_view and reads) else index
+        waiting = [index]
+        while waiting:
+            value = waiting.pop()
+            if value in self.uniform and value not in found:
+                found.append(value)
+                waiting += self._made_of.get(value, ())
         return found
 
     def is_zero(self, index: int) -> bool:
@@ -192,9 +201,13 @@ class Flow:
         return frozenset(self.trace.root(value) for op in self.trace.ops if op.writes() for value in op.outputs)
 
     @cached_property
-    def _made_by(self) -> dict[int, tuple[int, ...]]:
-        """Per value, what the call that made it read."""
-        return {value: op.reads for op in reversed(self.trace.ops) for value in op.outputs}
+    def _made_of(self) -> dict[int, list[int]]:
+        """Per value, what the calls that made it, or wrote into it, read."""
+        made_of: dict[int, list[int]] = {}
+        for op in self.trace.ops:
+            for value in op.outputs:
+                made_of.setdefault(value, []).extend(op.reads)
+        return made_of
 
     def pass_uniform(self, op: Op) -> None:
         """Results of a call whose first tensor is the same everywhere are so too."""
@@ -249,8 +262,9 @@ class Flow:
             (self.facts.multiplied if self.is_activation(weight_value) else self.facts.read).append(weight)
 
     def multiply(self, *values: int) -> None:
-        """A matrix product of two activations."""
-        if all(map(self.is_activation, values)):
+        """A matrix product of two activations; where it is batched, one may be derived of parameters alone."""
+        batched = len(self.shape(values[0])) > 2
+        if all(self.is_activation(i) or (batched and i in self.derived and i not in self.picked) for i in values):
             for value in values:
                 for label in self.labels(value):
                     if label is not None:
@@ -338,6 +352,18 @@ class Flow:
         if label is not None:
             self._stay[label] = True
             self.facts.frozen.append(Frozen(label, op.module, f"{reason} ({op.name})"))
+
+    def keep_size(self, op: Op) -> None:
+        """What a call gives are numbers of the network's own, which are others where there are fewer of them."""
+        for index in {*op.outputs, *map(self.trace.root, op.outputs)}:
+            self.uniform.discard(index)
+            self.seeded.add(index)
+            self.freeze_all(self.labels(index), op, SEEDED)
+
+    def freeze_all(self, labels: Iterable[Label], op: Op, reason: str) -> None:
+        """Each of these labels' slots must stay."""
+        for label in labels:
+            self.freeze(label, op, reason)
 
     def stay(self, label: Label) -> bool:
         """Whether it is known already that all of these slots must stay."""

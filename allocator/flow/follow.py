@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from allocator.errors import AllocatorError
+from allocator.errors import AllocatorError, in_words, text_of
 from allocator.flow.facts import Facts
 from allocator.flow.flow import Flow
 from allocator.flow.labels import Slots
@@ -20,7 +20,7 @@ class RuleError(AllocatorError, ValueError):
     """
 
     def __init__(self, op: Op, flow: Flow, cause: Exception):
-        super().__init__(f"{op}: {cause}")
+        super().__init__(f"{op}: {text_of(cause)}")
         self.op, self.flow = op, flow
 
 
@@ -42,6 +42,10 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
         frozen, even = len(facts.frozen), len(facts.even)
         if not flow.active.isdisjoint(op.inputs()):
             flow.activate(op)
+        if op.declared.multiplies or not flow.derived.isdisjoint(op.inputs()):
+            flow.derived.update(op.outputs)
+        if op.reads and flow.seeded.issuperset(op.reads):
+            flow.seeded.update(op.outputs)
         if op.operator.gives_views and flow.picked.issuperset(op.inputs()):
             flow.picked.update(op.outputs)
         rule = op.declared.rule
@@ -53,7 +57,9 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
         except ValueError as error:
             raise RuleError(op, flow, error) from error
         except (IndexError, KeyError, TypeError) as error:
-            flow.refuse(op, f"the rule of this operator raised {type(error).__name__}: {error}")
+            flow.refuse(op, f"the rule of this operator raised {in_words(error)}")
+        if op.seeded:
+            flow.keep_size(op)
         if op.index in unused:
             del facts.frozen[frozen:], facts.even[even:]
     flow.freeze_computed_weights()

@@ -13,7 +13,7 @@ from torch import nn
 
 from allocator.arguments import checked
 from allocator.disk import shorten
-from allocator.errors import AllocatorError, UnknownNameError, UnsupportedModelError, a_kind, unknown
+from allocator.errors import AllocatorError, UnknownNameError, UnsupportedModelError, a_kind, in_words, unknown
 from allocator.settings import PREFIXES
 
 BUILD_ATTRIBUTE = "_allocator_build"
@@ -91,9 +91,7 @@ def build_as_asked(name: str, kwargs: dict[str, Any]) -> nn.Module:
     except AllocatorError:
         raise
     except Exception as error:  # whatever code of the caller's or of a library raises
-        raise UnsupportedModelError(
-            f"building {said_of(name, kwargs)} raised {type(error).__name__}: {shorten(str(error), 300)}"
-        ) from error
+        raise UnsupportedModelError(f"building {said_of(name, kwargs)} raised {shorten(in_words(error))}") from error
 
 
 def said_of(name: str, kwargs: dict[str, Any]) -> str:

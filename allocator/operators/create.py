@@ -7,13 +7,13 @@ from allocator.operators.view import identity
 from allocator.tracing.calls import Op
 from allocator.tracing.operators import operator
 
-operator("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")(identity)
+operator("zeros_like", "ones_like", "full_like", "empty_like")(identity)
 
 
 @operator("ones", "full", sized=True, creates=True)
 @operator("scalar_tensor", creates=True)
 @operator(
-    "empty", "rand", "randn", "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided",
+    "empty", "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided",
     sized=True,
 )  # fmt: skip
 def constant(flow: Flow, op: Op) -> None:
@@ -32,7 +32,7 @@ def zeros(flow: Flow, op: Op) -> None:
 
 
 @operator("arange", creates=True)
-@operator("linspace", "eye", "randperm", "tril_indices", "triu_indices", "randint")
+@operator("linspace", "eye", "randperm", "tril_indices", "triu_indices")
 def counted(flow: Flow, op: Op) -> None:
     """Values that depend on their place, so whatever meets them stays."""
     for index in op.outputs:

@@ -1,107 +1,158 @@
-"""Functions that draw random numbers, and what stands in for what they draw where two networks are compared.
+"""Operators that draw random numbers: how channels pass, and what stands in where two networks are compared.
 
 Of fewer channels another number would fall to each, so that outputs would differ though the networks do not. Where they
-do, what is drawn is the same number everywhere instead, one that could have been drawn, and no generator is read.
+do, a number that could have been drawn is there instead, which does not depend on how many are drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from allocator.tracing.operators import function
+from allocator.flow.flow import Flow
+from allocator.operators.create import constant
+from allocator.operators.pointwise import pointwise
+from allocator.tracing.calls import Op
+from allocator.tracing.meta_kernels import like
+from allocator.tracing.operators import function, operator
 
 _PLACE = 0.75
 """Of a uniform number between its ends, and of a normal one how many deviations above its mean."""
+_MAYBE = 1 - _PLACE
+"""The probability from which on a thing happens, where each has one of its own."""
 
 
-def _made_by(make: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-    def alike(*args: Any, generator: Any = None, **kwargs: Any) -> torch.Tensor:
-        return make(*args, **kwargs).fill_(_PLACE)
-
-    return alike
+def _place(given: dict[str, Any]) -> float:
+    return _PLACE
 
 
-def _normal(mean: Any = 0.0, std: Any = 1.0, size: Any = None, *, out: Any = None, **kwargs: Any) -> Any:
-    """`torch.normal` of tensors or numbers."""
-    if size is None:
-        made = mean + _PLACE * std
-        return made if out is None else out.resize_(made.shape).copy_(made)
-    if out is not None:
-        return out.resize_(tuple(size)).fill_(mean + _PLACE * std)
-    given = {name: value for name, value in kwargs.items() if name in ("dtype", "device") and value is not None}
-    return torch.full(tuple(size), mean + _PLACE * std, **given)
+def _normal(given: dict[str, Any]) -> Any:
+    return given["mean"] + _PLACE * given["std"]
 
 
-def _normal_in_place(tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> torch.Tensor:
-    return tensor.fill_(mean + _PLACE * std)
+def _uniform(given: dict[str, Any]) -> float:
+    return float(given["from"] + _PLACE * (given["to"] - given["from"]))
 
 
-def _uniform_in_place(tensor: torch.Tensor, low: float = 0.0, high: float = 1.0, **given: Any) -> torch.Tensor:
-    low, high = given.get("from", low), given.get("to", high)
-    return tensor.fill_(low + _PLACE * (high - low))
+def _whole(given: dict[str, Any]) -> Any:
+    """Of the whole numbers from the first to the one before the last; 1 where there is no last."""
+    low, high = given.get("low", given.get("from")) or 0, given.get("high", given.get("to"))
+    if high is None:
+        return low + 1
+    return low + (_PLACE * (high - low)).floor() if isinstance(high, torch.Tensor) else low + int(_PLACE * (high - low))
 
 
-def _bernoulli(input: torch.Tensor, p: Any = None, *, out: Any = None, **_: Any) -> torch.Tensor:
-    """True where its probability, as `p` or in the tensor, is above a quarter."""
-    made = (torch.as_tensor(input if p is None else p) >= 1 - _PLACE).to(input.dtype).expand_as(input)
-    return made.clone() if out is None else out.resize_(made.shape).copy_(made)
-
-
-def _bernoulli_in_place(tensor: torch.Tensor, p: Any = 0.5, **_: Any) -> torch.Tensor:
-    return tensor.copy_(_bernoulli(tensor, p))
-
-
-def _one(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+def _one(given: dict[str, Any]) -> float:
     """Which each of these may draw."""
-    return tensor.fill_(1.0)
+    return 1.0
 
 
-def _undropped(input: torch.Tensor, p: float = 0.5, trains: bool = True, *_: Any, **given: Any) -> torch.Tensor:
-    return input.clone() if given.get("training", given.get("train", trains)) else input
+def _bernoulli(given: dict[str, Any]) -> Any:
+    """True for any probability that is one for all; each of its own decides."""
+    p = given.get("p")
+    return float(p > 0) if isinstance(p, float) else (given["self"] if p is None else p) >= _MAYBE
 
 
-def _rrelu(
-    input: torch.Tensor,
-    lower: float = 1 / 8,
-    upper: float = 1 / 3,
-    training: bool = False,
-    inplace: bool = False,
-    **_: Any,
-) -> torch.Tensor:
-    return functional.leaky_relu(input, (lower + upper) / 2, inplace)
+def _dropout(given: dict[str, Any]) -> Any:
+    """Nothing dropped, and the mask that says so."""
+    x, p = given["input"], given["p"]
+    x = x.clone() if given["train"] is False or p in (0, 1) else x / (1 - p)
+    mask = torch.ones_like(x, dtype=torch.bool)
+    return (x, mask) if p != 1 else (x.zero_(), mask.zero_())
 
 
-def _rrelu_in_place(input: torch.Tensor, lower: float = 1 / 8, upper: float = 1 / 3, *_: Any, **__: Any) -> Any:
-    return _rrelu(input, lower, upper, inplace=True)
+def _undropped(given: dict[str, Any]) -> Any:
+    return _dropout(given)[0]
 
 
-for _name in ("rand", "randn"):
-    function(_name, whole=False, draws=True, alike=_made_by(torch.empty))
-for _name in ("rand_like", "randn_like"):
-    function(_name, whole=False, draws=True, alike=_made_by(torch.empty_like))
-for _kind in (
-    "dropout",
-    "dropout1d",
-    "dropout2d",
-    "dropout3d",
-    "alpha_dropout",
-    "feature_dropout",
-    "feature_alpha_dropout",
-):
-    function(_kind, whole=False, draws=True, alike=_undropped, alike_in_place=_undropped)
-for _name in ("exponential", "geometric", "cauchy", "log_normal"):
-    function(_name, whole=False, draws=True, alike_in_place=_one)
-function("normal", whole=False, draws=True, alike=_normal, alike_in_place=_normal_in_place)
-function("uniform", whole=False, draws=True, alike_in_place=_uniform_in_place)
-function("bernoulli", whole=False, draws=True, alike=_bernoulli, alike_in_place=_bernoulli_in_place)
-function("rrelu", whole=False, draws=True, alike=_rrelu, alike_in_place=_rrelu_in_place)
-# What these draw are places, or has an order; they are left to draw.
+def _leaky(given: dict[str, Any]) -> torch.Tensor:
+    return functional.leaky_relu(given["self"], float(given["lower"] + given["upper"]) / 2)
+
+
+def _counted(given: dict[str, Any]) -> torch.Tensor:
+    """About the mean number of what happens at a rate, or so often with a probability."""
+    mean: torch.Tensor = given["count"] * given["prob"] if "prob" in given else given["self"]
+    return (mean + _PLACE).floor() if "prob" not in given else mean.round()
+
+
+def _gamma(given: dict[str, Any]) -> torch.Tensor:
+    alpha: torch.Tensor = given["self"]
+    return alpha
+
+
+def _shares(given: dict[str, Any]) -> torch.Tensor:
+    alpha: torch.Tensor = given["self"]
+    return alpha / alpha.sum(-1, keepdim=True)
+
+
+def _as_large(x: torch.Tensor, *others: Any) -> torch.Tensor | None:
+    same = all(other.shape == x.shape for other in others if isinstance(other, torch.Tensor))
+    return like(x, x.dtype) if same else None
+
+
+@operator("rand", "randn", sized=True, draws=True, alike=_place)
+@operator("randint", sized=True, draws=True, alike=_whole)
+@operator("normal", sized=True, draws=True, alike=_normal)
+def drawn(flow: Flow, op: Op) -> None:
+    """Of a size, it may go with whatever it meets; of a tensor's, or by its numbers, it has that one's channels."""
+    (constant if op.arg("size") is not None else pointwise)(flow, op)
+
+
+for _names, _alike in {
+    ("rand_like", "randn_like"): _place,
+    ("randint_like", "random"): _whole,
+    ("normal_functional",): _normal,
+    ("uniform",): _uniform,
+    ("exponential", "geometric", "cauchy", "log_normal"): _one,
+    ("bernoulli",): _bernoulli,
+    ("native_dropout",): _dropout,
+    ("dropout",): _undropped,  # it arrives as its parts, but where autograd is off
+    ("rrelu_with_noise",): _leaky,
+    ("poisson",): _counted,
+    ("_standard_gamma",): _gamma,
+}.items():
+    operator(*_names, draws=True, alike=_alike)(pointwise)
+
+
+operator("binomial", draws=True, alike=_counted, on_meta=_as_large)(pointwise)
+
+
+@operator("_sample_dirichlet", draws=True, alike=_shares, on_meta=_as_large)
+def shares(flow: Flow, op: Op) -> None:
+    """Along the last dim they come to one, so that each depends on all."""
+    labels = flow.labels(op.inputs()[0])
+    flow.freeze(labels[-1], op, "every channel depends on all others here")
+    flow.set(op.outputs[0], labels)
+
+
+@operator("multinomial", draws=True)
+def drawn_places(flow: Flow, op: Op) -> None:
+    """Places along the last dim, by how likely each is; they are left to be drawn."""
+    *rows, places = flow.labels(op.inputs()[0])
+    flow.freeze(places, op, "one of all of them is drawn")
+    flow.set(op.outputs[0], [*rows, None])
+
+
+# By these names a thread is seen to draw.
 for _name in (
-    *("randint", "randperm", "randint_like", "multinomial", "poisson", "gumbel_softmax"),
-    *("fractional_max_pool2d", "fractional_max_pool3d"),
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "uniform", "random"),
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"),
+    *(
+        "native_dropout",
+        "exponential",
+        "geometric",
+        "cauchy",
+        "log_normal",
+        "bernoulli",
+        "binomial",
+        "poisson",
+        "rrelu",
+    ),
+    *("multinomial", "gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d"),
+    *("standard_gamma", "sample_dirichlet", "rrelu_with_noise", "normal_functional"),
 ):
     function(_name, whole=False, draws=True)
+# Torch's distributions ask it of their parameters, and raise where it is not so.
+function("is_all_true", whole=False, asserts=True)

@@ -57,19 +57,6 @@ def area_flops(flow: Flow, op: Op) -> list[Product]:
     return [elements(flow, op.inputs()[0])] if counts else []
 
 
-def _undropped_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    *more: Any,
-    **options: Any,
-) -> torch.Tensor:
-    """Attention that drops nothing: of fewer heads it would drop others."""
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, *more, **options)
-
-
 def _attention_in_parts(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -113,7 +100,6 @@ function(
     callable=functional.scaled_dot_product_attention,
     in_parts=_attention_in_parts,
     draws=True,
-    alike=_undropped_attention,
 )
 function("tensor_split", takes_apart=True)
 function("tensordot", flops=_nothing)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from allocator.flow.flow import Flow
+from allocator.flow.flow import SEEDED, Flow
 from allocator.flow.labels import Label
 from allocator.tracing.calls import Op
 from allocator.tracing.operators import AS_ONE_CALL, operator
@@ -34,8 +34,8 @@ for _name in ("relu", "silu", "hardswish", "hardsigmoid"):
 
 @operator("add", for_pointwise=True)
 @operator(
-    "copy", "dropout", "native_dropout", "bernoulli", "_prelu_kernel", "masked_fill", "where", "relu",
-    "relu6", "hardsigmoid", "hardtanh", "rrelu_with_noise", "lerp", "clamp", "threshold", "softplus",
+    "copy", "_prelu_kernel", "masked_fill", "where", "relu",
+    "relu6", "hardsigmoid", "hardtanh", "lerp", "clamp", "threshold", "softplus",
 )  # fmt: skip
 @operator("hardswish", pointwise=True)
 def pointwise(flow: Flow, op: Op) -> None:
@@ -55,6 +55,8 @@ def pointwise(flow: Flow, op: Op) -> None:
                 present.append((i, flow.labels(i)[own]))
             elif own >= 0 and flow.options.grows:  # of a single one that goes with all others, there cannot be two
                 flow.freeze(flow.labels(i)[own], op, "a dim of size 1 is repeated")
+        if any(label is None and i in flow.seeded for i, label in present):
+            flow.freeze_all([label for _, label in present], op, SEEDED)
         result.append(flow.unify_all([label for _, label in present], op))
         _note_join(flow, op, dim - len(out), present)
     uniform = bool(inputs) and flow.uniform.issuperset(inputs)

@@ -241,16 +241,20 @@ def put(flow: Flow, op: Op) -> None:
     _into_places(flow, op, target, values, at)
 
 
-@operator("scatter_add", "index_add", "scatter_reduce", "index_reduce")
+@operator("scatter", "scatter_add", "index_add", "scatter_reduce", "index_reduce")
 def put_together(flow: Flow, op: Op) -> None:
-    """What goes to the same place of one dim becomes one there; on the other dims it is the same channels."""
-    target, index, values = op.inputs()
+    """What goes to the same place of one dim becomes one there; on the other dims it is the same channels.
+
+    Where one number goes to all places, these have the channels of the index.
+    """
+    target, index, *given = op.inputs()
+    values = given[0] if given else index
     shape, at = flow.shape(target), int(op.arg("dim")) % len(flow.shape(target))
     others = [d for d in range(len(shape)) if d != at]
     if any(flow.shape(values)[d] != shape[d] for d in others):
         flow.refuse(op, "a part of what there is goes to its places")
         return
-    if len(flow.shape(index)) == len(shape) and len(shape) > 1:
+    if values != index and len(flow.shape(index)) == len(shape) > 1:
         _repeated_like(flow, op, index, [(dim, flow.labels(values)[dim]) for dim in others])
     _into_places(flow, op, target, values, at)
 

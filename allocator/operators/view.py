@@ -21,7 +21,7 @@ _CHANNELS_SECOND = (2, 4, 5)
 @operator("alias", "detach", "clone", "contiguous", copies=True)
 @operator(
     "_to_copy", "to", "lift_fresh", "lift_fresh_copy", "view_as",
-    "resolve_conj", "resolve_neg", "positive", "fill", "zero", "normal", "uniform",
+    "resolve_conj", "resolve_neg", "positive", "fill", "zero",
 )  # fmt: skip
 def identity(flow: Flow, op: Op) -> None:
     """The same indices in the same places."""
@@ -33,6 +33,19 @@ def identity(flow: Flow, op: Op) -> None:
         flow.uniform.update(op.outputs)
     if op.declared.copies and flow.is_zero(source):
         flow.zeros.update(op.outputs)
+
+
+@operator("resize", sized=True)
+def resize(flow: Flow, op: Op) -> None:
+    """The size that it has already, as where a result is written into it; else what is the same everywhere."""
+    source, out = op.inputs()[0], op.outputs[0]
+    if flow.shape(source) == flow.shape(out):
+        identity(flow, op)
+    elif source in flow.uniform:
+        flow.set(out, [None] * len(flow.shape(out)))
+        flow.uniform.add(out)
+    else:
+        flow.refuse(op, "memory is given another size")
 
 
 @operator("as_strided", restrides=True)
@@ -198,6 +211,8 @@ def expand(flow: Flow, op: Op) -> None:
             labels[d] = None
     flow.set(op.outputs[0], [None] * fresh + labels)
     flow.pass_uniform(op)
+    if math.prod(shape) == 1:
+        flow.uniform.update(op.outputs)
 
 
 @operator("repeat", sized=True)

@@ -164,7 +164,7 @@ def finish(
     graph, plan, allocation = fitted.graph, fitted.plan, fitted.allocation
     planned = graph.metric("flops").value(plan.kept)
     with clock("certificate"):
-        certificate = require(prove(), "the result")
+        certificate = require(prove(), "the result", graph.flow.trace.drawn(seeded=True))
     with clock("fvcore"):
         uncounted = _count(graph, plan.kept, small, planned, notes)
     if weights == "reset":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from allocator.arguments import checked
 from allocator.clock import Progress, bar
 from allocator.cost.budget import Budgets
 from allocator.disk import PathLike, write_text
-from allocator.errors import InputError
+from allocator.errors import InputError, SweepError, as_given, in_words, plural
 from allocator.fitting.fit import Fitted
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.model_checks import check_model
@@ -155,18 +155,22 @@ def sweep_model(
         raise InputError("a sweep is over budgets of one metric: pass flops=['80%', '60%'], or another metric alone")
     ((name, figures),) = given.items()
     if not isinstance(figures, Sequence) or isinstance(figures, str) or not figures:
-        raise InputError(f"{name}={figures!r} is no list of budgets: pass several, such as ['80%', '60%', '40%']")
+        raise InputError(
+            f"{name}={as_given(figures)} is no list of budgets: pass several, such as ['80%', '60%', '40%']"
+        )
     graph = trace_model(check_model(model), example_inputs, settings, None if data is None else data.loader)
     budgets = [budgets_of(graph, Limits(**{name: figure})) for figure in figures]
     budgets.sort(key=lambda each: each.first.limit, reverse=True)
     scores, _ = suitable_scores(graph, budgets[-1], settings, data)
-    points = []
+    metric = budgets[0].first.metric
+    done = Sweep(metric.name, metric.unit, ())
     with bar("planning", progress, total=len(budgets)) as advance:
         for budget, fitted in zip(budgets, _nested(graph, scores, budgets, settings), strict=True):
-            points.append(_point(graph, fitted, scores, budget, _evaluated(model, fitted, evaluate)))
-            advance(f"{budget.first.limit:,.0f} {budget.first.metric.unit}")
-    metric = budgets[0].first.metric
-    return Sweep(metric.name, metric.unit, tuple(points))
+            said = f"{budget.first.limit:,.0f} {metric.unit}"
+            point = _point(graph, fitted, scores, budget, _evaluated(model, fitted, evaluate, said, done))
+            done = replace(done, points=(*done.points, point))
+            advance(said)
+    return done
 
 
 def _nested(graph: ChannelGraph, scores: Scores, budgets: Sequence[Budgets], settings: Settings) -> Iterator[Fitted]:
@@ -182,15 +186,24 @@ def _nested(graph: ChannelGraph, scores: Scores, budgets: Sequence[Budgets], set
         yield fitted
 
 
-def _evaluated(model: nn.Module, fitted: Fitted, evaluate: Evaluate | None) -> Mapping[str, float]:
+def _evaluated(
+    model: nn.Module, fitted: Fitted, evaluate: Evaluate | None, budget: str, done: Sweep
+) -> Mapping[str, float]:
+    """What the caller's function gives for the network of a budget, named in words; `done`: those before it."""
     if evaluate is None:
         return {}
-    found = evaluate(rewrite(model, fitted.allocation))
+    small = rewrite(model, fitted.allocation)
+    kept = f"; the error's .done has the {plural(len(done), 'budget')} before it" if done.points else ""
+    try:
+        found = evaluate(small)
+    except Exception as error:
+        raise SweepError(f"evaluate raised {in_words(error)}, given the network of {budget}{kept}", done) from error
     named = found if isinstance(found, Mapping) else {"value": found}
     try:
         return {str(name): float(value) for name, value in named.items()}
     except (TypeError, ValueError) as error:
-        raise InputError(f"evaluate gave {found!r:.200}: expected a number, or numbers by name") from error
+        said = f"evaluate gave {found!r:.200} for the network of {budget}: expected a number, or numbers by name"
+        raise SweepError(f"{said}{kept}", done) from error
 
 
 def _point(graph: ChannelGraph, fitted: Fitted, scores: Scores, budgets: Budgets, values: Mapping[str, float]) -> Point:

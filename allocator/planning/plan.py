@@ -9,7 +9,7 @@ import numpy as np
 
 import allocator.planning.policies  # noqa: F401  (fills the table of policies)
 from allocator.cost.budget import Budgets
-from allocator.errors import NothingToAllocateError, PolicyError
+from allocator.errors import AllocatorError, NothingToAllocateError, PolicyError, in_words
 from allocator.graph.channel_graph import ALL, SCOPES, ChannelGraph
 from allocator.planning.multiples import to_multiples
 from allocator.planning.optimality import Optimality, optimality
@@ -19,7 +19,7 @@ from allocator.planning.search import next_costs
 from allocator.planning.unmet import unmet
 from allocator.scoring.registry import CRITERIA
 from allocator.scoring.scores import Scores
-from allocator.settings import CHOICES, DEFAULTS, check_choice
+from allocator.settings import CHOICES, DEFAULTS, KNOWN_POLICIES, check_choice
 
 CLOSE = 0.995
 """A plan that uses less of its budget than this is too coarse, and a wider scope is tried."""
@@ -96,10 +96,10 @@ def make_plan(
     """
     widths = widths or Widths()
     floors: tuple[Widths, ...] = (widths,)
-    if policy == "auto":
+    if isinstance(policy, str) and policy == "auto":  # of an array, no one answer
         policy = usual_policy(scores.criterion)
         floors = usual_floors(policy, widths)
-    choose = find_policy(policy)
+    find_policy(policy)
     least: list[np.ndarray] = []
     coarse: Plan | None = None
     for name in _scopes(scope):
@@ -111,7 +111,7 @@ def make_plan(
         if not budgets.met(forced):
             continue
         problem = Problem(graph, scores, forced, budgets, fill, floor, _units(graph, gone))
-        kept = to_multiples(problem, _checked(policy, choose(problem), problem), scope)
+        kept = to_multiples(problem, _chosen(policy, problem), scope)
         plan = Plan(kept, budgets, name, policy, scores.criterion, next_costs(problem, kept), problem)
         if budgets.used(kept) >= CLOSE or not fill:
             return plan
@@ -171,6 +171,27 @@ def usual_floors(policy: str, widths: Widths) -> tuple[Widths, ...]:
     if policy != "priced" or widths.at_least is not None:
         return (widths,)
     return (*(replace(widths, at_least=floor) for floor in FLOORS), widths)
+
+
+def _chosen(policy: str, problem: Problem) -> np.ndarray:
+    """(neurons,) bool: what a policy chooses; one of the caller's own may write into what it is given.
+
+    Raises:
+        PolicyError: it raised, or does not do what a policy has to.
+    """
+    choose = find_policy(policy)
+    if policy in KNOWN_POLICIES:
+        return _checked(policy, choose(problem), problem)
+    try:
+        kept = choose(problem.lent())
+    except AllocatorError:
+        raise
+    except Exception as error:
+        raise PolicyError(
+            f"policy {policy!r} raised {in_words(error)}; it is called with a Problem, and gives (neurons,) bool: "
+            "which neurons to keep"
+        ) from error
+    return _checked(policy, kept, problem)
 
 
 def _checked(policy: str, kept: np.ndarray, problem: Problem) -> np.ndarray:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from allocator.cost.budget import Budgets
-from allocator.errors import InputError
+from allocator.errors import InputError, as_given
 from allocator.flow.facts import AtLeast
 from allocator.graph.channel_graph import SCOPES, ChannelGraph
+from allocator.graph.lent import LentGraph
 from allocator.graph.selection import matches, unmatched
 from allocator.scoring.scores import Scores
 
@@ -62,7 +63,7 @@ def _minimum(asked: Any, width: int) -> int:
     except ValueError:
         share = math.nan
     if not 0 <= share < math.inf or (share > 1 and text.endswith("%")):
-        raise InputError(f"at_least={asked!r} is neither a number of channels nor a share such as '25%'")
+        raise InputError(f"at_least={as_given(asked)} is neither a number of channels nor a share such as '25%'")
     return math.ceil(share * width - 1e-9) if text.endswith("%") or share < 1 else int(share)
 
 
@@ -93,6 +94,16 @@ class Problem:
         """(neurons,) bool: those that may be kept."""
         everything = np.ones(len(self.forced), dtype=bool)
         return everything if self.gone is None else ~self.gone | self.forced
+
+    def lent(self) -> Problem:
+        """The same question to a function of the caller's, which may write into its arrays and its graph's model."""
+        return replace(
+            self,
+            graph=LentGraph(self.graph),
+            scores=replace(self.scores, values=self.scores.values.copy()),
+            forced=self.forced.copy(),
+            gone=None if self.gone is None else self.gone.copy(),
+        )
 
 
 def free_neurons(graph: ChannelGraph, scores: Scores, scope: str) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
-from allocator.errors import DataError, a_kind
+from allocator.errors import DataError, a_kind, in_words
 from allocator.scoring.batches import Batch
 from allocator.torch_private import tree_map
 from allocator.tracing.outputs import tensors_in
@@ -41,7 +41,7 @@ def loss_of(
         try:
             value = loss(output, tree_map(_own, batch.target))
         except Exception as error:
-            said = f"the loss raised {type(error).__name__}: {error!s:.300}"
+            said = f"the loss raised {in_words(error)}"
             raise DataError(f"{said}; {_called_with(output, batch.target)}") from error
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from allocator.errors import DataError, a_kind
+from allocator.errors import DataError, a_kind, text_of
 from allocator.torch_private import tree_flatten, tree_map
 from allocator.tracing.inputs import Inputs, device_of, dtype_of
 from allocator.tracing.isolation import apart
@@ -128,7 +128,7 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> Any:
     try:
         return apart(model, *given.args, **given.kwargs)
     except Exception as error:
-        said = f"the model raised {type(error).__name__} on {inputs.describe()} from the data: {error!s:.300}"
+        said = f"the model raised {type(error).__name__} on {inputs.describe()} from the data: {text_of(error):.300}"
         raise DataError(said) from error
 
 

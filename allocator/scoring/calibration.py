@@ -119,8 +119,41 @@ def collect(
     """
     if not graph.size:
         return Statistics()
-    with undisturbed(graph.model):
+    with undisturbed(graph.model), _left_alone(graph, loss):
         return _together(ranks.gathered(lambda: _own_share(graph, data, needs, loss, seed, progress)))
+
+
+@contextlib.contextmanager
+def _left_alone(graph: ChannelGraph, loss: Loss | None) -> Iterator[None]:
+    """Within, a loss of the caller's is called: it may reach the weights, which the copy that runs shares.
+
+    Raises:
+        DataError: it wrote into them, also where torch does not count that (`.data`).
+    """
+    if loss is None:
+        yield
+        return
+    before = {name: _digest(tensor) for name, tensor in graph.tensors.items()}
+    yield
+    written = [name for name, tensor in graph.tensors.items() if _digest(tensor) != before[name]]
+    if written:
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise DataError(
+            f"the loss {name!r} wrote into {', '.join(written[:3])} of the model itself: load the model anew, and pass "
+            "a loss of the output and the target alone"
+        )
+
+
+_AS_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _digest(tensor: torch.Tensor) -> int:
+    """A number that is another one after most writes into a tensor: a sum of its bits; 0 where it holds none."""
+    if tensor.is_meta or tensor.layout is not torch.strided or type(tensor) not in (torch.Tensor, nn.Parameter):
+        return 0
+    plain = tensor.detach()
+    bits = (torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain.resolve_neg()).contiguous()
+    return int(bits.view(_AS_WHOLE[bits.element_size()]).sum(dtype=torch.int64))
 
 
 def _own_share(
@@ -185,7 +218,7 @@ def with_gradients(
 
     Under `torch.distributed`, over the data of all ranks.
     """
-    shadow = set_training(skeleton(graph.model, _shared(graph)), False)
+    shadow = set_training(skeleton(graph.model, _shared(graph, own=loss is not None)), False)
 
     def look() -> None:
         with bar("looking at the data", progress) as advance, torch.enable_grad():
@@ -231,16 +264,19 @@ def _few_at_a_time(batch: Batch, loss: Loss | None) -> Iterator[Batch]:
     return (Batch(batch.inputs) if loss is None else batch).chunks(CHUNK)
 
 
-def _shared(graph: ChannelGraph) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    """Makes parameters that share the original's memory, so that no gradient reaches it; what is written is copied."""
+def _shared(graph: ChannelGraph, *, own: bool = False) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Makes parameters that share the original's memory, so that no gradient reaches it; what is written is copied.
+
+    With `own` all are copied, as for a loss of the caller's, which may reach them.
+    """
     trace = graph.flow.trace
     written = {trace.values[trace.root(op.reads[0])].name for op in trace.ops if op.writes() and op.reads}
 
     def share(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(tensor, nn.Parameter):
             learns = tensor.is_floating_point() or tensor.is_complex()
-            own = tensor.detach().clone() if name in written else tensor.detach()
-            return nn.Parameter(own, requires_grad=learns)
+            copied = tensor.detach().clone() if own or name in written else tensor.detach()
+            return nn.Parameter(copied, requires_grad=learns)
         return tensor.detach().clone()
 
     return share

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from allocator.errors import DataError
+from allocator.errors import DataError, in_words
 
 Found = TypeVar("Found")
 
@@ -33,7 +33,7 @@ def gathered(look: Callable[[], Found]) -> list[Found]:
     except Exception as error:
         own = error
     everything: list[Any] = [None] * count()
-    torch.distributed.all_gather_object(everything, (found, own and f"{type(own).__name__}: {own}"))
+    torch.distributed.all_gather_object(everything, (found, own and in_words(own)))
     if own is not None:
         raise own
     for rank, (_, said) in enumerate(everything):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from allocator.arguments import misfit
+from allocator.arguments import checked, misfit
 from allocator.clock import Progress
 from allocator.errors import (
     AllocatorError,
@@ -17,12 +17,15 @@ from allocator.errors import (
     DataError,
     UninformativeScoresWarning,
     UnknownNameError,
+    as_given,
     did_you_mean,
+    in_words,
     none_of,
     unknown,
     warn,
 )
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.graph.lent import LentGraph, own
 from allocator.scoring.answers import Loss
 from allocator.scoring.calibration import Statistics, collect, with_gradients
 from allocator.scoring.scores import Scores, SlotScores, as_array
@@ -105,6 +108,7 @@ class Data:
         return None
 
 
+@checked
 def criterion(
     name: str, *, needs: Collection[str] = (), additive: bool = False, labels: bool = False
 ) -> Callable[[Function], Function]:
@@ -118,12 +122,12 @@ def criterion(
         labels: it needs the caller's loss.
 
     Raises:
-        ValueError: the name is taken.
+        CriterionError: the name is taken.
     """
 
     def register(function: Function) -> Function:
         if name in CRITERIA:
-            raise ValueError(f"criterion {name} is registered already")
+            raise CriterionError(f"criterion {name} is registered already")
         CRITERIA[name] = Criterion(name, function, tuple(needs), additive, labels)
         return function
 
@@ -187,7 +191,18 @@ def score(graph: ChannelGraph, criterion: Any = AUTO, data: Data | None = None, 
         return _by_names(graph, tuple(criterion), data, stored)
     if callable(criterion):
         return _by_function(graph, criterion, data, stored)
+    if not _are_numbers(criterion):
+        raise CriterionError(
+            f"criterion is {as_given(criterion)}, and takes a name such as 'group_norm', several names, a function, "
+            "one number per neuron, or arrays by the names of parameters"
+        )
     return _checked(graph, "own", criterion)
+
+
+def _are_numbers(given: Any) -> bool:
+    """Whether this may be one number per neuron; which they are is found when they are read."""
+    several = hasattr(given, "__array__") or (isinstance(given, Sequence) and not isinstance(given, bytes))
+    return several and getattr(given, "ndim", 1) > 0
 
 
 def _by_names(graph: ChannelGraph, names: tuple[str, ...], data: Data | None, stored: Stored) -> Scores:
@@ -225,16 +240,17 @@ def _called(graph: ChannelGraph, criterion: Criterion, stored: Stored, *statisti
     Raises:
         CriterionError: it takes other arguments, or raised.
     """
-    given = (graph, _weights_of(graph, criterion, stored), *statistics)
+    weights = _weights_of(graph, criterion, stored)
     if criterion.of_this_package:
-        return criterion.function(*given)
+        return criterion.function(graph, weights, *statistics)
+    given = (LentGraph(graph), weights, *statistics)
     _check_signature(criterion, *given)
     try:
         return criterion.function(*given)
     except AllocatorError:
         raise
     except Exception as error:
-        said = f"criterion {criterion.name!r} raised {type(error).__name__}: {error!s:.300}"
+        said = f"criterion {criterion.name!r} raised {in_words(error)}"
         raise CriterionError(f"{said}; {_takes(criterion)}") from error
 
 
@@ -283,8 +299,9 @@ def _by_function(graph: ChannelGraph, function: Any, data: Data | None, stored: 
     if is_importance(function):
         if stored is not None:
             raise CriterionError(f"{name} of Torch-Pruning reads the whole model, whose weights stay in their folder")
-        model = graph.model
-        if data is not None:  # on a copy, so that the caller's gradients stay as they are
+        if data is None:
+            model = LentGraph(graph).model
+        else:  # on a copy, so that the caller's gradients stay as they are
             model = with_gradients(graph, data.loader, loss=data.loss, seed=data.seed, progress=data.progress)
         with undisturbed(model, itself=True):  # one of them draws
             values = importance_scores(graph, function, model)
@@ -310,17 +327,9 @@ def _weights_of(graph: ChannelGraph, criterion: Criterion, stored: Stored) -> We
                 f"criterion {criterion.name!r} reads {name}, which lies on the meta device and has no values: build "
                 "the model on a real device and load its weights, or pass criterion='random'"
             )
-        return tensors[name] if criterion.of_this_package else _copied(tensors[name])
+        return tensors[name] if criterion.of_this_package else own(tensors[name])
 
     return weights
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the model with its gradient, into which a function of the caller's may write."""
-    own = tensor.detach().clone()
-    if tensor.is_leaf and tensor.grad is not None:
-        own.grad = tensor.grad.clone()
-    return own
 
 
 def _by_parameter(graph: ChannelGraph, arrays: Mapping[str, Any]) -> SlotScores:
@@ -328,8 +337,11 @@ def _by_parameter(graph: ChannelGraph, arrays: Mapping[str, Any]) -> SlotScores:
     rows = []
     for name, given in arrays.items():
         if name not in graph.slots.shapes:
-            near = did_you_mean(name, graph.slots.shapes, mark="'")
-            raise UnknownNameError(f"scores for {name!r}, which is no parameter of the model{near and '; ' + near}")
+            near = did_you_mean(str(name), graph.slots.shapes, mark="'")
+            raise UnknownNameError(
+                f"the criterion has scores for {as_given(name)}, which is no parameter of the model"
+                f"{near and '; ' + near}"
+            )
         array = as_array(given, f"the scores of {name}")
         expected = graph.slots.shapes[name]
         if array.shape != expected:

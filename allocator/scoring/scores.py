@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from allocator.errors import CriterionError
+from allocator.errors import CriterionError, text_of
 from allocator.graph.channel_graph import ChannelGraph
 
 Combine = Literal["mean", "sum", "mean_square"]
@@ -143,5 +143,5 @@ def as_array(numbers: Any, name: str) -> np.ndarray:
         numbers = numbers.detach().to("cpu", torch.float64).numpy()
     try:
         return np.asarray(numbers, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise CriterionError(f"{name} are not an array of numbers: {error}") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CriterionError(f"{name} are not an array of numbers: {text_of(error)}") from None

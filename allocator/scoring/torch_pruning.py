@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from allocator.errors import CriterionError, MissingPackageError
+from allocator.errors import CriterionError, MissingPackageError, in_words, text_of
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.torch_private import BatchNormBase, ConvolutionBase
 
@@ -94,8 +94,8 @@ def _call(importance: Any, group: Any, size: int) -> np.ndarray | None:
     try:
         values = importance(group)
     except Exception as error:
-        hint = "; it looks at gradients: pass data and loss" if "NoneType" in str(error) else ""
-        raise CriterionError(f"Torch-Pruning's {name} raised {type(error).__name__}: {error}{hint}") from error
+        hint = "; it looks at gradients: pass data and loss" if "NoneType" in text_of(error) else ""
+        raise CriterionError(f"Torch-Pruning's {name} raised {in_words(error)}{hint}") from error
     if values is None:
         return None
     array = torch.as_tensor(values).detach().to("cpu", torch.float64).numpy()

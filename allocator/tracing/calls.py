@@ -61,6 +61,7 @@ class Op:
         outputs: indices into `Trace.values`.
         module: path of the innermost module that was running, "" for the model itself.
         call: the composite call it is part of, or None.
+        seeded: it drew from a generator that the forward made, holds or seeded.
         operator: what torch says of `target`.
         declared: what this package knows of it beside that.
         name: operator name without namespace or overload, such as `convolution`.
@@ -74,6 +75,7 @@ class Op:
     outputs: tuple[int, ...]
     module: str
     call: Call | None
+    seeded: bool = False
     operator: Operator = field(init=False, repr=False)
     declared: Declaration = field(init=False, repr=False)
     name: str = field(init=False)
@@ -104,7 +106,8 @@ class Op:
 
     def draws(self) -> bool:
         """Whether it draws random numbers; what drops or leaks in train mode alone does not in eval mode."""
-        return self.operator.draws and not any(self.arg(name) is False for name in ("train", "training"))
+        idle = any(self.arg(name) is False for name in ("train", "training")) or self.arg("dropout_p") == 0
+        return self.operator.draws and not idle
 
     def lays_out(self) -> bool:
         """Whether it only gives its input another shape, or another place in memory."""
@@ -189,6 +192,10 @@ class Trace:
         """The value that owns a value's memory, so that a write into a view is a write into what it views."""
         base = self.values[index].base
         return index if base is None else base
+
+    def drawn(self, *, seeded: bool) -> list[str]:
+        """Names of the calls that draw, from a generator that the forward seeds or holds or from others, in order."""
+        return sorted({op.name for op in self.ops if op.draws() and op.seeded is seeded})
 
     def written(self) -> set[str]:
         """Names of the parameters and buffers that some call may write into."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from allocator.errors import first_line
+from allocator.errors import first_line, text_of
 from allocator.modules import tensor_names
 from allocator.tracing.calls import Trace
 from allocator.tracing.inputs import Inputs
@@ -90,7 +90,12 @@ def usual_forwards(model: nn.Module, inputs: Inputs) -> Forwards:
         if error is not None:
             notes.append(f"parameters and buffers used in train mode only stay as they are: {first_line(error)}")
         traces.append(training)
-    drawn = sorted({op.name for op in trace.ops if op.draws()})
+    drawn, seeded = trace.drawn(seeded=False), trace.drawn(seeded=True)
+    if seeded:
+        notes.append(
+            f"the forward draws from a generator that it seeds or holds ({', '.join(seeded)}): channels that meet "
+            "these numbers stay"
+        )
     if drawn:
         notes.append(
             f"the forward draws random numbers ({', '.join(drawn)}), fewer in a smaller network: outputs that "
@@ -180,7 +185,7 @@ def _recorded(model: nn.Module, inputs: Inputs, mode: str, *, training: bool = F
     try:
         return record(model, inputs, mode, training=training)
     except ForwardError as error:
-        if mode != "meta" or not any(word in str(error.cause) for word in ("device", "meta")):
+        if mode != "meta" or not any(word in text_of(error.cause) for word in ("device", "meta")):
             raise
         try:
             return record(model, inputs, "fake", training=training)

@@ -6,10 +6,10 @@ import contextvars
 import functools
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from types import CodeType, FunctionType, MappingProxyType, MemberDescriptorType, ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ _ATOMS = (int, float, bool, str, bytes, type(None), type, ModuleType, torch.Tens
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _ON_MODULES = {FunctionType, functools.partial, *_GENERATORS}
 """What a module may hold that its forward changes, though no copy of the module has one of its own."""
+_CONTAINERS: tuple[Any, ...] = (dict, list, set, deque)
 _DEPTH = 4
 _REGISTRY = 50  # entries of a global from which on it is taken to be a table, and not looked into further
 
@@ -57,25 +58,26 @@ class Memory:
             for value in vars(cls).values():
                 self._look(value, True, _DEPTH)
         namespaces = [each for cls in classes for each in _namespaces(cls)]
-        namespaces += [f.__globals__ for f in functions if (f.__module__ or "").partition(".")[0] not in _FOREIGN]
+        namespaces += [f.__globals__ for f in functions if not _is_foreign(f.__module__)]
         for namespace in {id(each): each for each in namespaces}.values():
             self._look(namespace, False, _DEPTH)  # a namespace is looked into, however large
         for value in contextvars.copy_context().values():
             self._look(value, False, _DEPTH)
 
     def _look(self, value: Any, everything: bool, depth: int) -> None:
-        if isinstance(value, _ATOMS) or not depth or id(value) in self._seen:
+        if _is(value, _ATOMS) or not depth or id(value) in self._seen:
             return
         self._seen.add(id(value))
-        if isinstance(value, (dict, list, set, deque)):
-            self._containers.append((value, value.copy(), everything))
-            if len(value) > _REGISTRY and depth < _DEPTH:
+        if _is(value, _CONTAINERS):
+            before = _plain(value)
+            self._containers.append((value, before, everything))
+            if len(before) > _REGISTRY and depth < _DEPTH:
                 return
-        elif isinstance(value, functools._lru_cache_wrapper):
+        elif _is(value, functools._lru_cache_wrapper):
             self._caches[value] = value.cache_info().misses
-        elif isinstance(value, _GENERATORS):
+        elif _is(value, _GENERATORS):
             self._generators.append(_state_of(value))
-        elif _slots_of(value.__class__):
+        elif _slots(value):
             self._objects.append((value, in_slots(value), everything))
         for each in _held_by(value):
             self._look(each, everything, depth - 1)
@@ -95,13 +97,34 @@ class Memory:
         for cls, before in self._classes:
             _restore_class(cls, before)
         for container, before, everything in self._containers:
-            if isinstance(container, dict):
+            if isinstance(before, dict):
                 _restore_mapping(container, before, everything)
-            elif not _same(container, before) and (everything or _holds_tensors(list(container))):
-                container.clear()
-                container.update(before) if isinstance(container, set) else container.extend(before)
+            elif not _same(now := _plain(container), before) and (everything or _holds_tensors(list(now))):
+                kind: Any = type(before)
+                kind.clear(container)
+                (kind.update if kind is set else kind.extend)(container, before)
         for value, fields, everything in self._objects:
             _restore_slots(value, fields, everything)
+
+
+def _is(value: Any, kinds: Any) -> TypeGuard[Any]:
+    """`isinstance`, without asking the value for its class: what a library loads late would be loaded."""
+    return issubclass(type(value), kinds)
+
+
+def _attribute(value: Any, name: str, default: Any) -> Any:
+    """An attribute that is there, without what the value's class makes of those that are not."""
+    kind: Any = type(value)
+    try:
+        return kind.__getattribute__(value, name)
+    except Exception:
+        return default
+
+
+def _plain(container: Any) -> Any:
+    """A plain container of the same kind with what is in this one, whatever its class makes of the methods."""
+    kind = next(kind for kind in (*_CONTAINERS, tuple) if issubclass(type(container), kind))
+    return dict(dict.items(container)) if kind is dict else kind(kind.__iter__(container))
 
 
 def _state_of(generator: Any) -> Callable[[], None]:
@@ -116,19 +139,18 @@ def _state_of(generator: Any) -> Callable[[], None]:
 
 def _held_by(value: Any) -> list[Any]:
     """What a model's code may write into, one step further in."""
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, (list, set, tuple, deque)):
-        return list(value)
-    if isinstance(value, (staticmethod, classmethod)):
+    if _is(value, (*_CONTAINERS, tuple)):
+        held = _plain(value)
+        return list(held.values() if isinstance(held, dict) else held)
+    if _is(value, (staticmethod, classmethod)):
         return [value.__func__]
-    if isinstance(value, FunctionType):
+    if _is(value, FunctionType):
         held = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
         return [*held, *(value.__defaults__ or ()), vars(value)]
     # Objects of torch's or of the language's own classes keep nothing of a forward, and are many.
-    if not _is_own(value.__class__):
+    if not _is_own(type(value)):
         return []
-    return [*([vars(value)] if hasattr(value, "__dict__") else []), *in_slots(value).values()]
+    return [_attribute(value, "__dict__", {}), *in_slots(value).values()]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -138,9 +160,14 @@ def _slots_of(cls: type) -> tuple[str, ...]:
     return tuple(name for members in named for name, value in members if type(value) is MemberDescriptorType)
 
 
+def _slots(value: Any) -> tuple[str, ...]:
+    kind: Any = type(value)
+    return _slots_of(kind)
+
+
 def in_slots(value: Any) -> dict[str, Any]:
     """What is in those slots of an object that are not empty."""
-    return {name: getattr(value, name) for name in _slots_of(value.__class__) if hasattr(value, name)}
+    return {name: getattr(value, name) for name in _slots(value) if hasattr(value, name)}
 
 
 def _restore_slots(value: Any, before: dict[str, Any], everything: bool) -> None:
@@ -169,13 +196,14 @@ def _is_pythons(name: str) -> bool:
 
 
 def _restore_mapping(mapping: dict[Any, Any], before: dict[Any, Any], everything: bool) -> None:
-    for key in [key for key in mapping if key not in before]:
-        if everything or _holds_tensors([key, mapping[key]]):
-            del mapping[key]
+    kind: Any = OrderedDict if isinstance(mapping, OrderedDict) else dict
+    now = _plain(mapping)
+    for key in now.keys() - before.keys():
+        if everything or _holds_tensors([key, now[key]]):
+            kind.__delitem__(mapping, key)
     for key, value in before.items():
-        now = mapping.get(key)
-        if now is not value and (everything or _holds_tensors([now, value])):
-            mapping[key] = value
+        if now.get(key) is not value and (everything or _holds_tensors([now.get(key), value])):
+            kind.__setitem__(mapping, key, value)
 
 
 def _same(items: Any, before: Any) -> bool:
@@ -184,12 +212,11 @@ def _same(items: Any, before: Any) -> bool:
 
 def _holds_tensors(values: list[Any], depth: int = _DEPTH) -> bool:
     for value in values:
-        if isinstance(value, torch.Tensor):
+        if _is(value, torch.Tensor):
             return True
-        if depth and not isinstance(value, _ATOMS):
-            listed = isinstance(value, (list, tuple, set, deque))
-            inside = value if listed else {**getattr(value, "__dict__", {}), **in_slots(value)}
-            inside = value if isinstance(value, dict) else inside
+        if depth and not _is(value, _ATOMS):
+            held = _is(value, (*_CONTAINERS, tuple))
+            inside = _plain(value) if held else {**_attribute(value, "__dict__", {}), **in_slots(value)}
             if isinstance(inside, (dict, MappingProxyType)):
                 inside = [*inside, *inside.values()]
             if _holds_tensors(list(inside), depth - 1):
@@ -206,7 +233,12 @@ def _is_empty(cell: Any) -> bool:
 
 def _is_own(cls: type) -> bool:
     """Whether a class is none of torch's or of the language's."""
-    return cls.__module__.partition(".")[0] not in _FOREIGN
+    return not _is_foreign(cls.__module__)
+
+
+def _is_foreign(module: Any) -> bool:
+    """Whether this names a module of torch's or of the language's; some classes of the latter have a slot there."""
+    return module is not None and (not isinstance(module, str) or module.partition(".")[0] in _FOREIGN)
 
 
 @functools.lru_cache(maxsize=512)
@@ -218,15 +250,15 @@ def _namespaces(cls: type) -> tuple[dict[str, Any], ...]:
     own = vars(module)
     called = list(own.values())
     namespaces = [own]
-    names = {name for value in vars(cls).values() for name in _names_in(getattr(value, "__code__", None))}
+    names = {name for value in vars(cls).values() for name in _names_in(_attribute(value, "__code__", None))}
     for name in names:
         other = own.get(name, sys.modules.get(name))
-        if isinstance(other, ModuleType) and other.__name__.partition(".")[0] not in _ELSEWHERE:
+        if _is(other, ModuleType) and other.__name__.partition(".")[0] not in _ELSEWHERE:
             namespaces.append(vars(other))
             called += [vars(other)[each] for each in names & vars(other).keys()]
     for value in called:
-        function = getattr(value, "__wrapped__", value)
-        if isinstance(function, FunctionType) and (function.__module__ or "").partition(".")[0] not in _FOREIGN:
+        function = _attribute(value, "__wrapped__", value)
+        if _is(function, FunctionType) and not _is_foreign(function.__module__):
             namespaces.append(function.__globals__)
     return tuple({id(each): each for each in namespaces}.values())
 

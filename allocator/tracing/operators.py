@@ -7,7 +7,7 @@ else in the package asks for an operator by its name.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -43,6 +43,9 @@ class Declaration:
         largest: how it runs on tensors without values, where a size depends on them: with the largest that can be.
         value_sized: whether the size of a call's result depends on values, a function of the trace and the call.
         creates: it makes a tensor out of numbers alone, so that a program in a file may call it without one.
+        draws: it draws random numbers, or may, though torch does not tag it so.
+        alike: given its arguments by name, what it could have drawn, which does not depend on how many channels there
+            are: a number, a tensor, or all results; None where it is left to draw.
         drawn_as: a few words for a drawing of the network; "" for what is not drawn.
     """
 
@@ -63,6 +66,8 @@ class Declaration:
     largest: Callable[[Any, Any, Any], Any] | None = None
     value_sized: Callable[[Any, Any], bool] | None = None
     creates: bool = False
+    draws: bool = False
+    alike: Callable[[dict[str, Any]], Any] | None = None
     drawn_as: str = ""
 
 
@@ -79,8 +84,7 @@ class Function:
         orders: it puts numbers in order, so that the last bits of equals decide.
         rounds: it gives whole numbers in place of any, so that its results say little of what they were.
         draws: it draws from the process's generator of random numbers, or may.
-        alike: called as it is, gives what it could have drawn, which does not depend on how many channels there are.
-        alike_in_place: the same for the twin that works in place.
+        asserts: it is asked whether the forward may go on, and by nothing else: it may, where there are no values.
         callable: the function, where a program that names its ATen operator is to call it instead.
         in_parts: does the same in operators that are followed, where torch may fuse it into one of a device's own.
     """
@@ -93,8 +97,7 @@ class Function:
     orders: bool = False
     rounds: bool = False
     draws: bool = False
-    alike: Callable[..., Any] | None = None
-    alike_in_place: Callable[..., Any] | None = None
+    asserts: bool = False
     callable: Callable[..., Any] | None = None
     in_parts: Callable[..., Any] | None = None
 
@@ -183,6 +186,11 @@ class Operator:
     draws: bool
     declared: Declaration
 
+    def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments of a call by their names, with the defaults of those that it leaves out."""
+        named = {name: default for name, (_, default) in self.arguments.items()}
+        return {**named, **dict(zip(named, args, strict=False)), **kwargs}
+
 
 @functools.cache
 def operator_of(target: OpOverload) -> Operator:
@@ -198,7 +206,7 @@ def operator_of(target: OpOverload) -> Operator:
         lists_views=first is not None and "*" in first.after_set,
         reshapes=torch.Tag.inplace_view in target.tags,
         pointwise=torch.Tag.pointwise in target.tags or declared.pointwise,
-        draws=torch.Tag.nondeterministic_seeded in target.tags,
+        draws=torch.Tag.nondeterministic_seeded in target.tags or declared.draws,
         declared=declared,
     )
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from allocator import adapters
-from allocator.errors import TraceError
+from allocator.errors import TraceError, text_of
 from allocator.logs import hidden
 from allocator.modules import modules_of, on_a_copy, tensor_names
 from allocator.torch_private import (
@@ -32,8 +32,9 @@ from allocator.tracing import meta_kernels
 from allocator.tracing.calls import Call, Op, Ref, Trace, Value
 from allocator.tracing.inputs import Inputs, device_of
 from allocator.tracing.isolation import apart, undisturbed
-from allocator.tracing.operators import AS_ONE_CALL, FUNCTIONS, operator_of
+from allocator.tracing.operators import AS_ONE_CALL, FUNCTIONS, Function, operator_of
 from allocator.tracing.outputs import UnseenOutputError, as_data, require_seen, said_in, tensors_in
+from allocator.tracing.seeds import Seeds
 from allocator.tracing.value_sized import without_values
 
 
@@ -41,7 +42,7 @@ class ForwardError(Exception):
     """A recorded forward raised; carries the calls that had been made until then, without one that raised."""
 
     def __init__(self, cause: Exception, module: str, partial: Trace):
-        super().__init__(str(cause))
+        super().__init__(text_of(cause))
         self.cause, self.module, self.partial = cause, module, partial
 
 
@@ -67,14 +68,14 @@ def trace_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -
     if isinstance(last.cause, UnseenOutputError):
         raise TraceError(str(last.cause)) from last.cause
     where = f"in {last.module}" if last.module else "in the model's own forward"
-    given = _OF_FUNCTIONS.search(str(last.cause))
+    given = _OF_FUNCTIONS.search(text_of(last.cause))
     if given is not None:
         raise TraceError(
             f"the forward calls torch's {given[1]} {where}, which runs functions that it is given, and isn't followed: "
             "write the branch or the loop in Python, or compute all branches and choose with torch.where"
         ) from last.cause
     raise TraceError(
-        f"the forward raised {type(last.cause).__name__} {where} with {inputs.describe()}: {last.cause}; "
+        f"the forward raised {type(last.cause).__name__} {where} with {inputs.describe()}: {text_of(last.cause)}; "
         "check that model(*example_inputs) runs, or pass other example_inputs"
     ) from last.cause
 
@@ -141,7 +142,7 @@ def _run(model: nn.Module, running: nn.Module, inputs: Inputs, converted: Inputs
             output = apart(running, *converted.args, **converted.kwargs)
             require_seen(output)
         except SystemExit as gives_up:  # which must not end the caller's process
-            raised = RuntimeError(f"the forward exits ({gives_up})")
+            raised = RuntimeError(f"the forward exits ({text_of(gives_up)})")
         except Exception as error:
             raised = error
     return _Ran(recorder, output, raised, modules)
@@ -190,6 +191,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.model, self.inputs, self.mode = model, inputs, mode
         self.raw: list[tuple[Any, Any, Any, Any, str, Call | None]] = []
+        self.seeds, self.seeded = Seeds(), set[int]()
         self.before: dict[int, list[tuple[int, ...]]] = {}
         self.literals: dict[int, tuple[torch.Tensor, tuple[Any, ...]]] = {}
         self.calls: list[Call] = []
@@ -214,7 +216,12 @@ class _Recorder(TorchDispatchMode):
         if operator_of(target).reshapes:
             self.before.setdefault(id(args[0]), []).append(tuple(args[0].shape))
         self.raw.append((target, args, kwargs, None, self.stack[-1], self.call))
+        own = operator_of(target).draws and self.seeds.is_own(operator_of(target).given(args, kwargs))
+        if own:
+            self.seeded.add(entry)
         out = run(target, args, kwargs)
+        if operator_of(target).draws and not own:
+            self.seeds.drew()
         self.raw[entry] = (target, args, kwargs, out, self.stack[-1], self.call)
         return out
 
@@ -273,7 +280,7 @@ class _Recorder(TorchDispatchMode):
             reads = tuple(known.read)
             if reshaped is not None:
                 known.forget(reshaped)
-            ops.append(Op(i, func, args, kwargs, reads, known.made(out), module, call))
+            ops.append(Op(i, func, args, kwargs, reads, known.made(out), module, call, i in self.seeded))
             _note_views(ops[-1], known.values)
         _finish(current, known)
         for call in waiting.values():
@@ -409,20 +416,21 @@ class _Functions(TorchFunctionMode):
         whole = None if known is None else known(*args, **kwargs)
         if whole is not None:
             return self.recorder.note(*whole, {}, self.recorder.whole)
-        name = _composite(func)
-        if name is None or self.recorder.call is not None:
+        declared = _declared(func)
+        if declared is not None and declared.asserts and without_values(args[0]):
+            return True
+        if declared is None or not declared.whole or self.recorder.call is not None:
             out = func(*args, **kwargs)
             if func in _WRITTEN_DOWN:
                 leaves = [getattr(leaf, "tolist", lambda leaf=leaf: leaf)() for leaf in _given(args, kwargs)]
                 numbers = [leaf for leaf in tree_flatten(leaves)[0] if type(leaf) in LITERALS]
                 self.recorder.literals[id(out)] = out, tuple(numbers)  # held, so that no other tensor has its id
             return out
-        call = Call(name, args, kwargs)
+        call = Call(declared.name, args, kwargs)
         self.recorder.calls.append(call)
         self.recorder.call = call
-        in_parts = FUNCTIONS[name].in_parts
         try:
-            out = (func if in_parts is None else in_parts)(*args, **kwargs)
+            out = (func if declared.in_parts is None else declared.in_parts)(*args, **kwargs)
         finally:
             self.recorder.call = None
         call.outputs = out
@@ -435,9 +443,8 @@ def _given(args: Any, kwargs: Any) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _composite(func: Any) -> str | None:
-    declared = FUNCTIONS.get(getattr(func, "__name__", "").strip("_"))
-    return declared.name if declared is not None and declared.whole else None
+def _declared(func: Any) -> Function | None:
+    return FUNCTIONS.get(getattr(func, "__name__", "").strip("_"))
 
 
 def _replace(tree: Any, ref: Callable[[Any], Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -230,8 +230,14 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 _CLAIM = "the original minus the dropped neurons"
 
 
-def require(certificate: Certificate, what: str) -> Certificate:
-    """Return the certificate, or raise CertificateError where a check failed, or showed nothing."""
+def require(certificate: Certificate, what: str, seeded: Sequence[str] = ()) -> Certificate:
+    """Return the certificate, or raise CertificateError where a check failed, or showed nothing.
+
+    Args:
+        certificate: of a rewritten model.
+        what: the rewritten model, in words.
+        seeded: calls that draw from a generator which the forward seeds or holds.
+    """
     claim = "the original with neurons that change nothing" if certificate.widens else _CLAIM
     if certificate.agrees and not certificate.shown:
         raise CertificateError(
@@ -239,5 +245,9 @@ def require(certificate: Certificate, what: str) -> Certificate:
             "that reach the outputs, or certify=False for the structural check alone"
         )
     if not certificate.ok:
-        raise CertificateError(f"{what} is not {claim}: {certificate}")
+        own = (
+            f"; the forward draws from a generator that it seeds or holds ({', '.join(seeded)}), and what it draws, or "
+            "the seed, hangs on how many channels there are: draw these numbers once, into a buffer"
+        )
+        raise CertificateError(f"{what} is not {claim}: {certificate}{own if seeded else ''}")
     return certificate

@@ -6,12 +6,13 @@ is told the dtype that it would see otherwise, so that one which asserts float32
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import weakref
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from allocator.tracing.inputs import Inputs, dtype_of
 from allocator.tracing.isolation import apart, undisturbed
 from allocator.tracing.operators import FUNCTIONS, Function
 from allocator.tracing.outputs import said_in, tensors_in
+from allocator.verifying.alike import Alike
 
 _Dims = list[tuple[int, np.ndarray]]
 Rows = dict[str, _Dims]
@@ -54,8 +56,7 @@ def run_float64(
     nudge: int = 0,
     fill: float = 0.0,
     written: Collection[str] | None = None,
-    alike: bool = False,
-    states: list[torch.Tensor] | None = None,
+    alike: Alike | None = None,
     said: list[Any] | None = None,
 ) -> list[torch.Tensor]:
     """Output tensors of an eval-mode forward in float64; weights are converted one call at a time.
@@ -70,8 +71,7 @@ def run_float64(
         fill: what `zeroed` is read as instead; of a weight that is computed, what it is computed from. What chooses by
             truth values then gives no number for one that it left out.
         written: names of the parameters that the forward writes into, where that is known: no others are copied.
-        alike: one number stands in for all that a call draws at random.
-        states: gets the state of the generator at each call that draws.
+        alike: stands in for what calls draw at random.
         said: gets the numbers and words that the model returns beside tensors.
 
     Returns:
@@ -87,8 +87,9 @@ def run_float64(
         set_training(copied, False)
         direct = {name: rows for name, rows in (zeroed or {}).items() if fill or not _zero_computed(copied, name, rows)}
         mode = _Wide(copied, direct, draw, dtype, nudge, fill)
-        mode.alike, mode.states = alike, states
-        with torch.no_grad(), undisturbed(model), mode:
+        drawing = contextlib.nullcontext() if alike is None else alike.drawing()
+        mode.alike = alike is not None
+        with torch.no_grad(), undisturbed(model), mode, drawing:
             arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs
             output = apart(copied, *arguments.args, **arguments.kwargs)
         tensors = tensors_in(output)
@@ -182,10 +183,9 @@ class _Wide(TorchFunctionMode):
         self.said = dtype_of(model)
         self.complex = dtype.to_complex()
         self.rounded: list[torch.Tensor] = []
+        self.alike = False
         self.unrounded: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.alike = False
-        self.states: list[torch.Tensor] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -199,7 +199,9 @@ class _Wide(TorchFunctionMode):
         declared = FUNCTIONS.get(name)
         if declared is not None and declared.orders:
             args, kwargs = map_arguments(_rounded, (args, kwargs))
-        called = functools.partial(_convolve, func) if func in _CONVOLUTIONS else self._drawing(name, kwargs) or func
+        called = functools.partial(_convolve, func) if func in _CONVOLUTIONS else func
+        if self.alike and declared is not None and declared.in_parts is not None:
+            called = declared.in_parts  # fused, it would draw within
         out = called(*args, **kwargs)
         out = self._zero_again(func, args, kwargs, out) if self.zeroed and isinstance(out, torch.Tensor) else out
         if name.endswith("_") or "out" in kwargs:
@@ -212,13 +214,6 @@ class _Wide(TorchFunctionMode):
         if out is self.dtype:
             return self.said
         return map_arguments(self.widen, out) if isinstance(out, (tuple, list)) else out
-
-    def _drawing(self, name: str, kwargs: Any) -> Callable[..., Any] | None:
-        """What stands in for a function that draws, where that was asked for; notes the state that it draws from."""
-        stand_in = _alike(name)
-        if stand_in is not None and self.states is not None:
-            self.states.append((kwargs.get("generator") or torch.default_generator).get_state())
-        return stand_in if self.alike else None
 
     def _zero_again(self, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> torch.Tensor:
         """What is computed from weights alone, number by number, is zero where they are read as zero.
@@ -296,30 +291,6 @@ class _Wide(TorchFunctionMode):
             if not self.fill:
                 self.zeroed[id(wide)] = weakref.ref(wide), rows
         return wide
-
-
-def _alike(name: str) -> Callable[..., Any] | None:
-    """What stands in for a function that draws: of fewer channels it would draw others."""
-    declared = FUNCTIONS.get(name.removesuffix("_"))
-    if declared is None or not declared.draws:
-        return None
-    return declared.alike_in_place if name.endswith("_") else declared.alike
-
-
-def draws_at_random(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> bool:
-    """Whether a forward draws numbers, and from no generator that it seeded itself: those would be the network's own.
-
-    Seen by the state at each draw, which of a seeded one is the same though a number was drawn before the forward.
-    """
-    found: list[list[torch.Tensor]] = []
-    with undisturbed(model, itself=True):
-        for _ in range(2):
-            torch.rand(1)
-            found.append([])
-            run_float64(model, inputs, dtype=dtype, states=found[-1])
-            if not found[-1]:
-                return False
-    return not any(map(torch.equal, *found))
 
 
 def _with_left_out(name: str, given: list[torch.Tensor], out: Any) -> Any:

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
+from allocator.errors import in_words
 from allocator.flow.facts import Facts
 from allocator.flow.flow import Flow
 from allocator.flow.follow import RuleError, run_rules
@@ -198,7 +200,7 @@ def _last_of(old: Flow, calls: list[Op]) -> Op | None:
 
 def _first_not_made(old: Flow, before: list[Op], done: int, raised: Exception) -> Mismatch:
     """The original call on channels that comes next after `done` calls that were right."""
-    what = f"the rewritten forward raised {type(raised).__name__}: {raised}"
+    what = f"the rewritten forward raised {in_words(raised)}"
     for op in before[done:]:
         if any(label is not None for i in (*op.inputs(), *op.outputs) for label in old.labels(i)):
             return Mismatch(old.trace.ops[op.index], what)
@@ -310,8 +312,12 @@ def _compare_arguments(old: Flow, new: Flow, a: Op, b: Op, values: _Pairs, gone:
         return None
     # By their names, since torch leaves out an argument that has its default.
     numbers = [numbers_in(op.arg(name) for name in op.operator.arguments) for op in (a, b)]
-    sized = a.declared.sized and a.arg("fill_value") == b.arg("fill_value")
+    sized = a.declared.sized and all(a.arg(name) == b.arg(name) for name in _NO_SIZES)
     return _compare_numbers(*numbers, sized=sized)
+
+
+_NO_SIZES = ("fill_value", "low", "high")
+"""Whole numbers that an operator takes beside sizes."""
 
 
 def _compare_numbers(old: Sequence[Any], new: Sequence[Any], *, sized: bool = False) -> str | None:
@@ -333,7 +339,7 @@ def numbers_in(tree: Iterable[Any]) -> list[Any]:
         elif isinstance(item, dict):
             found += numbers_in(item.values())
         elif not isinstance(item, Ref):
-            found.append(item)
+            found.append(item.initial_seed() if isinstance(item, torch.Generator) else item)
     return found
 
 
