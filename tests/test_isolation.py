@@ -430,7 +430,11 @@ def _written(m: Any) -> None:
     torch.mul(m.two.weight.detach(), 0.5, out=m.two.weight.data)
 
 
-@pytest.mark.parametrize("write", [_scaled, _by_data, _by_index, _written])
+def _by_numpy(m: Any) -> None:
+    m.two.weight.detach().numpy()[0] = 0.5
+
+
+@pytest.mark.parametrize("write", [_scaled, _by_data, _by_index, _written, _by_numpy])
 @pytest.mark.parametrize("by_value", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_forward_that_writes_into_weights(write: Callable[[Any], None], by_value: bool, dtype: torch.dtype) -> None:
@@ -501,6 +505,19 @@ def test_a_hook_that_reaches_the_model_otherwise_is_refused() -> None:
     model.one.register_forward_hook(Holder())
     with pytest.raises(UnsupportedModelError, match=r"wrote into calls of the model itself.*take the hook"):
         allocate(model)
+
+
+TOTAL = torch.zeros(3)
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+def test_what_a_forward_adds_up_in_a_global_tensor_is_as_it_was(by_value: bool) -> None:
+    def middle(x: Tensor) -> Tensor:
+        TOTAL.add_(float(x.mean()) if by_value else 1)
+        return x * (1 + 0 * TOTAL[0].to(x.device))
+
+    allocate(model_with(middle))
+    assert TOTAL.tolist() == [0, 0, 0] or threading.active_count() > 1
 
 
 # The process ----------------------------------------------------------------------------------------

@@ -198,14 +198,10 @@ class Trace:
         return sorted({op.name for op in self.ops if op.draws() and op.seeded is seeded})
 
     def written(self) -> set[str]:
-        """Names of the parameters and buffers that some call may write into."""
-        names = set()
-        for op in self.ops:
-            for value in op.reads if op.writes() else ():
-                name = self.values[self.root(value)].name
-                if name is not None:
-                    names.add(name)
-        return names
+        """Names of the parameters and buffers that some call may write into, or what is not torch."""
+        reached = {value for op in self.ops if op.writes() for value in op.reads}.union(self.left)
+        names = (self.values[self.root(value)].name for value in reached)
+        return {name for name in names if name is not None}
 
     def __str__(self) -> str:
         lines = [f"{op.index:5d} {op.target} {[self.values[i].shape for i in op.outputs]}" for op in self.ops]

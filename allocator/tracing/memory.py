@@ -6,6 +6,7 @@ import contextvars
 import functools
 import random
 import sys
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from types import CodeType, FunctionType, MappingProxyType, MemberDescriptorType, ModuleType
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from allocator.torch_private import without_dispatch_modes
+
 _FOREIGN = ("torch", "numpy", "builtins", "typing", "abc", "collections", "functools", "allocator")
 _ELSEWHERE = frozenset({*_FOREIGN, *sys.stdlib_module_names})
 _ATOMS = (int, float, bool, str, bytes, type(None), type, ModuleType, torch.Tensor, nn.Module, torch.dtype)
@@ -23,6 +26,7 @@ _ON_MODULES = {FunctionType, functools.partial, *_GENERATORS}
 """What a module may hold that its forward changes, though no copy of the module has one of its own."""
 _CONTAINERS: tuple[Any, ...] = (dict, list, set, deque)
 _DEPTH = 4
+_MOST_NUMBERS = 1 << 16  # of a tensor, that are copied
 _REGISTRY = 50  # entries of a global from which on it is taken to be a table, and not looked into further
 
 
@@ -39,6 +43,7 @@ class Memory:
         self._caches: dict[Any, int] = {}  # how often each had missed
         self._generators: list[Callable[[], None]] = []
         self._objects: list[tuple[Any, dict[str, Any], bool]] = []  # (object with slots, their contents, as above)
+        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []  # (tensor, copy of it)
         self._seen: set[int] = set()
         classes: set[type] = set()
         functions: list[FunctionType] = []
@@ -65,6 +70,10 @@ class Memory:
             self._look(value, False, _DEPTH)
 
     def _look(self, value: Any, everything: bool, depth: int) -> None:
+        if type(value) is torch.Tensor and id(value) not in self._seen and _is_small(value):
+            self._seen.add(id(value))
+            with without_dispatch_modes():
+                self._tensors.append((value, value.clone()))
         if _is(value, _ATOMS) or not depth or id(value) in self._seen:
             return
         self._seen.add(id(value))
@@ -105,6 +114,23 @@ class Memory:
                 (kind.update if kind is set else kind.extend)(container, before)
         for value, fields, everything in self._objects:
             _restore_slots(value, fields, everything)
+        if self._tensors and threading.active_count() == 1:  # another thread may have written into them
+            with without_dispatch_modes():
+                for tensor, numbers in self._tensors:
+                    _restore_tensor(tensor, numbers)
+
+
+def _is_small(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's numbers are few enough to copy them on suspicion."""
+    there = tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_inference()
+    return there and tensor.numel() <= _MOST_NUMBERS and not tensor.requires_grad
+
+
+def _restore_tensor(tensor: torch.Tensor, before: torch.Tensor) -> None:
+    """Put back what was written into a tensor; of another size it is no longer the same."""
+    same = tensor.shape == before.shape and torch.equal(tensor.nan_to_num(), before.nan_to_num())
+    if not same and tensor.shape == before.shape:
+        tensor.copy_(before)
 
 
 def _is(value: Any, kinds: Any) -> TypeGuard[Any]:
