@@ -24,7 +24,7 @@ from torch.nn.modules import module as modules
 
 import allocator
 from allocator.logs import ANY, _Here, hidden, unwarned
-from allocator.torch_private import GLOBAL_HOOKS
+from allocator.torch_private import GLOBAL_HOOKS, default_device
 from allocator.tracing.isolation import apart, undisturbed
 from allocator.tracing.switches import SWITCHES, switches
 
@@ -95,7 +95,7 @@ MEDDLES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "attention": (lambda: torch.backends.cuda.enable_math_sdp(False), torch.backends.cuda.math_sdp_enabled),
     "attention by cudnn": (lambda: torch.backends.cuda.enable_cudnn_sdp(False), torch.backends.cuda.cudnn_sdp_enabled),
     "fast path": (lambda: torch.backends.mha.set_fastpath_enabled(False), torch.backends.mha.get_fastpath_enabled),
-    "device": (lambda: torch.set_default_device("meta"), torch.get_default_device),
+    "device": (lambda: torch.set_default_device("meta"), default_device),
     "dtype": (lambda: torch.set_default_dtype(torch.float64), torch.get_default_dtype),
     "autocast": (lambda: torch.set_autocast_enabled("cpu", True), lambda: torch.is_autocast_enabled("cpu")),
     "autocast to": (
