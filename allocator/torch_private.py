@@ -61,6 +61,7 @@ __all__ = [
     "call_by",
     "call_by_itself",
     "called_straight",
+    "default_device",
     "is_being_recorded",
     "map_arguments",
     "modes_left",
@@ -159,6 +160,14 @@ def call_by(module: nn.Module, call: Callable[..., Any]) -> None:
 def call_by_itself(module: nn.Module) -> None:
     """Undo `call_by`."""
     vars(module).pop(_COMPILED, None)
+
+
+def default_device() -> torch.device:
+    """Where new tensors lie; of torch 2.6, which raises once a default was taken back, too."""
+    try:
+        return torch.get_default_device()
+    except AttributeError:
+        return torch.device("cpu")
 
 
 def call_as_usual(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -25,7 +25,7 @@ from torch.nn.modules import module as modules
 
 import allocator
 from allocator.logs import ANY, _Here, hidden, unwarned
-from allocator.torch_private import GLOBAL_HOOKS
+from allocator.torch_private import GLOBAL_HOOKS, default_device
 from allocator.tracing.isolation import apart, undisturbed
 from allocator.tracing.switches import SWITCHES, switches
 
@@ -96,7 +96,7 @@ MEDDLES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "attention": (lambda: torch.backends.cuda.enable_math_sdp(False), torch.backends.cuda.math_sdp_enabled),
     "attention by cudnn": (lambda: torch.backends.cuda.enable_cudnn_sdp(False), torch.backends.cuda.cudnn_sdp_enabled),
     "fast path": (lambda: torch.backends.mha.set_fastpath_enabled(False), torch.backends.mha.get_fastpath_enabled),
-    "device": (lambda: torch.set_default_device("meta"), torch.get_default_device),
+    "device": (lambda: torch.set_default_device("meta"), default_device),
     "dtype": (lambda: torch.set_default_dtype(torch.float64), torch.get_default_dtype),
     "autocast": (lambda: torch.set_autocast_enabled("cpu", True), lambda: torch.is_autocast_enabled("cpu")),
     "autocast to": (
@@ -308,7 +308,7 @@ def _seen() -> list[Any]:
     """What other threads see of all switches, without filters of warnings that match here alone."""
     states = [each.read() for each in SWITCHES]
     return [
-        [item for item in state.filters if not isinstance(item[1], _Here)] if hasattr(state, "filters") else state
+        [item for item in state.within if not isinstance(item[1], _Here)] if hasattr(state, "filters") else state
         for state in states
     ]
 
@@ -348,6 +348,7 @@ def test_nothing_that_we_do_is_seen_by_another_thread(what: str) -> None:
             calls[what]()
         finally:
             over.set()
+            other.asked.join()
             sys.setswitchinterval(interval)
     assert seen == []
     assert len(polls) > 20

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from allocator import adapters
 from allocator.errors import UnsupportedModelError
 from allocator.modules import modules_of, tensor_names
-from allocator.torch_private import modes_left, without_dispatch_modes
+from allocator.torch_private import default_device, modes_left, without_dispatch_modes
 from allocator.tracing.journal import noted, put_back
 from allocator.tracing.memory import Memory
 from allocator.tracing.operators import FUNCTIONS
@@ -125,7 +125,7 @@ def as_usual(function: Callable[P, R]) -> Callable[P, R]:
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
-            if torch.get_default_device().type == "meta":
+            if default_device().type == "meta":
                 stack.enter_context(torch.device("cpu"))
             return contextvars.copy_context().run(function, *args, **kwargs)
 

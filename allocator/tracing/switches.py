@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn.modules import module as of_modules
 
-from allocator.torch_private import GLOBAL_HOOKS, SETTERS_IN_C, print_options
+from allocator.torch_private import GLOBAL_HOOKS, SETTERS_IN_C, default_device, print_options
 
 _CUDA, _CUDNN, _MKLDNN = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
 
@@ -286,7 +286,7 @@ SWITCHES: tuple[Switch, ...] = (
     Switch(lambda: [set(hooks) for hooks in GLOBAL_HOOKS], _undo_hooks, tuple(_HOOKED)),
     _of_torch(torch.get_default_dtype, torch.set_default_dtype),
     _of(torch.is_grad_enabled, torch.set_grad_enabled, of_the_thread=True),
-    _of(torch.get_default_device, _set_default_device, of_the_thread=True),
+    _of(default_device, _set_default_device, of_the_thread=True),
     _of(torch.get_num_threads, torch.set_num_threads, of_the_thread=True),
     _of_torch(torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     _of_torch(torch.is_anomaly_enabled, _set_anomaly),
