@@ -13,6 +13,7 @@ from allocator.flow.attributes import attributes_of_groups, attributes_of_sizes,
 from allocator.flow.facts import AtLeast, Even, Facts, Frozen, Gamma, Tie, Written
 from allocator.flow.labels import Label, Labels, Slots
 from allocator.flow.options import Options, Place, places_of
+from allocator.flow.repeats import Repeats
 from allocator.tracing.calls import Op, Ref, Trace, Value
 
 SEEDED = (
@@ -51,6 +52,7 @@ class Flow:
         seeded: values drawn from a generator that the forward made, holds or seeded.
         uniform: values that are the same everywhere, so that they fit any channels.
         zeros: tensors that were made as zeros.
+        repeats: dims along which a value is one number.
         joins: where branches meet, in order.
         grouped: per call of a grouped convolution or norm whose groups come and go whole, one slot per group.
     """
@@ -67,6 +69,7 @@ class Flow:
         self.picked: set[int] = set()
         self.uniform: set[int] = set()
         self.zeros: set[int] = set()
+        self.repeats = Repeats()
         self.joins: list[Join] = []
         self.grouped: dict[int, np.ndarray] = {}
         self.seeded: set[int] = set()
@@ -187,6 +190,39 @@ class Flow:
                 found.append(value)
                 waiting += self._made_of.get(value, ())
         return found
+
+    def is_repeated(self, index: int, dim: int) -> bool:
+        """Whether a value is one number along this dim, which has no channels yet."""
+        return (index, dim) in self.repeats and self.labels(index)[dim] is None
+
+    def repeat(self, index: int, dim: int, label: Label) -> None:
+        """A dim along which a value is one number has these channels: as many as are left of them."""
+        for value, own in self.repeats.chain((index, dim)) if label is not None else ():
+            labels = list(self.labels(value))
+            if labels[own] is None:
+                labels[own] = label
+                self.set(value, labels)
+
+    def note_repeated(self, index: int, made_of: Sequence[Sequence[tuple[int, int]]]) -> None:
+        """A value that was computed number by number is one along each dim of which all that made it is."""
+        self.repeats.forget(index)
+        for dim, dims in enumerate(made_of) if self.trace.root(index) not in self._written_into else ():
+            if dims:
+                self.repeats.note((index, dim), dims)
+
+    def pass_repeated(self, op: Op, dims: Sequence[int | None]) -> None:
+        """What a call gives is one number along those of its dims that come from such dims of its first tensor.
+
+        Args:
+            op: a call that gives the numbers of its first tensor.
+            dims: per dim of its result the dim that it was, None for others.
+        """
+        source, out = op.inputs()[0], op.outputs[0]
+        if not op.operator.gives_views and self.trace.root(out) in self._written_into:
+            return
+        for dim, own in enumerate(dims):
+            if own is not None and self.is_repeated(source, own):
+                self.repeats.note((out, dim), [(source, own)])
 
     def is_zero(self, index: int) -> bool:
         """Whether a value is nothing but zeros, as the first state of a recurrent layer is."""

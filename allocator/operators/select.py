@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -222,9 +221,8 @@ def _repeated_like(flow: Flow, op: Op, index: int, dims: list[tuple[int, Label]]
     """On these dims, an index has the channels of what it is for: as many as are left, where it is repeated."""
     for dim, label in dims:
         own = list(flow.labels(index))
-        if own[dim] is None and _is_repeated(flow, index, dim):
-            own[dim] = label
-            flow.set(index, own)
+        if flow.is_repeated(index, dim):
+            flow.repeat(index, dim, label)
         else:
             flow.unify(label, own[dim], op)
 
@@ -257,12 +255,6 @@ def put_together(flow: Flow, op: Op) -> None:
     if values != index and len(flow.shape(index)) == len(shape) > 1:
         _repeated_like(flow, op, index, [(dim, flow.labels(values)[dim]) for dim in others])
     _into_places(flow, op, target, values, at)
-
-
-def _is_repeated(flow: Flow, value: int, dim: int) -> bool:
-    """Whether a view holds the same numbers all along this dim."""
-    own, seen = math.prod(flow.shape(flow.trace.root(value))), math.prod(flow.shape(value))
-    return own < seen and seen % (own * flow.shape(value)[dim]) == 0
 
 
 def _into_places(flow: Flow, op: Op, target: int, values: int, at: int) -> None:
