@@ -57,6 +57,7 @@ __all__ = [
     "call_by_itself",
     "called_straight",
     "is_being_recorded",
+    "is_transformed",
     "map_arguments",
     "of_the_processor",
     "parts_recorded",
@@ -176,6 +177,11 @@ def map_arguments(function: Callable[[Any], Any], tree: Any) -> Any:
 def schema_of(target: OpOverload) -> Any:
     """The schema of an overload such as `torch.ops.aten.add.Tensor`: names and kinds of what it takes and gives."""
     return target._schema
+
+
+def is_transformed() -> bool:
+    """Whether functions are called on parts of tensors, as within `torch.vmap`; whole ones meet the dispatcher."""
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def is_being_recorded() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,6 +107,14 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
         kind = type(graph.modules[op.module]).__name__
         notes.append(f"of {kind}, neurons that one attribute counts go together, place by place: {mismatch.what}")
         return rebuilt(graph, graph.options.tying(counted))
+    shared = _sized_like_another(scene, op, mismatch.what)
+    if shared:
+        notes.append(f"neurons at {op} go together with others that a size of theirs is read from: {mismatch.what}")
+        return rebuilt(graph, graph.options.tying(shared))
+    shares = _in_shares(scene, op)
+    if shares:
+        notes.append(f"neurons at {op} go from all shares of the dim alike: {mismatch.what}")
+        return rebuilt(graph, graph.options.tying(shares))
     if op.declared.splits and op.declared.sized and op.module not in graph.options.equal_parts:
         notes.append(f"the parts of {op} stay equal: {mismatch.what}")
         options = graph.options.equalising(_meant(graph, op.module, graph.options.equal_parts))
@@ -229,6 +239,43 @@ def _counted_by_one(scene: _Scene, op: Op) -> set[Pair]:
                     found.setdefault(pair, other is op and bool(differ))
     new = found.keys() - scene.graph.options.tied
     return new if any(found[pair] for pair in new) else set()
+
+
+def _sized_like_another(scene: _Scene, op: Op, what: str) -> set[Pair]:
+    """Slots along a dim that a call was given the size of, and those of an earlier tensor's dim of that size.
+
+    As of `y.view(*x.shape)`, which takes it that both are equally wide; `what` names the size that it got.
+    """
+    flow, stays = scene.flow, scene.graph.stays(scene.plan.kept)
+    got = set(map(int, re.findall(r"\d+", what)))
+    sized = op.outputs if op.declared.sized and op.declared.reshapes else ()
+    for label in (label for value in sized for label in flow.labels(value) if label is not None):
+        for other in reversed(flow.trace.ops[: op.index]):
+            within = not op.module or lies_within(other.module, [op.module])
+            for like in _labels_of(flow, other) if within else ():
+                pair = tuple(label.tolist()), tuple(like.tolist())
+                differ = len(like) == len(label) > 1 and (stays[label] != stays[like]).any()
+                if differ and int(stays[like].sum()) in got and not {pair, pair[::-1]} & scene.graph.options.tied:
+                    return {pair}
+    return set()
+
+
+_MOST_SHARES = 16
+
+
+def _in_shares(scene: _Scene, op: Op) -> set[Pair]:
+    """Slots of the shares of a dim that a call takes some of, as of `x[:, : x.shape[1] // 4]`: each loses the same."""
+    if not {"dim", "start", "end", "step"} <= op.operator.arguments.keys() or op.arg("step") != 1:
+        return set()
+    label = scene.flow.labels(op.inputs()[0])[int(op.arg("dim") or 0)]
+    if label is None:
+        return set()
+    start, end, _ = slice(op.arg("start"), op.arg("end")).indices(len(label))
+    size = math.gcd(start, end, len(label))
+    if not 1 < len(label) // size <= _MOST_SHARES or size == 1:
+        return set()
+    first, *others = (tuple(share.tolist()) for share in label.reshape(-1, size))
+    return {(share, first) for share in others} - scene.graph.options.tied
 
 
 def _taken(scene: _Scene, path: str, module: nn.Module) -> set[str]:

@@ -359,8 +359,8 @@ class Flow:
             for user in self.users.get(value, ()) if value not in seen else ():
                 if self.active.isdisjoint(user.inputs()):
                     waiting += user.outputs
-                elif value in [user.inputs()[k] for k in user.declared.multiplies]:
-                    return True
+                elif value in [user.inputs()[k] for k in user.declared.multiplies[1:]]:
+                    return True  # else it is multiplied itself, as queries that were learned
             seen.add(value)
         return False
 
@@ -382,7 +382,7 @@ class Flow:
 
     def freeze(self, label: Label, op: Op, reason: str) -> None:
         """These slots must stay."""
-        if label is not None:
+        if label is not None and len(label):
             self._stay[label] = True
             self.facts.frozen.append(Frozen(label, op.module, f"{reason} ({op.name})"))
 

@@ -151,6 +151,9 @@ def _grouped(flow: Flow, op: Op, x: int, weight: int, groups: int, transposed: b
         flow.freeze(w0, op, "a grouped convolution reads channels that must stay")
         return None if transposed else w0
     inputs, rows = source.reshape(groups, -1), w0.reshape(groups, -1)
+    if inputs.shape[1] > 1 and (inputs == inputs[0]).all() and (rows == rows[0]).all() and not transposed:
+        flow.contract(inputs[0], w1, op, weight)  # samples side by side, each with a kernel of its own
+        return w0
     if inputs.shape[1] > 1:
         flow.join("groups", op, 1, [x])
     if flow.options.groups == "whole" or inputs.shape[1] == 1:

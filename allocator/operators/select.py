@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from allocator.flow.flow import Flow
-from allocator.flow.labels import Label
+from allocator.flow.labels import FROZEN, Label
 from allocator.operators.pointwise import adopt
 from allocator.tracing.calls import Op, Trace
 from allocator.tracing.operators import AS_ONE_CALL, Declaration, declare, operator
@@ -87,9 +87,11 @@ def slice_(flow: Flow, op: Op) -> None:
 
 @operator("select", "select_copy")
 def select(flow: Flow, op: Op) -> None:
-    """One index of one dim."""
+    """One index of one dim: it stays, and so do those that its number counts."""
     labels = list(flow.labels(op.inputs()[0]))
-    flow.freeze(labels.pop(int(op.arg("dim"))), op, "one index is read by number")
+    label, at = labels.pop(int(op.arg("dim"))), int(op.arg("index"))
+    if label is not None:
+        flow.freeze(label[at:] if at < 0 else label[: at + 1], op, "one index is read by number")
     flow.set(op.outputs[0], labels)
     flow.pass_uniform(op)
 
@@ -329,15 +331,18 @@ def largest_along_dim(flow: Flow, op: Op) -> None:
 
 @operator("constant_pad_nd")
 def constant_pad(flow: Flow, op: Op) -> None:
-    """Padding from the last dim backwards; a padded dim must keep its channels."""
+    """Padding from the last dim backwards; what is added stays, and what is cropped, as their numbers are written."""
     labels = list(flow.labels(op.inputs()[0]))
     pads = op.arg("pad")
     for k in range(len(pads) // 2):
         dim = len(labels) - 1 - k
-        if pads[2 * k] or pads[2 * k + 1]:
-            flow.freeze(labels[dim], op, "channels are padded")
-            if labels[dim] is not None:
-                labels[dim] = np.zeros(flow.shape(op.outputs[0])[dim], dtype=np.int64)
+        label = labels[dim]
+        if label is not None:
+            before, after = int(pads[2 * k]), int(pads[2 * k + 1])
+            first, last = max(-before, 0), len(label) - max(-after, 0)
+            flow.freeze(np.concatenate([label[:first], label[last:]]), op, "channels are cropped")
+            added = [np.full(max(n, 0), FROZEN) for n in (before, after)]
+            labels[dim] = np.concatenate([added[0], label[first:last], added[1]])
     flow.set(op.outputs[0], labels)
 
 

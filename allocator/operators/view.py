@@ -258,9 +258,22 @@ def flip(flow: Flow, op: Op) -> None:
     """Dims are read backwards."""
     labels = list(flow.labels(op.inputs()[0]))
     for d in op.arg("dims"):
-        label = labels[d]
-        labels[d] = None if label is None else label[::-1]
+        labels[d] = _backwards(labels[d])
     flow.set(op.outputs[0], labels)
+
+
+@operator("rot90")
+def rotate(flow: Flow, op: Op) -> None:
+    """Two dims are turned from the first towards the second, by right angles."""
+    labels = list(flow.labels(op.inputs()[0]))
+    a, b = op.arg("dims")
+    for _ in range(int(op.arg("k")) % 4):
+        labels[a], labels[b] = _backwards(labels[b]), labels[a]
+    flow.set(op.outputs[0], labels)
+
+
+def _backwards(label: Label) -> Label:
+    return None if label is None else label[::-1]
 
 
 @operator("pixel_shuffle")
