@@ -56,7 +56,7 @@ def _in_frequencies(m: Any, x: Tensor) -> Tensor:
 
 def _unpooled(m: Any, x: Tensor) -> Tensor:
     y, places = F.max_pool2d(x, 2, return_indices=True)
-    return F.max_unpool2d(m.conv(y), places, 2)
+    return F.max_unpool2d(m.conv(y), places, [2, 2])
 
 
 def _shifted(m: Any, x: Tensor) -> Tensor:
@@ -95,12 +95,12 @@ def _by_latents(m: Any, x: Tensor) -> Tensor:
 
 
 def _turned(m: Any, x: Tensor) -> Tensor:
-    n, c, h, w = x.shape
+    n, _, h, w = x.shape
     q, k, v = m.qkv(x.flatten(2).transpose(1, 2)).view(n, h * w, 3, m.heads, m.width).unbind(2)
     steps = torch.outer(torch.arange(h * w), torch.arange(m.width // 2) + 1.0)
     by = torch.polar(torch.ones_like(steps), steps)[:, None]
     q, k = (torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2))) * by).flatten(3) for t in (q, k))
-    y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return x + m.out(y.transpose(1, 2).reshape(n, h * w, -1)).transpose(1, 2).reshape(n, -1, h, w)
 
 

@@ -69,7 +69,7 @@ class Flow:
         self.picked: set[int] = set()
         self.uniform: set[int] = set()
         self.zeros: set[int] = set()
-        self.repeats = Repeats()
+        self.repeats = Repeats(trace)
         self.joins: list[Join] = []
         self.grouped: dict[int, np.ndarray] = {}
         self.seeded: set[int] = set()
@@ -195,34 +195,15 @@ class Flow:
         """Whether a value is one number along this dim, which has no channels yet."""
         return (index, dim) in self.repeats and self.labels(index)[dim] is None
 
-    def repeat(self, index: int, dim: int, label: Label) -> None:
+    def repeat(self, index: int, dim: int, label: Label, op: Op) -> None:
         """A dim along which a value is one number has these channels: as many as are left of them."""
         for value, own in self.repeats.chain((index, dim)) if label is not None else ():
             labels = list(self.labels(value))
             if labels[own] is None:
                 labels[own] = label
                 self.set(value, labels)
-
-    def note_repeated(self, index: int, made_of: Sequence[Sequence[tuple[int, int]]]) -> None:
-        """A value that was computed number by number is one along each dim of which all that made it is."""
-        self.repeats.forget(index)
-        for dim, dims in enumerate(made_of) if self.trace.root(index) not in self._written_into else ():
-            if dims:
-                self.repeats.note((index, dim), dims)
-
-    def pass_repeated(self, op: Op, dims: Sequence[int | None]) -> None:
-        """What a call gives is one number along those of its dims that come from such dims of its first tensor.
-
-        Args:
-            op: a call that gives the numbers of its first tensor.
-            dims: per dim of its result the dim that it was, None for others.
-        """
-        source, out = op.inputs()[0], op.outputs[0]
-        if not op.operator.gives_views and self.trace.root(out) in self._written_into:
-            return
-        for dim, own in enumerate(dims):
-            if own is not None and self.is_repeated(source, own):
-                self.repeats.note((out, dim), [(source, own)])
+            else:  # it was written into since
+                self.unify(label, labels[own], op)
 
     def is_zero(self, index: int) -> bool:
         """Whether a value is nothing but zeros, as the first state of a recurrent layer is."""

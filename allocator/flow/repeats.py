@@ -5,29 +5,50 @@ They have no labels until they meet some; then they have these, and so have the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import cached_property
+
+from allocator.tracing.calls import Op, Trace
 
 Dim = tuple[int, int]
 """A value of a trace, and one of its dims."""
 
 
 class Repeats:
-    """Which dims of which values are so, and of which others they were made."""
+    """Which dims of a trace's values are so, and of which others they were made."""
 
-    def __init__(self) -> None:
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
         self._made_of: dict[Dim, tuple[Dim, ...]] = {}
 
     def __contains__(self, dim: Dim) -> bool:
         return dim in self._made_of
 
-    def note(self, dim: Dim, made_of: Iterable[Dim] = ()) -> None:
-        """It is one number along this dim, as it is along those that it was made of."""
-        self._made_of[dim] = tuple(made_of)
+    def note(self, dim: Dim, made_of: Sequence[Dim] = ()) -> None:
+        """It is one number along this dim, as it is along those that it was made of, and may be among."""
+        before = self._made_of.get(dim, ()) if dim in made_of else ()
+        self._made_of[dim] = (*before, *(each for each in made_of if each != dim))
 
-    def forget(self, value: int) -> None:
-        """A value that was written into."""
-        for dim in [dim for dim in self._made_of if dim[0] == value]:
-            del self._made_of[dim]
+    def passed(self, op: Op, dims: Sequence[int | None]) -> None:
+        """What a call gives is one number along those of its dims that come from such dims of its first tensor.
+
+        Args:
+            op: a call that gives the numbers of its first tensor.
+            dims: per dim of its result the dim that it was, None for others.
+        """
+        source, out = op.inputs()[0], op.outputs[0]
+        if self._made_of and (op.operator.gives_views or out not in self._written_in_part):
+            for dim, own in enumerate(dims):
+                if own is not None and (source, own) in self:
+                    self.note((out, dim), [(source, own)])
+
+    def computed(self, index: int, made_of: Sequence[Sequence[Dim]]) -> None:
+        """A value that was computed number by number is one along each dim of which all that made it is."""
+        for dim, dims in enumerate(made_of):
+            if dims and index not in self._written_in_part:
+                self.note((index, dim), dims)
+            else:
+                self._made_of.pop((index, dim), None)
 
     def chain(self, dim: Dim) -> list[Dim]:
         """This dim and all that it was made of."""
@@ -39,3 +60,10 @@ class Repeats:
                 found.append(each)
                 waiting += self._made_of[each]
         return found
+
+    @cached_property
+    def _written_in_part(self) -> frozenset[int]:
+        """Values that some call writes into through a view, or not number by number."""
+        writes = [op for op in self._trace.ops if op.writes()]
+        apart = {i for op in writes for i in op.outputs if not op.operator.pointwise or self._trace.root(i) != i}
+        return frozenset(map(self._trace.root, apart))

@@ -143,7 +143,7 @@ def _grouped(flow: Flow, op: Op, x: int, weight: int, groups: int, transposed: b
     """
     source = flow.labels(x)[1]
     if source is not None and groups == len(source) == flow.shape(weight)[0] and flow.is_repeated(weight, 0):
-        flow.repeat(weight, 0, source)  # one kernel for all channels
+        flow.repeat(weight, 0, source, op)  # one kernel for all channels
     w0, w1 = flow.labels(weight)[:2]
     per_out = flow.shape(op.outputs[0])[1] // groups
     if source is None or w0 is None:

@@ -62,7 +62,7 @@ def pointwise(flow: Flow, op: Op) -> None:
             flow.freeze_all([label for _, label in present], op, SEEDED)
         result.append(label := flow.unify_all([label for _, label in present], op))
         for i, own in alike:
-            flow.repeat(i, own, label)
+            flow.repeat(i, own, label, op)
         repeated.append([] if present else alike)
         _note_join(flow, op, dim - len(out), present)
     uniform = bool(inputs) and flow.uniform.issuperset(inputs)
@@ -71,7 +71,7 @@ def pointwise(flow: Flow, op: Op) -> None:
             adopt(flow, op, i, result)
     for index in op.outputs:
         flow.set(index, result)
-        flow.note_repeated(index, repeated)
+        flow.repeats.computed(index, repeated)
     if uniform:
         flow.uniform.update(op.outputs)
 

@@ -224,7 +224,7 @@ def _repeated_like(flow: Flow, op: Op, index: int, dims: list[tuple[int, Label]]
     for dim, label in dims:
         own = list(flow.labels(index))
         if flow.is_repeated(index, dim):
-            flow.repeat(index, dim, label)
+            flow.repeat(index, dim, label, op)
         else:
             flow.unify(label, own[dim], op)
 

@@ -31,7 +31,7 @@ def identity(flow: Flow, op: Op) -> None:
         flow.set(index, flow.labels(source))
     if uniform:
         flow.uniform.update(op.outputs)
-    flow.pass_repeated(op, range(len(flow.shape(source))))
+    flow.repeats.passed(op, range(len(flow.shape(source))))
     if op.declared.copies and flow.is_zero(source):
         flow.zeros.update(op.outputs)
 
@@ -83,7 +83,7 @@ def view(flow: Flow, op: Op) -> None:
         result[:2] = [None, labels[0]]
     flow.set(out, result)
     flow.pass_uniform(op)
-    flow.pass_repeated(op, same)
+    flow.repeats.passed(op, same)
 
 
 def factor_groups(shape: Shape, target: Shape) -> list[tuple[list[int], list[int]]]:
@@ -168,7 +168,7 @@ def unsqueeze(flow: Flow, op: Op) -> None:
     labels.insert(at, None)
     flow.set(op.outputs[0], labels)
     flow.pass_uniform(op)
-    flow.pass_repeated(op, [*range(at), None, *range(at, len(labels) - 1)])
+    flow.repeats.passed(op, [*range(at), None, *range(at, len(labels) - 1)])
 
 
 @operator("squeeze")
@@ -190,7 +190,7 @@ def permute(flow: Flow, op: Op) -> None:
     labels = flow.labels(op.inputs()[0])
     dims = [int(d) % len(labels) for d in op.arg("dims")]
     flow.set(op.outputs[0], [labels[d] for d in dims])
-    flow.pass_repeated(op, dims)
+    flow.repeats.passed(op, dims)
 
 
 @operator("t", "numpy_T")
@@ -208,7 +208,7 @@ def transpose(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], labels)
     dims = list(range(len(labels)))
     dims[a], dims[b] = dims[b], dims[a]
-    flow.pass_repeated(op, dims)
+    flow.repeats.passed(op, dims)
 
 
 @operator("expand", "expand_copy", sized=True)
@@ -223,7 +223,7 @@ def expand(flow: Flow, op: Op) -> None:
             labels[d] = None
     flow.set(op.outputs[0], [None] * fresh + labels)
     flow.pass_uniform(op)
-    flow.pass_repeated(op, [None] * fresh + [*range(len(shape))])
+    flow.repeats.passed(op, [None] * fresh + [*range(len(shape))])
     _note_repeated(flow, op)
     if math.prod(shape) == 1:
         flow.uniform.update(op.outputs)
