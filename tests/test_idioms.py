@@ -197,3 +197,66 @@ def test_a_channel_that_is_read_by_number_stays_and_those_after_it_go() -> None:
     result: Any = allocator.allocate(model, "60%", example_inputs=IMAGES, scope="all", criterion="random")
     assert result.model.stem.out_channels < 16
     assert result.allocation.kept["stem.weight"][0][:2] == [0, 1]
+
+
+def _by_features(m: Any, x: Tensor) -> Tensor:
+    tokens = x.flatten(2).transpose(1, 2)
+    q, k = m.q(tokens).sigmoid(), m.k(tokens).exp()
+    return x + (q @ (k.transpose(1, 2) @ m.v(tokens)) / 64).transpose(1, 2).reshape_as(x)
+
+
+def test_features_that_are_not_zero_without_their_channels_stay_and_all_else_goes() -> None:
+    """Of a sum of products of two activations no weight reads what is dropped, and a sigmoid of nothing is a half."""
+    torch.manual_seed(0)
+    parts: dict[str, Any] = {"q": nn.Linear(16, 8), "k": nn.Linear(16, 8), "v": nn.Linear(16, 16)}
+    model = trained(Middle(_by_features, **parts))
+    result: Any = allocator.allocate(model, "60%", example_inputs=IMAGES, scope="all", criterion="random")
+    assert result.model.stem.out_channels < 16
+    assert (result.model.q.out_features, result.model.k.out_features) == (8, 8)
+    said = "products are summed that are not zero where these channels are (bmm) in middle"
+    assert any(reason == said.removesuffix(" in middle") for reason, _ in result.graph.reasons())
+    _same_as_zeroed(model, result)
+
+
+def _numbered(m: Any, x: Tensor) -> Tensor:
+    scale = x.new_ones(x.shape)
+    scale[:, 3] = 2.0
+    return x * scale
+
+
+def _after_a_write(m: Any, x: Tensor) -> Tensor:
+    mask = m.mask(x).expand_as(x).clone()
+    mask[:, 3] = 2.0
+    return x * mask
+
+
+@pytest.mark.parametrize("run", [_numbered, _after_a_write])
+def test_a_constant_of_which_a_part_is_written_by_number_fits_no_other_channels(run: Run) -> None:
+    torch.manual_seed(0)
+    model = trained(Middle(run, mask=nn.Conv2d(16, 1, 1)))
+    result: Any = allocator.allocate(model, "60%", example_inputs=IMAGES, scope="all", criterion="random")
+    assert (result.model.stem.out_channels, result.certificate.ok) == (16, True)
+    assert result.model.body.out_channels < 32
+
+
+def _written_later(m: Any, x: Tensor) -> Tensor:
+    mask = m.mask(x).expand_as(x).clone()
+    return x * mask.mul_(m.scale)
+
+
+def _written_behind(m: Any, x: Tensor) -> Tensor:
+    mask = m.mask(x).expand_as(x).clone()
+    same = mask.view_as(mask)
+    mask.mul_(torch.arange(x.shape[1], dtype=x.dtype).view(1, -1, 1, 1))
+    return x * same
+
+
+@pytest.mark.parametrize("run", [_written_later, _written_behind])
+def test_what_was_expanded_and_written_goes_with_what_was_written(run: Run) -> None:
+    torch.manual_seed(0)
+    model = trained(Middle(run, mask=nn.Conv2d(16, 1, 1), scale=torch.rand(1, 16, 1, 1)))
+    result: Any = allocator.allocate(model, "60%", example_inputs=IMAGES, scope="all", criterion="random")
+    kept = result.allocation.kept
+    assert (result.model.stem.out_channels == 16) is (run is _written_behind)
+    assert run is _written_behind or kept["scale"][1] == kept["stem.weight"][0]
+    _same_as_zeroed(model, result)

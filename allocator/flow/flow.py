@@ -188,7 +188,7 @@ class Flow:
             value = waiting.pop()
             if value in self.uniform and value not in found:
                 found.append(value)
-                waiting += self._made_of.get(value, ())
+                waiting += [i for op in self.makers.get(value, ()) for i in op.reads]
         return found
 
     def is_repeated(self, index: int, dim: int) -> bool:
@@ -216,13 +216,13 @@ class Flow:
         return frozenset(self.trace.root(value) for op in self.trace.ops if op.writes() for value in op.outputs)
 
     @cached_property
-    def _made_of(self) -> dict[int, list[int]]:
-        """Per value, what the calls that made it, or wrote into it, read."""
-        made_of: dict[int, list[int]] = {}
+    def makers(self) -> dict[int, list[Op]]:
+        """By value the calls that made it, or wrote into it, in order."""
+        makers: dict[int, list[Op]] = {}
         for op in self.trace.ops:
             for value in op.outputs:
-                made_of.setdefault(value, []).extend(op.reads)
-        return made_of
+                makers.setdefault(value, []).append(op)
+        return makers
 
     def pass_uniform(self, op: Op) -> None:
         """Results of a call whose first tensor is the same everywhere are so too."""
@@ -235,6 +235,7 @@ class Flow:
             return
         if b.shape != a.shape:
             b = np.broadcast_to(b, a.shape)
+        self._stay[a] = self._stay[b] = self._stay[a] | self._stay[b]
         tie = Tie(a, b, op.index)
         self.facts.ties.append(tie)
         if self.active.isdisjoint(op.inputs()):

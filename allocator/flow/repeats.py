@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
+from allocator.flow.labels import Labels
 from allocator.tracing.calls import Op, Trace
 
 Dim = tuple[int, int]
@@ -37,17 +38,23 @@ class Repeats:
             dims: per dim of its result the dim that it was, None for others.
         """
         source, out = op.inputs()[0], op.outputs[0]
-        if self._made_of and (op.operator.gives_views or out not in self._written_in_part):
+        if self._made_of and self._trace.root(out) not in self._written_apart:
             for dim, own in enumerate(dims):
                 if own is not None and (source, own) in self:
                     self.note((out, dim), [(source, own)])
 
-    def computed(self, index: int, made_of: Sequence[Sequence[Dim]]) -> None:
-        """A value that was computed number by number is one along each dim of which all that made it is."""
+    def computed(self, index: int, made_of: Sequence[Sequence[Dim]], labels: Labels) -> None:
+        """A value that was computed number by number is one along each dim of which all that made it is.
+
+        Args:
+            index: the value.
+            made_of: per dim what made it, none where some of that is not so.
+            labels: per dim the channels that it has by now.
+        """
         for dim, dims in enumerate(made_of):
-            if dims and index not in self._written_in_part:
+            if dims and self._trace.root(index) not in self._written_apart:
                 self.note((index, dim), dims)
-            else:
+            elif labels[dim] is None:
                 self._made_of.pop((index, dim), None)
 
     def chain(self, dim: Dim) -> list[Dim]:
@@ -62,8 +69,8 @@ class Repeats:
         return found
 
     @cached_property
-    def _written_in_part(self) -> frozenset[int]:
-        """Values that some call writes into through a view, or not number by number."""
-        writes = [op for op in self._trace.ops if op.writes()]
-        apart = {i for op in writes for i in op.outputs if not op.operator.pointwise or self._trace.root(i) != i}
-        return frozenset(map(self._trace.root, apart))
+    def _written_apart(self) -> frozenset[int]:
+        """Values that some call writes into not number by number, or where there are views of them."""
+        root, viewed = self._trace.root, {value.base for value in self._trace.values}
+        writes = [(op, i) for op in self._trace.ops if op.writes() for i in op.outputs]
+        return frozenset(root(i) for op, i in writes if not op.operator.pointwise or root(i) in viewed)

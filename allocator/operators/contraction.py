@@ -11,6 +11,7 @@ from torch.nn import functional
 from allocator.cost.terms import Product, elements, times
 from allocator.flow.flow import Flow
 from allocator.flow.labels import Label
+from allocator.flow.vanishing import vanishes
 from allocator.operators.pointwise import adopt
 from allocator.tracing.calls import Op
 from allocator.tracing.meta_kernels import empty
@@ -212,6 +213,9 @@ def sum_over(flow: Flow, op: Op, a: tuple[int, Label], b: tuple[int, Label]) -> 
         adopt(flow, op, value, [weight])  # the first state of a recurrent layer
         x = weight
     flow.contract(x, weight, op, weight_value)
+    both = x is not None and weight is not None and flow.is_activation(weight_value)
+    if both and not (vanishes(flow, value, x) or vanishes(flow, weight_value, weight)):  # type: ignore[arg-type]
+        flow.freeze(weight, op, "products are summed that are not zero where these channels are")
 
 
 def _linear_flops(flow: Flow, op: Op) -> list[Product]:

@@ -71,7 +71,7 @@ def pointwise(flow: Flow, op: Op) -> None:
             adopt(flow, op, i, result)
     for index in op.outputs:
         flow.set(index, result)
-        flow.repeats.computed(index, repeated)
+        flow.repeats.computed(index, repeated, tuple(result))
     if uniform:
         flow.uniform.update(op.outputs)
 
