@@ -41,7 +41,7 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
         )
     config = transformers.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False, **kwargs)
     model_class = _model_class(transformers, config)
-    on_meta = torch.get_default_device().type == "meta"
+    on_meta = torch.empty(0).is_meta
     if on_meta or not _has_weights(name, pretrained):
         built: Any = recorded_class(model_class, config)(config)
         if on_meta and hasattr(built, "tie_weights"):

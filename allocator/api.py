@@ -12,7 +12,7 @@ from torch import nn
 from allocator import adapters
 from allocator.arguments import checked
 from allocator.clock import Progress
-from allocator.errors import InputError
+from allocator.errors import InputError, as_given
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.io.files import load_allocation
 from allocator.model_checks import check_model
@@ -216,7 +216,7 @@ def recover(
     """
     if samples < 2:
         raise InputError(
-            f"samples={samples!r} is no whole number from 2 on: one to fit and one to judge by are the least"
+            f"samples={as_given(samples)} is no whole number from 2 on: one to fit and one to judge by are the least"
         )
     return recover_result(result, data, method, samples=samples, memory=memory, seed=seed, progress=progress)
 

@@ -8,15 +8,16 @@ import inspect
 import numbers
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
-from allocator.errors import ArgumentsError, InputError, UnsupportedModelError, a_kind, did_you_mean
+from allocator.errors import ArgumentsError, InputError, UnsupportedModelError, as_given, did_you_mean
 
 _WORDS: dict[Any, str] = {
     nn.Module: "a torch.nn.Module",
+    Mapping: "a dict",
     Callable: "a function",
     bool: "True or False",
     int: "a whole number",
@@ -100,7 +101,7 @@ def _check(given: dict[str, Any], kinds: dict[str, tuple[Any, ...]], also: str =
 def _check_seed(seed: int) -> None:
     """Raise for a number from which torch or numpy would not draw."""
     if not 0 <= seed < LARGEST_SEED:
-        raise InputError(f"seed={seed!r:.40} is no whole number from 0 to 2**63 - 1")
+        raise InputError(f"seed={as_given(seed)} is no whole number from 0 to 2**63 - 1")
 
 
 def _meant(signature: inspect.Signature, kwargs: dict[str, Any]) -> str:
@@ -143,10 +144,10 @@ def _refuse(name: str, given: dict[str, Any], kinds: dict[str, tuple[Any, ...]],
     """Raise; a model of any other kind is left to the check of models where nothing at hand would fit."""
     value, wanted = given[name], kinds[name]
     hint = _swapped(name, given, kinds) or _held(value, wanted) or _maker(wanted)
-    if nn.Module in wanted and not hint:
+    if _named(wanted) == [nn.Module] and not hint:
         return
     words = " or ".join(dict.fromkeys(_WORDS.get(kind) or kind.__name__ for kind in _named(wanted)))
-    said = f"{name} is {_shown(value)}, and takes {words}{hint and '; ' + hint}{also}"
+    said = f"{name} is {as_given(value)}, and takes {words}{hint and '; ' + hint}{also}"
     raise UnsupportedModelError(said) if nn.Module in wanted else InputError(said)
 
 
@@ -176,9 +177,3 @@ def _named(wanted: tuple[Any, ...]) -> list[Any]:
     """The kinds worth naming: a path may be text, and what may be left out need not be said."""
     left_out = {type(None), str} if os.PathLike in wanted else {type(None)}
     return [kind for kind in wanted if kind not in left_out]
-
-
-def _shown(value: Any) -> str:
-    """A short value as it was written, anything else by its class."""
-    plain = isinstance(value, (str, int, float, bool)) or value is None
-    return f"{value!r:.60}" if plain else a_kind(value)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from allocator.errors import FileError
 
@@ -152,12 +154,36 @@ def read_text(path: PathLike) -> str:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def parse_json(text: str) -> Any:
+    """What this JSON says.
+
+    Raises:
+        ValueError: it is none, lists lie too deep in lists, or a mapping has a key twice, of which readers would forget
+            the first.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_mapping)
+    except RecursionError:
+        raise ValueError("lists or mappings lie too deep within one another") from None
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r:.60} comes twice in one mapping")
+    return found
+
+
 def _status(path: PathLike, verb: str) -> os.stat_result | None:
     """What the file system says of a path, None where nothing is there.
 
     Raises:
         FileError: it cannot be a path: too long, or with characters that no path can hold.
     """
+    if not os.fspath(path):
+        raise FileError(f"cannot {verb} a file without a name: the path is empty")
     try:
         return Path(path).stat()
     except (FileNotFoundError, NotADirectoryError):

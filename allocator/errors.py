@@ -10,7 +10,14 @@ from typing import Any
 
 
 class AllocatorError(Exception):
-    """Base class of all errors raised by this package."""
+    """Base class of all errors raised by this package.
+
+    What its words name may come from a file: characters that would move a terminal's cursor, or that no terminal can
+    show, are written as Python writes them.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(_printable(each) if isinstance(each, str) else each for each in args))
 
 
 class UnsupportedModelError(AllocatorError, TypeError):
@@ -171,6 +178,10 @@ class UnmatchedPatternWarning(AllocatorWarning):
     """A name pattern or class that matches nothing in the model, and may be misspelled; names near ones."""
 
 
+class NotSelfContainedWarning(AllocatorWarning):
+    """Who opens the file that was written needs more than it: the network's code, or a fresh build; says which."""
+
+
 class ValueDependentTraceWarning(AllocatorWarning):
     """The forward needs values: what was traced holds for inputs that take the same path."""
 
@@ -181,6 +192,16 @@ def warn(message: str, category: type[AllocatorWarning]) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "allocator":
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
+
+
+def _printable(text: str) -> str:
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)
+
+
+_SHORT = 8
+"""Entries of a list that is shown as it was written."""
 
 
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6, mark: str = "") -> str:
@@ -201,7 +222,7 @@ def none_of(kind: str, name: str, known: Iterable[str]) -> str:
     """The message for a word that is none of a few: the one that is near, and all that there are."""
     names = list(known)
     near = did_you_mean(name, names, mark="'") if isinstance(name, str) else ""
-    return f"no {kind} {name!r}{near and '; ' + near} (there are {', '.join(names)})"
+    return f"no {kind} {as_given(name)}{near and '; ' + near} (there are {', '.join(names)})"
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
@@ -215,13 +236,38 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
         hint = f"known: {', '.join(sorted(names))}"
     else:
         hint = f"{len(names)} are known"
-    return f"unknown {kind} {name!r}: {hint}"
+    return f"unknown {kind} {as_given(name)}: {hint}"
 
 
 def a_kind(value: object) -> str:
     """The class of a value with its article, such as "an ndarray"."""
     name = type(value).__name__
     return f"{'an' if name.lower().startswith(('a', 'e', 'i', 'o', 'nd')) else 'a'} {name}"
+
+
+def as_given(value: object, limit: int = 60) -> str:
+    """A value in a message: a number, text or a short list of such as it was written, anything else by its class.
+
+    Args:
+        value: of any kind.
+        limit: characters that are shown at most.
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if not _is_plain(value):
+        return a_kind(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a number of thousands of digits
+        return a_kind(value)
+    return text if len(text) <= limit else f"{text[: limit - 4]} ..."
+
+
+def _is_plain(value: object, levels: int = 2) -> bool:
+    if type(value) in (list, tuple, set, dict) and levels:
+        inside = [*value, *value.values()] if isinstance(value, dict) else list(value)  # type: ignore[call-overload]
+        return len(inside) <= _SHORT and all(_is_plain(each, levels - 1) for each in inside)
+    return value is None or isinstance(value, (str, int, float, complex))
 
 
 def text_of(error: BaseException) -> str:

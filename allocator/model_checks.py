@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from allocator import adapters
-from allocator.errors import UnsupportedModelError
+from allocator.errors import UnsupportedModelError, as_given
 from allocator.modules import modules_of, tensor_names
 from allocator.torch_private import FakeTensor
 
@@ -31,19 +31,20 @@ _WRAPPERS = {
 }
 
 
-def check_model(model: object, *, values: bool = False) -> nn.Module:
+def check_model(model: object, *, values: bool = False, name: str = "the model") -> nn.Module:
     """Return `model`, or the network in a wrapper that an adapter knows, if it can be traced as it is.
 
     Args:
         model: what the caller gave.
         values: its parameters and buffers must have values, not only shapes.
+        name: what messages call it.
 
     Raises:
         UnsupportedModelError: not a module, or one that is or holds one that is wrapped, compiled, lazy,
             quantised or TorchScript; the message says what to pass instead.
     """
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"the model is of type {type(model).__name__}: {_instead_of(model)}")
+        raise UnsupportedModelError(f"{name} is of type {type(model).__name__}: {_instead_of(model)}")
     network = adapters.network_of(model)
     if not isinstance(network, nn.Module):
         raise UnsupportedModelError(
@@ -143,7 +144,8 @@ def _instead_of(thing: object) -> str:
     if isinstance(thing, dict):
         return "this looks like a state_dict: build the model, load it, and pass the model"
     if isinstance(thing, str):
-        return f"pass a torch.nn.Module, such as allocator.build({thing!r}) or allocator.load_model({thing!r}) gives"
+        name = as_given(thing)
+        return f"pass a torch.nn.Module, such as allocator.build({name}) or allocator.load_model({name}) gives"
     if isinstance(thing, type) and issubclass(thing, nn.Module):
         return f"this is the class {thing.__name__}: pass an instance of it"
     return "pass a torch.nn.Module"

@@ -284,7 +284,7 @@ def _copy_fields(module: nn.Module, into: dict[str, Any], memo: Memo) -> None:
         kind = type(item)
         if kind in _ATOMS:
             continue
-        if key in _MODULE_FIELDS:
+        if key in MODULE_FIELDS:
             if item:
                 into[key] = _copy(item, memo)
             else:
@@ -325,13 +325,13 @@ def _tensor_attributes(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, 
     """Tensors that modules keep as plain attributes, alone or within lists, tuples and dicts."""
     for path, module in modules.items():
         for key, value in vars(module).items():
-            if type(value) in _ATOMS or key in _MODULE_FIELDS or _is_plain(value):
+            if type(value) in _ATOMS or key in MODULE_FIELDS or _is_plain(value):
                 continue
-            for tensor in _tensors_within(value):
+            for tensor in tensors_within(value):
                 yield f"{path}.{key}".lstrip("."), tensor
 
 
-def _tensors_within(value: Any) -> list[torch.Tensor]:
+def tensors_within(value: Any) -> list[torch.Tensor]:
     """Tensors in containers within one another."""
     found, waiting, seen = [], [value], set[int]()
     while waiting:
@@ -345,4 +345,5 @@ def _tensors_within(value: Any) -> list[torch.Tensor]:
     return found
 
 
-_MODULE_FIELDS = frozenset(vars(nn.Module()))
+MODULE_FIELDS = frozenset(vars(nn.Module()))
+"""What torch keeps in every module."""

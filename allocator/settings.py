@@ -7,10 +7,10 @@ in the documentation are all made from this.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from allocator.errors import ArgumentsError, InputError, UnknownNameError, a_kind, none_of
+from allocator.errors import ArgumentsError, InputError, UnknownNameError, as_given, none_of
 
 Policy = Literal["auto", "per_block", "global", "uniform", "isomorphic", "priced"]
 Scope = Literal["auto", "branches", "inner", "all", "narrowest"]
@@ -132,22 +132,22 @@ class Settings:
             check_choice(name, getattr(self, name), choices)
         for pattern in self.at_least if isinstance(self.at_least, Mapping) else ():
             if not isinstance(pattern, str):
-                raise InputError(f"at_least has the key {pattern!r:.60}, {a_kind(pattern)}: its keys are name patterns")
-        if not isinstance(self.multiple, int) or self.multiple < 1:
-            raise InputError(f"multiple={self.multiple!r} is no whole number above zero, such as 8")
+                raise InputError(f"at_least has the key {as_given(pattern)}: its keys are name patterns")
+        if not isinstance(self.multiple, int) or not 1 <= self.multiple < LARGEST_MULTIPLE:
+            raise InputError(f"multiple={as_given(self.multiple)} is no whole number above zero, such as 8")
         return self
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise UnknownNameError unless an option's value is one of its choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:  # an array says of each of its numbers whether it is one
         raise UnknownNameError(none_of(name, value, choices))
 
 
 def check_certify(value: Any) -> None:
     """Raise InputError unless it says whether outputs are compared, and at which size."""
-    if not isinstance(value, bool) and value not in SIZES:
-        raise InputError(f"certify={value!r} is none of {', '.join(map(repr, SIZES))}, True or False")
+    if not isinstance(value, bool) and not (isinstance(value, str) and value in SIZES):
+        raise InputError(f"certify={as_given(value)} is none of {', '.join(map(repr, SIZES))}, True or False")
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Limits:
 
     def given(self) -> dict[str, float | str]:
         """Those that there are."""
-        return {name: limit for name, limit in asdict(self).items() if limit is not None}
+        return {name: limit for name, limit in vars(self).items() if limit is not None}
 
 
 def _declared(kind: type) -> dict[str, tuple[Any, Option]]:
@@ -224,6 +224,8 @@ def method_of(recover: bool | Method) -> Method | None:
     return "auto" if recover is True else recover
 
 
+LARGEST_MULTIPLE = 2**31
+"""No layer is as wide."""
 DEFAULTS = Settings()
 WIDENING = Widening()
 RECOVERING = Recovering()

@@ -29,6 +29,7 @@ def _unexpected(what: str) -> UnexpectedTorchError:
 try:
     from torch._ops import OpOverload
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch._tensor_str import PRINT_OPTS as _PRINT_OPTIONS
     from torch.multiprocessing.reductions import StorageWeakRef as StorageReference
     from torch.nn.modules.batchnorm import _NormBase as BatchNormBase
     from torch.nn.modules.conv import _ConvNd as ConvolutionBase
@@ -45,6 +46,7 @@ __all__ = [
     "LITERALS",
     "FAKE_LOGGER",
     "GLOBAL_HOOKS",
+    "SETTERS_IN_C",
     "BatchNormBase",
     "ConvolutionBase",
     "FakeTensor",
@@ -56,12 +58,14 @@ __all__ = [
     "call_by",
     "call_by_itself",
     "called_straight",
+    "default_device",
     "is_being_recorded",
     "is_transformed",
     "map_arguments",
     "of_the_processor",
     "parts_recorded",
     "past_dispatch",
+    "print_options",
     "schema_of",
     "state_without_compiled_call",
     "storage_of",
@@ -81,6 +85,23 @@ class TorchDispatchMode(_TorchDispatchMode):
 
 past_dispatch: Callable[[], contextlib.AbstractContextManager[None]] = torch._C._DisableTorchDispatch
 """Within, calls on plain tensors go past the dispatch modes that are on: these take time even where they do nothing."""
+
+_SET_IN_C = (
+    *("num_threads", "anomaly", "warnAlways", "default_", "deterministic", "float32", "fp32", "cudnn", "cublas"),
+    *("mkldnn", "sdp_use"),
+)
+SETTERS_IN_C: tuple[Any, ...] = tuple(
+    each
+    for name, each in vars(torch._C).items()
+    if name.lstrip("_").startswith(tuple(f"set_{what}" for what in _SET_IN_C))
+)
+"""Functions by which others of torch set what holds for the whole process."""
+
+
+def print_options() -> tuple[tuple[str, Any], ...]:
+    """How tensors are printed, as `torch.set_printoptions` takes it."""
+    return tuple(vars(_PRINT_OPTIONS).items())
+
 
 _COMPILED = "_compiled_call_impl"  # where Module.compile leaves what is called in place of the module
 MODULE_FIELDS = frozenset(vars(nn.Module()))
@@ -115,6 +136,14 @@ def call_by(module: nn.Module, call: Callable[..., Any]) -> None:
 def call_by_itself(module: nn.Module) -> None:
     """Undo `call_by`."""
     vars(module).pop(_COMPILED, None)
+
+
+def default_device() -> torch.device:
+    """Where new tensors lie; of torch 2.6, which raises once a default was taken back, too."""
+    try:
+        return torch.get_default_device()
+    except AttributeError:
+        return torch.device("cpu")
 
 
 def call_as_usual(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -243,6 +272,18 @@ def _check_global_hooks() -> None:
         raise _unexpected("keeps hooks of all modules in another way")
 
 
+def _check_setters() -> None:
+    set_dtype = torch._C._set_default_dtype
+    if set_dtype not in SETTERS_IN_C or torch.set_num_threads not in SETTERS_IN_C:
+        raise _unexpected("sets what holds for the process in another way")
+    before = print_options()
+    torch.set_printoptions(precision=7)
+    changed = dict(print_options())
+    torch.set_printoptions(**dict(before))
+    if changed != {**dict(before), "precision": 7} or print_options() != before:
+        raise _unexpected("keeps how tensors are printed in another way")
+
+
 def _check_operators() -> None:
     target = torch.ops.aten.add_.Tensor
     if not isinstance(target, OpOverload) or schema_of(target).name != "aten::add_" or not schema_of(target).is_mutable:
@@ -318,7 +359,15 @@ def _as_usual() -> Iterator[None]:
                 each.update(before)
 
 
-for _check in (_check_calls, _check_global_hooks, _check_operators, _check_dispatch, _check_classes, _check_storages):
+for _check in (
+    _check_calls,
+    _check_global_hooks,
+    _check_setters,
+    _check_operators,
+    _check_dispatch,
+    _check_classes,
+    _check_storages,
+):
     try:
         with _as_usual():
             _check()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from allocator.disk import read_text
-from allocator.errors import ConfigurationError, MissingPackageError, UnknownNameError, a_kind, did_you_mean
+from allocator.errors import ConfigurationError, UnknownNameError, a_kind, as_given, did_you_mean
 from allocator.recipes.contradictions import contradictions
 from allocator.recipes.parsing import parse
+from allocator.recipes.plain_yaml import parsed
 from allocator.recipes.sections import AllocationPlan, Config, Data, Detector, Network, Running, Training
 
 # Whoever writes a configuration in Python finds its sections here, too.
@@ -55,7 +57,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, settings: Seque
     for setting in settings:
         _set(data, setting)
     # As in other YAML formats, sections called x-... hold what others refer to.
-    sections = {key: value for key, value in data.items() if not key.startswith("x-")}
+    sections = {key: value for key, value in data.items() if not str(key).startswith("x-")}
     problems: list[str] = []
     config = parse(Config, sections, "", problems)
     if config is not None:
@@ -65,24 +67,17 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, settings: Seque
     return config
 
 
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingPackageError("configurations are YAML: pip install 'neuron-allocator[train]'") from error
-    return yaml
-
-
 def _read(source: str | Path) -> dict[str, Any]:
     path = Path(source)
-    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+    if not os.path.exists(path) and path.suffix not in (".yaml", ".yml"):
         path = CONFIGS / f"{str(source).replace('-', '_')}.yaml"
-        if not path.exists():
+        if not os.path.exists(path):
             names = config_names()
             hint = did_you_mean(str(source), names, most=3, cutoff=0.4) or f"installed: {', '.join(names)}"
-            raise UnknownNameError(f"{str(source)!r} is neither a .yaml file nor an installed configuration; {hint}")
+            said = as_given(str(source))
+            raise UnknownNameError(f"{said} is neither a .yaml file nor an installed configuration; {hint}")
     try:
-        data = _parsed(read_text(path))
+        data = parsed(read_text(path))
     except ValueError as error:
         raise ConfigurationError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict):
@@ -106,17 +101,6 @@ def _set(data: dict[str, Any], setting: str) -> None:
         data[section] = dict(values)
         data = data[section]
     try:
-        data[key] = _parsed(text)
+        data[key] = parsed(text)
     except ValueError as error:
         raise ConfigurationError(f"{setting!r}: the value is not YAML ({error})") from error
-
-
-def _parsed(text: str) -> Any:
-    """What this YAML says; ValueError where it says nothing, lists lie too deep in lists, or numbers are too long."""
-    yaml = _yaml()
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
-    except RecursionError:
-        raise ValueError("lists or sections lie too deep within one another") from None

@@ -8,6 +8,7 @@ any number of processes and workers.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -349,7 +350,7 @@ def _folders(data: Data) -> tuple[Source, Source, int | None]:
     sources = []
     for part in (data.train, data.test):
         folder = Path(data.root) / part
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise DataError(
                 f"there is no folder {folder}: expected {data.train}/CLASS/IMAGE and {data.test}/CLASS/IMAGE"
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -203,7 +204,7 @@ class CocoBoxes(Dataset[tuple[Tensor, Target]]):
         """
         datasets = _torchvision("datasets")
         for path, kind in ((Path(images), "folder of images"), (Path(annotations), "file of annotations")):
-            if not path.exists():
+            if not os.path.exists(path):
                 raise FileError(f"{path}: no such {kind}")
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from allocator.errors import did_you_mean
+from allocator.errors import as_given, did_you_mean
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ def parse(cls: type[T], data: Any, place: str, problems: list[str]) -> T | None:
     """
     before = len(problems)
     if not isinstance(data, Mapping):
-        problems.append(f"{place or 'configuration'}: expected a section, got {data!r}")
+        problems.append(f"{place or 'configuration'}: expected a section, got {as_given(data)}")
         return None
     dot = f"{place}." if place else ""
     hints = get_type_hints(cls)
@@ -68,7 +68,7 @@ def _value(hint: Any, value: Any, place: str, problems: list[str]) -> Any:
         if plain is not None:
             return plain
     expected = " or ".join(_name(choice) for choice in choices)
-    problems.append(f"{place}: expected {expected}, got {value!r}")
+    problems.append(f"{place}: expected {expected}, got {as_given(value)}")
     return None
 
 

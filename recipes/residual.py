@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from allocator.disk import read_text
+from allocator.disk import parse_json, read_text, write_text
 from allocator.errors import AllocationMismatchError, FileError, InputError, UnknownNameError
 
 DEPTHS: dict[int, tuple[int, ...]] = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -44,8 +44,8 @@ class Widths:
     stem: int = PLANES[0]
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON."""
-        Path(path).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        """Write as JSON, in one piece."""
+        write_text(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Widths:
@@ -55,9 +55,9 @@ class Widths:
             FileError: the file is missing, or not of that form.
         """
         try:
-            data = json.loads(read_text(path))
+            data = parse_json(read_text(path))
             widths = cls([list(row) for row in data["rows"]], list(data["stages"]), data["stem"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise FileError(f"{path}: not a readable file of widths: {error!r}") from error
         for numbers in ([widths.stem], widths.stages, *widths.rows):
             # Exactly int: JSON's `true` would pass for one otherwise.

@@ -43,8 +43,8 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FileError(f"cannot make the folder {self.path}: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            raise FileError(f"cannot make the folder {self.path}: {getattr(error, 'strerror', error)}") from error
         if (self.path / NAME).exists() and not resume:
             raise FileError(f"{self.path} holds a run already: resume it (--resume), or choose another run.output")
         remove_leftovers(self.path)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allocator.adapters import Adapter, register
-from allocator.disk import read_text
+from allocator.disk import parse_json, read_text, write_text
 from allocator.errors import AllocationMismatchError, FileError, UnknownNameError
 from allocator.recipes.residual import (
     PLANES,
@@ -283,8 +283,8 @@ def read_rows(path: str | Path) -> list[list[int]]:
         FileError: the file is missing or is not of that form.
     """
     try:
-        rows: list[list[int]] = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
+        rows: list[list[int]] = parse_json(read_text(path))
+    except (OSError, ValueError) as error:
         raise FileError(f"{path}: not a readable JSON file: {error}") from error
     if not isinstance(rows, list) or not rows or not all(_is_row(row) for row in rows):
         raise FileError(f"{path}: expected a list of rows [n1, n2, n4, n7, side] of whole numbers")
@@ -300,7 +300,7 @@ def write_rows(path: str | Path, allocation: ScaleNet | Rows) -> None:
     if isinstance(allocation, ScaleNet):
         allocation = allocation.rows()
     rows = [list(row) for row in allocation]
-    Path(path).write_text(json.dumps(rows) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(rows) + "\n")
 
 
 def scalenet(depth: int, allocation: str | Path | Rows, num_classes: int = 1000) -> ScaleNet:

@@ -10,19 +10,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 import allocator
+from allocator.cli import main, make_parser
+from allocator.cli.data import data_options
 from allocator.disk import write_text
-from allocator.errors import AllocationMismatchError, AllocatorError, FileError, UnsafeFileError
+from allocator.errors import AllocationMismatchError, AllocatorError, FileError, InputError, UnsafeFileError
 from allocator.io.files import load_allocation, load_model, save_model
 from allocator.io.results import save_result
 from allocator.recipes.configuration import load_config
 from allocator.recipes.residual import Widths
-from allocator.recipes.scalenet import read_rows
+from allocator.recipes.scalenet import read_rows, write_rows
 from allocator.rewriting.allocation import Allocation
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -74,6 +77,8 @@ NAN, INF = float("nan"), float("inf")
         {"blocks": [{"name": "b", "kind": "sum", "branches": [{"name": "x", "before": 1}]}]},
         {"blocks": [{"name": "b", "kind": "sum", "branches": [{"name": "x", "before": 1, "after": "many"}]}]},
         {"blocks": [{"branches": 3}]},
+        {"parts": [1]},
+        {"parts": [{"kept": {"0.weight": 1}, "format": 5}]},
         {"added": {"init": "copy", "seed": -1, "reads": {}}},
         {"added": {"init": "copy", "seed": 2**63, "reads": {}}},
     ],
@@ -81,6 +86,37 @@ NAN, INF = float("nan"), float("inf")
 def test_allocations_that_mean_nothing_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(FileError, match=r"a\.json: the allocation"):
         load_allocation(_write(tmp_path, changes))
+
+
+def test_a_key_that_comes_twice_is_told(tmp_path: Path) -> None:
+    """Of two, readers of JSON forget the first."""
+    path = _write(tmp_path, {"kept": {"0.weight": [[0], None, None, None]}})
+    for text in (path.read_text()[:-1] + ', "kept": {}}', path.read_text().replace('"0.weight"', '"x": 1, "x"')):
+        path.write_text(text)
+        with pytest.raises(FileError, match=r"a\.json: this is not JSON: the key '(kept|x)' comes twice"):
+            load_allocation(path)
+
+
+@pytest.mark.parametrize("name", ["_parameters", "_modules", "training"])
+def test_what_torch_keeps_in_a_module_is_not_set(name: str) -> None:
+    with pytest.raises(AllocationMismatchError, match=f"sets .{name} to"):
+        allocator.apply(_net(), Allocation(attributes={"": {name: {}}}))
+
+
+@pytest.mark.parametrize("kept", [[2, 1, 0], [0, 2, 1], [0, 0]])
+def test_indices_ascend(kept: list[int]) -> None:
+    with pytest.raises(AllocationMismatchError, match=r"0\.weight: .*(indices are not in asc|adds indices)"):
+        allocator.apply(_net(), Allocation(kept={"0.weight": [kept, None, None, None]}))
+
+
+def test_inputs_without_end_are_not_made() -> None:
+    """Of what a file says, without a try: some of the memory that a wrong number asks for may be there."""
+    layer = nn.Linear(2, 2)
+    layer.in_features = 10**12
+    with pytest.raises(InputError, match="an input of 1x1000000000000, from the first linear layer, has more than"):
+        allocator.trace(layer)
+    with pytest.raises(InputError, match="from the allocation, has more than"):
+        allocator.verify(_net(), _net(), Allocation(input_shapes=[[10**6, 3, 10**5, 10**5]]))
 
 
 @pytest.mark.parametrize("depth", [50, 400, 900])
@@ -179,6 +215,24 @@ def test_writing_to_what_cannot_be_a_path(
     assert list(tmp_path.iterdir()) == []
 
 
+@no_path
+def test_the_shell_says_in_a_sentence_what_cannot_be_a_path(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    report, small = ["report", "recipe:scalenet-small"], ["allocate", "recipe:scalenet-small", "--flops", "50%"]
+    lines = (
+        [*report, "--plot", f"{name}.svg"],
+        [*report, "-o", f"{name}.html"],
+        [*small, "-o", f"{name}.pt"],
+        [*small, "--data", name],
+        ["train", name],
+        ["train", f"{name}.yaml"],
+    )
+    for line in lines:
+        assert main(line) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"allocator-cli {line[0]}: ")
+        assert "unexpected" not in said
+
+
 def _pipe(path: Path) -> None:
     os.mkfifo(path)
 
@@ -197,13 +251,17 @@ def _terabyte(path: Path) -> None:
     [
         (_pipe, "is a device, a pipe or a socket, not a file"),
         (_zeros, "is a device, a pipe or a socket, not a file"),
-        (_terabyte, "is 1,099,511,627,776 bytes, more than the 1,073,741,824 that are read|damaged|oldest .* format"),
+        (
+            _terabyte,
+            "is 1,099,511,627,776 bytes, more than the 1,073,741,824 that|damaged|neither|oldest .* format",
+        ),
     ],
 )
 def test_what_never_ends_is_not_read(tmp_path: Path, make: Callable[[Path], None], said: str) -> None:
     reads: dict[str, list[Callable[[Path], Any]]] = {
         ".json": [load_allocation, Allocation.load, read_rows, Widths.load],
         ".yaml": [load_config],
+        ".npy": [lambda path: _data(str(path))],
         ".pt": [load_model],
         ".safetensors": [load_model, allocator.load],
     }
@@ -213,6 +271,17 @@ def test_what_never_ends_is_not_read(tmp_path: Path, make: Callable[[Path], None
         for read in functions:
             with pytest.raises(FileError, match=said):
                 read(path)
+
+
+def _data(path: str) -> Any:
+    args = make_parser().parse_args(["report", "m.pt", "--data", path])
+    return data_options(args, _net())
+
+
+def test_a_tensor_of_one_number_is_no_data(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.float32(3))
+    with pytest.raises(FileError, match=r"a\.npy holds a number, not a tensor of inputs"):
+        _data(str(tmp_path / "a.npy"))
 
 
 @pytest.mark.parametrize("read", [read_rows, Widths.load])
@@ -277,6 +346,8 @@ LONG = Allocation(absent=["x" * 50_000])
         ("m.safetensors", lambda path: save_result((WIDE, Allocation()), path)),
         ("m.pt2", lambda path: allocator.export(WIDE, path, example_inputs=IMAGE)),
         ("m.onnx", lambda path: allocator.export(WIDE, path, example_inputs=IMAGE)),
+        ("rows.json", lambda path: write_rows(path, [[1, 2, 4, 7, 32]] * 2_000)),
+        ("widths.json", lambda path: Widths([[1] * 10_000], [1], 1).save(path)),
     ],
 )
 def test_a_full_disk_leaves_the_old_file_whatever_is_written(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import allocator
-from allocator import InputError, UnsupportedModelError
+from allocator import FileError, InputError, UnknownNameError, UnsupportedModelError
 from allocator.errors import AllocationMismatchError, AllocatorError, a_kind
 
 
@@ -85,7 +85,7 @@ WRONG: dict[str, tuple[Call, type[AllocatorError], str]] = {
     "a class for a name": (
         lambda m, r: allocator.build(nn.Linear),  # type: ignore[arg-type]
         InputError,
-        "name is a type, and takes text",
+        "name is the class Linear, and takes text",
     ),
     "text for a seed": (
         lambda m, r: allocator.allocate(m, "50%", seed="a"),  # type: ignore[arg-type]
@@ -117,6 +117,107 @@ WRONG: dict[str, tuple[Call, type[AllocatorError], str]] = {
         allocator.BudgetError,
         "is not a number: pass FLOPs such as",
     ),
+    "a generator for the budget": (
+        lambda m, r: allocator.allocate(m, (n for n in [1])),  # type: ignore[arg-type]
+        allocator.BudgetError,
+        "flops=a generator is not a number: pass FLOPs such as",
+    ),
+    "an array for a choice": (
+        lambda m, r: allocator.allocate(m, "50%", groups=np.zeros((2, 2))),  # type: ignore[arg-type]
+        UnknownNameError,
+        "no groups an ndarray (there are whole, width)",
+    ),
+    "a list for a policy": (
+        lambda m, r: allocator.plan(r.graph, allocator.score(r.graph), "50%", policy=["global"]),  # type: ignore[arg-type]
+        UnknownNameError,
+        "no policy ['global'] (there are auto",
+    ),
+    "a word without end for a choice": (
+        lambda m, r: allocator.allocate(m, "50%", norms="x" * 5000),  # type: ignore[arg-type]
+        UnknownNameError,
+        "xxx ... (there are exact, loose)",
+    ),
+    "an array for a proof": (
+        lambda m, r: allocator.allocate(m, "50%", certify=np.ones((2, 2))),  # type: ignore[arg-type]
+        InputError,
+        "certify=an ndarray is none of 'small', 'full', True or False",
+    ),
+    "a number for a pattern": (
+        lambda m, r: allocator.allocate(m, "50%", exclude=["layer1", 7]),
+        InputError,
+        "exclude is 7: pass name patterns, module classes or modules",
+    ),
+    "a tensor of one number for a pattern": (
+        lambda m, r: allocator.allocate(m, "50%", same=torch.tensor(3.0)),
+        InputError,
+        "same is a Tensor: pass name patterns, module classes or modules",
+    ),
+    "a layer of another model": (
+        lambda m, r: allocator.allocate(m, "50%", include=nn.Conv2d(1, 1, 1)),
+        InputError,
+        "include: this Conv2d is no module of the model",
+    ),
+    "a width of hundreds of digits": (
+        lambda m, r: allocator.allocate(m, "50%", multiple=10**400),
+        InputError,
+        "0 ... is no whole number above zero, such as 8",
+    ),
+    "a number for a criterion": (
+        lambda m, r: allocator.score(r.graph, 1.0),
+        allocator.CriterionError,
+        "criterion is 1.0, and takes a name such as 'group_norm'",
+    ),
+    "numbers beyond floats for a criterion": (
+        lambda m, r: allocator.score(r.graph, [10**400]),
+        allocator.CriterionError,
+        "the scores of 'own' are not an array of numbers",
+    ),
+    "a number for a parameter's name": (
+        lambda m, r: allocator.score(r.graph, {1: 2}),
+        UnknownNameError,
+        "the criterion has scores for 1, which is no parameter of the model",
+    ),
+    "a number for a criterion's name": (
+        lambda m, r: allocator.criterion(3),  # type: ignore[arg-type]
+        InputError,
+        "name is 3, and takes text",
+    ),
+    "a list for an architecture's arguments": (
+        lambda m, r: allocator.load_model("m.pt", arch_kwargs=[1]),  # type: ignore[arg-type]
+        InputError,
+        "arch_kwargs is [1], and takes a dict",
+    ),
+    "a number for a fresh model": (
+        lambda m, r: allocator.load("m.safetensors", model=3),  # type: ignore[arg-type]
+        UnsupportedModelError,
+        "model is 3, and takes a torch.nn.Module or a function",
+    ),
+    "a number for a result": (
+        lambda m, r: allocator.save(3, "m.safetensors"),
+        InputError,
+        "result is 3, and takes what allocator.allocate gave, a model that came of it, or a pair",
+    ),
+    "a number for a model to save": (
+        lambda m, r: allocator.save_model(3, "m.pt"),  # type: ignore[arg-type]
+        UnsupportedModelError,
+        "the model is of type int: pass a torch.nn.Module",
+    ),
+    "nothing for the smaller model": (
+        lambda m, r: allocator.verify(m, None, r.allocation),  # type: ignore[arg-type]
+        UnsupportedModelError,
+        "small is of type NoneType: pass a torch.nn.Module",
+    ),
+    "no time to measure in": (
+        lambda m, r: allocator.latency(m, seconds=None),  # type: ignore[arg-type]
+        InputError,
+        "seconds=None: both must be above zero",
+    ),
+    "steps without end": (
+        lambda m, r: allocator.iterate(m, "50%", steps=10**9, train=print),
+        InputError,
+        "steps=1000000000 is no whole number above zero and up to 10,000",
+    ),
+    "a path without a name": (lambda m, r: allocator.load_model(""), FileError, "the path is empty"),
 }
 
 
@@ -128,6 +229,13 @@ def test_what_was_passed_and_what_would_fit_is_said(case: str, model: nn.Module,
     assert said in str(raised.value)
     assert len(str(raised.value)) < 300
     assert "\n" not in str(raised.value)
+
+
+def test_no_message_moves_a_terminals_cursor(tmp_path: Path) -> None:
+    with pytest.raises(FileError) as raised:
+        allocator.load_model(tmp_path / "a\x1b[2J\udc80\tb.pt")
+    assert str(raised.value).endswith(r"a\x1b[2J\udc80\tb.pt")
+    assert str(allocator.ConfigurationError("two\nlines \u0416")) == "two\nlines \u0416"
 
 
 def test_numbers_of_numpy_and_paths_of_any_kind_are_taken(

@@ -117,3 +117,37 @@ def test_two_heads_stay_at_the_smallest_figure() -> None:
     assert [small[i].attn.num_heads for i in range(2)] == [2, 2]
     assert [small[i].fc1.out_features for i in range(2)] == [1, 1]
     assert not any(" stay" in note for note in result.notes), result.notes
+
+
+class Queries(nn.Module):
+    """Learned queries that read tokens, as a detector's decoder does; what asks depends on no input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim, self.queries = 6, nn.Parameter(torch.randn(5, 24))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(24, 24) for _ in range(4))
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        asked = self.queries.expand(len(x), -1, -1)
+        given = (self.q_proj(asked), self.k_proj(x), self.v_proj(x))
+        q, k, v = (
+            each.view(len(x), -1, each.shape[-1] // self.head_dim, self.head_dim).transpose(1, 2) for each in given
+        )
+        y = ((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        output: Tensor = self.head(self.o_proj(y))
+        return output
+
+
+def test_learned_queries_lose_the_heads_of_the_tokens_that_they_read() -> None:
+    torch.manual_seed(0)
+    model = Queries().eval()
+    with torch.no_grad():
+        for layer in (model.q_proj, model.k_proj, model.v_proj):
+            layer.weight[6:12] *= 0.1
+    include = ["q_proj", "k_proj", "v_proj"]
+    result = allocator.allocate(model, "85%", example_inputs=TOKENS, criterion="magnitude", include=include)
+    assert not any(" stay" in note for note in result.notes), result.notes
+    rows = [*range(6), *range(12, 24)]
+    assert [result.allocation.kept[f"{name}_proj.weight"][0] for name in "qkv"] == [rows] * 3
+    assert result.certificate.ok

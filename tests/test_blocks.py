@@ -11,7 +11,9 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
+import torch
 from meetings import FIVE, ONE, THREE, Meeting, Way, check_meetings, meeting
+from torch import nn
 
 import allocator
 from allocator import Block
@@ -439,3 +441,35 @@ def test_flops_of_branches() -> None:
     ]
     found = next(b for b in traced("torchvision:googlenet") if b.name == "inception3a")
     assert [branch.flops for branch in found.branches] == expected
+
+
+class Mesh(nn.Module):
+    """Every node reads the one before it and the one above it."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.left = nn.ModuleList(nn.Linear(4, 4) for _ in range(side * side))
+        self.above = nn.ModuleList(nn.Linear(4, 4) for _ in range(side * side))
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        row = [x] * self.side
+        for i in range(self.side):
+            left = x
+            for j in range(self.side):
+                left = self.left[i * self.side + j](left) + self.above[i * self.side + j](row[j])
+                row[j] = left
+        return self.last(left)
+
+
+def test_blocks_without_end_in_one_another_are_told_from_the_last_aggregation() -> None:
+    """In time that grows with the calls: of a mesh, branches back to the entry would hold them all again and again."""
+    small = allocator.trace(Mesh(6), torch.zeros(2, 4))
+    assert max(len(branch.calls) for block in small.blocks for branch in block.branches) > 50
+    graph = allocator.trace(Mesh(20), torch.zeros(2, 4))
+    branches = [branch for block in graph.blocks for branch in block.branches]
+    assert len(graph.blocks) == 400
+    assert {len(branch.calls) for branch in branches} == {1}
+    assert all(branch.flops == 2 * 4 * 4 for branch in branches)
+    assert graph.blocks[21].branches[0].name == "left.21"

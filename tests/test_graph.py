@@ -479,9 +479,9 @@ def test_a_list_of_layers_that_are_to_stay_alike_is_one_group() -> None:
         assert channel_units(graph, "left") == channel_units(graph, "right")
     with pytest.raises(InputError, match="only layers of one width can stay alike"):
         allocator.trace(model, IMAGE, same=["stem", "left"])
-    assert as_groups(None) == ()
-    assert as_groups("left") == (("left",),)
-    assert as_groups(nn.Sequential(nn.ReLU()))[0][0].__class__ is nn.Sequential
+    assert as_groups(None, "same") == ()
+    assert as_groups("left", "same") == (("left",),)
+    assert as_groups(nn.Sequential(nn.ReLU()), "same")[0][0].__class__ is nn.Sequential
 
 
 def test_what_matches_nothing_is_noted_and_what_is_no_pattern_refused() -> None:
@@ -494,18 +494,18 @@ def test_what_matches_nothing_is_noted_and_what_is_no_pattern_refused() -> None:
         "same='sten' matches no module or parameter; did you mean 'stem'?",
         "same=Linear matches no module of the model",
     ]
-    assert selected(modules, tensors, (model.body,)) == {
+    assert selected(modules, tensors, (model.body,), "exclude") == {
         f"body.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")
     }
-    assert selected(modules, tensors, (model,)) == set(tensors)
-    assert as_items(None) == ()
-    assert as_items("stem") == ("stem",)
-    assert as_items(model.stem) == (model.stem,)
-    assert as_items(["a", "b"]) == ("a", "b")
-    with pytest.raises(InputError, match=r"this Conv2d is no module of the model: pass one of model\.modules"):
+    assert selected(modules, tensors, (model,), "exclude") == set(tensors)
+    assert as_items(None, "exclude") == ()
+    assert as_items("stem", "exclude") == ("stem",)
+    assert as_items(model.stem, "exclude") == (model.stem,)
+    assert as_items(["a", "b"], "exclude") == ("a", "b")
+    with pytest.raises(InputError, match=r"exclude: this Conv2d is no module of the model: pass one of model\.modules"):
         graph_of(model, exclude=(nn.Conv2d(1, 1, 1),))
-    with pytest.raises(InputError, match="7 is an int: pass name patterns, module classes or modules"):
-        graph_of(model, exclude=as_items(7))
+    with pytest.raises(InputError, match="exclude is 7: pass name patterns, module classes or modules"):
+        graph_of(model, exclude=as_items(7, "exclude"))
 
 
 def test_calls_that_a_repair_named_keep_what_they_touch() -> None:

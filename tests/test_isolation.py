@@ -351,12 +351,25 @@ class Rows(list[Tensor]):
     __iter__ = __len__ = copy = clear = extend = Lazy._must_not
 
 
-REGISTRY, TABLE = Lazy("networks", "name"), Rows()
+class Missing:
+    """Stands for a library that is not installed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError("install the library")
+
+
+class Named:
+    """Has no name of a module, as some classes of the language."""
+
+
+setattr(Named, "__module__", object())  # noqa: B010
+REGISTRY, TABLE, MISSING, NAMED = Lazy("networks", "name"), Rows(), Missing(), Named()
 
 
 class Registered(Kept):
     def forward(self, x: Tensor) -> Tensor:
-        REGISTRY[0] = x
+        if MISSING is not None and NAMED is not None:
+            REGISTRY[0] = x
         TABLE.append(x)
         return forward(self, x, lambda y: y)
 

@@ -80,9 +80,9 @@ def test_the_forward_runs_in_eval_mode_with_the_threads_asked_for() -> None:
 
 
 def test_what_cannot_be_measured_is_said() -> None:
-    with pytest.raises(InputError, match="0 threads"):
+    with pytest.raises(InputError, match="threads=0, "):
         allocator.latency(mixed(), IMAGE, threads=0)
-    with pytest.raises(InputError, match="for 0 seconds"):
+    with pytest.raises(InputError, match="seconds=0: both"):
         allocator.latency(mixed(), IMAGE, seconds=0)
     with pytest.raises(TraceError, match=r"the forward raised RuntimeError with inputs of \(1, 5, 16, 16\)"):
         allocator.latency(mixed(), torch.zeros(1, 5, 16, 16))

@@ -433,5 +433,5 @@ def test_a_floor_under_no_layer_is_noted(pattern: str, near: str) -> None:
 
 def test_floors_are_named_by_patterns_alone() -> None:
     model = trained()
-    with untouched(model), pytest.raises(InputError, match=r"at_least has the key <class .*Conv2d'>, a type: its keys"):
+    with untouched(model), pytest.raises(InputError, match=r"at_least has the key the class Conv2d: its keys"):
         allocate(model, at_least={nn.Conv2d: 8})

@@ -191,6 +191,29 @@ def test_objects_without_end_are_refused(tmp_path: Path, peak: Any) -> None:
         load_model(tmp_path / "m.pt")
 
 
+def test_modules_shared_without_end_are_refused(tmp_path: Path, peak: Any) -> None:
+    """2 ** 40 of them, by their paths, in a file of a few thousand bytes."""
+    model: nn.Module = nn.Linear(2, 2)
+    for _ in range(40):
+        model = nn.Sequential(model, model)
+    torch.save(model, tmp_path / "m.pt")
+    with pytest.raises(FileError, match="holds more than 1,000,000 entries, once all that it repeats is written out"):
+        open_pickle(tmp_path / "m.pt")
+    itself = nn.Sequential(nn.ReLU())
+    itself.add_module("1", itself)
+    torch.save(itself, tmp_path / "m.pt")
+    with pytest.raises(FileError, match="holds what lies within itself"):
+        open_pickle(tmp_path / "m.pt")
+
+
+def test_lists_shared_without_end_are_looked_at_once(tmp_path: Path) -> None:
+    lists: list[Any] = [torch.zeros(2)]
+    for _ in range(4):
+        lists = [lists] * 1_000
+    torch.save({"a": lists}, tmp_path / "m.pt")
+    assert len(open_pickle(tmp_path / "m.pt")["a"]) == 1_000
+
+
 def test_names_in_capitals_are_the_same_names(tmp_path: Path) -> None:
     """torch finds entries in any case; of two it might open the one that was not looked at."""
     path = _archive(tmp_path / "m.pt", b"}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -130,6 +131,29 @@ def first_stop(model: nn.Module, x: Tensor, weight: str) -> tuple[Walk, Stop]:
     stop = walk.advance()
     assert stop is before
     return walk, stop
+
+
+class Lingering(Walk):
+    """Whose thread is alive for a while after its last word, as on a machine with much to do."""
+
+    let_go = threading.Event()
+
+    def _run(self, *args: Any) -> None:
+        super()._run(*args)
+        self.let_go.wait()
+
+    def close(self) -> None:
+        self.let_go.set()
+        super().close()
+
+
+@pytest.mark.timeout(20)
+def test_a_forward_at_its_end_is_not_waited_for_once_more() -> None:
+    walk = Lingering(nn.Linear(3, 2).eval(), Inputs((torch.zeros(1, 3),)), {}, after=False)
+    assert walk.advance() is None
+    assert walk.advance() is None
+    assert walk.output.shape == (1, 2)
+    walk.close()
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from allocator.api import Result, allocate, verify
-from allocator.errors import AllocationMismatchError, FileError, UnsafeFileError
+from allocator.api import Result, allocate, iterate, verify
+from allocator.errors import AllocationMismatchError, FileError, NotSelfContainedWarning, UnsafeFileError
 from allocator.io.files import load_allocation, load_model, save_model
 from allocator.io.models import BUILD_ATTRIBUTE, build
 from allocator.io.results import load_result, save_result
@@ -287,6 +288,57 @@ def test_wrong_names_and_state(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="not a tensor"):
         save_result((type_with_state(), Allocation()), tmp_path / "s.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+class Own(nn.Sequential):
+    """A class that no known library has."""
+
+
+def _own(width: int = 8) -> Own:
+    return Own(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 2, 1)).eval()
+
+
+def test_what_a_file_needs_beside_itself_is_said_when_it_is_written(tmp_path: Path) -> None:
+    image, path = torch.zeros(1, 3, 8, 8), tmp_path / "m.safetensors"
+    result = allocate(_own(), "50%", example_inputs=image, certify=False)
+    with pytest.warns(
+        NotSelfContainedWarning, match=rf"gives a fresh {__name__}\.Own, by --arch NAME \(model=\.\.\.\)"
+    ):
+        save_result(result, path)
+    assert isinstance(load_result(path, model=_own()), Own)
+    with pytest.warns(NotSelfContainedWarning, match=rf"who opens it needs {__name__}\.Own, and says --trust"):
+        save_model(result.model, tmp_path / "m.pt")
+    assert isinstance(load_model(tmp_path / "m.pt", trust=True), Own)
+    named = allocate(build(f"{__name__}:_own"), "50%", example_inputs=image, certify=False)
+    with pytest.warns(
+        NotSelfContainedWarning, match=rf"needs {__name__}:_own, and says --trust \(trust=True\) or gives"
+    ):
+        save_result(named, path)
+    assert isinstance(load_result(path, trust=True), Own)
+
+
+def test_a_class_of_the_script_that_was_run_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Own, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "Own", Own, raising=False)
+    with pytest.warns(
+        NotSelfContainedWarning, match="lies in __main__, the script that was run, has to move into a mod"
+    ):
+        save_model(_own(), tmp_path / "m.pt")
+
+
+@pytest.mark.filterwarnings("error")
+def test_files_of_known_libraries_stand_alone(tmp_path: Path) -> None:
+    result = allocate(build("recipe:scalenet-small"), "50%", certify=False)
+    save_result(result, tmp_path / "m.safetensors")
+    save_model(result.model, tmp_path / "m.pt")
+    save_model(nn.Sequential(nn.Conv2d(1, 1, 1)), tmp_path / "n.pt")
+
+
+def test_what_iterate_gave_is_saved(tmp_path: Path) -> None:
+    model = build("recipe:scalenet-small")
+    done = iterate(model, "50%", steps=1, train=lambda network: None, certify=False)
+    save_result(done, tmp_path / "m.safetensors")
+    assert load_result(tmp_path / "m.safetensors").state_dict().keys() == done.model.state_dict().keys()
 
 
 def test_the_build_survives_allocation() -> None:

@@ -184,7 +184,7 @@ def test_numbers_of_ones_own_outlast_a_freeze() -> None:
     np.testing.assert_array_equal(projected, np.delete(values, gone))
 
 
-@pytest.mark.parametrize("values", [np.ones(63), np.ones(65), np.ones((64, 1)), np.ones(0), 1.0], ids=np.shape)
+@pytest.mark.parametrize("values", [np.ones(63), np.ones(65), np.ones((64, 1)), np.ones(0)], ids=np.shape)
 def test_another_number_of_numbers_is_refused(values: Any) -> None:
     graph = graph_of(trained())
     said = r"the scores of '{}' have shape .*, expected \(64,\): one number per neuron, in the order of graph.neurons"
@@ -280,7 +280,9 @@ def test_arrays_by_parameter_name_a_parameter_and_have_its_shape() -> None:
     graph = graph_of(trained())
     with pytest.raises(UnknownNameError, match=r"'stem.wieght', which is no parameter.*; did you mean 'stem.weight'\?"):
         allocator.score(graph, {"stem.wieght": np.ones((16, 3, 3, 3))})
-    with pytest.raises(UnknownNameError, match=r"^scores for 'x', which is no parameter of the model$"):
+    with pytest.raises(
+        UnknownNameError, match=r"^the criterion has scores for 'x', which is no parameter of the model$"
+    ):
         allocator.score(graph, {"x": np.ones(3)})
     for wrong in (np.ones(16), np.ones((3, 16, 3, 3)), torch.ones(()), 1.0):
         with pytest.raises(CriterionError, match=r"scores of stem.weight have shape .*, expected \(16, 3, 3, 3\)"):

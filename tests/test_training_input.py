@@ -141,6 +141,35 @@ def test_not_a_configuration(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
 
 
+ALIASES = "x-0: &a0 [x, x]\n" + "".join(f"x-{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))
+MERGED = "x-0: &a0 {k: 1}\n" + "".join(
+    f"x-{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"{ALIASES}network: *a9", "holds more than 100,000 entries"),
+        (f"{MERGED}network: *a9", "holds more than 100,000 entries"),
+        ("network: &a {b: *a}", "holds what lies within itself"),
+        ("network: {name: a, name: b}", r"the key 'name' comes twice \(line 1\)"),
+        ("data: {}\nnetwork: {}\ndata: {}", r"the key 'data' comes twice \(line 3\)"),
+    ],
+    ids=["aliases", "merged", "itself", "twice in a section", "a section twice"],
+)
+def test_aliases_are_bounded_and_keys_come_once(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigurationError, match=f"a.yaml is not YAML: .*{said}"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_keys_that_are_no_words(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("1: 2\nnull: 3")
+    with pytest.raises(ConfigurationError, match="unknown key 1; known: network"):
+        load_config(tmp_path / "a.yaml")
+
+
 def test_arguments_that_the_network_does_not_take(tmp_path: Path) -> None:
     network = {"name": "training_runs:TwoBranches", "arguments": {"classes": 3}}
     with pytest.raises(ConfigurationError, match=r"network.arguments do not fit training_runs:TwoBranches.*'classes'"):

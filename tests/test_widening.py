@@ -288,7 +288,7 @@ def test_a_wider_network_is_allocated_and_widened_again(tmp_path: Path) -> None:
         ({"factor": float("nan")}, InputError, "factor=nan is no number such as 1.5"),
         ({"factor": True}, InputError, "factor=True is no number such as 1.5"),
         ({"factor": "2"}, InputError, "factor='2' is no number such as 1.5"),
-        ({"factor": 10**400}, InputError, "factor=1000+ is more than 1024"),
+        ({"factor": 10**400}, InputError, r"factor=10+ \.\.\. is more than 1024"),
         ({"factor": 1e30}, InputError, r"factor=1e\+30 is more than 1024, the most that layers are widened by"),
         ({"flops": "1e30%"}, BudgetError, "would make every layer more than 1024 times as wide: ask for less"),
         ({"factor": 1.01}, NothingToAllocateError, "adds nothing to any layer: .* has 32 neurons, and 1.016 adds 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import os
 import pickle
 import random
 import zlib
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from allocator.cli.arguments import UsageError
 from allocator.cli.opening import find_local_modules
+from allocator.disk import existing
 from allocator.errors import DataError, FileError, MissingPackageError, UnknownNameError, a_kind
 
 if TYPE_CHECKING:
@@ -68,11 +70,10 @@ def data_options(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
 
 
 def _opened(args: argparse.Namespace, model: nn.Module) -> Any:
-    path = Path(args.data)
-    if path.is_dir():
-        return list(_pictures(path, args, model))
-    if path.exists():
-        return _tensor(path)[: args.samples]
+    if os.path.isdir(args.data):
+        return list(_pictures(Path(args.data), args, model))
+    if os.path.exists(args.data):
+        return _tensor(existing(args.data))[: args.samples]
     if ":" in args.data:
         return _from_function(args.data, args.samples)
     raise FileError(f"{args.data} does not exist")
@@ -111,15 +112,17 @@ def _tensor(path: Path) -> Tensor:
         raise UsageError(f"--data {path} is code: for a function in it, write --data {path.stem}:FUNCTION")
     try:
         if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False))
-        found = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch's own words advise to let the file run code.
-        other = isinstance(error, pickle.UnpicklingError)
+        # torch's and numpy's own words advise to let the file run code.
+        other = isinstance(error, pickle.UnpicklingError) or "allow_pickle" in str(error)
         said = "neither .npy nor a tensor alone that torch.save wrote" if other else f"{error!s:.200}"
         raise FileError(f"{path} cannot be read as a tensor: {said}") from error
-    if not isinstance(found, torch.Tensor):
-        raise FileError(f"{path} holds {a_kind(found)}, not a tensor of inputs")
+    if not isinstance(found, torch.Tensor) or found.dim() == 0:
+        what = "a number" if isinstance(found, torch.Tensor) else a_kind(found)
+        raise FileError(f"{path} holds {what}, not a tensor of inputs")
     return found
 
 

@@ -22,8 +22,6 @@ MODEL_SUFFIXES = (".pt", ".pth", ".safetensors")
 def check_outputs(args: argparse.Namespace, *paths: str | None) -> None:
     """Refuse, before any work is done, outputs that could not be written or would overwrite a file."""
     given = [path for path in paths if path is not None]
-    if len({os.path.realpath(path) for path in given}) < len(given):
-        raise UsageError("two outputs have the same name")
     for path in given:
         folder = folder_named(path)
         if folder is not None:
@@ -32,6 +30,8 @@ def check_outputs(args: argparse.Namespace, *paths: str | None) -> None:
         check_writable(path)
         if os.path.exists(path) and not args.force:
             raise FileError(f"{path} exists; use --force to overwrite it")
+    if len({os.path.realpath(path) for path in given}) < len(given):
+        raise UsageError("two outputs have the same name")
 
 
 def folder_named(path: str | None) -> str | None:

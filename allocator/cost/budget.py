@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from allocator.cost.metric import Metric
-from allocator.errors import BudgetError
+from allocator.errors import BudgetError, as_given
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,18 @@ def parse_limit(name: str, asked: float | str, metric: Metric) -> float:
         value = number_of(asked, whole, is_time)
     except (TypeError, ValueError, OverflowError):
         what, example = "seconds" if is_time else metric.unit, _EXAMPLES.get(name, "5e6 or '5M'")
-        given = " ".join(repr(asked).split())
         raise BudgetError(
-            f"{name}={given:.60} is not a number: pass {what} such as {example}, or a share such as '60%'"
+            f"{name}={as_given(asked)} is not a number: pass {what} such as {example}, or a share such as '60%'"
         ) from None
     if not math.isfinite(value) or value <= 0:
-        raise BudgetError(f"{name}={asked!r} must be positive and finite; the model's own is {metric.show(whole)}")
+        raise BudgetError(
+            f"{name}={as_given(asked)} must be positive and finite; the model's own is {metric.show(whole)}"
+        )
     if value < 1 < whole and not is_time and not str(asked).strip().endswith("%"):
         share = f"{100 * value:g}%"
-        raise BudgetError(f"{name}={asked!r} is {value:g} {metric.unit} out of {whole:,}: did you mean {share!r}?")
+        raise BudgetError(
+            f"{name}={as_given(asked)} is {value:g} {metric.unit} out of {whole:,}: did you mean {share!r}?"
+        )
     return value
 
 
@@ -123,9 +126,11 @@ def check_limit(name: str, asked: float | str) -> None:
         value = number_of(asked, 1, name == "latency")
     except (TypeError, ValueError, OverflowError):
         example = _EXAMPLES.get(name, "5e6 or '5M'")
-        raise BudgetError(f"{name}={asked!r} is not a number such as {example}, or a share such as '60%'") from None
+        raise BudgetError(
+            f"{name}={as_given(asked)} is not a number such as {example}, or a share such as '60%'"
+        ) from None
     if not math.isfinite(value) or value <= 0:
-        raise BudgetError(f"{name}={asked!r} must be positive and finite")
+        raise BudgetError(f"{name}={as_given(asked)} must be positive and finite")
 
 
 def number_of(asked: float | str, whole: int = 1, is_time: bool = False) -> float:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
-import warnings
 from collections import Counter
 from collections.abc import Collection
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from allocator import adapters
 from allocator.errors import TraceError, in_words
-from allocator.logs import hidden
+from allocator.logs import hidden, unwarned
 from allocator.modules import modules_of, set_training, skeleton, tensor_names
 from allocator.torch_private import called_straight
 from allocator.tracing.inputs import Inputs
@@ -63,8 +64,7 @@ def fvcore_layer_flops(model: nn.Module, inputs: Inputs) -> int:
 def _count(
     model: nn.Module, inputs: Inputs, written: Collection[str] | None = None, *, computed: bool = True
 ) -> tuple[dict[str, int], dict[str, int]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its import touches parts of torch that are deprecated
+    with unwarned():  # its import touches parts of torch that are deprecated
         import fvcore.nn  # noqa: F401
 
     try:
@@ -83,7 +83,6 @@ def _analyse(
     model: nn.Module, inputs: Inputs, written: Collection[str] | None, *, plain: bool, computed: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """`plain`: the model returns what it returns itself; else the tensors alone of that."""
-    from fvcore.nn import FlopCountAnalysis
 
     def own(name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A forward may write into buffers, and, where nothing is known of it, into parameters."""
@@ -95,14 +94,28 @@ def _analyse(
     mode = None if computed else Uncomputed(tensor_names(copied).values())
     called, straight = _Whole(copied, inputs.kwargs, plain, mode), called_straight(modules_of(copied).values())
     as_traced = contextlib.nullcontext() if computed else adapters.while_tracing()
-    with torch.no_grad(), undisturbed(model), as_traced, straight, hidden("fvcore.nn.jit_analysis", logging.WARNING):
-        analysis = FlopCountAnalysis(called, tuple(inputs.args))
-        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    silent = hidden("fvcore.nn.jit_analysis", logging.WARNING)
+    with torch.no_grad(), unwarned(), undisturbed(model), as_traced, straight, silent:
+        analysis = _analysis()(called, tuple(inputs.args))
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         analysis.set_op_handle("aten::matmul", _matmul_flops, "aten::_convolution_mode", _convolution_flops)
         counts = {name: int(flops) for name, flops in analysis.by_operator().items()}
     if mode is not None and mode.failed:
         raise TraceError(f"the forward of {type(model).__name__} cannot be counted without its numbers")
     return counts, dict(analysis.unsupported_ops())
+
+
+@functools.cache
+def _analysis() -> Any:
+    """fvcore's own class, which leaves the process's filters of warnings alone."""
+    from fvcore.nn import FlopCountAnalysis, jit_analysis
+
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    unfiltered = SimpleNamespace(catch_warnings=contextlib.nullcontext, simplefilter=nothing, filterwarnings=nothing)
+    analyse = FunctionType(FlopCountAnalysis._analyze.__code__, {**vars(jit_analysis), "warnings": unfiltered})
+    return type(FlopCountAnalysis.__name__, (FlopCountAnalysis,), {"_analyze": analyse})
 
 
 class _Whole(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from allocator.arguments import checked
-from allocator.errors import InputError, TraceError, text_of
+from allocator.arguments import checked, is_real
+from allocator.errors import InputError, TraceError, as_given, text_of
 from allocator.model_checks import check_model
 from allocator.modules import for_inference, tensor_names
 from allocator.tracing.inputs import Inputs, as_inputs
 from allocator.tracing.record import trace_forward
 
 SECONDS = 1.0
+MOST_THREADS = 4096
 ROUNDS = 5  # so that a machine that stalls once does not decide
 
 
@@ -75,8 +77,11 @@ def latencies(
     from torch.utils.benchmark import Measurement, Timer
 
     threads = torch.get_num_threads() if threads is None else threads
-    if threads < 1 or not seconds > 0:
-        raise InputError(f"cannot measure with {threads} threads for {seconds} seconds: both must be above zero")
+    if not 1 <= threads <= MOST_THREADS or not is_real(seconds) or not 0 < seconds < math.inf:
+        raise InputError(
+            f"cannot measure with threads={as_given(threads)}, seconds={as_given(seconds)}: both must be above zero, "
+            f"and the threads at most {MOST_THREADS:,}"
+        )
     timers = []
     with torch.no_grad():
         for model in models:

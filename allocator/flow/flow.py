@@ -50,6 +50,7 @@ class Flow:
         picked: those of them that are parts of parameters, where only which of them depends on the inputs (the matrices
             of a token's experts).
         seeded: values drawn from a generator that the forward made, holds or seeded.
+        derived: values that layers computed, of the model's inputs or of parameters alone as an object query is.
         uniform: values that are the same everywhere, so that they fit any channels.
         zeros: tensors that were made as zeros.
         repeats: dims along which a value is one number.
@@ -67,6 +68,7 @@ class Flow:
         unnamed = {i for i, value in enumerate(trace.values) if value.name is None}
         self.active = unnamed - produced - written_down
         self.picked: set[int] = set()
+        self.derived: set[int] = set()
         self.uniform: set[int] = set()
         self.zeros: set[int] = set()
         self.repeats = Repeats(trace)
@@ -278,8 +280,9 @@ class Flow:
             (self.facts.multiplied if self.is_activation(weight_value) else self.facts.read).append(weight)
 
     def multiply(self, *values: int) -> None:
-        """A matrix product of two activations."""
-        if all(map(self.is_activation, values)):
+        """A matrix product of two activations; where it is batched, one may be derived of parameters alone."""
+        batched = len(self.shape(values[0])) > 2
+        if all(self.is_activation(i) or (batched and i in self.derived and i not in self.picked) for i in values):
             for value in values:
                 for label in self.labels(value):
                     if label is not None:

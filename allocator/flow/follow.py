@@ -42,6 +42,8 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
         frozen, even = len(facts.frozen), len(facts.even)
         if not flow.active.isdisjoint(op.inputs()):
             flow.activate(op)
+        if op.declared.multiplies or not flow.derived.isdisjoint(op.inputs()):
+            flow.derived.update(op.outputs)
         if op.reads and flow.seeded.issuperset(op.reads):
             flow.seeded.update(op.outputs)
         if op.operator.gives_views and flow.picked.issuperset(op.inputs()):

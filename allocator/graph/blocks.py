@@ -1,7 +1,8 @@
 """Aggregation blocks: where branches meet, where they come from, and what each branch is like.
 
 A block runs from the call that dominates all its branches to the aggregation. A branch is what lies between
-that entry, or the end of another branch that it builds on, and the aggregation.
+that entry, or the end of another branch that it builds on, and the aggregation. Where blocks lie in one another without
+end, as in a mesh, a branch is what follows the aggregation before it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from allocator.tracing.calls import Op
 
 INPUT = -1
 LOOP = 16  # calls alike from which on they are taken to be rounds of a loop
+DEEPEST = 128
+"""Times as many calls as there are that branches may hold together; NASNet's hold 91 times as many, HRNet's 43."""
 Axes = tuple[float, ...]  # a number per spatial axis
 
 
@@ -192,34 +195,50 @@ class _Finder:
     def blocks(self) -> list[Block]:
         names: dict[str, int] = {}
         result = []
-        for join, inputs in sorted(_merged(self.flow, self.calls), key=lambda item: item[0].op):
-            block = self._groups(join) if join.kind == "groups" else self._block(join, inputs)
+        joins = sorted(_merged(self.flow, self.calls), key=lambda item: item[0].op)
+        for (join, inputs), ways in zip(joins, self._ways(joins), strict=True):
+            block = self._groups(join) if join.kind == "groups" else self._block(join, inputs, ways)
             seen = names[block.name] = names.get(block.name, 0) + 1
             if seen > 1:
                 block = replace(block, name=f"{block.name}#{seen}")
             result.append(block)
         return result
 
-    def _block(self, join: Join, inputs: Sequence[tuple[int, int]]) -> Block:
-        """`inputs` are (value, the call that wrote it)."""
+    def _ways(self, joins: Sequence[tuple[Join, list[Input]]]) -> list[list[list[int]]]:
+        """Per block and input the calls of the branch; to the aggregation before it where these would be too many."""
+        most = DEEPEST * len(self.calls)
+        for walls in (frozenset[int](), frozenset(join.op for join, _ in joins)):
+            ways: list[list[list[int]]] = []
+            held = 0
+            for join, inputs in joins:
+                entry = self.dominator.get(join.op, INPUT)
+                ends = {writer for _, writer in inputs} | {entry, INPUT}
+                ways.append([])
+                for _, writer in inputs:
+                    ways[-1].append([] if writer == entry else self._between(writer, ends - {writer}, walls))
+                    held += len(ways[-1][-1])
+                if held > most and not walls:
+                    break
+            else:
+                break
+        return ways
+
+    def _block(self, join: Join, inputs: Sequence[Input], ways: Sequence[Sequence[int]]) -> Block:
         op = self.flow.trace.ops[join.op]
         entry = self.dominator.get(join.op, INPUT)
-        ends = {writer for _, writer in inputs}
         branches = []
-        for value, writer in inputs:
+        for (value, _), way in zip(inputs, ways, strict=True):
             label = self.flow.labels(value)[join.dim]
             if label is None:
                 label = np.zeros(self.flow.shape(value)[join.dim], dtype=np.int64)
-            stops = (ends | {entry, INPUT}) - {writer}
-            branches.append(self._branch(op, label, writer, stops if writer != entry else {entry}))
+            branches.append(self._branch(op, label, [self.flow.trace.ops[index] for index in way]))
         kind = join.kind
         if kind == "concat" and entry != INPUT and self.flow.trace.ops[entry].declared.splits:
             kind = "split"
         channels = sum(len(b.label) for b in branches) if join.kind == "concat" else len(branches[0].label)
         return Block(op.module or "model", kind, channels, tuple(branches), self._text(entry), join.op)
 
-    def _branch(self, join: Op, label: np.ndarray, end: int, stops: set[int]) -> Branch:
-        ops = [] if end in stops else self._between(end, stops)
+    def _branch(self, join: Op, label: np.ndarray, ops: Sequence[Op]) -> Branch:
         convs = [op for op in ops if is_convolution(op)]
         writers = [op for op in ops if op.index in self.written]
         start, out = self._start(ops), self._pixels(self.flow.shape(join.outputs[0]))
@@ -241,19 +260,26 @@ class _Finder:
             calls=tuple(op.index for op in ops),
         )
 
-    def _between(self, end: int, stops: set[int]) -> list[Op]:
-        """Calls from `end` backwards until `stops`, in order; of a loop, its last round."""
+    def _between(self, end: int, stops: set[int], walls: frozenset[int]) -> list[int]:
+        """Calls from `end` backwards until `stops` and `walls`, in order; of a loop, its last round."""
+        if end == INPUT:
+            return []
         seen = {end}
-        queue = [end]
+        queue = [] if end in walls else [end]
         in_loops = {self.rounds.get(end)}
         while queue:
             for before in self.calls.predecessors(queue.pop()):
                 same = self.rounds.get(before)
-                if before not in seen and before not in stops and (same is None or same not in in_loops):
+                if (
+                    before not in seen
+                    and before not in stops
+                    and before not in walls
+                    and (same is None or same not in in_loops)
+                ):
                     seen.add(before)
                     in_loops.add(same)
                     queue.append(before)
-        return [self.flow.trace.ops[i] for i in sorted(seen) if i != INPUT]
+        return sorted(seen - {INPUT})
 
     def _geometry(self, ops: Sequence[Op], start: Axes) -> tuple[Axes, Axes, Axes]:
         """Per axis: the receptive field of the branch's end, its stride, and the largest stride on the way."""

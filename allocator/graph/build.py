@@ -149,22 +149,22 @@ def _declared_widths(flow: Flow) -> list[Attribute]:
 
 def _heed_the_caller(modules: Mapping[str, nn.Module], options: Options, slots: Slots, facts: Facts) -> None:
     """Freeze what is excluded or not included, and tie what is to stay alike."""
-    for name in selected(modules, slots.shapes, options.exclude):
+    for name in selected(modules, slots.shapes, options.exclude, "exclude"):
         for label in slots.labels(name):
             facts.frozen.append(Frozen(label, "", "excluded by the caller"))
     if options.include:
-        included = selected(modules, slots.shapes, options.include)
+        included = selected(modules, slots.shapes, options.include, "include")
         for label, _ in facts.written:  # what others write; that they read less is no change of theirs
             if slots.name_of(int(label[0])) not in included:
                 facts.frozen.append(Frozen(label, "", "not included by the caller"))
     facts.ties += [Tie(np.array(one), np.array(other)) for one, other in sorted(options.tied)]
     for group in options.same:
-        _tie_alike(modules, as_items(group), slots, facts)
+        _tie_alike(modules, as_items(group, "same"), slots, facts)
 
 
 def _tie_alike(modules: Mapping[str, nn.Module], group: tuple[Any, ...], slots: Slots, facts: Facts) -> None:
     """What the layers of a group write goes together, place by place."""
-    names = selected(modules, slots.shapes, group)
+    names = selected(modules, slots.shapes, group, "same")
     written = {id(label): label for label, _ in facts.written}.values()
     labels = [label for label in written if slots.name_of(int(label[0])) in names]
     for label in labels[1:]:
@@ -194,7 +194,7 @@ def _heed_the_adapters(modules: Mapping[str, nn.Module], slots: Slots, facts: Fa
 def _spare(modules: Mapping[str, nn.Module], options: Options, slots: Slots, facts: Facts) -> None:
     """Layers that are none of the model's own (an adapter's rank) keep their outputs, unless the caller means them."""
     spared = [f"{path}.weight" for path in adapters.spared_layers(modules)]
-    included = selected(modules, slots.shapes, options.include) if spared else set()
+    included = selected(modules, slots.shapes, options.include, "include") if spared else set()
     for name in spared:
         if name in slots.shapes and name not in included:
             facts.frozen.append(Frozen(slots.labels(name)[0], "", "part of an adapter, and not included by name"))

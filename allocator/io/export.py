@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import inspect
 import io
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +22,7 @@ from allocator.cost.fvcore import fvcore_layer_flops
 from allocator.disk import PathLike, check_writable, shorten, write_atomically
 from allocator.errors import ExportError, MissingPackageError, UnknownNameError, did_you_mean, first_line, text_of
 from allocator.io.onnx_flops import layer_flops
+from allocator.logs import ANY, hidden, unwarned
 from allocator.model_checks import check_model
 from allocator.modules import skeleton, tensor_names
 from allocator.rewriting.lineage import led_to
@@ -124,7 +122,8 @@ def export(
     _check_dtype(network)
     inputs = _example(network, example_inputs).map(lambda t: t.cpu())
     network = skeleton(network, lambda _, t: t.detach().cpu()).eval()
-    with _quiet(), write_atomically(path) as temporary:
+    # The exporters warn and log about their own insides.
+    with hidden(ANY), unwarned(), write_atomically(path) as temporary:
         # A copy is exported, as a forward may keep what it computed in its modules: there that has no values.
         program, fixed = _exported(skeleton(network, lambda _, t: t), inputs)
         sizes = (1,) if fixed else tuple(batches)
@@ -373,16 +372,3 @@ def _dtype(inputs: Inputs) -> torch.dtype:
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, torch.Tensor)]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters warn and log about their own insides."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

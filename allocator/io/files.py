@@ -13,7 +13,7 @@ Reading never runs code from a file, and writing is all or nothing. Four kinds o
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from torch import nn
 from allocator import adapters
 from allocator.arguments import checked
 from allocator.disk import PathLike, check_writable, existing, shorten, write_atomically, write_text
-from allocator.errors import FileError, a_kind
+from allocator.errors import FileError, NotSelfContainedWarning, a_kind, warn
 from allocator.io.models import build_as_asked, in_python_file, said_of
-from allocator.io.pickles import open_pickle
+from allocator.io.pickles import code_asked_for, open_pickle
 from allocator.io.programs.exported_program import is_program, load_program
 from allocator.io.programs.torchscript import is_script, load_script
 from allocator.io.results import (
@@ -36,6 +36,7 @@ from allocator.io.results import (
     save_result,
 )
 from allocator.io.safetensors_files import read_safetensors
+from allocator.model_checks import check_model
 from allocator.rewriting.allocation import Allocation
 
 __all__ = [
@@ -65,9 +66,12 @@ def save_model(model: nn.Module, path: PathLike) -> None:
     """
     if Path(path).suffix not in (".pt", ".pth"):
         raise FileError(f"cannot save a model as {path}: use .pt or .pth, or .safetensors for a result")
+    network = adapters.network_of(model)
+    if not isinstance(network, nn.Module):
+        check_model(model)
     with write_atomically(path) as temporary:
         try:
-            torch.save(adapters.checkpoint(adapters.network_of(model)), temporary)
+            torch.save(adapters.checkpoint(network), temporary)
         except OSError:
             raise
         except pickle.PicklingError as error:
@@ -76,6 +80,19 @@ def save_model(model: nn.Module, path: PathLike) -> None:
             # torch's writer tells of a full disk in words of its own, "unexpected pos 9600 vs 9552".
             full = "torch could not write all of it, is the disk full? " if "inline_container" in str(error) else ""
             raise FileError(f"cannot write {path}: {full}{error}") from error
+        asked = code_asked_for(temporary)
+    if asked:
+        warn(_needed(path, asked), NotSelfContainedWarning)
+
+
+def _needed(path: PathLike, asked: Sequence[str]) -> str:
+    """What opening a pickled model takes beside the file."""
+    more = f" and {len(asked) - 3} more" if len(asked) > 3 else ""
+    script = any(name.startswith("__main__.") for name in asked)
+    return (
+        f"{path} does not hold the code of its network: who opens it needs {', '.join(asked[:3])}{more}, and says "
+        f"--trust (trust=True){'; what lies in __main__, the script that was run, has to move into a module' * script}"
+    )
 
 
 @checked

@@ -12,8 +12,10 @@ from __future__ import annotations
 import collections
 import io
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, BinaryIO, cast
+
+import torch
 
 from allocator.errors import FileError
 from allocator.io.plain_unpickler import PlainUnpickler
@@ -78,8 +80,8 @@ def refused_calls(file: BinaryIO, recurrent: Collection[str] = ()) -> list[str]:
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
-    for stream in _pickles(file):
-        rehearsal = _Rehearsal(stream, recurrent, objects=size // _BYTES_PER_OBJECT + _FREE_OBJECTS)
+    for stream, records in _pickles(file):
+        rehearsal = _Rehearsal(stream, recurrent, records, objects=size // _BYTES_PER_OBJECT + _FREE_OBJECTS)
         try:
             rehearsal.load()
         except Exception:  # what follows a refused call need not make sense
@@ -90,8 +92,8 @@ def refused_calls(file: BinaryIO, recurrent: Collection[str] = ()) -> list[str]:
     return []
 
 
-def _pickles(file: BinaryIO) -> Iterator[BinaryIO]:
-    """Each pickle that torch would read."""
+def _pickles(file: BinaryIO) -> Iterator[tuple[BinaryIO, Mapping[str, int] | None]]:
+    """Each pickle that torch would read, and how many bytes there are for each storage where these are records."""
     start = file.read(len(LEGACY_START))
     file.seek(0)
     if start.startswith(b"PK\x03\x04"):
@@ -100,10 +102,12 @@ def _pickles(file: BinaryIO) -> Iterator[BinaryIO]:
             wanted = f"{names[0].partition('/')[0]}/data.pkl".lower()
             # As torch does: in the folder of the first entry, in any case. Of two, it might read the other one.
             (name,) = (name for name in names if name.lower() == wanted)
-            yield io.BytesIO(archive.read(name))
+            data = f"{names[0].partition('/')[0]}/data/"
+            sizes = {item.filename.removeprefix(data): item.file_size for item in archive.infolist()}
+            yield io.BytesIO(archive.read(name)), sizes
     elif start == LEGACY_START:
         for _ in range(LEGACY_PICKLES):  # each begins where the one before it ends
-            yield file
+            yield file, None
 
 
 class _StandInType(type):
@@ -140,9 +144,11 @@ class _Rehearsal(PlainUnpickler):
         refused: what it would do and may not.
     """
 
-    def __init__(self, stream: BinaryIO, recurrent: Collection[str], objects: int) -> None:
+    def __init__(
+        self, stream: BinaryIO, recurrent: Collection[str], records: Mapping[str, int] | None, objects: int
+    ) -> None:
         super().__init__(stream, encoding="latin1")
-        self.recurrent, self.objects = recurrent, objects
+        self.recurrent, self.records, self.objects = recurrent, records, objects
         self.refused: set[str] = set()
         self.stand_ins: dict[str, Any] = dict(_CONTAINERS)
 
@@ -154,7 +160,17 @@ class _Rehearsal(PlainUnpickler):
         return self.stand_ins[path]
 
     def persistent_load(self, pid: Any) -> Any:
-        """A storage: torch compares its size with the bytes in the file."""
+        """A storage: its size is compared with the bytes in the file, which not all releases of torch do.
+
+        Raises:
+            FileError: it says to be longer than they are.
+        """
+        if self.records is not None:
+            _, kind, key, _, length = pid
+            known: Any = getattr(torch, getattr(kind, "path", "").rpartition(".")[2], None)
+            each = getattr(getattr(known, "dtype", None), "itemsize", 1)
+            if length * each > self.records.get(key, 0):
+                raise FileError(f"storage {key!r:.40} says to be longer than its data")
         return object()
 
     def check_call(self, path: str, args: tuple[Any, ...]) -> None:

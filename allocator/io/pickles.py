@@ -22,7 +22,8 @@ from allocator import adapters
 from allocator.errors import FileError, UnsafeFileError, UnsupportedModelError, first_line
 from allocator.io.archives import check_archive, damaged, inner_names, is_zip
 from allocator.io.pickle_rehearsal import LEGACY_PICKLES, LEGACY_START, refused_calls
-from allocator.modules import modules_of
+from allocator.modules import modules_of, tensors_within
+from allocator.sharing import written_out
 
 _TRUSTED_MODULES = (
     "torch.nn.modules.",
@@ -65,6 +66,8 @@ _TRUSTED_HELPERS = frozenset(
         "torchvision.ops.boxes.box_iou",
     }
 )
+_MOST_MODULES = 1_000_000
+"""Of a network, one that is used at several places counted at each: torch lists them so, and would not end."""
 _ALWAYS_ALLOWED = ("collections.OrderedDict", "collections.Counter", "builtins.set", "__builtin__.set")
 
 
@@ -103,6 +106,11 @@ def open_pickle(path: Path, *, trust: bool = False) -> Any:
     return found
 
 
+def code_asked_for(path: Path) -> list[str]:
+    """What a file would have to be trusted with, by name: classes and functions that are not on the allow-list."""
+    return _admit(globals_in(path))[1]
+
+
 def _refused_calls(path: Path, recurrent: list[str]) -> list[str]:
     try:
         with path.open("rb") as file:
@@ -115,9 +123,10 @@ def _check_content(found: Any, path: Path) -> None:
     """Tensors have the memory that their shapes claim, and modules are whole enough to be walked."""
     try:
         if isinstance(found, nn.Module):
+            written_out(found, _children, _MOST_MODULES)
             for name, module in modules_of(found).items():
                 _check_fields(name, module, path)
-        values = found.state_dict().values() if isinstance(found, nn.Module) else _leaves(found)
+        values = found.state_dict().values() if isinstance(found, nn.Module) else tensors_within(found)
         for value in values:
             if isinstance(value, torch.Tensor):
                 _check_memory(value, path)
@@ -125,6 +134,10 @@ def _check_content(found: Any, path: Path) -> None:
         raise
     except Exception as error:
         raise FileError(f"{damaged(path)} ({first_line(error)})") from error
+
+
+def _children(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module._modules.values() if child is not None]
 
 
 def _check_fields(name: str, module: nn.Module, path: Path) -> None:
@@ -144,14 +157,6 @@ def _check_memory(tensor: torch.Tensor, path: Path) -> None:
         return
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise FileError(f"{path} is damaged: a tensor of shape {tuple(tensor.shape)} has too little data")
-
-
-def _leaves(found: Any, depth: int = 4) -> list[Any]:
-    """What a dictionary or list holds, and those in it."""
-    if depth and isinstance(found, (dict, list, tuple)):
-        inside = found.values() if isinstance(found, dict) else found
-        return [leaf for each in inside for leaf in _leaves(each, depth - 1)]
-    return [found]
 
 
 def globals_in(path: Path) -> list[str]:

@@ -15,8 +15,17 @@ from torch import nn
 
 from allocator import adapters
 from allocator.arguments import checked
-from allocator.disk import PathLike, existing, shorten, write_atomically
-from allocator.errors import AllocationMismatchError, AllocatorError, FileError, a_kind
+from allocator.disk import PathLike, existing, parse_json, shorten, write_atomically
+from allocator.errors import (
+    AllocationMismatchError,
+    AllocatorError,
+    FileError,
+    InputError,
+    NotSelfContainedWarning,
+    a_kind,
+    as_given,
+    warn,
+)
 from allocator.io.models import BUILD_ATTRIBUTE, build_as_asked
 from allocator.io.programs.program import Program
 from allocator.io.rebuild import build_on_meta, build_quietly, build_spec, check_harmless, has_meta, no_larger_than
@@ -79,16 +88,41 @@ def save_result(result: Any, path: PathLike) -> None:
     metadata["digest"] = _digest(metadata, tensors)
     with write_atomically(path) as temporary:
         write_safetensors(tensors, temporary, metadata)
+    needed = None if isinstance(model, Program) else _needed(model, recorded, path)
+    if needed:
+        warn(f"{path} does not hold the code of its network: {needed}", NotSelfContainedWarning)
+
+
+def _needed(model: nn.Module, recorded: dict[str, Any] | None, path: PathLike) -> str | None:
+    """What opening a saved result takes beside the file, None where nothing."""
+    if recorded is None:
+        cls = type(model)
+        return (
+            f"who opens it gives a fresh {cls.__module__}.{cls.__qualname__}, by --arch NAME (model=...); one that "
+            "allocator.build('package.module:factory') makes before it is allocated is named in the file"
+        )
+    try:
+        check_harmless(*build_spec(recorded, path), path)
+    except FileError:
+        return f"who opens it needs {recorded['name']}, and says --trust (trust=True) or gives a fresh one"
+    return None
 
 
 def _parts(result: Any) -> tuple[nn.Module, Allocation, dict[str, Any] | None]:
     """The model, the allocation that leads to it from a fresh build, and the certificate as data if there is one."""
-    if isinstance(result, tuple):
-        return adapters.network_of(result[0]), result[1], None
-    if not isinstance(result, nn.Module):
-        model = adapters.network_of(result.model)
-        return model, led_to(model) or result.allocation, result.certificate.to_dict()
+    pair = (
+        result if isinstance(result, tuple) else (getattr(result, "model", None), getattr(result, "allocation", None))
+    )
+    if len(pair) == 2 and isinstance(pair[1], Allocation):
+        model, certificate = adapters.network_of(pair[0]), getattr(result, "certificate", None)
+        led = None if isinstance(result, tuple) else led_to(model)
+        return model, led or pair[1], None if certificate is None else certificate.to_dict()
     result = adapters.network_of(result)
+    if not isinstance(result, nn.Module):
+        raise InputError(
+            f"result is {as_given(result)}, and takes what allocator.allocate gave, a model that came of it, or a pair "
+            "(model, allocation)"
+        )
     allocation = led_to(result)
     if allocation is None:
         raise FileError(
@@ -310,8 +344,8 @@ def _read_result(path: PathLike) -> tuple[dict[str, str], dict[str, torch.Tensor
 
 def _writer(metadata: dict[str, str]) -> str:
     """Words for the release that wrote the file, where it says so."""
-    with contextlib.suppress(KeyError, ValueError, TypeError, RecursionError):
-        return f" (it was written by release {json.loads(metadata['versions'])['neuron-allocator']!s:.40})"
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        return f" (it was written by release {parse_json(metadata['versions'])['neuron-allocator']!s:.40})"
     return ""
 
 
@@ -336,8 +370,8 @@ def _allocation_of(metadata: dict[str, str], path: PathLike) -> Allocation:
 
 def _parse(metadata: dict[str, str], key: str, path: PathLike, kind: type | tuple[type, ...]) -> Any:
     try:
-        value = json.loads(metadata[key])
-    except (KeyError, ValueError, RecursionError) as error:
+        value = parse_json(metadata[key])
+    except (KeyError, ValueError) as error:
         raise FileError(f"{path} is damaged: its {key} cannot be read") from error
     if not isinstance(value, kind):
         raise FileError(f"{path} is damaged: its {key} is {a_kind(value)}")

@@ -7,13 +7,14 @@ or `model.safetensors` alone.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from allocator.disk import PathLike, read_text
+from allocator.disk import PathLike, parse_json, read_text
 from allocator.errors import FileError
 from allocator.io.safetensors_files import open_safetensors, write_safetensors
 
@@ -65,7 +66,7 @@ class Shards(Mapping[str, torch.Tensor]):
 
 def _index(folder: Path) -> tuple[str, dict[str, str]]:
     """What the names of a folder's weights start with, and the file of each tensor; none where there is one file."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileError(f"there is no folder {folder}")
     found = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     alone = sorted(folder.glob(f"*{SUFFIX}"))
@@ -84,11 +85,11 @@ def _index(folder: Path) -> tuple[str, dict[str, str]]:
 def _weight_map(path: Path) -> dict[str, str]:
     """The file of each tensor; plain names alone, so that an index leads nowhere else."""
     try:
-        found: Any = json.loads(read_text(path))["weight_map"]
+        found: Any = parse_json(read_text(path))["weight_map"]
         plain = all(
             isinstance(file, str) and file.endswith(SUFFIX) and Path(file).name == file for file in found.values()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(
             f"{path} is damaged: its weight_map cannot be read ({type(error).__name__}: {error})"
         ) from error

@@ -111,12 +111,12 @@ for _names, _alike in {
     ("dropout",): _undropped,  # it arrives as its parts, but where autograd is off
     ("rrelu_with_noise",): _leaky,
     ("poisson",): _counted,
-    ("_standard_gamma",): _gamma,
 }.items():
     operator(*_names, draws=True, alike=_alike)(pointwise)
 
 
 operator("binomial", draws=True, alike=_counted, on_meta=_as_large)(pointwise)
+operator("_standard_gamma", draws=True, alike=_gamma, on_meta=_as_large)(pointwise)
 
 
 @operator("_sample_dirichlet", draws=True, alike=_shares, on_meta=_as_large)

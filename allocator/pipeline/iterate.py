@@ -14,7 +14,7 @@ from allocator import adapters
 from allocator.arguments import is_real
 from allocator.clock import Progress
 from allocator.cost.budget import Budgets
-from allocator.errors import AllocatorError, InputError, IterationError, in_words
+from allocator.errors import AllocatorError, InputError, IterationError, as_given, in_words
 from allocator.model_checks import check_model
 from allocator.modules import shapes_of
 from allocator.pipeline.choice import budgets_of, choose
@@ -30,6 +30,7 @@ from allocator.settings import Certify, Limits, Settings
 from allocator.verifying.certificate import Certificate
 
 Train = Callable[[nn.Module], Any]
+MOST_STEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ def even_schedule(steps: int) -> list[float]:
     """So many steps of the same factor.
 
     Raises:
-        InputError: no whole number above zero.
+        InputError: no whole number above zero, or beyond `MOST_STEPS`.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps={steps!r} is no whole number above zero, such as 5")
+    if not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
+        raise InputError(f"steps={as_given(steps)} is no whole number above zero and up to {MOST_STEPS:,}, such as 5")
     return [(step + 1) / steps for step in range(steps)]
 
 
@@ -175,7 +176,9 @@ def _check_grow(grow: Any, limits: Limits) -> None:
     if grow is None:
         return
     if not is_real(grow) or not 0 < grow < 1:
-        raise InputError(f"grow={grow!r} is no share between 0 and 1, such as 0.7, that a step keeps before it widens")
+        raise InputError(
+            f"grow={as_given(grow)} is no share between 0 and 1, such as 0.7, that a step keeps before it widens"
+        )
     if list(limits.given()) != ["flops"]:
         raise InputError(f"with grow the budget is one of flops, not {' and '.join(limits.given()) or 'none'}")
 
@@ -190,7 +193,7 @@ def _checked(schedule: Sequence[float]) -> list[float]:
     except (TypeError, ValueError):
         shares = []
     if not shares or not all(a < b for a, b in pairwise([0.0, *shares])) or shares[-1] != 1:
-        raise InputError(f"schedule={schedule!r:.200} does not rise to 1 from above 0, as [0.25, 0.5, 0.75, 1] does")
+        raise InputError(f"schedule={as_given(schedule)} does not rise to 1 from above 0, as [0.25, 0.5, 0.75, 1] does")
     return shares
 
 

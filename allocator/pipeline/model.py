@@ -85,9 +85,9 @@ def options_of(settings: Settings) -> Options:
     return Options(
         groups=settings.groups,
         norms=settings.norms,
-        exclude=as_items(settings.exclude),
-        include=as_items(settings.include),
-        same=as_groups(settings.same),
+        exclude=as_items(settings.exclude, "exclude"),
+        include=as_items(settings.include, "include"),
+        same=as_groups(settings.same, "same"),
     )
 
 

@@ -17,7 +17,7 @@ from allocator.arguments import checked
 from allocator.clock import Progress, bar
 from allocator.cost.budget import Budgets
 from allocator.disk import PathLike, write_text
-from allocator.errors import InputError, SweepError, in_words, plural
+from allocator.errors import InputError, SweepError, as_given, in_words, plural
 from allocator.fitting.fit import Fitted
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.model_checks import check_model
@@ -155,7 +155,9 @@ def sweep_model(
         raise InputError("a sweep is over budgets of one metric: pass flops=['80%', '60%'], or another metric alone")
     ((name, figures),) = given.items()
     if not isinstance(figures, Sequence) or isinstance(figures, str) or not figures:
-        raise InputError(f"{name}={figures!r} is no list of budgets: pass several, such as ['80%', '60%', '40%']")
+        raise InputError(
+            f"{name}={as_given(figures)} is no list of budgets: pass several, such as ['80%', '60%', '40%']"
+        )
     graph = trace_model(check_model(model), example_inputs, settings, None if data is None else data.loader)
     budgets = [budgets_of(graph, Limits(**{name: figure})) for figure in figures]
     budgets.sort(key=lambda each: each.first.limit, reverse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +13,7 @@ from allocator.cost.speed import Sample, fit_speed, module_seconds, module_work
 from allocator.errors import AllocatorWarning, BudgetError, NothingToAllocateError
 from allocator.fitting.fit import Fitted
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.logs import unwarned
 from allocator.pipeline.choice import budgets_of, choose
 from allocator.rewriting.materialise import materialise
 from allocator.scoring.registry import score
@@ -44,8 +44,7 @@ def measure_speed(graph: ChannelGraph) -> None:
 def _narrower(graph: ChannelGraph) -> Iterator[Fitted]:
     """Networks whose layers all have the same share of their channels, as far as there are any."""
     settings = Settings(criterion="random", policy="uniform")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AllocatorWarning)
+    with unwarned(AllocatorWarning):
         for width in WIDTHS:
             try:
                 yield choose(graph, budgets_of(graph, Limits(f"{width}%")), settings, score(graph, "random"))

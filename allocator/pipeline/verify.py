@@ -32,7 +32,7 @@ def verify_model(
 ) -> Certificate:
     """As `allocator.verify`, whose arguments these are."""
     values = bool(numeric) and not allocation.parts
-    model, small = check_model(model, values=values), check_model(small, values=values)
+    model, small = check_model(model, values=values), check_model(small, values=values, name="small")
     _check_order(model, small, allocation)
     recovery = recovery_of(small)
     if recovery is not None and recovery.tensors and not allocation.parts:

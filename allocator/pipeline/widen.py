@@ -14,7 +14,7 @@ from allocator.arguments import is_real
 from allocator.clock import Clock, Progress
 from allocator.cost.budget import Budget, Budgets
 from allocator.cost.metric import Metric
-from allocator.errors import BudgetError, InputError, NothingToAllocateError, plural
+from allocator.errors import BudgetError, InputError, NothingToAllocateError, as_given, plural
 from allocator.fitting.fit import fit
 from allocator.graph.blocks import Block
 from allocator.graph.channel_graph import ALL, SCOPES, ChannelGraph
@@ -124,12 +124,12 @@ def by_factor(factor: Any) -> Widths:
         InputError: no number from 1 on.
     """
     if not is_real(factor) or not factor < math.inf:
-        raise InputError(f"factor={factor!r} is no number such as 1.5")
+        raise InputError(f"factor={as_given(factor)} is no number such as 1.5")
     if factor > WIDEST:
-        raise InputError(f"factor={factor!r} is more than {WIDEST:.0f}, the most that layers are widened by")
+        raise InputError(f"factor={as_given(factor)} is more than {WIDEST:.0f}, the most that layers are widened by")
     if factor < 1:
         raise InputError(
-            f"factor={factor!r} would make layers narrower: pass 1.5, for example; allocate takes neurons away"
+            f"factor={as_given(factor)} would make layers narrower: pass 1.5, for example; allocate takes neurons away"
         )
     times = float(factor)
 
@@ -139,7 +139,7 @@ def by_factor(factor: Any) -> Widths:
             first = min(layers.each, key=lambda layer: layer.least_factor)
             which = "what an average is taken over" if first.together else "the layer that needs least"
             raise NothingToAllocateError(
-                f"factor={factor!r} adds nothing to any layer: {which} has {len(first.units)} neurons, and "
+                f"factor={as_given(factor)} adds nothing to any layer: {which} has {len(first.units)} neurons, and "
                 f"{math.ceil(first.least_factor * 1000) / 1000:g} adds {first.first} to it"
             )
         return more, None
@@ -234,7 +234,9 @@ def by_branches(neurons: int | str) -> Widths:
             widest = max(branch.channels for branch in block.branches)
             wanted = neurons if isinstance(neurons, int) else math.ceil(share * widest)
             if wanted > WIDEST * widest:
-                raise InputError(f"neurons={neurons!r} are more than {WIDEST:.0f} times the {widest} of {block.name}")
+                raise InputError(
+                    f"neurons={as_given(neurons)} are more than {WIDEST:.0f} times the {widest} of {block.name}"
+                )
             for branch in block.branches:
                 units = graph.units(branch.label)
                 own = [i for i, layer in enumerate(layers.each) if np.isin(layer.units, units).any()]
@@ -246,11 +248,11 @@ def by_branches(neurons: int | str) -> Widths:
                     more[i] = max(more[i], layers.each[i].nearest(asked))
         if wider:
             raise InputError(
-                f"neurons={neurons!r} are fewer than branches have ({'; '.join(wider[:3])}): pass more, or a share of "
-                "each block's widest branch, such as '100%'"
+                f"neurons={as_given(neurons)} are fewer than branches have ({'; '.join(wider[:3])}): pass more, or a "
+                "share of each block's widest branch, such as '100%'"
             )
         if not more.any():
-            raise NothingToAllocateError(f"neurons={neurons!r} adds to no branch: {_no_branches(graph)}")
+            raise NothingToAllocateError(f"neurons={as_given(neurons)} adds to no branch: {_no_branches(graph)}")
         return more, None
 
     return widths
@@ -275,7 +277,7 @@ def _share(neurons: int | str) -> float:
     except ValueError:
         share = 0.0
     if not text.endswith("%") or not 0 < share < math.inf:
-        raise InputError(f"neurons={neurons!r} is neither a number of neurons nor a share such as '100%'")
+        raise InputError(f"neurons={as_given(neurons)} is neither a number of neurons nor a share such as '100%'")
     return share
 
 

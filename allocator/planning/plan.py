@@ -96,7 +96,7 @@ def make_plan(
     """
     widths = widths or Widths()
     floors: tuple[Widths, ...] = (widths,)
-    if policy == "auto":
+    if isinstance(policy, str) and policy == "auto":  # of an array, no one answer
         policy = usual_policy(scores.criterion)
         floors = usual_floors(policy, widths)
     find_policy(policy)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from allocator.cost.budget import Budgets
-from allocator.errors import InputError
+from allocator.errors import InputError, as_given
 from allocator.flow.facts import AtLeast
 from allocator.graph.channel_graph import SCOPES, ChannelGraph
 from allocator.graph.lent import LentGraph
@@ -63,7 +63,7 @@ def _minimum(asked: Any, width: int) -> int:
     except ValueError:
         share = math.nan
     if not 0 <= share < math.inf or (share > 1 and text.endswith("%")):
-        raise InputError(f"at_least={asked!r} is neither a number of channels nor a share such as '25%'")
+        raise InputError(f"at_least={as_given(asked)} is neither a number of channels nor a share such as '25%'")
     return math.ceil(share * width - 1e-9) if text.endswith("%") or share < 1 else int(share)
 
 

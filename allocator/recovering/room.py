@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from allocator.cost.budget import number_of
-from allocator.errors import InputError
+from allocator.errors import InputError, as_given
 from allocator.scoring import ranks
 
 SHARE = 0.5
@@ -37,7 +37,7 @@ def allowed_bytes(asked: float | str | None, device: torch.device) -> int:
         if number < 0 or not math.isfinite(number) or str(text).endswith("%"):
             raise ValueError("no number of bytes")
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"memory={asked!r} is no number of bytes, such as 2e9 or '2GB'") from None
+        raise InputError(f"memory={as_given(asked)} is no number of bytes, such as 2e9 or '2GB'") from None
     return int(number)
 
 

@@ -97,7 +97,7 @@ class Walk:
         self.stop: Stop | None = None
         self.holdings = Holdings(Shelf(sys.maxsize) if shelf is None else shelf)
         self._error: Exception | None = None
-        self._abandoned = False
+        self._abandoned = self._ended = False
         self._go, self._came = threading.Semaphore(0), threading.Semaphore(0)
         context = contextvars.copy_context()  # a new thread has none of the caller's variables
         run = (self._run, model, inputs, watched, after)
@@ -111,7 +111,7 @@ class Walk:
             DataError: the model raised.
         """
         self.stop = None
-        if self._thread.is_alive():
+        if not self._ended:  # its thread may be alive for a while after its last word
             self._go.release()
             self._came.acquire()
         if self._error is not None:
@@ -136,6 +136,7 @@ class Walk:
         except Exception as error:
             self._error = error
         finally:
+            self._ended = True
             self._came.release()
 
     def wait(self, stop: Stop) -> None:

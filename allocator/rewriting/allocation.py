@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from allocator.arguments import checked
-from allocator.disk import read_text, write_text
+from allocator.disk import parse_json, read_text, write_text
 from allocator.errors import AllocationMismatchError, FileError, a_kind
 from allocator.modules import lies_within
 from allocator.rewriting import allocation_checks as checks
@@ -141,8 +141,8 @@ class Allocation(Shown):
             FileError: not JSON, not an allocation, or changed after it was written.
         """
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise FileError(f"this is not JSON: {error}") from error
         checks.check_plain(data)
         digest = data.pop("digest", None) if isinstance(data, dict) else None
@@ -226,6 +226,15 @@ def _fields_in(data: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def _check_parts(parts: Iterable[Any]) -> None:
+    """Allocations, as plain data."""
+    for part in parts:
+        try:
+            Allocation.from_dict(part)
+        except FileError as error:
+            raise FileError(f"the allocation has a part that is none: {error}") from error
+
+
 _CHECKS: dict[str, Callable[[Any], None]] = {
     "kept": checks.check_kept,
     "attributes": checks.check_attributes,
@@ -235,6 +244,7 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "blocks": checks.check_blocks,
     "input_shapes": checks.check_input_shapes,
     "added": checks.check_added,
+    "parts": _check_parts,
 }
 
 

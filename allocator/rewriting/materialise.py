@@ -12,7 +12,7 @@ from torch import nn
 
 from allocator import adapters
 from allocator.errors import AllocationMismatchError
-from allocator.modules import Replace, attribute_of, lies_within, set_attribute, shapes_of, skeleton
+from allocator.modules import MODULE_FIELDS, Replace, attribute_of, lies_within, set_attribute, shapes_of, skeleton
 from allocator.rewriting.added import Filling
 from allocator.rewriting.allocation import Allocation, Indices, architecture_hash
 from allocator.rewriting.index_map import length, renumber, take, take_on_meta
@@ -66,7 +66,7 @@ def check_fits(model: nn.Module, allocation: Allocation) -> None:
             raise AllocationMismatchError(f"the allocation names {name}, which {type(model).__name__} does not have")
         _check_indices(name, dims, tuple(tensors[name].shape))
         if not allocation.added and not allocation.parts:
-            _check_no_repeats(name, dims)
+            _check_order(name, dims)
     for field in ("reads", "averaged"):
         for name, dims in allocation.added.get(field, {}).items():
             _check_added(name, dims, allocation.kept.get(name, []))
@@ -79,14 +79,16 @@ def check_fits(model: nn.Module, allocation: Allocation) -> None:
         )
 
 
-def _check_no_repeats(name: str, dims: Sequence[Indices | None]) -> None:
-    """Raise where an index is there twice, and nothing says what the added one is filled with."""
+def _check_order(name: str, dims: Sequence[Indices | None]) -> None:
+    """Raise where indices do not ascend: one there twice was added, and nothing says what it is filled with."""
     for indices in dims:
         rows = indices if indices and isinstance(indices[0], Sequence) else [indices or []]
         if any(len(set(row)) < len(row) for row in rows):
             raise AllocationMismatchError(
                 f"{name}: the allocation adds indices, and its field 'added' does not say what they are filled with"
             )
+        if any(list(row) != sorted(row) for row in rows):
+            raise AllocationMismatchError(f"{name}: the allocation's indices are not in ascending order")
 
 
 def _check_added(name: str, dims: Sequence[Indices | None], kept: Sequence[Indices | None]) -> None:
@@ -116,6 +118,8 @@ def _check_attributes(model: nn.Module, allocation: Allocation) -> None:
 def _may_be_set(module: nn.Module, name: str, current: Any, value: Any) -> bool:
     """Numbers may take the place of numbers; in an object that a module holds, also be added or taken away."""
     held = name.rpartition(".")[0]
+    if name in MODULE_FIELDS:
+        return False
     if not held:
         return _is_plain(current) and _is_plain(value)  # one number may become a list of them
     if any(part.startswith("_") for part in name.split(".")) or attribute_of(module, held) is None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from allocator.arguments import misfit
+from allocator.arguments import checked, misfit
 from allocator.clock import Progress
 from allocator.errors import (
     AllocatorError,
@@ -17,6 +17,7 @@ from allocator.errors import (
     DataError,
     UninformativeScoresWarning,
     UnknownNameError,
+    as_given,
     did_you_mean,
     in_words,
     none_of,
@@ -107,6 +108,7 @@ class Data:
         return None
 
 
+@checked
 def criterion(
     name: str, *, needs: Collection[str] = (), additive: bool = False, labels: bool = False
 ) -> Callable[[Function], Function]:
@@ -120,12 +122,12 @@ def criterion(
         labels: it needs the caller's loss.
 
     Raises:
-        ValueError: the name is taken.
+        CriterionError: the name is taken.
     """
 
     def register(function: Function) -> Function:
         if name in CRITERIA:
-            raise ValueError(f"criterion {name} is registered already")
+            raise CriterionError(f"criterion {name} is registered already")
         CRITERIA[name] = Criterion(name, function, tuple(needs), additive, labels)
         return function
 
@@ -189,7 +191,18 @@ def score(graph: ChannelGraph, criterion: Any = AUTO, data: Data | None = None, 
         return _by_names(graph, tuple(criterion), data, stored)
     if callable(criterion):
         return _by_function(graph, criterion, data, stored)
+    if not _are_numbers(criterion):
+        raise CriterionError(
+            f"criterion is {as_given(criterion)}, and takes a name such as 'group_norm', several names, a function, "
+            "one number per neuron, or arrays by the names of parameters"
+        )
     return _checked(graph, "own", criterion)
+
+
+def _are_numbers(given: Any) -> bool:
+    """Whether this may be one number per neuron; which they are is found when they are read."""
+    several = hasattr(given, "__array__") or (isinstance(given, Sequence) and not isinstance(given, bytes))
+    return several and getattr(given, "ndim", 1) > 0
 
 
 def _by_names(graph: ChannelGraph, names: tuple[str, ...], data: Data | None, stored: Stored) -> Scores:
@@ -324,8 +337,11 @@ def _by_parameter(graph: ChannelGraph, arrays: Mapping[str, Any]) -> SlotScores:
     rows = []
     for name, given in arrays.items():
         if name not in graph.slots.shapes:
-            near = did_you_mean(name, graph.slots.shapes, mark="'")
-            raise UnknownNameError(f"scores for {name!r}, which is no parameter of the model{near and '; ' + near}")
+            near = did_you_mean(str(name), graph.slots.shapes, mark="'")
+            raise UnknownNameError(
+                f"the criterion has scores for {as_given(name)}, which is no parameter of the model"
+                f"{near and '; ' + near}"
+            )
         array = as_array(given, f"the scores of {name}")
         expected = graph.slots.shapes[name]
         if array.shape != expected:

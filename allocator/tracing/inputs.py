@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -14,6 +15,8 @@ from allocator import adapters
 from allocator.errors import InputError
 from allocator.torch_private import tree_flatten, tree_map
 
+MOST_NUMBERS = 2**31
+"""Of one input: 8 GiB of float32. What a file says of its network's inputs may be anything."""
 _SIDES = {1: (4096,), 2: (224, 224), 3: (16, 112, 112)}
 
 
@@ -170,6 +173,7 @@ def infer_inputs(model: nn.Module) -> Inputs:
     known: tuple[adapters.Arguments, str] | None = adapters.example_inputs(model)
     if known is None:
         shape, source = _input_shape(model)
+        _check_size((1, *shape), source)
         known = (torch.zeros(1, *shape),), source
     inputs = Inputs((), known[0]) if isinstance(known[0], dict) else Inputs(known[0])
     inputs = inputs.map(lambda t: t.to(device_of(model), dtype_of(model) if t.is_floating_point() else t.dtype))
@@ -189,6 +193,8 @@ def inputs_of_sizes(sizes: Sequence[Sequence[int]], model: nn.Module) -> tuple[t
     """
     generator = torch.Generator().manual_seed(0)
     known = adapters.example_inputs(model)
+    for size in sizes:
+        _check_size(size, "what is asked for")
     usual = [] if known is None else list(known[0].values() if isinstance(known[0], dict) else known[0])
     given = [torch.randn(tuple(size), generator=generator).to(dtype_of(model)) for size in sizes]
     if known is None or len(sizes) > len(usual):
@@ -201,6 +207,15 @@ def inputs_of_sizes(sizes: Sequence[Sequence[int]], model: nn.Module) -> tuple[t
     return dict(zip(known[0], arguments)) if isinstance(known[0], dict) else tuple(arguments)
 
 
+def _check_size(size: Sequence[int], source: str) -> None:
+    if math.prod(size) > MOST_NUMBERS:
+        said = "x".join(map(str, size))
+        raise InputError(
+            f"an input of {said:.80}, from {source}, has more than {MOST_NUMBERS:,} numbers: pass example_inputs, for "
+            "example example_inputs=torch.zeros(1, 3, 224, 224), or in a shell --input-size 1x3x224x224"
+        )
+
+
 def is_size_known(model: nn.Module) -> bool:
     """Whether the model itself says how large its inputs are, so that `infer_inputs` need not take the usual size."""
     return _own_size(model) is not None or adapters.example_inputs(model) is not None
@@ -210,6 +225,7 @@ def inputs_like(shapes: Sequence[Sequence[int]], model: nn.Module) -> torch.Tens
     """A tensor of zeros of the one shape there is; None where there are several, or where it is not an image's."""
     if len(shapes) != 1 or len(shapes[0]) < 3:
         return None
+    _check_size(shapes[0], "the allocation")
     return torch.zeros(tuple(shapes[0]), dtype=dtype_of(model), device=device_of(model))
 
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -23,10 +21,10 @@ from torch.overrides import TorchFunctionMode
 from allocator import adapters
 from allocator.errors import UnsupportedModelError
 from allocator.modules import modules_of, tensor_names
-from allocator.torch_private import without_dispatch_modes
+from allocator.torch_private import default_device, without_dispatch_modes
+from allocator.tracing.journal import noted, put_back
 from allocator.tracing.memory import Memory
 from allocator.tracing.operators import FUNCTIONS
-from allocator.tracing.switches import switches
 
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 # Two threads' forwards may share a cache, which neither is to see change under it.
@@ -54,7 +52,7 @@ def undisturbed(
         memory, restore_states = _memory_of(modules), _states()
         watch, watched = _Watch(), _has_to_be_watched(modules.values())
         try:
-            with watch if watched else contextlib.nullcontext(), adapters.in_calls_that_are_followed():
+            with put_back(), watch if watched else contextlib.nullcontext(), adapters.in_calls_that_are_followed():
                 yield
         finally:
             restore_states(watch.drew or not watched)
@@ -97,7 +95,8 @@ R = TypeVar("R")
 
 def apart(run: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Run a model's code in a context of its own: the context variables that it sets are set there alone."""
-    return contextvars.copy_context().run(run, *args, **kwargs)
+    with noted():
+        return contextvars.copy_context().run(run, *args, **kwargs)
 
 
 def as_usual(function: Callable[P, R]) -> Callable[P, R]:
@@ -116,7 +115,7 @@ def as_usual(function: Callable[P, R]) -> Callable[P, R]:
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
-            if torch.get_default_device().type == "meta":
+            if default_device().type == "meta":
                 stack.enter_context(torch.device("cpu"))
             return apart(function, *args, **kwargs)
 
@@ -140,24 +139,18 @@ class _Watch(TorchFunctionMode):
 
 
 def _states() -> Callable[[bool], None]:
-    """The states of the process's generators, and its switches, as a function that puts them back.
+    """The states of torch's generators, as a function that puts them back.
 
-    Other threads draw from these too. Torch's is put back where a function that draws was called, or where there is
-    no other thread; those of Python and numpy where they changed.
+    Other threads draw from these too: they are put back where a function that draws was called, or where there is
+    no other thread.
     """
-    on_cpu, python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    on_cpu = torch.get_rng_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    restore_switches = switches()
 
     def restore(drew: bool) -> None:
         if drew or threading.active_count() == 1:
             torch.set_rng_state(on_cpu)
             if on_gpus:
                 torch.cuda.set_rng_state_all(on_gpus)
-        restore_switches()
-        if random.getstate() != python:
-            random.setstate(python)
-        if not all(map(np.array_equal, np.random.get_state(), of_numpy)):
-            np.random.set_state(of_numpy)
 
     return restore

@@ -9,7 +9,7 @@ import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from types import CodeType, FunctionType, MappingProxyType, MemberDescriptorType, ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -58,26 +58,26 @@ class Memory:
             for value in vars(cls).values():
                 self._look(value, True, _DEPTH)
         namespaces = [each for cls in classes for each in _namespaces(cls)]
-        namespaces += [f.__globals__ for f in functions if (f.__module__ or "").partition(".")[0] not in _FOREIGN]
+        namespaces += [f.__globals__ for f in functions if not _is_foreign(f.__module__)]
         for namespace in {id(each): each for each in namespaces}.values():
             self._look(namespace, False, _DEPTH)  # a namespace is looked into, however large
         for value in contextvars.copy_context().values():
             self._look(value, False, _DEPTH)
 
     def _look(self, value: Any, everything: bool, depth: int) -> None:
-        if isinstance(value, _ATOMS) or not depth or id(value) in self._seen:
+        if _is(value, _ATOMS) or not depth or id(value) in self._seen:
             return
         self._seen.add(id(value))
-        if issubclass(type(value), _CONTAINERS):
+        if _is(value, _CONTAINERS):
             before = _plain(value)
             self._containers.append((value, before, everything))
             if len(before) > _REGISTRY and depth < _DEPTH:
                 return
-        elif isinstance(value, functools._lru_cache_wrapper):
+        elif _is(value, functools._lru_cache_wrapper):
             self._caches[value] = value.cache_info().misses
-        elif isinstance(value, _GENERATORS):
+        elif _is(value, _GENERATORS):
             self._generators.append(_state_of(value))
-        elif _slots_of(value.__class__):
+        elif _slots(value):
             self._objects.append((value, _in_slots(value), everything))
         for each in _held_by(value):
             self._look(each, everything, depth - 1)
@@ -107,6 +107,20 @@ class Memory:
             _restore_slots(value, fields, everything)
 
 
+def _is(value: Any, kinds: Any) -> TypeGuard[Any]:
+    """`isinstance`, without asking the value for its class: what a library loads late would be loaded."""
+    return issubclass(type(value), kinds)
+
+
+def _attribute(value: Any, name: str, default: Any) -> Any:
+    """An attribute that is there, without what the value's class makes of those that are not."""
+    kind: Any = type(value)
+    try:
+        return kind.__getattribute__(value, name)
+    except Exception:
+        return default
+
+
 def _plain(container: Any) -> Any:
     """A plain container of the same kind with what is in this one, whatever its class makes of the methods."""
     kind = next(kind for kind in (*_CONTAINERS, tuple) if issubclass(type(container), kind))
@@ -125,18 +139,18 @@ def _state_of(generator: Any) -> Callable[[], None]:
 
 def _held_by(value: Any) -> list[Any]:
     """What a model's code may write into, one step further in."""
-    if issubclass(type(value), (*_CONTAINERS, tuple)):
+    if _is(value, (*_CONTAINERS, tuple)):
         held = _plain(value)
         return list(held.values() if isinstance(held, dict) else held)
-    if isinstance(value, (staticmethod, classmethod)):
+    if _is(value, (staticmethod, classmethod)):
         return [value.__func__]
-    if isinstance(value, FunctionType):
+    if _is(value, FunctionType):
         held = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
         return [*held, *(value.__defaults__ or ()), vars(value)]
     # Objects of torch's or of the language's own classes keep nothing of a forward, and are many.
-    if not _is_own(value.__class__):
+    if not _is_own(type(value)):
         return []
-    return [*([vars(value)] if hasattr(value, "__dict__") else []), *_in_slots(value).values()]
+    return [_attribute(value, "__dict__", {}), *_in_slots(value).values()]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -146,9 +160,14 @@ def _slots_of(cls: type) -> tuple[str, ...]:
     return tuple(name for members in named for name, value in members if type(value) is MemberDescriptorType)
 
 
+def _slots(value: Any) -> tuple[str, ...]:
+    kind: Any = type(value)
+    return _slots_of(kind)
+
+
 def _in_slots(value: Any) -> dict[str, Any]:
     """What is in those slots of an object that are not empty."""
-    return {name: getattr(value, name) for name in _slots_of(value.__class__) if hasattr(value, name)}
+    return {name: getattr(value, name) for name in _slots(value) if hasattr(value, name)}
 
 
 def _restore_slots(value: Any, before: dict[str, Any], everything: bool) -> None:
@@ -193,11 +212,11 @@ def _same(items: Any, before: Any) -> bool:
 
 def _holds_tensors(values: list[Any], depth: int = _DEPTH) -> bool:
     for value in values:
-        if isinstance(value, torch.Tensor):
+        if _is(value, torch.Tensor):
             return True
-        if depth and not isinstance(value, _ATOMS):
-            held = issubclass(type(value), (*_CONTAINERS, tuple))
-            inside = _plain(value) if held else {**getattr(value, "__dict__", {}), **_in_slots(value)}
+        if depth and not _is(value, _ATOMS):
+            held = _is(value, (*_CONTAINERS, tuple))
+            inside = _plain(value) if held else {**_attribute(value, "__dict__", {}), **_in_slots(value)}
             if isinstance(inside, (dict, MappingProxyType)):
                 inside = [*inside, *inside.values()]
             if _holds_tensors(list(inside), depth - 1):
@@ -214,7 +233,12 @@ def _is_empty(cell: Any) -> bool:
 
 def _is_own(cls: type) -> bool:
     """Whether a class is none of torch's or of the language's."""
-    return cls.__module__.partition(".")[0] not in _FOREIGN
+    return not _is_foreign(cls.__module__)
+
+
+def _is_foreign(module: Any) -> bool:
+    """Whether this names a module of torch's or of the language's; some classes of the latter have a slot there."""
+    return module is not None and (not isinstance(module, str) or module.partition(".")[0] in _FOREIGN)
 
 
 @functools.lru_cache(maxsize=512)
@@ -226,15 +250,15 @@ def _namespaces(cls: type) -> tuple[dict[str, Any], ...]:
     own = vars(module)
     called = list(own.values())
     namespaces = [own]
-    names = {name for value in vars(cls).values() for name in _names_in(getattr(value, "__code__", None))}
+    names = {name for value in vars(cls).values() for name in _names_in(_attribute(value, "__code__", None))}
     for name in names:
         other = own.get(name, sys.modules.get(name))
-        if isinstance(other, ModuleType) and other.__name__.partition(".")[0] not in _ELSEWHERE:
+        if _is(other, ModuleType) and other.__name__.partition(".")[0] not in _ELSEWHERE:
             namespaces.append(vars(other))
             called += [vars(other)[each] for each in names & vars(other).keys()]
     for value in called:
-        function = getattr(value, "__wrapped__", value)
-        if isinstance(function, FunctionType) and (function.__module__ or "").partition(".")[0] not in _FOREIGN:
+        function = _attribute(value, "__wrapped__", value)
+        if _is(function, FunctionType) and not _is_foreign(function.__module__):
             namespaces.append(function.__globals__)
     return tuple({id(each): each for each in namespaces}.values())
 

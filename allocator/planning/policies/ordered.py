@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from allocator.arguments import checked
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.planning.classes import alike_columns
 from allocator.planning.policies.registry import policy
@@ -17,6 +18,7 @@ Thresholds = Callable[[Problem], np.ndarray]
 """(neurons,) the width multiplier, from 0 to 1, from which on a neuron is kept."""
 
 
+@checked
 def ordered(name: str) -> Callable[[Thresholds], Thresholds]:
     """Register the policy that keeps neurons by ascending threshold; decorates the function that gives it."""
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from allocator.errors import UnknownNameError, none_of
+from allocator.arguments import checked
+from allocator.errors import PolicyError, UnknownNameError, none_of
 from allocator.planning.problem import Problem
 
 Choose = Callable[[Problem], np.ndarray]
@@ -14,16 +15,17 @@ Choose = Callable[[Problem], np.ndarray]
 POLICIES: dict[str, Choose] = {}
 
 
+@checked
 def policy(name: str) -> Callable[[Choose], Choose]:
     """Register a policy: a function of the problem that gives the neurons to keep.
 
     Raises:
-        ValueError: the name is taken.
+        PolicyError: the name is taken.
     """
 
     def register(choose: Choose) -> Choose:
         if name in POLICIES:
-            raise ValueError(f"policy {name} is registered already")
+            raise PolicyError(f"policy {name} is registered already")
         POLICIES[name] = choose
         return choose
 
@@ -36,6 +38,6 @@ def find_policy(name: str) -> Choose:
     Raises:
         UnknownNameError: no such policy.
     """
-    if name not in POLICIES:
+    if not isinstance(name, str) or name not in POLICIES:
         raise UnknownNameError(none_of("policy", name, ("auto", *POLICIES)))
     return POLICIES[name]
