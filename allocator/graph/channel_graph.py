@@ -29,6 +29,7 @@ from allocator.modules import modules_of, tensor_names
 from allocator.shown import Shown
 from allocator.tracing.forwards import Forwards
 from allocator.tracing.inputs import Inputs
+from allocator.tracing.sharing import writes_on_values
 
 BRANCHES, INNER, ALL = 0, 1, 2
 SCOPES = {"branches": BRANCHES, "inner": INNER, "all": ALL}
@@ -95,6 +96,7 @@ class ChannelGraph(Shown):
     speed: Speed | None = None
     wider: ChannelGraph | None = field(default=None, repr=False)
     _metrics: dict[str, Metric] = field(default_factory=dict, repr=False)
+    _ran: bool = field(default=False, repr=False)
 
     def __repr__(self) -> str:
         return f"ChannelGraph({type(self.model).__name__}: {self.size:,} neurons, {self.flops:,} FLOPs)"
@@ -135,8 +137,12 @@ class ChannelGraph(Shown):
         return [self.flow, *self.others]
 
     def written(self) -> set[str]:
-        """Names of the parameters and buffers that some forward may write into."""
-        return set().union(*(flow.trace.written() for flow in self.flows))
+        """Names of the parameters and buffers that some forward may write into; asks for one on numbers."""
+        trace, known = self.flow.trace, set().union(*(flow.trace.written() for flow in self.flows))
+        if not self._ran and not trace.by_value and writes_on_values(self.model, self.inputs, known):
+            trace.by_value.update(self.tensors)
+        self._ran = True
+        return known | trace.by_value
 
     @property
     def training_flow(self) -> Flow | None:

@@ -132,6 +132,7 @@ class Trace:
         training: whether the model was in train mode.
         inputs: what it was given.
         unfinished: the forward raised after these calls.
+        by_value: names of parameters that a forward on values wrote into, though none of these calls does.
     """
 
     ops: list[Op]
@@ -143,6 +144,7 @@ class Trace:
     training: bool = False
     inputs: Inputs = field(default_factory=lambda: Inputs(()), repr=False)
     unfinished: bool = False
+    by_value: set[str] = field(default_factory=set, repr=False)
 
     def live(self, gone: Collection[int] = frozenset()) -> list[Op]:
         """Calls that the outputs depend on, in order; those that only serve values in `gone` do not count.
@@ -195,7 +197,7 @@ class Trace:
 
     def written(self) -> set[str]:
         """Names of the parameters and buffers that some call may write into."""
-        names = set()
+        names = set(self.by_value)
         for op in self.ops:
             for value in op.reads if op.writes() else ():
                 name = self.values[self.root(value)].name

@@ -29,6 +29,7 @@ from allocator.tracing.inputs import Inputs, dtype_of
 from allocator.tracing.isolation import apart, undisturbed
 from allocator.tracing.operators import FUNCTIONS, Function
 from allocator.tracing.record import tensors_in
+from allocator.tracing.sharing import Shared
 from allocator.verifying.alike import Alike
 
 _Dims = list[tuple[int, np.ndarray]]
@@ -75,16 +76,25 @@ def run_float64(
     Returns:
         Tensors on the CPU in float64; of complex ones the last dim is (real, imaginary). Where all are of whole
         numbers, what the last of them were made from as well (of an argmax, the scores): that they agree shows more.
+
+    Raises:
+        SharedWrite: the forward would write into others than `written`.
     """
 
     def own(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if _reads_only(tensor, dtype):
+            return tensor
         known = written is not None and isinstance(tensor, nn.Parameter) and name not in written
-        return tensor if known or _reads_only(tensor, dtype) else tensor.clone()
+        shared.extend([tensor] if known else [])
+        return tensor if known else tensor.clone()
+
+    shared: list[torch.Tensor] = []
 
     def forward(copied: nn.Module) -> list[torch.Tensor]:
         set_training(copied, False)
         direct = {name: rows for name, rows in (zeroed or {}).items() if fill or not _zero_computed(copied, name, rows)}
         mode = _Wide(copied, direct, draw, dtype, nudge, fill)
+        mode.shared = Shared(shared)
         drawing = contextlib.nullcontext() if alike is None else alike.drawing()
         mode.alike = alike is not None
         with torch.no_grad(), undisturbed(model), mode, drawing:
@@ -178,11 +188,13 @@ class _Wide(TorchFunctionMode):
         self.complex = dtype.to_complex()
         self.rounded: list[torch.Tensor] = []
         self.alike = False
+        self.shared = Shared()
         self.unrounded: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
+        self.shared.spare(func, args, kwargs)
         if name == "__get__" and func.__self__.__name__ not in _VIEWS:
             found = func(*args, **(kwargs or {}))
             return self.said if found is self.dtype else found
