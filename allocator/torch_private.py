@@ -63,6 +63,7 @@ __all__ = [
     "called_straight",
     "default_device",
     "is_being_recorded",
+    "is_transformed",
     "map_arguments",
     "modes_left",
     "of_the_processor",
@@ -230,6 +231,11 @@ def map_arguments(function: Callable[[Any], Any], tree: Any) -> Any:
 def schema_of(target: OpOverload) -> Any:
     """The schema of an overload such as `torch.ops.aten.add.Tensor`: names and kinds of what it takes and gives."""
     return target._schema
+
+
+def is_transformed() -> bool:
+    """Whether functions are called on parts of tensors, as within `torch.vmap`; whole ones meet the dispatcher."""
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def is_being_recorded() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,12 +41,16 @@ class Mends:
         trial: the last ones, and the place (forward, index) of the call that they are for.
         wrong: those that did not help there.
         notes: what was said of them, each with those that it is about.
+        tied: slots that were tied last, with the place and what was said; taken back where that did not help.
+        apart: those for which it did not.
     """
 
     pieces: dict[AttributeKey, tuple[np.ndarray, ...]] = field(default_factory=dict)
     trial: tuple[tuple[int, int], list[AttributeKey]] | None = None
     wrong: set[AttributeKey] = field(default_factory=set)
     notes: dict[str, list[AttributeKey]] = field(default_factory=dict)
+    tied: tuple[tuple[int, int], set[Pair], str] | None = None
+    apart: set[Pair] = field(default_factory=set)
 
     def attributes(self) -> list[Attribute]:
         """All of them."""
@@ -57,6 +63,15 @@ class Mends:
                 self.pieces.pop(key, None)
                 self.wrong.add(key)
         self.trial = None
+
+    def ties_in_vain(self, place: tuple[int, int], notes: list[str]) -> set[Pair]:
+        """What was tied last, if the forward got no further with it; out of `notes` too."""
+        last, self.tied = self.tied, None
+        if last is None or place > last[0]:
+            return set()
+        self.apart |= last[1]
+        notes.remove(last[2])
+        return last[1]
 
     def forget(self, paths: set[str]) -> None:
         """Take all of these modules back."""
@@ -87,6 +102,7 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
     flow = graph.flows[mismatch.forward]
     mends.judge((mismatch.forward, op.index))
     mends.retract(notes)
+    given_up = mends.ties_in_vain((mismatch.forward, op.index), notes)
     scene = _Scene(graph, flow, plan, mends)
     for owner in dict.fromkeys((op.module, mismatch.module)):  # where it stopped: a block may check what its layers do
         if owner is None or (owner and not lies_within(op.module, [owner])):
@@ -98,13 +114,19 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
                 notes.append(note)
             others = _alike_modules(graph.modules, owner)
             mends.notes.setdefault(note, []).extend((path, attribute) for path in others)
-            return graph
+            return rebuilt(graph, graph.options.untying(given_up)) if given_up else graph
     given = _given(graph, flow, mismatch, plan)
     counted = _counted_by_one(scene, op)
     if counted:
         kind = type(graph.modules[op.module]).__name__
         notes.append(f"of {kind}, neurons that one attribute counts go together, place by place: {mismatch.what}")
-        return rebuilt(graph, graph.options.tying(counted))
+        return rebuilt(graph, graph.options.untying(given_up).tying(counted))
+    for find, said in _TIES.items():
+        pairs = find(scene, op, mismatch.what) - mends.apart - graph.options.tied
+        if pairs:
+            notes.append(f"neurons at {op} {said}: {mismatch.what}")
+            mends.tied = (mismatch.forward, op.index), pairs, notes[-1]
+            return rebuilt(graph, graph.options.untying(given_up).tying(pairs))
     if op.declared.splits and op.declared.sized and op.module not in graph.options.equal_parts:
         notes.append(f"the parts of {op} stay equal: {mismatch.what}")
         options = graph.options.equalising(_meant(graph, op.module, graph.options.equal_parts))
@@ -118,7 +140,7 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
     before = {place.module for place in graph.options.frozen} | graph.options.equal_parts
     mends.forget(_meant(graph, op.module, before))
     mends.retract(notes)
-    return rebuilt(graph, options)
+    return rebuilt(graph, options.untying(given_up))
 
 
 # Attributes that follow -----------------------------------------------------------------------------
@@ -229,6 +251,55 @@ def _counted_by_one(scene: _Scene, op: Op) -> set[Pair]:
                     found.setdefault(pair, other is op and bool(differ))
     new = found.keys() - scene.graph.options.tied
     return new if any(found[pair] for pair in new) else set()
+
+
+def _sized_like_another(scene: _Scene, op: Op, what: str) -> set[Pair]:
+    """Slots along a dim that a call was given the size of, and those of an earlier tensor's dim of that size.
+
+    As of `y.view(*x.shape)`, which takes it that both are equally wide; `what` names the size that it got.
+    """
+    flow, stays = scene.flow, scene.graph.stays(scene.plan.kept)
+    got = set(map(int, re.findall(r"\d+", what)))
+    sized = op.outputs if op.declared.sized and op.declared.reshapes else ()
+    for label in (label for value in sized for label in flow.labels(value) if label is not None):
+        for other in reversed(flow.trace.ops[: op.index]):
+            within = not op.module or lies_within(other.module, [op.module])
+            for like in _labels_of(flow, other) if within else ():
+                pair = tuple(label.tolist()), tuple(like.tolist())
+                differ = len(like) == len(label) > 1 and (stays[label] != stays[like]).any()
+                known = scene.graph.options.tied | scene.mends.apart
+                if (
+                    differ
+                    and (scene.graph.unit_of_slot[like] >= 0).any()
+                    and int(stays[like].sum()) in got
+                    and not {pair, pair[::-1]} & known
+                ):
+                    return {pair}
+    return set()
+
+
+_MOST_SHARES = 16
+
+
+def _in_shares(scene: _Scene, op: Op, what: str) -> set[Pair]:
+    """Slots of the shares of a dim that a call takes some of, as of `x[:, : x.shape[1] // 4]`: each loses the same."""
+    if not {"dim", "start", "end", "step"} <= op.operator.arguments.keys() or op.arg("step") != 1:
+        return set()
+    label = scene.flow.labels(op.inputs()[0])[int(op.arg("dim") or 0)]
+    if label is None:
+        return set()
+    start, end, _ = slice(op.arg("start"), op.arg("end")).indices(len(label))
+    size = math.gcd(start, end, len(label))
+    if not 1 < len(label) // size <= _MOST_SHARES or size == 1:
+        return set()
+    first, *others = (tuple(share.tolist()) for share in label.reshape(-1, size))
+    return {(share, first) for share in others}
+
+
+_TIES = {
+    _sized_like_another: "go together with others that a size of theirs is read from",
+    _in_shares: "go from all shares of the dim alike",
+}
 
 
 def _taken(scene: _Scene, path: str, module: nn.Module) -> set[str]:

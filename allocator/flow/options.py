@@ -84,6 +84,10 @@ class Options:
         """With these slots tied as well."""
         return replace(self, tied=self.tied | frozenset(pairs))
 
+    def untying(self, pairs: Iterable[Pair]) -> Options:
+        """Without these slots tied."""
+        return replace(self, tied=self.tied - frozenset(pairs))
+
     def equalising(self, modules: Iterable[str]) -> Options:
         """With the split parts in these modules equal as well."""
         return replace(self, equal_parts=self.equal_parts | frozenset(modules))

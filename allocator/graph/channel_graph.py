@@ -17,7 +17,7 @@ from allocator.cost.peak import PeakMetric, live_terms
 from allocator.cost.size import activation_terms, parameter_terms
 from allocator.cost.speed import LatencyMetric, Speed, speed_terms
 from allocator.errors import UnknownNameError, none_of, plural
-from allocator.flow.facts import Facts
+from allocator.flow.facts import JOINT, Facts
 from allocator.flow.flow import Flow
 from allocator.flow.follow import value_dependent
 from allocator.flow.labels import FROZEN, Slots
@@ -313,15 +313,20 @@ class ChannelGraph(Shown):
         return [(f"{reason} in {module}" if module else reason, count) for (reason, module), count in found]
 
     def why(self) -> list[str]:
-        """The reasons as lines; the first in a module that a call would undo says which call."""
+        """The reasons as lines; the first that a call or an option would undo says which."""
         lines: list[str] = []
         said: set[str] = set()
         for (reason, module), count in self._frozen().most_common():
             undone = undone_by(module, self.modules)
-            hint = f"; {undone} undoes it" if undone and undone not in said else ""
+            undone = f"; {undone} undoes it" if undone else self._loosened(reason)
+            hint = "" if undone in said else undone
             said.add(undone)
             lines.append(f"{reason}{f' in {module}' if module else ''} ({plural(count, 'channel')}{hint})")
         return lines
+
+    def _loosened(self, reason: str) -> str:
+        """What lets channels go that stay because of a norm."""
+        return "; norms='loose' lets them go" if self.options.norms == "exact" and JOINT in reason else ""
 
     def _frozen(self) -> Counter[tuple[str, str]]:
         """Channels per reason and module: those among its slots that are written; where none is, those of one dim."""

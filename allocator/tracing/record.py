@@ -26,6 +26,7 @@ from allocator.torch_private import (
     call_as_usual,
     call_by,
     call_by_itself,
+    is_transformed,
     past_dispatch,
     tree_flatten,
 )
@@ -341,6 +342,8 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == _DATA:  # the same memory, by a way that the dispatcher does not see
             return args[0].detach()
+        if is_transformed():
+            return func(*args, **kwargs)
         known = None if self.recorder.paused else AS_ONE_CALL.get(func)
         whole = None if known is None else known(*args, **kwargs)
         if whole is not None:

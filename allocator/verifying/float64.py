@@ -224,16 +224,23 @@ class _Wide(TorchFunctionMode):
     def _zero_again(self, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> torch.Tensor:
         """What is computed from weights alone, number by number, is zero where they are read as zero.
 
-        Where that is, is seen by numbers that are none: those of a function that mixes them are another number.
+        Where that is, is seen by numbers that are none: those of a function that mixes them are another number. Beside
+        what is not read as zero, as the length of a weight, it is where zeros were divided by zero.
         """
         given = [t for t in tensors_in((args, kwargs)) if t.is_floating_point() and t.numel() > 1]
         if not given or not out.is_floating_point() or out.numel() != given[0].numel():
             return out
-        if not all(self._is_zeroed(t) for t in given):
+        alone = all(self._is_zeroed(t) for t in given)
+        if not (alone or (self._is_zeroed(given[0]) and bool(out.isnan().any()))):
             return out
         spoilt = map_arguments(self._spoilt, (args, kwargs))
-        where = func(*spoilt[0], **spoilt[1]).isnan() & ~out.isnan()
-        if int(where.sum()) == int(self._spoilt(given[0]).isnan().sum()):
+        where = func(*spoilt[0], **spoilt[1]).isnan()
+        expected = int(self._spoilt(given[0]).isnan().sum())
+        if int(where.sum()) != expected:
+            where &= ~out.isnan()
+        elif not alone:
+            where, expected = where & out.isnan(), int((where & out.isnan()).sum())
+        if int(where.sum()) == expected:
             if any(_share_memory(out, t) for t in given):  # a view, into which may be written, or written into
                 out.masked_fill_(where, 0.0)
             else:
