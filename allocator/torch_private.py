@@ -33,8 +33,11 @@ try:
     from torch.multiprocessing.reductions import StorageWeakRef as StorageReference
     from torch.nn.modules.batchnorm import _NormBase as BatchNormBase
     from torch.nn.modules.conv import _ConvNd as ConvolutionBase
+    from torch.overrides import TorchFunctionMode as _Modes
+    from torch.overrides import _get_current_function_mode_stack as _function_modes
     from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
     from torch.utils._python_dispatch import _disable_current_modes as without_dispatch_modes
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as _dispatch_modes
     from torch.utils._pytree import tree_flatten, tree_map
 except ImportError as error:
     raise _unexpected(f"lacks a name ({error})") from error
@@ -61,7 +64,9 @@ __all__ = [
     "default_device",
     "fake_tensors",
     "is_being_recorded",
+    "is_transformed",
     "map_arguments",
+    "modes_left",
     "of_the_processor",
     "parts_recorded",
     "past_dispatch",
@@ -126,6 +131,27 @@ PT2_DTYPES = {
     13: torch.bfloat16,
 }
 """Dtypes by their numbers in an exported program's file (`torch._export.serde.schema.ScalarType`)."""
+
+
+@contextlib.contextmanager
+def modes_left() -> Iterator[None]:
+    """Modes that were entered within, and not left, are left at the end; but for the default device's."""
+    functions, dispatch = _function_modes(), _dispatch_modes()
+    try:
+        yield
+    finally:
+        # Not by what a class of the model's makes of leaving; torch's own dispatch modes keep more to put back.
+        for mode in _newer(_function_modes(), functions):
+            _Modes.__exit__(mode, None, None, None)
+        for mode in _newer(_dispatch_modes(), dispatch):
+            of_torch = type(mode).__module__.startswith("torch.")
+            (type(mode) if of_torch else _TorchDispatchMode).__exit__(mode, None, None, None)
+
+
+def _newer(modes: list[Any], known: list[Any]) -> list[Any]:
+    """Those that are not known, the last first; that of the default device lies below all others, and is no part."""
+    default = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    return [mode for mode in reversed(modes) if mode is not default and not any(mode is each for each in known)]
 
 
 def call_by(module: nn.Module, call: Callable[..., Any]) -> None:
@@ -213,6 +239,11 @@ def fake_tensors() -> FakeTensorMode:
 def schema_of(target: OpOverload) -> Any:
     """The schema of an overload such as `torch.ops.aten.add.Tensor`: names and kinds of what it takes and gives."""
     return target._schema
+
+
+def is_transformed() -> bool:
+    """Whether functions are called on parts of tensors, as within `torch.vmap`; whole ones meet the dispatcher."""
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def is_being_recorded() -> bool:
@@ -311,8 +342,11 @@ def _check_dispatch() -> None:
         torch.neg(x)
     with Noting(), past_dispatch():
         torch.neg(x)
-    if seen != ["aten::neg"]:
-        raise _unexpected(f"dispatches one call as {seen}")
+    with Noting(), modes_left():
+        torch.device("meta").__enter__()
+        Noting().__enter__()
+    if seen != ["aten::neg"] or _dispatch_modes() or torch.empty(1).is_meta:
+        raise _unexpected(f"dispatches one call as {seen}, or keeps modes in another way")
     leaves, _ = tree_flatten(({"a": [1]}, 2))
     if leaves != [1, 2] or tree_map(str, [1, {"a": 2}]) != ["1", {"a": "2"}]:
         raise _unexpected("walks containers in another way")

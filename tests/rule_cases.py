@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -352,13 +353,14 @@ MIXING = {
     "log_softmax": along(torch.log_softmax),
     "cumsum": along(torch.cumsum),
     "cumprod": along(torch.cumprod),
+    "cummax": along(torch.cummax),
+    "cummin": along(torch.cummin),
     "sort": along(torch.sort) + each(lambda x: torch.sort(x, dim=1, stable=True, descending=True), FEATURES),
     "logcumsumexp": along(torch.logcumsumexp),
 }
 
 # ------------------------------------------------------------------------------------------ pointwise
 
-_SHARES = Data((2, 4, 6), (1, 2), positive)
 _GATE = Data((2, 6, 1, 1), (1,))
 _MASK = Data((2, 6, 4, 4), (1,), truth)
 _PLAIN = image(dims=())
@@ -386,11 +388,6 @@ POINTWISE = {
     ],
     "dropout": each(lambda x: F.dropout(x, 0.5, training=False), IMAGE),
     "native_dropout": each(lambda x: aten.native_dropout(x, 0.0, True), IMAGE),
-    "bernoulli": [
-        *each(lambda x: torch.bernoulli(x.gt(0).to(x.dtype)), IMAGE),
-        *each(lambda x: x * torch.empty_like(x).bernoulli_(1.0), IMAGE),
-        *each(lambda x: x * x.new_empty(x.shape).bernoulli_(1.0), IMAGE),
-    ],
     "_prelu_kernel": [
         case(lambda m, x: F.prelu(x, m.w), IMAGE, weights={"w": (6,)}),
         case(lambda m, x: F.prelu(x, m.w), IMAGE, weights={"w": (1,)}),
@@ -410,23 +407,6 @@ POINTWISE = {
     "hardswish": each(F.hardswish, IMAGE) + each(lambda x: F.hardswish(x, inplace=True), IMAGE),
     "hardsigmoid": each(F.hardsigmoid, IMAGE),
     "hardtanh": each(F.relu6, IMAGE),
-    "normal": [
-        *each(lambda x: x.normal_(3.0, 0.0), IMAGE),
-        *each(lambda x: torch.normal(x, 0.0), IMAGE),
-        *each(lambda x: x + torch.normal(1.0, 0.0, x.shape, dtype=x.dtype, device=x.device), IMAGE),
-    ],
-    "normal_functional": each(lambda x: aten.normal_functional(x, 1.0, 0.0), IMAGE),
-    "uniform": each(lambda x: x.uniform_(0.5, 0.5), IMAGE),
-    "random": each(lambda x: x.random_(3, 4), IMAGE),
-    "exponential": each(lambda x: x.exponential_(1e9).round(), IMAGE),
-    "geometric": each(lambda x: x.geometric_(1 - 1e-12), IMAGE),
-    "cauchy": each(lambda x: x.cauchy_(1.0, 1e-15), IMAGE, tolerance=1e-3),
-    "log_normal": each(lambda x: x.log_normal_(1.0, 1e-300), IMAGE),
-    "poisson": each(lambda x: torch.poisson(x * 0), IMAGE),
-    "binomial": each(lambda x: torch.binomial(x.sign().relu(), torch.ones_like(x)), IMAGE),
-    "_standard_gamma": each(lambda x: torch._standard_gamma(x.abs() + 1) * 0, IMAGE),
-    "_sample_dirichlet": each(lambda x: torch._sample_dirichlet(x * 1e12).round(decimals=3), _SHARES),
-    "multinomial": each(lambda x: torch.multinomial(x, 1), Data((3, 6), (0, 1), lambda s: torch.eye(*s))),
     "rrelu_with_noise": each(lambda x: F.rrelu(x, training=False), IMAGE),
     "lerp": each(lambda x, y: torch.lerp(x, y, 0.3), IMAGE, IMAGE) + each(torch.lerp, IMAGE, IMAGE, _GATE),
     "clamp": [
@@ -471,6 +451,12 @@ def _fractional(function: Callable[..., Any], rank: int) -> Callable[[torch.Tens
         return function(x, 2, output_size=2, _random_samples=samples)
 
     return run
+
+
+def _apart(shape: tuple[int, ...]) -> torch.Tensor:
+    """Places of which no two are the same in any channel."""
+    places = math.prod(shape[2:])
+    return torch.stack([torch.randperm(places) for _ in range(shape[0] * shape[1])]).view(shape)
 
 
 def _boxes(shape: tuple[int, ...]) -> torch.Tensor:
@@ -554,6 +540,19 @@ SPATIAL = {
         ),
         *each(lambda x, g: F.grid_sample(x, g, align_corners=False), image(dims=(2,)), Data((2, 3, 3, 2))),
     ],
+    "affine_grid_generator": [
+        *each(lambda x, t: F.affine_grid(t, x.shape, align_corners=False), IMAGE, Data((2, 2, 3))),
+        *each(lambda x, t: F.affine_grid(t, x.shape, align_corners=False), IMAGE, Data((2, 2, 3), (1, 2))),
+    ],
+    "max_unpool2d": [
+        *each(lambda x, i: aten.max_unpool2d(x, i, [8, 8]), IMAGE, Data((2, 6, 4, 4), (1,), _apart)),
+        *each(lambda x, i: aten.max_unpool2d(x, i, [8, 8]), image(dims=(2,)), Data((2, 6, 4, 4), (), _apart)),
+    ],
+    "max_unpool3d": each(
+        lambda x, i: aten.max_unpool3d(x, i, [4, 4, 4], [1, 1, 1], [0, 0, 0]),
+        VOLUME,
+        Data((2, 4, 4, 4, 4), (1,), _apart),
+    ),
     "grid_sampler_3d": each(lambda x, g: F.grid_sample(x, g, align_corners=False), VOLUME, Data((2, 3, 3, 3, 3))),
     "torchvision::deform_conv2d": [
         case(_deformed, IMAGE, Data((2, 18, 4, 4)), weights={"w": (5, 6, 3, 3), "b": (5,)}, contracts=True),

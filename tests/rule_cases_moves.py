@@ -108,18 +108,23 @@ VIEWS = {
         *each(lambda x: x.expand(-1, -1, 3, 2), STRIPES),
         *each(lambda x: x.expand(5, 2, -1, 3, 2), STRIPES),
         *each(lambda x: x.expand(2, 3, -1), Data((2, 1, 4), (1, 2))),
+        *each(lambda x, y: x * y.expand_as(x), IMAGE, Data((2, 1, 4, 4), ())),
+        *each(lambda x, y: y.expand_as(x).transpose(1, 2).sigmoid() + x.transpose(1, 2), IMAGE, Data((2, 1, 4, 4), ())),
+        *each(lambda x, y: x + (y[None].expand_as(x).clone() * 2 + y), IMAGE, Data((1, 4, 4), ())),
     ],
     "expand_copy": each(lambda x: aten.expand_copy(x, [2, x.shape[1], 3, 2]), STRIPES),
     "repeat": [
         *each(lambda x: x.repeat(1, 2, 1, 1), IMAGE),
         *each(lambda x: x.repeat(3, 1, 1, 1, 2), IMAGE),
         *each(lambda x: x.repeat(2), Data((6,), (0,))),
+        *each(lambda x, y: x * y.repeat(1, x.shape[1], 1, 1), IMAGE, Data((2, 1, 4, 4), ())),
     ],
     "flip": [
         *each(lambda x: x.flip(1), IMAGE),
         *each(lambda x: x.flip(-3, 2), IMAGE),
         *each(lambda x: x.flip(-1), IMAGE),
     ],
+    "rot90": [each(lambda x, k=k: x.rot90(k, (2, 1)), IMAGE)[0] for k in (1, 2, 3, -3)],
     "pixel_shuffle": [
         *each(lambda x: F.pixel_shuffle(x, 2), image(8, 3)),
         *each(lambda x: F.pixel_shuffle(x, 2), Data((8, 3, 3), (0,))),
@@ -363,7 +368,7 @@ PARTS = {
     ],
     "constant_pad_nd": [
         *each(lambda x: F.pad(x, (1, 1, 2, 0)), IMAGE),
-        *each(lambda x: F.pad(x, (0, 0, 0, 0, 2, 1)), IMAGE, cautious="padded channels stay"),
+        *each(lambda x: F.pad(x, (0, 0, 0, 0, 2, 1)), IMAGE),
         *each(lambda x: F.pad(x, (0, 0, 0, 0, -2, 0)), IMAGE, cautious="cropped channels stay"),
         *each(lambda x: F.pad(x, (0, 0, 1, 1)), ROWS),
     ],

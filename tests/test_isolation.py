@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import copy
 import functools
@@ -25,6 +26,8 @@ from small_graphs import Net, net
 from subjects import untouched
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 import allocator
 from allocator.errors import AllocatorError, UnsupportedModelError
@@ -518,6 +521,79 @@ def test_what_a_forward_adds_up_in_a_global_tensor_is_as_it_was(by_value: bool) 
 
     allocate(model_with(middle))
     assert TOTAL.tolist() == [0, 0, 0] or threading.active_count() > 1
+
+
+# Modes ----------------------------------------------------------------------------------------------
+
+
+class OfFunctions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class OfDispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "functions": OfFunctions,
+    "dispatch": OfDispatch,
+    "device": lambda: torch.device("meta"),
+    "gradients": torch.enable_grad,
+    "no gradients": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_that_a_forward_enters_and_does_not_leave_is_left(mode: str, others: bool) -> None:
+    def states() -> tuple[Any, ...]:
+        functions, dispatch = _get_current_function_mode_stack(), _get_current_dispatch_mode_stack()
+        return functions, dispatch, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.empty(1).device
+
+    def entering(x: Tensor) -> Tensor:
+        MODES[mode]().__enter__()
+        return x
+
+    model, before, over = model_with(entering), states(), threading.Event()
+    waiting = threading.Thread(target=over.wait)
+    if others:
+        waiting.start()
+    try:
+        with contextlib.suppress(AllocatorError):  # in bfloat16 the two cannot be compared
+            assert allocate(model).certificate.ok
+        assert states() == before
+    finally:
+        over.set()
+
+
+def _counting() -> tuple[Callable[[], int], Callable[[], int]]:
+    count = 0
+
+    def add() -> int:
+        nonlocal count
+        count += 1
+        return count
+
+    return add, lambda: count
+
+
+def test_what_a_closure_of_the_models_class_counts_is_as_it_was() -> None:
+    add, count = _counting()
+
+    class Counting(Kept):
+        tick = staticmethod(add)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.tick()
+            return super().forward(x)
+
+    model = Counting(lambda x: x)
+    model(IMAGE)
+    assert allocate(model).certificate.ok
+    assert count() == 1
 
 
 # The process ----------------------------------------------------------------------------------------

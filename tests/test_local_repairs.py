@@ -178,7 +178,7 @@ def test_channels_that_take_their_number_from_others_go_with_them(kind: str) -> 
     model = residual(*(Between(32, between, **parts()) for _ in range(2)))
     result = allocate(model, "40%")
     assert whole(model, result) == []
-    assert any("go together with those that it takes its size from" in note for note in result.notes)
+    assert any("go together with others that a size of theirs is read from" in note for note in result.notes)
     if kind != "attention":  # there nothing reads a query's channel alone
         require_exact(model, result)
 

@@ -327,8 +327,8 @@ def test_every_kind_of_layer_is_refitted_once(deep: nn.Module, images: Tensor, m
     assert recovery.after < 0.5 * recovery.before
     assert (recovery.inputs, recovery.held) == (80, 16)
     # Six parts of 16 inputs go through two networks of four such layers, and the one that is held back through the
-    # original, and the smaller one before and after, for the comparison.
-    assert runs == {16: 6 * 2 * 4 + 3 * 4}
+    # original, and the smaller one before and after, for the comparison. One input shows whether a forward writes.
+    assert runs == {16: 6 * 2 * 4 + 3 * 4, 1: 4}
 
 
 def test_it_says_what_it_did(deep: nn.Module, images: Tensor) -> None:

@@ -22,6 +22,7 @@ OPERATORS = {name.rpartition("::")[2] for name in DECLARATIONS} | set(FUNCTIONS)
 WORDS = {
     "all": "a scope",
     "batch_norm": "a way to recover",
+    "complex": "a kind of number",
     "concat": "a kind of aggregation point",
     "copy": "what is added to a wider network",
     "full": "how large the inputs are that a certificate compares outputs on",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rule_cases as compute
+import rule_cases_draws as draws
 import rule_cases_moves as moves
 import rule_cases_recurrent as recurrent
 import torch
@@ -29,6 +30,8 @@ _ROWS: dict[str, list[Case]] = {
     **compute.REDUCTIONS,
     **compute.MIXING,
     **compute.POINTWISE,
+    **draws.FREQUENCIES,
+    **draws.DRAWS,
     **compute.SPATIAL,
     **moves.VIEWS,
     **moves.CREATION,
@@ -220,11 +223,7 @@ REFUSED: dict[str, list[Case]] = {
     "renorm": each(lambda x: x.renorm(2, 1, 1.0), FEATURES, refused=True),
     "_cdist_forward": each(torch.cdist, FEATURES, FEATURES, refused=True),
     "linalg_cross": each(torch.linalg.cross, Data((2, 3), (1,)), Data((2, 3), (1,)), refused=True),
-    "_fft_r2c": each(lambda x: torch.fft.rfft(x, dim=1), FEATURES, refused=True),
     "linalg_inv_ex": each(torch.linalg.inv, _SQUARE, refused=True),
-    "max_unpool2d": each(
-        lambda x, i: aten.max_unpool2d(x, i, [8, 8]), IMAGE, Data((2, 6, 4, 4), (1,), below(64)), refused=True
-    ),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import operator
 import os
 import queue
 import random
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.backends import opt_einsum
 from torch.nn.modules import module as modules
 
 import allocator
@@ -104,6 +106,17 @@ MEDDLES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     ),
     "logging": (lambda: logging.disable(50), lambda: logging.root.manager.disable),
     "collector": (gc.disable, gc.isenabled),
+    "switch interval": (lambda: sys.setswitchinterval(0.007), sys.getswitchinterval),
+    "threads' excepthook": (lambda: setattr(threading, "excepthook", _nothing), lambda: threading.excepthook),
+    "einsum": (
+        lambda: setattr(opt_einsum, "enabled", not opt_einsum.enabled),
+        lambda: opt_einsum.enabled,
+    ),
+    "filling": (
+        lambda: setattr(torch.utils.deterministic, "fill_uninitialized_memory", False),
+        lambda: operator.attrgetter("fill_uninitialized_memory")(torch.utils.deterministic),
+    ),
+    "gradients": (lambda: torch.set_grad_enabled(not torch.is_grad_enabled()), torch.is_grad_enabled),
     "recursion": (lambda: sys.setrecursionlimit(sys.getrecursionlimit() + 999), sys.getrecursionlimit),
     "folder": (lambda: os.chdir("/"), os.getcwd),
     "stdout": (lambda: setattr(sys, "stdout", sys.__stderr__), lambda: id(sys.stdout)),
@@ -145,6 +158,11 @@ MEDDLES |= {
     "signal": (lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN), lambda: signal.getsignal(signal.SIGTERM)),
     "tracing": (lambda: sys.settrace(_nothing), sys.gettrace),
 }
+if np.__version__ < "2":  # later it is of a context
+    MEDDLES["numpy's printing"] = (
+        lambda: np.set_printoptions(precision=3),
+        lambda: np.get_printoptions()["precision"],
+    )
 if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
     MEDDLES["matmul's precision"] = (
         lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
@@ -157,6 +175,7 @@ OF_A_THREAD = (
     "autocast",
     "autocast to",
     "autocast's cache",
+    "gradients",
     "denormal numbers",
     "tracing",
 )
@@ -295,7 +314,7 @@ def _seen() -> list[Any]:
     """What other threads see of all switches, without filters of warnings that match here alone."""
     states = [each.read() for each in SWITCHES]
     return [
-        [item for item in state.filters if not isinstance(item[1], _Here)] if hasattr(state, "filters") else state
+        [item for item in state.within if not isinstance(item[1], _Here)] if hasattr(state, "filters") else state
         for state in states
     ]
 
@@ -328,13 +347,14 @@ def test_nothing_that_we_do_is_seen_by_another_thread(what: str) -> None:
     polls: list[int] = []
     over, interval = threading.Event(), sys.getswitchinterval()
     with Another() as other:
-        other.does(lambda: before.append(_seen()))
-        other.asked.put(poll)
         sys.setswitchinterval(1e-4)
         try:
+            other.does(lambda: before.append(_seen()))
+            other.asked.put(poll)
             calls[what]()
         finally:
             over.set()
+            other.asked.join()
             sys.setswitchinterval(interval)
     assert seen == []
     assert len(polls) > 20

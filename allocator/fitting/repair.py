@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,16 +41,16 @@ class Mends:
         trial: the last ones, and the place (forward, index) of the call that they are for.
         wrong: those that did not help there.
         notes: what was said of them, each with those that it is about.
-        tie: slots that were tied last, the place of the call that they were tied for, and what was said of it.
-        parted: slots that were tied in vain.
+        tied: slots that were tied last, with the place and what was said; taken back where that did not help.
+        apart: those for which it did not.
     """
 
     pieces: dict[AttributeKey, tuple[np.ndarray, ...]] = field(default_factory=dict)
     trial: tuple[tuple[int, int], list[AttributeKey]] | None = None
     wrong: set[AttributeKey] = field(default_factory=set)
     notes: dict[str, list[AttributeKey]] = field(default_factory=dict)
-    tie: tuple[tuple[int, int], set[Pair], str] | None = None
-    parted: set[Pair] = field(default_factory=set)
+    tied: tuple[tuple[int, int], set[Pair], str] | None = None
+    apart: set[Pair] = field(default_factory=set)
 
     def attributes(self) -> list[Attribute]:
         """All of them."""
@@ -63,14 +64,14 @@ class Mends:
                 self.wrong.add(key)
         self.trial = None
 
-    def part(self, place: tuple[int, int], notes: list[str]) -> set[Pair]:
-        """The slots that were tied last, if the forward got no further with that; they are not tied again."""
-        tie, self.tie = self.tie, None
-        if tie is None or place > tie[0]:
+    def ties_in_vain(self, place: tuple[int, int], notes: list[str]) -> set[Pair]:
+        """What was tied last, if the forward got no further with it; out of `notes` too."""
+        last, self.tied = self.tied, None
+        if last is None or place > last[0]:
             return set()
-        notes.remove(tie[2])
-        self.parted |= tie[1]
-        return tie[1]
+        self.apart |= last[1]
+        notes.remove(last[2])
+        return last[1]
 
     def forget(self, paths: set[str]) -> None:
         """Take all of these modules back."""
@@ -98,56 +99,34 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
     op = mismatch.op
     if op is None:
         raise RewriteError(f"the rewritten forward does not fit: {mismatch}")
-    place = mismatch.forward, op.index
-    mends.judge(place)
+    flow = graph.flows[mismatch.forward]
+    mends.judge((mismatch.forward, op.index))
     mends.retract(notes)
-    parted = mends.part(place, notes)
-    scene = _Scene(graph, graph.flows[mismatch.forward], plan, mends)
-    options = graph.options
-    if not _follows(scene, op, mismatch, notes):
-        options = _tied(scene, op, mismatch, notes) or _stays(scene, op, mismatch, notes)
-    if options is graph.options and not parted:
-        return graph
-    return rebuilt(graph, options.untying(parted))
-
-
-def _follows(scene: _Scene, op: Op, mismatch: Mismatch, notes: list[str]) -> bool:
-    """Whether there is an attribute to set."""
+    given_up = mends.ties_in_vain((mismatch.forward, op.index), notes)
+    scene = _Scene(graph, flow, plan, mends)
     for owner in dict.fromkeys((op.module, mismatch.module)):  # where it stopped: a block may check what its layers do
         if owner is None or (owner and not lies_within(op.module, [owner])):
             continue
         attribute = _mend(scene, op, owner)
         if attribute is not None:
-            mends, modules = scene.mends, scene.graph.modules
-            note = f"{attribute!r} of {type(modules[owner]).__name__} follows the kept channels"
+            note = f"{attribute!r} of {type(graph.modules[owner]).__name__} follows the kept channels"
             if note not in mends.notes:
                 notes.append(note)
-            others = _alike_modules(modules, owner)
+            others = _alike_modules(graph.modules, owner)
             mends.notes.setdefault(note, []).extend((path, attribute) for path in others)
-            return True
-    return False
-
-
-def _tied(scene: _Scene, op: Op, mismatch: Mismatch, notes: list[str]) -> Options | None:
-    """With slots tied that have to be as many; None where there are none to tie."""
-    graph, mends = scene.graph, scene.mends
+            return rebuilt(graph, graph.options.untying(given_up)) if given_up else graph
+    given = _given(graph, flow, mismatch, plan)
     counted = _counted_by_one(scene, op)
     if counted:
         kind = type(graph.modules[op.module]).__name__
         notes.append(f"of {kind}, neurons that one attribute counts go together, place by place: {mismatch.what}")
-        return graph.options.tying(counted)
-    sized = _sized_by_another(scene, op, mismatch.what) - mends.parted
-    if sized:
-        notes.append(f"the neurons at {op} go together with those that it takes its size from: {mismatch.what}")
-        mends.tie = (mismatch.forward, op.index), sized, notes[-1]
-        return graph.options.tying(sized)
-    return None
-
-
-def _stays(scene: _Scene, op: Op, mismatch: Mismatch, notes: list[str]) -> Options:
-    """With the parts of a split equal, or with neurons that stay."""
-    graph, flow, plan = scene.graph, scene.flow, scene.plan
-    given = _given(graph, flow, mismatch, plan)
+        return rebuilt(graph, graph.options.untying(given_up).tying(counted))
+    for find, said in _TIES.items():
+        pairs = find(scene, op, mismatch.what) - mends.apart - graph.options.tied
+        if pairs:
+            notes.append(f"neurons at {op} {said}: {mismatch.what}")
+            mends.tied = (mismatch.forward, op.index), pairs, notes[-1]
+            return rebuilt(graph, graph.options.untying(given_up).tying(pairs))
     if op.declared.splits and op.declared.sized and op.module not in graph.options.equal_parts:
         notes.append(f"the parts of {op} stay equal: {mismatch.what}")
         options = graph.options.equalising(_meant(graph, op.module, graph.options.equal_parts))
@@ -159,9 +138,9 @@ def _stays(scene: _Scene, op: Op, mismatch: Mismatch, notes: list[str]) -> Optio
         notes.append(f"the neurons at {op} stay: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
         options = _freeze(graph, flow, mismatch, op, plan)
     before = {place.module for place in graph.options.frozen} | graph.options.equal_parts
-    scene.mends.forget(_meant(graph, op.module, before))
-    scene.mends.retract(notes)
-    return options
+    mends.forget(_meant(graph, op.module, before))
+    mends.retract(notes)
+    return rebuilt(graph, options.untying(given_up))
 
 
 # Attributes that follow -----------------------------------------------------------------------------
@@ -274,38 +253,53 @@ def _counted_by_one(scene: _Scene, op: Op) -> set[Pair]:
     return new if any(found[pair] for pair in new) else set()
 
 
-def _sized_by_another(scene: _Scene, op: Op, what: str) -> set[Pair]:
-    """Of a call that makes a dim as large as another tensor's channels (`y.view(x.shape)`), the slots of both.
+def _sized_like_another(scene: _Scene, op: Op, what: str) -> set[Pair]:
+    """Slots along a dim that a call was given the size of, and those of an earlier tensor's dim of that size.
 
-    Those are the nearest before it of which as many stay as was said of the misfit. The same calls in modules of the
-    class are meant too. Empty where there are none.
+    As of `y.view(*x.shape)`, which takes it that both are equally wide; `what` names the size that it got.
     """
-    if not op.declared.reshapes:
-        return set()
     flow, stays = scene.flow, scene.graph.stays(scene.plan.kept)
-    said = set(map(int, re.findall(r"\d+", what)))
-    for which, label in enumerate(_labels_of(flow, op)):
-        count = int((stays[label] == 1).sum())
-        for other in flow.trace.ops[: op.index][::-1]:
-            for place, found in enumerate(_labels_of(flow, other)):
-                left = int((stays[found] == 1).sum())
-                if len(found) == len(label) and left in said and left not in (count, len(found)):
-                    return set(_pairs_alike(scene.graph, flow, (op, which), (other, place)))
+    got = set(map(int, re.findall(r"\d+", what)))
+    sized = op.outputs if op.declared.sized and op.declared.reshapes else ()
+    for label in (label for value in sized for label in flow.labels(value) if label is not None):
+        for other in reversed(flow.trace.ops[: op.index]):
+            within = not op.module or lies_within(other.module, [op.module])
+            for like in _labels_of(flow, other) if within else ():
+                pair = tuple(label.tolist()), tuple(like.tolist())
+                differ = len(like) == len(label) > 1 and (stays[label] != stays[like]).any()
+                known = scene.graph.options.tied | scene.mends.apart
+                if (
+                    differ
+                    and (scene.graph.unit_of_slot[like] >= 0).any()
+                    and int(stays[like].sum()) in got
+                    and not {pair, pair[::-1]} & known
+                ):
+                    return {pair}
     return set()
 
 
-def _pairs_alike(graph: ChannelGraph, flow: Flow, one: tuple[Op, int], other: tuple[Op, int]) -> Iterator[Pair]:
-    """A pair of labels, each the one of so many of a call's, and what stands in their place in modules of the class."""
-    ops, here, alike = flow.trace.ops, flow.places[one[0].index], _alike_modules(graph.modules, one[0].module)
-    for index, place in enumerate(flow.places):
-        before = index - (one[0].index - other[0].index)
-        if before < 0 or place.module not in alike or place._replace(module=here.module) != here:
-            continue
-        if ops[before].target is not other[0].target:
-            continue
-        labels = [list(_labels_of(flow, ops[i]))[which:][:1] for i, which in ((index, one[1]), (before, other[1]))]
-        if all(labels) and len(labels[0][0]) == len(labels[1][0]):
-            yield tuple(labels[0][0].tolist()), tuple(labels[1][0].tolist())
+_MOST_SHARES = 16
+
+
+def _in_shares(scene: _Scene, op: Op, what: str) -> set[Pair]:
+    """Slots of the shares of a dim that a call takes some of, as of `x[:, : x.shape[1] // 4]`: each loses the same."""
+    if not {"dim", "start", "end", "step"} <= op.operator.arguments.keys() or op.arg("step") != 1:
+        return set()
+    label = scene.flow.labels(op.inputs()[0])[int(op.arg("dim") or 0)]
+    if label is None:
+        return set()
+    start, end, _ = slice(op.arg("start"), op.arg("end")).indices(len(label))
+    size = math.gcd(start, end, len(label))
+    if not 1 < len(label) // size <= _MOST_SHARES or size == 1:
+        return set()
+    first, *others = (tuple(share.tolist()) for share in label.reshape(-1, size))
+    return {(share, first) for share in others}
+
+
+_TIES = {
+    _sized_like_another: "go together with others that a size of theirs is read from",
+    _in_shares: "go from all shares of the dim alike",
+}
 
 
 def _taken(scene: _Scene, path: str, module: nn.Module) -> set[str]:

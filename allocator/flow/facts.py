@@ -14,6 +14,9 @@ import numpy as np
 
 from allocator.flow.labels import FROZEN
 
+JOINT = "a norm over the channels mixes them all"
+"""Why channels stay under a norm over them, unless norms are "loose"."""
+
 
 class Tie(NamedTuple):
     """Slots in the same place of two arrays go together; `op` is the call that asks for it, -1 for none."""

@@ -13,6 +13,7 @@ from allocator.flow.attributes import attributes_of_groups, attributes_of_sizes,
 from allocator.flow.facts import AtLeast, Even, Facts, Frozen, Gamma, Tie, Written
 from allocator.flow.labels import Label, Labels, Slots
 from allocator.flow.options import Options, Place, places_of
+from allocator.flow.repeats import Repeats
 from allocator.tracing.calls import Op, Ref, Trace, Value
 
 SEEDED = (
@@ -52,6 +53,7 @@ class Flow:
         derived: values that layers computed, of the model's inputs or of parameters alone as an object query is.
         uniform: values that are the same everywhere, so that they fit any channels.
         zeros: tensors that were made as zeros.
+        repeats: dims along which a value is one number.
         joins: where branches meet, in order.
         grouped: per call of a grouped convolution or norm whose groups come and go whole, one slot per group.
     """
@@ -69,6 +71,7 @@ class Flow:
         self.derived: set[int] = set()
         self.uniform: set[int] = set()
         self.zeros: set[int] = set()
+        self.repeats = Repeats(trace)
         self.joins: list[Join] = []
         self.grouped: dict[int, np.ndarray] = {}
         self.seeded: set[int] = set()
@@ -187,8 +190,22 @@ class Flow:
             value = waiting.pop()
             if value in self.uniform and value not in found:
                 found.append(value)
-                waiting += self._made_of.get(value, ())
+                waiting += [i for op in self.makers.get(value, ()) for i in op.reads]
         return found
+
+    def is_repeated(self, index: int, dim: int) -> bool:
+        """Whether a value is one number along this dim, which has no channels yet."""
+        return (index, dim) in self.repeats and self.labels(index)[dim] is None
+
+    def repeat(self, index: int, dim: int, label: Label, op: Op) -> None:
+        """A dim along which a value is one number has these channels: as many as are left of them."""
+        for value, own in self.repeats.chain((index, dim)) if label is not None else ():
+            labels = list(self.labels(value))
+            if labels[own] is None:
+                labels[own] = label
+                self.set(value, labels)
+            else:  # it was written into since
+                self.unify(label, labels[own], op)
 
     def is_zero(self, index: int) -> bool:
         """Whether a value is nothing but zeros, as the first state of a recurrent layer is."""
@@ -201,13 +218,13 @@ class Flow:
         return frozenset(self.trace.root(value) for op in self.trace.ops if op.writes() for value in op.outputs)
 
     @cached_property
-    def _made_of(self) -> dict[int, list[int]]:
-        """Per value, what the calls that made it, or wrote into it, read."""
-        made_of: dict[int, list[int]] = {}
+    def makers(self) -> dict[int, list[Op]]:
+        """By value the calls that made it, or wrote into it, in order."""
+        makers: dict[int, list[Op]] = {}
         for op in self.trace.ops:
             for value in op.outputs:
-                made_of.setdefault(value, []).extend(op.reads)
-        return made_of
+                makers.setdefault(value, []).append(op)
+        return makers
 
     def pass_uniform(self, op: Op) -> None:
         """Results of a call whose first tensor is the same everywhere are so too."""
@@ -220,6 +237,7 @@ class Flow:
             return
         if b.shape != a.shape:
             b = np.broadcast_to(b, a.shape)
+        self._stay[a] = self._stay[b] = self._stay[a] | self._stay[b]
         tie = Tie(a, b, op.index)
         self.facts.ties.append(tie)
         if self.active.isdisjoint(op.inputs()):
@@ -326,8 +344,8 @@ class Flow:
             for user in self.users.get(value, ()) if value not in seen else ():
                 if self.active.isdisjoint(user.inputs()):
                     waiting += user.outputs
-                elif value in [user.inputs()[k] for k in user.declared.multiplies]:
-                    return True
+                elif value in [user.inputs()[k] for k in user.declared.multiplies[1:]]:
+                    return True  # else it is multiplied itself, as queries that were learned
             seen.add(value)
         return False
 
@@ -349,7 +367,7 @@ class Flow:
 
     def freeze(self, label: Label, op: Op, reason: str) -> None:
         """These slots must stay."""
-        if label is not None:
+        if label is not None and len(label):
             self._stay[label] = True
             self.facts.frozen.append(Frozen(label, op.module, f"{reason} ({op.name})"))
 

@@ -17,7 +17,7 @@ from allocator.cost.peak import PeakMetric, live_terms
 from allocator.cost.size import activation_terms, parameter_terms
 from allocator.cost.speed import LatencyMetric, Speed, speed_terms
 from allocator.errors import UnknownNameError, none_of, plural
-from allocator.flow.facts import Facts
+from allocator.flow.facts import JOINT, Facts
 from allocator.flow.flow import Flow
 from allocator.flow.follow import value_dependent
 from allocator.flow.labels import FROZEN, Slots
@@ -29,6 +29,7 @@ from allocator.modules import modules_of, tensor_names
 from allocator.shown import Shown
 from allocator.tracing.forwards import Forwards
 from allocator.tracing.inputs import Inputs
+from allocator.tracing.sharing import writes_on_values
 
 BRANCHES, INNER, ALL = 0, 1, 2
 SCOPES = {"branches": BRANCHES, "inner": INNER, "all": ALL}
@@ -95,6 +96,7 @@ class ChannelGraph(Shown):
     speed: Speed | None = None
     wider: ChannelGraph | None = field(default=None, repr=False)
     _metrics: dict[str, Metric] = field(default_factory=dict, repr=False)
+    _ran: bool = field(default=False, repr=False)
 
     def __repr__(self) -> str:
         return f"ChannelGraph({type(self.model).__name__}: {self.size:,} neurons, {self.flops:,} FLOPs)"
@@ -135,8 +137,12 @@ class ChannelGraph(Shown):
         return [self.flow, *self.others]
 
     def written(self) -> set[str]:
-        """Names of the parameters and buffers that some forward may write into."""
-        return set().union(*(flow.trace.written() for flow in self.flows))
+        """Names of the parameters and buffers that some forward may write into; asks for one on numbers."""
+        trace, known = self.flow.trace, set().union(*(flow.trace.written() for flow in self.flows))
+        if not self._ran and not trace.by_value and writes_on_values(self.model, self.inputs, known):
+            trace.by_value.update(self.tensors)
+        self._ran = True
+        return known | trace.by_value
 
     @property
     def training_flow(self) -> Flow | None:
@@ -307,15 +313,20 @@ class ChannelGraph(Shown):
         return [(f"{reason} in {module}" if module else reason, count) for (reason, module), count in found]
 
     def why(self) -> list[str]:
-        """The reasons as lines; the first in a module that a call would undo says which call."""
+        """The reasons as lines; the first that a call or an option would undo says which."""
         lines: list[str] = []
         said: set[str] = set()
         for (reason, module), count in self._frozen().most_common():
             undone = undone_by(module, self.modules)
-            hint = f"; {undone} undoes it" if undone and undone not in said else ""
+            undone = f"; {undone} undoes it" if undone else self._loosened(reason)
+            hint = "" if undone in said else undone
             said.add(undone)
             lines.append(f"{reason}{f' in {module}' if module else ''} ({plural(count, 'channel')}{hint})")
         return lines
+
+    def _loosened(self, reason: str) -> str:
+        """What lets channels go that stay because of a norm."""
+        return "; norms='loose' lets them go" if self.options.norms == "exact" and JOINT in reason else ""
 
     def _frozen(self) -> Counter[tuple[str, str]]:
         """Channels per reason and module: those among its slots that are written; where none is, those of one dim."""

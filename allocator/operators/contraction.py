@@ -11,6 +11,7 @@ from torch.nn import functional
 from allocator.cost.terms import Product, elements, times
 from allocator.flow.flow import Flow
 from allocator.flow.labels import Label
+from allocator.flow.vanishing import vanishes
 from allocator.operators.pointwise import adopt
 from allocator.tracing.calls import Op
 from allocator.tracing.meta_kernels import empty
@@ -142,6 +143,8 @@ def _grouped(flow: Flow, op: Op, x: int, weight: int, groups: int, transposed: b
     group keeps the same places. A depthwise convolution has groups of one input either way.
     """
     source = flow.labels(x)[1]
+    if source is not None and groups == len(source) == flow.shape(weight)[0] and flow.is_repeated(weight, 0):
+        flow.repeat(weight, 0, source, op)  # one kernel for all channels
     w0, w1 = flow.labels(weight)[:2]
     per_out = flow.shape(op.outputs[0])[1] // groups
     if source is None or w0 is None:
@@ -149,6 +152,9 @@ def _grouped(flow: Flow, op: Op, x: int, weight: int, groups: int, transposed: b
         flow.freeze(w0, op, "a grouped convolution reads channels that must stay")
         return None if transposed else w0
     inputs, rows = source.reshape(groups, -1), w0.reshape(groups, -1)
+    if inputs.shape[1] > 1 and (inputs == inputs[0]).all() and (rows == rows[0]).all() and not transposed:
+        flow.contract(inputs[0], w1, op, weight)  # samples side by side, each with a kernel of its own
+        return w0
     if inputs.shape[1] > 1:
         flow.join("groups", op, 1, [x])
     if flow.options.groups == "whole" or inputs.shape[1] == 1:
@@ -207,6 +213,9 @@ def sum_over(flow: Flow, op: Op, a: tuple[int, Label], b: tuple[int, Label]) -> 
         adopt(flow, op, value, [weight])  # the first state of a recurrent layer
         x = weight
     flow.contract(x, weight, op, weight_value)
+    both = x is not None and weight is not None and flow.is_activation(weight_value)
+    if both and not (vanishes(flow, value, x) or vanishes(flow, weight_value, weight)):  # type: ignore[arg-type]
+        flow.freeze(weight, op, "products are summed that are not zero where these channels are")
 
 
 def _linear_flops(flow: Flow, op: Op) -> list[Product]:

@@ -9,12 +9,11 @@ import torch
 from torch.nn import functional
 
 from allocator.cost.terms import Product, elements
+from allocator.flow.facts import JOINT
 from allocator.flow.flow import Flow
 from allocator.tracing.calls import Op
 from allocator.tracing.meta_kernels import empty, like
 from allocator.tracing.operators import AS_ONE_CALL, operator
-
-_JOINT = "a norm over the channels mixes them all"
 
 
 def _batch_norm_flops(flow: Flow, op: Op) -> list[Product]:
@@ -78,7 +77,7 @@ def batch_norm(flow: Flow, op: Op) -> None:
         flow.note_gamma(weight.index)
     if flow.statistics_from_batch(op):
         for dim in (0, *range(2, len(labels))):
-            flow.freeze(labels[dim], op, _JOINT)
+            flow.freeze(labels[dim], op, JOINT)
     flow.set(op.outputs[0], labels)
     for index in op.outputs[1:]:
         if flow.shape(index) == flow.shape(op.inputs()[0])[1:2]:
@@ -96,7 +95,7 @@ def layer_norm(flow: Flow, op: Op) -> None:
             ref = op.arg(name)
             if ref is not None:
                 flow.unify(labels[dim], flow.labels(ref.index)[offset], op)
-        flow.average(labels[dim], op, _JOINT)
+        flow.average(labels[dim], op, JOINT)
     flow.set(op.outputs[0], labels)
 
 
@@ -123,7 +122,7 @@ def group_norm(flow: Flow, op: Op) -> None:
 def _whole_groups(flow: Flow, op: Op, grouped: np.ndarray) -> None:
     """Each row of channels stays or goes as one, with its mean and deviation; a single row is normalised together."""
     if len(grouped) == 1:
-        flow.average(grouped[0], op, _JOINT)
+        flow.average(grouped[0], op, JOINT)
         if flow.options.grows:  # its channels become more, and it stays one group
             return
     else:
@@ -142,6 +141,6 @@ def weight_norm(flow: Flow, op: Op) -> None:
     flow.unify(labels[dim], flow.labels(length)[dim], op)
     if flow.options.norms != "loose":  # twice as many inputs make it longer
         for other in (*labels[:dim], *labels[dim + 1 :]):
-            flow.freeze(other, op, _JOINT)
+            flow.freeze(other, op, JOINT)
     flow.set(op.outputs[0], labels)
     flow.set(op.outputs[1], [labels[dim] if d == dim else None for d in range(len(labels))])

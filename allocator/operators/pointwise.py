@@ -47,17 +47,23 @@ def pointwise(flow: Flow, op: Op) -> None:
     inputs = op.inputs()
     operands = [i for i in inputs if i not in flow.uniform] or inputs
     result: list[Label] = []
+    repeated: list[list[tuple[int, int]]] = []
     for dim, size in enumerate(out):
-        present = []
+        present, alike = [], []
         for i in operands:
             own = dim - len(out) + len(flow.shape(i))
-            if own >= 0 and flow.shape(i)[own] == size:
+            if own >= 0 and flow.shape(i)[own] == size and flow.is_repeated(i, own):
+                alike.append((i, own))
+            elif own >= 0 and flow.shape(i)[own] == size:
                 present.append((i, flow.labels(i)[own]))
             elif own >= 0 and flow.options.grows:  # of a single one that goes with all others, there cannot be two
                 flow.freeze(flow.labels(i)[own], op, "a dim of size 1 is repeated")
         if any(label is None and i in flow.seeded for i, label in present):
             flow.freeze_all([label for _, label in present], op, SEEDED)
-        result.append(flow.unify_all([label for _, label in present], op))
+        result.append(label := flow.unify_all([label for _, label in present], op))
+        for i, own in alike:
+            flow.repeat(i, own, label, op)
+        repeated.append([] if present else alike)
         _note_join(flow, op, dim - len(out), present)
     uniform = bool(inputs) and flow.uniform.issuperset(inputs)
     if not uniform:
@@ -65,6 +71,7 @@ def pointwise(flow: Flow, op: Op) -> None:
             adopt(flow, op, i, result)
     for index in op.outputs:
         flow.set(index, result)
+        flow.repeats.computed(index, repeated, tuple(result))
     if uniform:
         flow.uniform.update(op.outputs)
 

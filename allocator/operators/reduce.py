@@ -100,6 +100,8 @@ def _normalises(flow: Flow, op: Op) -> bool:
     "log_softmax",
     "cumsum",
     "cumprod",
+    "cummax",
+    "cummin",
     "sort",
     "logcumsumexp",
 )

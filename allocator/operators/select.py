@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
 
 from allocator.flow.flow import Flow
-from allocator.flow.labels import Label
+from allocator.flow.labels import FROZEN, Label
 from allocator.operators.pointwise import adopt
 from allocator.tracing.calls import Op, Trace
 from allocator.tracing.operators import AS_ONE_CALL, Declaration, declare, operator
@@ -88,9 +87,14 @@ def slice_(flow: Flow, op: Op) -> None:
 
 @operator("select", "select_copy")
 def select(flow: Flow, op: Op) -> None:
-    """One index of one dim."""
+    """One index of one dim: it stays, and so do those that its number counts."""
     labels = list(flow.labels(op.inputs()[0]))
-    flow.freeze(labels.pop(int(op.arg("dim"))), op, "one index is read by number")
+    label, at = labels.pop(int(op.arg("dim"))), int(op.arg("index"))
+    written = (user for user in flow.users.get(op.outputs[0], ()) if user.writes())
+    if any(op.outputs[0] in user.outputs for user in written):  # what was the same everywhere has other numbers here
+        flow.uniform.difference_update(flow.same_everywhere(op.inputs()[0]))
+    if label is not None:
+        flow.freeze(label[at:] if at < 0 else label[: at + 1], op, "one index is read by number")
     flow.set(op.outputs[0], labels)
     flow.pass_uniform(op)
 
@@ -222,9 +226,8 @@ def _repeated_like(flow: Flow, op: Op, index: int, dims: list[tuple[int, Label]]
     """On these dims, an index has the channels of what it is for: as many as are left, where it is repeated."""
     for dim, label in dims:
         own = list(flow.labels(index))
-        if own[dim] is None and _is_repeated(flow, index, dim):
-            own[dim] = label
-            flow.set(index, own)
+        if flow.is_repeated(index, dim):
+            flow.repeat(index, dim, label, op)
         else:
             flow.unify(label, own[dim], op)
 
@@ -257,12 +260,6 @@ def put_together(flow: Flow, op: Op) -> None:
     if values != index and len(flow.shape(index)) == len(shape) > 1:
         _repeated_like(flow, op, index, [(dim, flow.labels(values)[dim]) for dim in others])
     _into_places(flow, op, target, values, at)
-
-
-def _is_repeated(flow: Flow, value: int, dim: int) -> bool:
-    """Whether a view holds the same numbers all along this dim."""
-    own, seen = math.prod(flow.shape(flow.trace.root(value))), math.prod(flow.shape(value))
-    return own < seen and seen % (own * flow.shape(value)[dim]) == 0
 
 
 def _into_places(flow: Flow, op: Op, target: int, values: int, at: int) -> None:
@@ -337,15 +334,18 @@ def largest_along_dim(flow: Flow, op: Op) -> None:
 
 @operator("constant_pad_nd")
 def constant_pad(flow: Flow, op: Op) -> None:
-    """Padding from the last dim backwards; a padded dim must keep its channels."""
+    """Padding from the last dim backwards; what is added stays, and what is cropped, as their numbers are written."""
     labels = list(flow.labels(op.inputs()[0]))
     pads = op.arg("pad")
     for k in range(len(pads) // 2):
         dim = len(labels) - 1 - k
-        if pads[2 * k] or pads[2 * k + 1]:
-            flow.freeze(labels[dim], op, "channels are padded")
-            if labels[dim] is not None:
-                labels[dim] = np.zeros(flow.shape(op.outputs[0])[dim], dtype=np.int64)
+        label = labels[dim]
+        if label is not None:
+            before, after = int(pads[2 * k]), int(pads[2 * k + 1])
+            first, last = max(-before, 0), len(label) - max(-after, 0)
+            flow.freeze(np.concatenate([label[:first], label[last:]]), op, "channels are cropped")
+            added = [np.full(max(n, 0), FROZEN) for n in (before, after)]
+            labels[dim] = np.concatenate([added[0], label[first:last], added[1]])
     flow.set(op.outputs[0], labels)
 
 

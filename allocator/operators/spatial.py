@@ -108,6 +108,24 @@ def grid_sample(flow: Flow, op: Op) -> None:
     flow.set(op.outputs[0], [flow.unify_all([batch, other], op), channels, *([None] * len(pixels))])
 
 
+@operator("affine_grid_generator", sized=True)
+def affine_grid(flow: Flow, op: Op) -> None:
+    """Places for an image of the given sizes, whose channels do not count: (B, 2, 3) to (B, H, W, 2)."""
+    batch, *matrix = flow.labels(op.inputs()[0])
+    _stay(flow, op, matrix)
+    flow.set(op.outputs[0], [batch, *[None] * (len(flow.shape(op.outputs[0])) - 1)])
+
+
+@operator("max_unpool2d", "max_unpool3d")
+def unpool(flow: Flow, op: Op) -> None:
+    """Numbers go back to the places where pooling found them, channel by channel."""
+    x, places = op.inputs()
+    rank = 2 if op.name.endswith("2d") else 3
+    labels = [flow.unify_all(pair, op) for pair in zip(flow.labels(x), flow.labels(places), strict=True)]
+    _stay(flow, op, labels[-rank:])
+    flow.set(op.outputs[0], [*labels[:-rank], *[None] * rank])
+
+
 @operator("torchvision::roi_align", "torchvision::roi_pool")
 def roi_pool(flow: Flow, op: Op) -> None:
     """Regions of every channel alike: (B, C, H, W) by (R, 5) to (R, C, h, w)."""

@@ -31,6 +31,7 @@ def identity(flow: Flow, op: Op) -> None:
         flow.set(index, flow.labels(source))
     if uniform:
         flow.uniform.update(op.outputs)
+    flow.repeats.passed(op, range(len(flow.shape(source))))
     if op.declared.copies and flow.is_zero(source):
         flow.zeros.update(op.outputs)
 
@@ -69,16 +70,20 @@ def view(flow: Flow, op: Op) -> None:
     source, out = op.inputs()[0], op.outputs[0]
     labels, shape, target = flow.labels(source), flow.shape(source), flow.shape(out)
     result: list[Label] = [None] * len(target)
+    same: list[int | None] = [None] * len(target)
     for ins, outs in factor_groups(shape, target):
         merged = _merge(flow, op, [labels[d] for d in ins], [shape[d] for d in ins])
         if merged is not None:
             parts = unflatten(flow, op, merged, [target[d] for d in outs], outs)
             for d, label in zip(outs, parts, strict=True):
                 result[d] = label
+        elif len(ins) == len(outs) == 1:
+            same[outs[0]] = ins[0]
     if shape == (1,) and len(target) in _CHANNELS_SECOND:
         result[:2] = [None, labels[0]]
     flow.set(out, result)
     flow.pass_uniform(op)
+    flow.repeats.passed(op, same)
 
 
 def factor_groups(shape: Shape, target: Shape) -> list[tuple[list[int], list[int]]]:
@@ -159,9 +164,11 @@ def unsqueeze(flow: Flow, op: Op) -> None:
     """A new dim of size 1."""
     labels = list(flow.labels(op.inputs()[0]))
     dim = int(op.arg("dim"))
-    labels.insert(dim if dim >= 0 else dim + len(labels) + 1, None)
+    at = dim if dim >= 0 else dim + len(labels) + 1
+    labels.insert(at, None)
     flow.set(op.outputs[0], labels)
     flow.pass_uniform(op)
+    flow.repeats.passed(op, [*range(at), None, *range(at, len(labels) - 1)])
 
 
 @operator("squeeze")
@@ -181,7 +188,9 @@ def squeeze(flow: Flow, op: Op) -> None:
 def permute(flow: Flow, op: Op) -> None:
     """Dims change places."""
     labels = flow.labels(op.inputs()[0])
-    flow.set(op.outputs[0], [labels[d] for d in op.arg("dims")])
+    dims = [int(d) % len(labels) for d in op.arg("dims")]
+    flow.set(op.outputs[0], [labels[d] for d in dims])
+    flow.repeats.passed(op, dims)
 
 
 @operator("t", "numpy_T")
@@ -197,6 +206,9 @@ def transpose(flow: Flow, op: Op) -> None:
     a, b = (int(op.args[k]) for k in (1, 2))
     labels[a], labels[b] = labels[b], labels[a]
     flow.set(op.outputs[0], labels)
+    dims = list(range(len(labels)))
+    dims[a], dims[b] = dims[b], dims[a]
+    flow.repeats.passed(op, dims)
 
 
 @operator("expand", "expand_copy", sized=True)
@@ -211,18 +223,34 @@ def expand(flow: Flow, op: Op) -> None:
             labels[d] = None
     flow.set(op.outputs[0], [None] * fresh + labels)
     flow.pass_uniform(op)
+    flow.repeats.passed(op, [None] * fresh + [*range(len(shape))])
+    _note_repeated(flow, op)
     if math.prod(shape) == 1:
         flow.uniform.update(op.outputs)
+
+
+def _note_repeated(flow: Flow, op: Op) -> None:
+    """Dims that are new, or were of size 1."""
+    shape, out = flow.shape(op.inputs()[0]), flow.shape(op.outputs[0])
+    fresh = len(out) - len(shape)
+    for dim, size in enumerate(out):
+        if size > 1 and (dim < fresh or shape[dim - fresh] == 1):
+            flow.repeats.note((op.outputs[0], dim))
 
 
 @operator("repeat", sized=True)
 def repeat(flow: Flow, op: Op) -> None:
     """Whole dims are repeated one after the other."""
-    labels = flow.labels(op.inputs()[0])
+    labels = list(flow.labels(op.inputs()[0]))
     times = op.arg("repeats")
     own = times[len(times) - len(labels) :]
+    for d, (size, n) in enumerate(zip(flow.shape(op.inputs()[0]), own, strict=True)):
+        if size == 1 and n > 1:
+            flow.freeze(labels[d], op, "a dim of size 1 is repeated")
+            labels[d] = None
     tiled = [None if lab is None else np.tile(lab, n) for lab, n in zip(labels, own, strict=True)]
     flow.set(op.outputs[0], [None] * (len(times) - len(labels)) + tiled)
+    _note_repeated(flow, op)
 
 
 @operator("flip")
@@ -230,9 +258,22 @@ def flip(flow: Flow, op: Op) -> None:
     """Dims are read backwards."""
     labels = list(flow.labels(op.inputs()[0]))
     for d in op.arg("dims"):
-        label = labels[d]
-        labels[d] = None if label is None else label[::-1]
+        labels[d] = _backwards(labels[d])
     flow.set(op.outputs[0], labels)
+
+
+@operator("rot90")
+def rotate(flow: Flow, op: Op) -> None:
+    """Two dims are turned from the first towards the second, by right angles."""
+    labels = list(flow.labels(op.inputs()[0]))
+    a, b = op.arg("dims")
+    for _ in range(int(op.arg("k")) % 4):
+        labels[a], labels[b] = _backwards(labels[b]), labels[a]
+    flow.set(op.outputs[0], labels)
+
+
+def _backwards(label: Label) -> Label:
+    return None if label is None else label[::-1]
 
 
 @operator("pixel_shuffle")

@@ -269,8 +269,7 @@ def _shared(graph: ChannelGraph, *, own: bool = False) -> Callable[[str, torch.T
 
     With `own` all are copied, as for a loss of the caller's, which may reach them.
     """
-    trace = graph.flow.trace
-    written = {trace.values[trace.root(op.reads[0])].name for op in trace.ops if op.writes() and op.reads}
+    written = graph.written()
 
     def share(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(tensor, nn.Parameter):

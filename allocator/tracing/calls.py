@@ -134,6 +134,7 @@ class Trace:
         unfinished: the forward raised after these calls.
         left: tensors whose numbers the forward gave to what is not torch (numpy, lists).
         said: numbers and words that the model returned beside tensors, in order.
+        by_value: names of parameters that a forward on values wrote into, though none of these calls does.
     """
 
     ops: list[Op]
@@ -147,6 +148,7 @@ class Trace:
     unfinished: bool = False
     left: list[int] = field(default_factory=list)
     said: tuple[Any, ...] = ()
+    by_value: set[str] = field(default_factory=set, repr=False)
 
     def live(self, gone: Collection[int] = frozenset()) -> list[Op]:
         """Calls that the outputs depend on, in order; those that only serve values in `gone` do not count.
@@ -198,10 +200,14 @@ class Trace:
         return sorted({op.name for op in self.ops if op.draws() and op.seeded is seeded})
 
     def written(self) -> set[str]:
-        """Names of the parameters and buffers that some call may write into, or what is not torch."""
-        reached = {value for op in self.ops if op.writes() for value in op.reads}.union(self.left)
-        names = (self.values[self.root(value)].name for value in reached)
-        return {name for name in names if name is not None}
+        """Names of the parameters and buffers that some call may write into."""
+        names = set(self.by_value)
+        for op in self.ops:
+            for value in op.reads if op.writes() else ():
+                name = self.values[self.root(value)].name
+                if name is not None:
+                    names.add(name)
+        return names
 
     def __str__(self) -> str:
         lines = [f"{op.index:5d} {op.target} {[self.values[i].shape for i in op.outputs]}" for op in self.ops]

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from allocator import adapters
 from allocator.errors import UnsupportedModelError
 from allocator.modules import modules_of, tensor_names
-from allocator.torch_private import default_device, without_dispatch_modes
+from allocator.torch_private import default_device, modes_left, without_dispatch_modes
 from allocator.tracing.journal import noted, put_back
 from allocator.tracing.memory import Memory
 from allocator.tracing.operators import FUNCTIONS
@@ -94,9 +94,19 @@ R = TypeVar("R")
 
 
 def apart(run: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Run a model's code in a context of its own: the context variables that it sets are set there alone."""
-    with noted():
-        return contextvars.copy_context().run(run, *args, **kwargs)
+    """Run a model's code in a context of its own: the context variables that it sets are set there alone.
+
+    Modes that it enters and does not leave are left.
+
+    Raises:
+        RuntimeError: it does not leave inference mode, which nobody else can.
+    """
+    inference = torch.is_inference_mode_enabled()
+    with modes_left(), noted():
+        found = contextvars.copy_context().run(run, *args, **kwargs)
+    if torch.is_inference_mode_enabled() and not inference:
+        raise RuntimeError("the forward enters inference mode and does not leave it")
+    return found
 
 
 def as_usual(function: Callable[P, R]) -> Callable[P, R]:
@@ -117,7 +127,7 @@ def as_usual(function: Callable[P, R]) -> Callable[P, R]:
                     stack.enter_context(torch.autocast(device, enabled=False))
             if default_device().type == "meta":
                 stack.enter_context(torch.device("cpu"))
-            return apart(function, *args, **kwargs)
+            return contextvars.copy_context().run(function, *args, **kwargs)
 
     return run
 

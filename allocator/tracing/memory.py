@@ -9,7 +9,7 @@ import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from types import CodeType, FunctionType, MappingProxyType, MemberDescriptorType, ModuleType
+from types import CellType, CodeType, FunctionType, MappingProxyType, MemberDescriptorType, ModuleType
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -44,6 +44,7 @@ class Memory:
         self._generators: list[Callable[[], None]] = []
         self._objects: list[tuple[Any, dict[str, Any], bool]] = []  # (object with slots, their contents, as above)
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []  # (tensor, copy of it)
+        self._cells: list[tuple[CellType, Any, bool]] = []  # of closures, with what they held
         self._seen: set[int] = set()
         classes: set[type] = set()
         functions: list[FunctionType] = []
@@ -86,6 +87,9 @@ class Memory:
             self._caches[value] = value.cache_info().misses
         elif _is(value, _GENERATORS):
             self._generators.append(_state_of(value))
+        elif _is(value, FunctionType):
+            cells = [cell for cell in value.__closure__ or () if not _is_empty(cell)]
+            self._cells += [(cell, cell.cell_contents, everything) for cell in cells]
         elif _slots(value):
             self._objects.append((value, in_slots(value), everything))
         for each in _held_by(value):
@@ -114,6 +118,10 @@ class Memory:
                 (kind.update if kind is set else kind.extend)(container, before)
         for value, fields, everything in self._objects:
             _restore_slots(value, fields, everything)
+        for cell, held, everything in self._cells:
+            now = None if _is_empty(cell) else cell.cell_contents
+            if now is not held and (everything or _holds_tensors([now, held])):
+                cell.cell_contents = held
         if self._tensors and threading.active_count() == 1:  # another thread may have written into them
             with without_dispatch_modes():
                 for tensor, numbers in self._tensors:

@@ -25,6 +25,7 @@ from allocator.torch_private import (
     call_by,
     call_by_itself,
     fake_tensors,
+    is_transformed,
     past_dispatch,
     tree_flatten,
 )
@@ -102,12 +103,21 @@ def record(
         def forward(running: nn.Module) -> _Ran:
             return _run(model, running, inputs, inputs.map(lambda t: convert("", t)), mode, training=training)
 
-        ran = forward(model) if copied else on_a_copy(model, convert, forward)
+        made: dict[str, torch.Tensor] = {}
+
+        def noted(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            made[name] = convert(name, tensor)
+            return made[name]
+
+        ran = forward(model) if copied else on_a_copy(model, noted if mode == "real" else convert, forward)
     if ran.raised is not None:
         ran.recorder.drop_unfinished()
         partial = ran.recorder.compact(None, ran.modules, mode, training, unfinished=True)
         raise ForwardError(ran.raised, ran.recorder.path, partial) from ran.raised
-    return ran.recorder.compact(ran.output, ran.modules, mode, training)
+    trace = ran.recorder.compact(ran.output, ran.modules, mode, training)
+    own = tensor_names(model, ran.modules) if made else {}
+    trace.by_value.update(name for name, each in own.items() if name in made and not torch.equal(made[name], each))
+    return trace
 
 
 class _Ran(NamedTuple):
@@ -412,6 +422,8 @@ class _Functions(TorchFunctionMode):
             self.recorder.left.append(args[0])
         if func == _DATA:  # the same memory, by a way that the dispatcher does not see
             return args[0].detach()
+        if is_transformed():
+            return func(*args, **kwargs)
         known = None if self.recorder.paused else AS_ONE_CALL.get(func)
         whole = None if known is None else known(*args, **kwargs)
         if whole is not None:

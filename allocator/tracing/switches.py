@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.backends import opt_einsum
 from torch.nn.modules import module as of_modules
 
 from allocator.torch_private import GLOBAL_HOOKS, SETTERS_IN_C, default_device, print_options
@@ -146,6 +147,7 @@ def _undo_handlers(before: list[Any], after: list[Any]) -> None:
             logging.root.removeHandler(each)
 
 
+_OF_CUDNN = ("enabled", "benchmark", "benchmark_limit", "deterministic", "allow_tf32")
 _SIGNALS = tuple(each for each in signal.valid_signals() if isinstance(each, signal.Signals))
 
 
@@ -271,6 +273,8 @@ SWITCHES: tuple[Switch, ...] = (
         for name, redirect in (("stdout", contextlib.redirect_stdout), ("stderr", contextlib.redirect_stderr))
     ),
     *(_attribute(sys, name, named=(name,)) for name in ("excepthook", "unraisablehook", "displayhook")),
+    _attribute(threading, "excepthook", named=("excepthook",)),
+    _of(sys.getswitchinterval, sys.setswitchinterval, sys.setswitchinterval),
     _of(sys.getrecursionlimit, sys.setrecursionlimit, sys.setrecursionlimit),
     _of(_folder, _set_folder, os.chdir, os.fchdir),
     _of(gc.isenabled, _set_collecting, gc.enable, gc.disable),
@@ -280,8 +284,11 @@ SWITCHES: tuple[Switch, ...] = (
     Switch(lambda: list(logging.root.handlers), _undo_handlers, (logging.Logger.addHandler,)),
     _of(random.getstate, random.setstate, *_DRAWS.values(), named=_named(_DRAWS)),
     _of(_of_numpy, _set_numpy, named=_named(_NUMPY_DRAWS)),
+    _of(np.geterr, lambda before: np.seterr(**before), of_the_thread=True),
+    _of(np.get_printoptions, lambda before: np.set_printoptions(**before), np.set_printoptions),
     Switch(lambda: [set(hooks) for hooks in GLOBAL_HOOKS], _undo_hooks, tuple(_HOOKED)),
     _of_torch(torch.get_default_dtype, torch.set_default_dtype),
+    _of(torch.is_grad_enabled, torch.set_grad_enabled, of_the_thread=True),
     _of(default_device, _set_default_device, of_the_thread=True),
     _of(torch.get_num_threads, torch.set_num_threads, of_the_thread=True),
     _of_torch(torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
@@ -294,7 +301,7 @@ SWITCHES: tuple[Switch, ...] = (
         torch.backends.mha.set_fastpath_enabled,
     ),
     _of(print_options, lambda before: torch.set_printoptions(**dict(before)), torch.set_printoptions),
-    *(_attribute(_CUDNN, name, *SETTERS_IN_C) for name in ("enabled", "benchmark", "deterministic", "allow_tf32")),
+    *(_attribute(_CUDNN, name, *SETTERS_IN_C) for name in _OF_CUDNN),
     *(
         _attribute(_CUDA.matmul, f"allow_{name}", *SETTERS_IN_C)
         for name in ("tf32", "fp16_reduced_precision_reduction", "bf16_reduced_precision_reduction")
@@ -304,6 +311,8 @@ SWITCHES: tuple[Switch, ...] = (
         for owner in (torch.backends, _CUDA.matmul, *_parts_of(_CUDNN), _MKLDNN, *_parts_of(_MKLDNN))
     ),
     _attribute(_MKLDNN, "enabled", *SETTERS_IN_C),
+    _attribute(opt_einsum, "enabled", named=("opt_einsum",)),
+    _attribute(torch.utils.deterministic, "fill_uninitialized_memory", *SETTERS_IN_C),
     *(_attention(kind) for kind in ("flash", "mem_efficient", "math", "cudnn")),
     *(each for device in ("cpu", "cuda") for each in _autocast(device)),
     _of(torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, of_the_thread=True),

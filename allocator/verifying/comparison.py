@@ -19,6 +19,7 @@ from allocator.rewriting.index_map import Maps
 from allocator.tracing.inputs import Inputs, device_of, dtype_of
 from allocator.tracing.isolation import looked_at_once
 from allocator.tracing.outputs import as_data
+from allocator.tracing.sharing import SharedWrite
 from allocator.tracing.variations import batch_of, with_batch
 from allocator.verifying.alike import Alike
 from allocator.verifying.difference import Difference, difference, noise_floors
@@ -267,8 +268,12 @@ class _Pair:
         return [repr(as_data(a)) == repr(as_data(b)) for a, b in zip(*twice)]
 
     def _whole(self, inputs: Inputs, draw: Draw | None, dtype: torch.dtype) -> list[torch.Tensor]:
-        written = self.graph.flow.trace.written()
-        return self._run(self.graph.model, inputs, draw=draw, dtype=dtype, written=written)
+        trace = self.graph.flow.trace
+        try:
+            return self._run(self.graph.model, inputs, draw=draw, dtype=dtype, written=trace.written())
+        except SharedWrite:
+            trace.by_value.update(self.graph.tensors)
+            return self._run(self.graph.model, inputs, draw=draw, dtype=dtype)
 
     def is_unread(self) -> bool:
         """Whether the original gives the same outputs where every weight of a dropped neuron is no number.

@@ -29,6 +29,7 @@ from allocator.tracing.inputs import Inputs, dtype_of
 from allocator.tracing.isolation import apart, undisturbed
 from allocator.tracing.operators import FUNCTIONS, Function
 from allocator.tracing.outputs import said_in, tensors_in
+from allocator.tracing.sharing import Shared
 from allocator.verifying.alike import Alike
 
 _Dims = list[tuple[int, np.ndarray]]
@@ -77,16 +78,25 @@ def run_float64(
     Returns:
         Tensors on the CPU in float64; of complex ones the last dim is (real, imaginary). Where all are of whole
         numbers, what the last of them were made from as well (of an argmax, the scores): that they agree shows more.
+
+    Raises:
+        SharedWrite: the forward would write into others than `written`.
     """
 
     def own(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if _reads_only(tensor, dtype):
+            return tensor
         known = written is not None and isinstance(tensor, nn.Parameter) and name not in written
-        return tensor if known or _reads_only(tensor, dtype) else tensor.clone()
+        shared.extend([tensor] if known else [])
+        return tensor if known else tensor.clone()
+
+    shared: list[torch.Tensor] = []
 
     def forward(copied: nn.Module) -> list[torch.Tensor]:
         set_training(copied, False)
         direct = {name: rows for name, rows in (zeroed or {}).items() if fill or not _zero_computed(copied, name, rows)}
         mode = _Wide(copied, direct, draw, dtype, nudge, fill)
+        mode.shared = Shared(shared)
         drawing = contextlib.nullcontext() if alike is None else alike.drawing()
         mode.alike = alike is not None
         with torch.no_grad(), undisturbed(model), mode, drawing:
@@ -184,11 +194,13 @@ class _Wide(TorchFunctionMode):
         self.complex = dtype.to_complex()
         self.rounded: list[torch.Tensor] = []
         self.alike = False
+        self.shared = Shared()
         self.unrounded: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
+        self.shared.spare(func, args, kwargs)
         if name == "__get__" and func.__self__.__name__ not in _VIEWS:
             found = func(*args, **(kwargs or {}))
             return self.said if found is self.dtype else found
@@ -218,16 +230,23 @@ class _Wide(TorchFunctionMode):
     def _zero_again(self, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> torch.Tensor:
         """What is computed from weights alone, number by number, is zero where they are read as zero.
 
-        Where that is, is seen by numbers that are none: those of a function that mixes them are another number.
+        Where that is, is seen by numbers that are none: those of a function that mixes them are another number. Beside
+        what is not read as zero, as the length of a weight, it is where zeros were divided by zero.
         """
         given = [t for t in tensors_in((args, kwargs)) if t.is_floating_point() and t.numel() > 1]
         if not given or not out.is_floating_point() or out.numel() != given[0].numel():
             return out
-        if not all(self._is_zeroed(t) for t in given):
+        alone = all(self._is_zeroed(t) for t in given)
+        if not (alone or (self._is_zeroed(given[0]) and bool(out.isnan().any()))):
             return out
         spoilt = map_arguments(self._spoilt, (args, kwargs))
-        where = func(*spoilt[0], **spoilt[1]).isnan() & ~out.isnan()
-        if int(where.sum()) == int(self._spoilt(given[0]).isnan().sum()):
+        where = func(*spoilt[0], **spoilt[1]).isnan()
+        expected = int(self._spoilt(given[0]).isnan().sum())
+        if int(where.sum()) != expected:
+            where &= ~out.isnan()
+        elif not alone:
+            where, expected = where & out.isnan(), int((where & out.isnan()).sum())
+        if int(where.sum()) == expected:
             if any(_share_memory(out, t) for t in given):  # a view, into which may be written, or written into
                 out.masked_fill_(where, 0.0)
             else:
