@@ -137,6 +137,10 @@ MEDDLES |= {
     ),
     "warn always": (lambda: torch.set_warn_always(True), torch.is_warn_always_enabled),
     "printing": (lambda: torch.set_printoptions(precision=9, sci_mode=True), lambda: repr(torch.tensor([12345.678]))),
+    "cudnn's trials": (
+        lambda: setattr(torch.backends.cudnn, "benchmark_limit", 3),
+        lambda: torch.backends.cudnn.benchmark_limit,
+    ),
     "cudnn's tf32": (
         lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
         lambda: torch.backends.cudnn.allow_tf32,
