@@ -21,6 +21,7 @@ _WORDS: dict[Any, str] = {
     Callable: "a function",
     bool: "True or False",
     int: "a whole number",
+    float: "a number",
     os.PathLike: "a path",
     str: "text",
 }
@@ -115,7 +116,8 @@ def _kinds_of(hint: Any) -> tuple[Any, ...]:
     """The kinds that an annotation allows; () for one that is not looked at."""
     if get_origin(hint) in (Union, types.UnionType):
         found = [_kinds_of(each) for each in get_args(hint)]
-        return tuple(kind for kinds in found for kind in kinds) if all(found) else ()
+        kinds = tuple(kind for each in found for kind in each) if all(found) else ()
+        return () if {float, str} <= set(kinds) else kinds  # a budget
     origin = get_origin(hint) or hint
     if origin in (*_WORDS, type(None)):
         return (origin,)
@@ -133,6 +135,8 @@ def _fits(value: Any, kinds: tuple[Any, ...]) -> bool:
 def _is(value: Any, kind: Any) -> bool:
     if kind is Callable:
         return callable(value)
+    if kind is float:
+        return is_real(value)
     if kind is int:
         return isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if kind is bool:

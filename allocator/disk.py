@@ -85,6 +85,20 @@ def check_new_folder(path: PathLike) -> None:
     _check_around(path)
 
 
+def make_folder(path: PathLike) -> None:
+    """Make a folder, and those around it, where they are not there.
+
+    Raises:
+        FileError: it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cannot make the folder {path}: {error.strerror or error}") from error
+    except ValueError as error:  # as in `_status`
+        raise FileError(f"cannot make the folder {str(path)!r:.200}: {error}") from error
+
+
 def check_writable(path: PathLike) -> None:
     """Raise FileError where ``path`` clearly cannot be written, so that long work does not end in that."""
     there = _status(path, "write")

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import nn
 
 import allocator
+from allocator.disk import make_folder
 from allocator.recipes import digits
 from allocator.recipes.scalenet import scalenet_seed, scalenet_small_seed
 from allocator.recipes.training import evaluate, train_network
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console()
     start = time.perf_counter()
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     expected = "about half a minute" if options.quick else EXPECTED
     console.print(f"Training, allocating and comparing take {expected}; nothing is downloaded.")
     run_digits(options.out, QUICK if options.quick else Effort(), console)

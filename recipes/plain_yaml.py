@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from allocator.errors import MissingPackageError
-from allocator.sharing import written_out
+from allocator.written_out import written_out
 
 MOST_ENTRIES = 100_000
 """Values and keys, with those that aliases stand for: a hundred times what the longest configuration has."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 import allocator
-from allocator.disk import shorten, write_text
+from allocator.disk import make_folder, shorten, write_text
 from allocator.errors import FileError
 from allocator.modules import shapes_of
 from allocator.recipes.checkpoints import NAME, load_checkpoint, remove_leftovers, save_checkpoint
@@ -41,10 +41,7 @@ class RunFolder:
         Raises:
             FileError: it cannot be made, or holds a run that is not to go on.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
-            raise FileError(f"cannot make the folder {self.path}: {getattr(error, 'strerror', error)}") from error
+        make_folder(self.path)
         if (self.path / NAME).exists() and not resume:
             raise FileError(f"{self.path} holds a run already: resume it (--resume), or choose another run.output")
         remove_leftovers(self.path)

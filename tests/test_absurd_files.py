@@ -291,6 +291,21 @@ def test_widths_within_widths_are_refused(tmp_path: Path, read: Callable[[Path],
         read(tmp_path / "a.json")
 
 
+def test_a_folder_that_cannot_be_made_is_told_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    line = ["sweep", "recipe:scalenet-small", "--flops", "80%", "50%", "--allocations"]
+    for folder in (tmp_path / "file" / "in it", tmp_path / "file", tmp_path / ("x" * 300)):
+        assert main([*line, str(folder)]) == 1
+        assert capsys.readouterr().err.startswith("allocator-cli sweep: cannot make the folder ")
+    assert main([*line, str(tmp_path / "made" / "here")]) == 0
+    assert sorted(path.name for path in (tmp_path / "made" / "here").iterdir()) == ["1.json", "2.json"]
+    capsys.readouterr()
+    assert main([*line, str(tmp_path / "made" / "here")]) == 1
+    assert "1.json exists; use --force" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["x" * 252 + ".pt", "é" * 125 + ".pt"])
 def test_names_as_long_as_the_file_system_allows_are_written(tmp_path: Path, name: str) -> None:
     save_model(_net(), tmp_path / name)

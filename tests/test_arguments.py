@@ -210,7 +210,32 @@ WRONG: dict[str, tuple[Call, type[AllocatorError], str]] = {
     "no time to measure in": (
         lambda m, r: allocator.latency(m, seconds=None),  # type: ignore[arg-type]
         InputError,
-        "seconds=None: both must be above zero",
+        "seconds is None, and takes a number",
+    ),
+    "an array for a factor": (
+        lambda m, r: allocator.widen(m, factor=np.ones((2, 2))),  # type: ignore[arg-type]
+        InputError,
+        "factor is an ndarray, and takes a number",
+    ),
+    "a word for a tolerance": (
+        lambda m, r: allocator.export(m, "m.pt2", tolerance="small"),  # type: ignore[arg-type]
+        InputError,
+        "tolerance is 'small', and takes a number",
+    ),
+    "no number for a tolerance": (
+        lambda m, r: allocator.export(m, "m.pt2", tolerance=float("nan")),
+        InputError,
+        "tolerance=nan is no number above zero, such as 0.0001",
+    ),
+    "a number for batches": (
+        lambda m, r: allocator.export(m, "m.pt2", batches=3),  # type: ignore[arg-type]
+        InputError,
+        "batches=3 are no whole numbers from 1 to 1,000,000, such as (1, 2, 5)",
+    ),
+    "a word without end for a format": (
+        lambda m, r: allocator.export(m, "m.pt2", to="x" * 5000),
+        UnknownNameError,
+        "xxx ... to export to; there are onnx and pt2",
     ),
     "steps without end": (
         lambda m, r: allocator.iterate(m, "50%", steps=10**9, train=print),

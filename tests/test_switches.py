@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.backends import opt_einsum
 from torch.nn.modules import module as modules
 
 import allocator
@@ -108,8 +109,8 @@ MEDDLES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "switch interval": (lambda: sys.setswitchinterval(0.007), sys.getswitchinterval),
     "threads' excepthook": (lambda: setattr(threading, "excepthook", _nothing), lambda: threading.excepthook),
     "einsum": (
-        lambda: setattr(torch.backends.opt_einsum, "enabled", not torch.backends.opt_einsum.enabled),
-        lambda: torch.backends.opt_einsum.enabled,
+        lambda: setattr(opt_einsum, "enabled", not opt_einsum.enabled),
+        lambda: opt_einsum.enabled,
     ),
     "filling": (
         lambda: setattr(torch.utils.deterministic, "fill_uninitialized_memory", False),
@@ -157,6 +158,11 @@ MEDDLES |= {
     "signal": (lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN), lambda: signal.getsignal(signal.SIGTERM)),
     "tracing": (lambda: sys.settrace(_nothing), sys.gettrace),
 }
+if np.__version__ < "2":  # later it is of a context
+    MEDDLES["numpy's printing"] = (
+        lambda: np.set_printoptions(precision=3),
+        lambda: np.get_printoptions()["precision"],
+    )
 if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
     MEDDLES["matmul's precision"] = (
         lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from allocator.cli.data import add_data_options, data_options
 from allocator.cli.opening import example_inputs, open_model
 from allocator.cli.outputs import check_outputs, check_report, check_suffix
 from allocator.cli.talk import Talk
+from allocator.disk import make_folder
 
 if TYPE_CHECKING:
     from allocator.pipeline.sweep import Sweep
@@ -54,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("a sweep is over one kind of budget, such as --flops 80% 60% 40%")
     check_suffix(args.csv, (".csv",), "the table (--csv)")
     check_report(None, args.plot)
-    check_outputs(args, args.csv, args.plot)
+    paths = _allocation_paths(args)
+    check_outputs(args, args.csv, args.plot, *paths)
     talk = Talk(args)
     model = open_model(args.model, args, talk)
     from allocator.api import sweep
@@ -68,19 +71,24 @@ def run(args: argparse.Namespace) -> int:
             **plan_options(args),
             progress=update,
         )
-    _write(args, found)
+    _write(args, found, paths)
     talk.result(found, {"model": args.model, **found.to_dict()})
     return 0
 
 
-def _write(args: argparse.Namespace, found: Sweep) -> None:
+def _allocation_paths(args: argparse.Namespace) -> list[str]:
+    """Where each allocation goes, in a folder that is made now."""
+    if args.allocations is None:
+        return []
+    make_folder(args.allocations)
+    (asked,) = budgets(args).values()
+    return [str(Path(args.allocations) / f"{number + 1}.json") for number in range(len(asked))]
+
+
+def _write(args: argparse.Namespace, found: Sweep, paths: Sequence[str]) -> None:
     if args.csv is not None:
         found.to_csv(args.csv)
     if args.plot is not None:
         found.plot(args.plot, title=args.model)
-    if args.allocations is not None:
-        Path(args.allocations).mkdir(parents=True, exist_ok=True)
-        paths = [Path(args.allocations) / f"{number}.json" for number in range(1, len(found) + 1)]
-        check_outputs(args, *map(str, paths))
-        for path, point in zip(paths, found, strict=True):
-            point.allocation.save(path)
+    for path, point in zip(paths, found, strict=bool(paths)):
+        point.allocation.save(path)

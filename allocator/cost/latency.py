@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from allocator.arguments import checked, is_real
+from allocator.arguments import checked
 from allocator.errors import InputError, TraceError, as_given, text_of
 from allocator.model_checks import check_model
 from allocator.modules import for_inference, tensor_names
@@ -19,6 +18,7 @@ from allocator.tracing.record import trace_forward
 
 SECONDS = 1.0
 MOST_THREADS = 4096
+MOST_SECONDS = 1e6
 ROUNDS = 5  # so that a machine that stalls once does not decide
 
 
@@ -77,10 +77,10 @@ def latencies(
     from torch.utils.benchmark import Measurement, Timer
 
     threads = torch.get_num_threads() if threads is None else threads
-    if not 1 <= threads <= MOST_THREADS or not is_real(seconds) or not 0 < seconds < math.inf:
+    if not 1 <= threads <= MOST_THREADS or not 0 < seconds <= MOST_SECONDS:
         raise InputError(
             f"cannot measure with threads={as_given(threads)}, seconds={as_given(seconds)}: both must be above zero, "
-            f"and the threads at most {MOST_THREADS:,}"
+            f"and at most {MOST_THREADS:,} and {MOST_SECONDS:,.0f}"
         )
     timers = []
     with torch.no_grad():

@@ -87,7 +87,7 @@ def unmatched(
             notes += unmatched(modules, tensors, what, item, kind)
         elif isinstance(item, str) and not _tensors_of(modules, tensors, item, what):
             near = did_you_mean(item, _holding(tensors), mark="'")
-            notes.append(f"{what}={item!r} matches no {kind}{near and '; ' + near}")
+            notes.append(f"{what}={as_given(item)} matches no {kind}{near and '; ' + near}")
         elif isinstance(item, type) and not _tensors_of(modules, tensors, item, what):
             notes.append(f"{what}={item.__name__} {UNMATCHED} of the model")
     return notes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -20,7 +21,16 @@ from torch import nn
 from allocator.arguments import checked
 from allocator.cost.fvcore import fvcore_layer_flops
 from allocator.disk import PathLike, check_writable, shorten, write_atomically
-from allocator.errors import ExportError, MissingPackageError, UnknownNameError, did_you_mean, first_line, text_of
+from allocator.errors import (
+    ExportError,
+    InputError,
+    MissingPackageError,
+    UnknownNameError,
+    as_given,
+    did_you_mean,
+    first_line,
+    text_of,
+)
 from allocator.io.onnx_flops import layer_flops
 from allocator.logs import ANY, hidden, unwarned
 from allocator.model_checks import check_model
@@ -33,6 +43,8 @@ from allocator.verifying.float64 import run_float64
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2"}
 BATCHES = (1, 2, 5)
+MOST_INPUTS = 1_000_000
+"""Of one batch."""
 TOLERANCE = 1e-4
 # How much further from float64 than the module a file may lie, as it adds up in another order, and what a module may
 # round away itself, so that this still says something.
@@ -112,12 +124,18 @@ def export(
 
     Raises:
         UnknownNameError: there is no such format; near names are given.
+        InputError: `batches` or `tolerance` is out of range.
         MissingPackageError: a package that the format needs is not installed.
         ExportError: torch cannot export the module, or what was written does not do what the module does.
         FileError: the path cannot be written.
     """
     to = format_of(path, to)
     check_writable(path)
+    if not 0 < tolerance < math.inf:
+        raise InputError(f"tolerance={as_given(tolerance)} is no number above zero, such as {TOLERANCE:g}")
+    asked, batches = batches, tuple(batches) if isinstance(batches, (list, tuple, range)) else ()
+    if not batches or not all(type(size) is int and 0 < size <= MOST_INPUTS for size in batches):
+        raise InputError(f"batches={as_given(asked)} are no whole numbers from 1 to {MOST_INPUTS:,}, such as {BATCHES}")
     network = check_model(model if isinstance(model, nn.Module) else getattr(model, "model", model), values=True)
     _check_dtype(network)
     inputs = _example(network, example_inputs).map(lambda t: t.cpu())
@@ -126,7 +144,7 @@ def export(
     with hidden(ANY), unwarned(), write_atomically(path) as temporary:
         # A copy is exported, as a forward may keep what it computed in its modules: there that has no values.
         program, fixed = _exported(skeleton(network, lambda _, t: t), inputs)
-        sizes = (1,) if fixed else tuple(batches)
+        sizes = (1,) if fixed else batches
         named = temporary.with_name(temporary.name + FORMATS[to])  # the writers go by the suffix
         try:
             run, facts = _WRITERS[to](program, named, inputs)
@@ -153,7 +171,7 @@ def format_of(path: PathLike, to: str | None = None) -> str:
     asked = suffix.removeprefix(".") if to is None else to
     if asked not in FORMATS:
         hint = did_you_mean(asked.lower(), FORMATS, cutoff=0.4) or f"there are {' and '.join(FORMATS)}"
-        raise UnknownNameError(f"no format {asked!r} to export to; {hint}")
+        raise UnknownNameError(f"no format {as_given(asked)} to export to; {hint}")
     if suffix != FORMATS[asked]:
         raise UnknownNameError(f"{Path(path).name!r} does not end in {FORMATS[asked]}, as {asked} files do")
     return asked

@@ -65,7 +65,9 @@ def save_model(model: nn.Module, path: PathLike) -> None:
             something that cannot be pickled (a lambda, a hook); the message names it.
     """
     if Path(path).suffix not in (".pt", ".pth"):
-        raise FileError(f"cannot save a model as {path}: use .pt or .pth, or .safetensors for a result")
+        raise FileError(
+            f"cannot save a model as {shorten(str(path), 200)}: use .pt or .pth, or .safetensors for a result"
+        )
     network = adapters.network_of(model)
     if not isinstance(network, nn.Module):
         check_model(model)

@@ -13,7 +13,15 @@ from torch import nn
 
 from allocator.arguments import checked
 from allocator.disk import shorten
-from allocator.errors import AllocatorError, UnknownNameError, UnsupportedModelError, a_kind, in_words, unknown
+from allocator.errors import (
+    AllocatorError,
+    UnknownNameError,
+    UnsupportedModelError,
+    a_kind,
+    as_given,
+    in_words,
+    unknown,
+)
 from allocator.settings import PREFIXES
 
 BUILD_ATTRIBUTE = "_allocator_build"
@@ -146,4 +154,4 @@ def in_python_file(path: str) -> str:
 
 def _no_prefix(name: str) -> str:
     prefixes = ", ".join(f"{prefix}:" for prefix in PREFIXES)
-    return f"{name!r} is not a model name: it needs a prefix ({prefixes} or package.module:factory)"
+    return f"{as_given(name)} is not a model name: it needs a prefix ({prefixes} or package.module:factory)"

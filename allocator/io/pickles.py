@@ -23,7 +23,7 @@ from allocator.errors import FileError, UnsafeFileError, UnsupportedModelError, 
 from allocator.io.archives import check_archive, damaged, inner_names, is_zip
 from allocator.io.pickle_rehearsal import LEGACY_PICKLES, LEGACY_START, refused_calls
 from allocator.modules import modules_of, tensors_within
-from allocator.sharing import written_out
+from allocator.written_out import written_out
 
 _TRUSTED_MODULES = (
     "torch.nn.modules.",

@@ -59,7 +59,7 @@ def save_result(result: Any, path: PathLike) -> None:
         AllocationMismatchError: the allocation does not lead from the named architecture to this model.
     """
     if Path(path).suffix != RESULT_SUFFIX:
-        raise FileError(f"cannot save a result as {path}: the name must end in {RESULT_SUFFIX}")
+        raise FileError(f"cannot save a result as {shorten(str(path), 200)}: the name must end in {RESULT_SUFFIX}")
     model, allocation, certificate = _parts(result)
     recorded = getattr(model, BUILD_ATTRIBUTE, None)
     _check_gives(model, allocation)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -128,18 +130,39 @@ class Layers:
             name, dim = self._name(layer.number)
             yield name, dim, len(self.graph.facts.written[layer.number].label), layer
 
-    @property
+    @cached_property
     def widths(self) -> np.ndarray:
         """(layers,) neurons of each."""
         return np.array([len(layer.units) for layer in self.each], dtype=np.int64)
 
     def times(self, more: np.ndarray) -> np.ndarray:
         """(neurons,) how many there are of each, when (layers,) `more` are added to the layers, spread evenly."""
+        units, layers, places = self._entries
+        added, width = more[layers], self.widths[layers]
         times = np.ones(self.graph.size, dtype=np.int64)
-        for layer, added in zip(self.each, more.tolist(), strict=True):
-            width = len(layer.units)
-            times[layer.units] += np.diff(np.arange(width + 1) * added // width)
+        times[units] += (places + 1) * added // width - places * added // width
         return times
+
+    @cached_property
+    def _entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All neurons of all layers, which layer each is of, and its place there."""
+        units = np.concatenate([np.zeros(0, dtype=np.int64), *(layer.units for layer in self.each)])
+        places = np.concatenate([np.zeros(0, dtype=np.int64), *map(np.arange, self.widths.tolist())])
+        return units, np.repeat(np.arange(len(self.each)), self.widths), places
+
+    def with_next(self, times: np.ndarray, more: np.ndarray, layer: int) -> tuple[int, np.ndarray]:
+        """How many are added to a layer once the next that may be is, and (neurons,) how many there are of each then.
+
+        Args:
+            times: `times` of `more`.
+            more: (layers,) what is added.
+            layer: an index into `each`.
+        """
+        own = self.each[layer]
+        added, width = own.following(int(more[layer])), len(own.units)
+        wider = times.copy()
+        wider[own.units] = 1 + np.diff(np.arange(width + 1) * added // width)
+        return added, wider
 
     def evenly(self, factor: float) -> np.ndarray:
         """(layers,) what is to be added for every layer to be so many times as wide, as nearly as may be."""
@@ -194,32 +217,28 @@ def widest_within(layers: Layers, budgets: Budgets) -> np.ndarray:
     more = layers.evenly(factor)
     # What runs in train mode only costs nothing here, and could be added without end.
     costs = [next_costs(layers, budget.metric, more) for budget in budgets.each]
-    waiting = {layer for layer, each in enumerate(zip(*costs, strict=True)) if max(each) > 0}
+    waiting = [(more[i] / layers.widths[i], i) for i, each in enumerate(zip(*costs, strict=True)) if max(each) > 0]
+    heapq.heapify(waiting)
+    times = layers.times(more)
     while waiting:
-        layer = max(waiting, key=lambda i: factor - 1 - more[i] / layers.widths[i])
-        wider = _with_next(layers, more, layer)
-        if budgets.met(layers.times(wider)):
-            more = wider
-        else:
-            waiting.remove(layer)  # no neuron gets cheaper while others are added
+        _, layer = heapq.heappop(waiting)
+        added, wider = layers.with_next(times, more, layer)
+        if budgets.met(wider):  # else it waits no longer: no neuron gets cheaper while others are added
+            more[layer], times = added, wider
+            heapq.heappush(waiting, (added / layers.widths[layer], layer))
     return more
 
 
 def next_costs(layers: Layers, metric: Metric, more: np.ndarray) -> list[int]:
     """What the next that may be added to each layer costs."""
-    now = metric.value(layers.times(more))
-    return [metric.value(layers.times(_with_next(layers, more, layer))) - now for layer in range(len(more))]
+    times = layers.times(more)
+    now = metric.value(times)
+    return [metric.value(layers.with_next(times, more, layer)[1]) - now for layer in range(len(more))]
 
 
 def cheapest_next(layers: Layers, metric: Metric, more: np.ndarray) -> int | None:
     """What the cheapest further neuron costs; None where none costs anything."""
     return min((cost for cost in next_costs(layers, metric, more) if cost > 0), default=None)
-
-
-def _with_next(layers: Layers, more: np.ndarray, layer: int) -> np.ndarray:
-    wider = more.copy()
-    wider[layer] = layers.each[layer].following(int(more[layer]))
-    return wider
 
 
 def _largest(fits: Callable[[float], bool]) -> float:

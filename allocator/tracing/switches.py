@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.backends import opt_einsum
 from torch.nn.modules import module as of_modules
 
 from allocator.torch_private import GLOBAL_HOOKS, SETTERS_IN_C, default_device, print_options
@@ -283,6 +284,8 @@ SWITCHES: tuple[Switch, ...] = (
     Switch(lambda: list(logging.root.handlers), _undo_handlers, (logging.Logger.addHandler,)),
     _of(random.getstate, random.setstate, *_DRAWS.values(), named=_named(_DRAWS)),
     _of(_of_numpy, _set_numpy, named=_named(_NUMPY_DRAWS)),
+    _of(np.geterr, lambda before: np.seterr(**before), of_the_thread=True),
+    _of(np.get_printoptions, lambda before: np.set_printoptions(**before), np.set_printoptions),
     Switch(lambda: [set(hooks) for hooks in GLOBAL_HOOKS], _undo_hooks, tuple(_HOOKED)),
     _of_torch(torch.get_default_dtype, torch.set_default_dtype),
     _of(torch.is_grad_enabled, torch.set_grad_enabled, of_the_thread=True),
@@ -308,7 +311,7 @@ SWITCHES: tuple[Switch, ...] = (
         for owner in (torch.backends, _CUDA.matmul, *_parts_of(_CUDNN), _MKLDNN, *_parts_of(_MKLDNN))
     ),
     _attribute(_MKLDNN, "enabled", *SETTERS_IN_C),
-    _attribute(torch.backends.opt_einsum, "enabled", named=("opt_einsum",)),
+    _attribute(opt_einsum, "enabled", named=("opt_einsum",)),
     _attribute(torch.utils.deterministic, "fill_uninitialized_memory", *SETTERS_IN_C),
     *(_attention(kind) for kind in ("flash", "mem_efficient", "math", "cudnn")),
     *(each for device in ("cpu", "cuda") for each in _autocast(device)),
