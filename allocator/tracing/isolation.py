@@ -143,9 +143,14 @@ class _Watch(TorchFunctionMode):
     drew = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if type(func) is _GETTER:  # most are
+            return func(*args)
         declared = FUNCTIONS.get(getattr(func, "__name__", "").strip("_"))
         self.drew = self.drew or (declared is not None and declared.draws)
         return func(*args, **(kwargs or {}))
+
+
+_GETTER = type(torch.Tensor.shape.__get__)  # type: ignore[attr-defined]
 
 
 def _states() -> Callable[[bool], None]:

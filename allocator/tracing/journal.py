@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from allocator.tracing.switches import SWITCHES, Switch, switches
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _BY_CODE: dict[int, tuple[Switch, ...]] = {}
 _IN_C: dict[Any, tuple[Switch, ...]] = {}
@@ -94,6 +98,23 @@ class Journal:
             found = [(each, first, now) for (each, first, _), (_, _, now) in zip(last, found, strict=True)]
         if found:
             self._entries.append(found)
+
+
+def unnoted(function: Callable[P, R]) -> Callable[P, R]:
+    """Of one's own code that is called from within a model's, and is most of all calls then: nothing is noted in it."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        profiler = sys.getprofile()
+        if getattr(profiler, "__module__", "") != __name__:
+            return function(*args, **kwargs)
+        sys.setprofile(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            sys.setprofile(profiler)
+
+    return run
 
 
 _JOURNAL: contextvars.ContextVar[Journal | None] = contextvars.ContextVar("journal", default=None)

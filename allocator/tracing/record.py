@@ -33,6 +33,7 @@ from allocator.tracing import meta_kernels
 from allocator.tracing.calls import Call, Op, Ref, Trace, Value
 from allocator.tracing.inputs import Inputs, device_of
 from allocator.tracing.isolation import apart, undisturbed
+from allocator.tracing.journal import unnoted
 from allocator.tracing.operators import AS_ONE_CALL, FUNCTIONS, Function, operator_of
 from allocator.tracing.outputs import UnseenOutputError, as_data, require_seen, said_in, tensors_in
 from allocator.tracing.seeds import Seeds
@@ -215,6 +216,7 @@ class _Recorder(TorchDispatchMode):
     def path(self) -> str:
         return self.stack[-1]
 
+    @unnoted
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.paused or func is _DEVICE:
             return func(*args, **(kwargs or {}))
@@ -416,6 +418,7 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self.recorder = recorder
 
+    @unnoted
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _LEAVING and self.recorder.mode == "real":

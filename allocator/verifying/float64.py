@@ -27,6 +27,7 @@ from allocator.rewriting.index_map import IndexMap, Maps
 from allocator.torch_private import map_arguments
 from allocator.tracing.inputs import Inputs, dtype_of
 from allocator.tracing.isolation import apart, undisturbed
+from allocator.tracing.journal import unnoted
 from allocator.tracing.operators import FUNCTIONS, Function
 from allocator.tracing.outputs import said_in, tensors_in
 from allocator.tracing.sharing import Shared
@@ -198,6 +199,7 @@ class _Wide(TorchFunctionMode):
         self.unrounded: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    @unnoted
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         self.shared.spare(func, args, kwargs)
