@@ -97,7 +97,7 @@ _SET_IN_C = (
 SETTERS_IN_C: tuple[Any, ...] = tuple(
     each
     for name, each in vars(torch._C).items()
-    if name.lstrip("_").startswith(tuple(f"set_{what}" for what in _SET_IN_C))
+    if name.lstrip("_").removeprefix("cuda_").startswith(tuple(f"set_{what}" for what in _SET_IN_C))
 )
 """Functions by which others of torch set what holds for the whole process."""
 

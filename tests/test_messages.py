@@ -329,11 +329,29 @@ def test_a_loss_that_writes_into_the_model_is_refused(write: Callable[[Any, Tens
         write(model, output)
         return F.cross_entropy(output, target)
 
-    said = (
-        r"^the loss 'clipping' wrote into .*weight.* of the model itself: load the model anew, and pass a loss of the"
-    )
+    said = r"^the loss 'clipping' wrote into .*weight.* of the model itself: load the model anew, and let the"
     with pytest.raises(DataError, match=said):
         allocate(model, data=[(IMAGES, LABELS)], loss=clipping)
+
+
+def test_a_criterion_or_a_policy_that_reaches_the_model_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policies, "POLICIES", dict(policies.POLICIES))
+    model = trained()
+
+    def zeroes(graph: Any, weights: Any) -> Any:
+        graph.flow.trace.modules["stem"].weight.data.zero_()
+        return np.arange(graph.size)
+
+    @allocator.policy("doubles")
+    def doubles(problem: Any) -> Any:
+        model.wide.weight.data.mul_(2)
+        return problem.forced
+
+    said = "wrote into {}.weight of the model itself: load the model anew, and let the function write into nothing but"
+    with pytest.raises(CriterionError, match=f"^criterion 'zeroes' {said.format('stem')}"):
+        allocate(model, criterion=zeroes)
+    with pytest.raises(PolicyError, match=f"^policy 'doubles' {said.format('wide')}"):
+        allocate(model, policy="doubles", criterion="magnitude")
 
 
 def test_a_loss_that_keeps_the_model_and_reads_it_is_none_of_these() -> None:
@@ -375,6 +393,10 @@ class AtData(Branches):
         return super().forward(x) if not x.is_meta and x.shape[0] == 1 else _raises()
 
 
+class Numberless:
+    __array__ = _raises
+
+
 class Copied(Branches):
     def __deepcopy__(self, memo: Any) -> Any:
         return _raises()
@@ -383,6 +405,7 @@ class Copied(Branches):
 SPEECHLESS: dict[str, Callable[[], Any]] = {
     "the loss raised Speechless": lambda: allocate(trained(), data=[(IMAGES, LABELS)], loss=_raises),
     "criterion '_raises' raised Speechless": lambda: allocate(trained(), criterion=_raises),
+    "are not an array of numbers": lambda: allocate(trained(), criterion=lambda graph, weights: Numberless()),
     "the forward raised Speechless": lambda: allocate(trained(AtData()), inputs=torch.zeros(2, *IMAGE.shape[1:])),
     "the model raised Speechless": lambda: allocate(trained(AtData()), data=IMAGES),
     "cannot be copied (Speechless)": lambda: allocate(trained(Copied())),
@@ -398,7 +421,7 @@ def test_an_error_that_cannot_say_what_it_is_comes_out_as_one_of_ours(said: str)
         SPEECHLESS[said]()
     chain: BaseException | None = caught.value
     while chain is not None and not isinstance(chain, Speechless):
-        chain = chain.__cause__
+        chain = chain.__cause__ or chain.__context__
     assert chain is not None, "the error itself is its cause"
 
 

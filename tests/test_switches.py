@@ -137,6 +137,10 @@ MEDDLES |= {
     ),
     "warn always": (lambda: torch.set_warn_always(True), torch.is_warn_always_enabled),
     "printing": (lambda: torch.set_printoptions(precision=9, sci_mode=True), lambda: repr(torch.tensor([12345.678]))),
+    "cudnn's trials": (
+        lambda: setattr(torch.backends.cudnn, "benchmark_limit", 3),
+        lambda: torch.backends.cudnn.benchmark_limit,
+    ),
     "cudnn's tf32": (
         lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
         lambda: torch.backends.cudnn.allow_tf32,
@@ -246,7 +250,7 @@ def test_switches_that_a_forward_sets_are_as_they_were(what: str, alone: bool, m
         assert read() == before
 
 
-@pytest.mark.parametrize("what", MEDDLES.keys() - OF_A_THREAD)
+@pytest.mark.parametrize("what", [what for what in MEDDLES if what not in OF_A_THREAD])
 def test_what_another_thread_sets_during_a_forward_stays(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     meddle, read = MEDDLES[what]
     with _put_back(), Another() as other:

@@ -11,6 +11,7 @@ import allocator.planning.policies  # noqa: F401  (fills the table of policies)
 from allocator.cost.budget import Budgets
 from allocator.errors import AllocatorError, NothingToAllocateError, PolicyError, in_words
 from allocator.graph.channel_graph import ALL, SCOPES, ChannelGraph
+from allocator.graph.lent import left_alone
 from allocator.planning.multiples import to_multiples
 from allocator.planning.optimality import Optimality, optimality
 from allocator.planning.policies.registry import find_policy
@@ -183,7 +184,8 @@ def _chosen(policy: str, problem: Problem) -> np.ndarray:
     if policy in KNOWN_POLICIES:
         return _checked(policy, choose(problem), problem)
     try:
-        kept = choose(problem.lent())
+        with left_alone(problem.graph, f"policy {policy!r}", PolicyError):
+            kept = choose(problem.lent())
     except AllocatorError:
         raise
     except Exception as error:

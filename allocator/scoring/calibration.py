@@ -15,6 +15,7 @@ from torch import nn
 from allocator.clock import Progress, bar
 from allocator.errors import CriterionError, DataError, first_line
 from allocator.graph.channel_graph import ChannelGraph
+from allocator.graph.lent import left_alone
 from allocator.modules import set_training, skeleton, tensor_names
 from allocator.scoring import ranks
 from allocator.scoring.answers import Answer, Loss, loss_of
@@ -119,41 +120,10 @@ def collect(
     """
     if not graph.size:
         return Statistics()
-    with undisturbed(graph.model), _left_alone(graph, loss):
+    named = f"the loss {getattr(loss, '__name__', type(loss).__name__)!r}"
+    guard = contextlib.nullcontext() if loss is None else left_alone(graph, named, DataError)
+    with undisturbed(graph.model), guard:
         return _together(ranks.gathered(lambda: _own_share(graph, data, needs, loss, seed, progress)))
-
-
-@contextlib.contextmanager
-def _left_alone(graph: ChannelGraph, loss: Loss | None) -> Iterator[None]:
-    """Within, a loss of the caller's is called: it may reach the weights, which the copy that runs shares.
-
-    Raises:
-        DataError: it wrote into them, also where torch does not count that (`.data`).
-    """
-    if loss is None:
-        yield
-        return
-    before = {name: _digest(tensor) for name, tensor in graph.tensors.items()}
-    yield
-    written = [name for name, tensor in graph.tensors.items() if _digest(tensor) != before[name]]
-    if written:
-        name = getattr(loss, "__name__", type(loss).__name__)
-        raise DataError(
-            f"the loss {name!r} wrote into {', '.join(written[:3])} of the model itself: load the model anew, and pass "
-            "a loss of the output and the target alone"
-        )
-
-
-_AS_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _digest(tensor: torch.Tensor) -> int:
-    """A number that is another one after most writes into a tensor: a sum of its bits; 0 where it holds none."""
-    if tensor.is_meta or tensor.layout is not torch.strided or type(tensor) not in (torch.Tensor, nn.Parameter):
-        return 0
-    plain = tensor.detach()
-    bits = (torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain.resolve_neg()).contiguous()
-    return int(bits.view(_AS_WHOLE[bits.element_size()]).sum(dtype=torch.int64))
 
 
 def _own_share(

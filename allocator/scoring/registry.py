@@ -25,7 +25,7 @@ from allocator.errors import (
     warn,
 )
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.graph.lent import LentGraph, own
+from allocator.graph.lent import LentGraph, left_alone, own
 from allocator.scoring.answers import Loss
 from allocator.scoring.calibration import Statistics, collect, with_gradients
 from allocator.scoring.scores import Scores, SlotScores, as_array
@@ -246,7 +246,8 @@ def _called(graph: ChannelGraph, criterion: Criterion, stored: Stored, *statisti
     given = (LentGraph(graph), weights, *statistics)
     _check_signature(criterion, *given)
     try:
-        return criterion.function(*given)
+        with left_alone(graph, f"criterion {criterion.name!r}", CriterionError):
+            return criterion.function(*given)
     except AllocatorError:
         raise
     except Exception as error:

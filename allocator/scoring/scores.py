@@ -143,5 +143,5 @@ def as_array(numbers: Any, name: str) -> np.ndarray:
         numbers = numbers.detach().to("cpu", torch.float64).numpy()
     try:
         return np.asarray(numbers, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
+    except Exception as error:  # an object of the caller's may make anything of it
         raise CriterionError(f"{name} are not an array of numbers: {text_of(error)}") from None

@@ -147,7 +147,7 @@ def _undo_handlers(before: list[Any], after: list[Any]) -> None:
             logging.root.removeHandler(each)
 
 
-_OF_CUDNN = ("enabled", "benchmark", "benchmark_limit", "deterministic", "allow_tf32")
+_OF_CUDNN = ("enabled", "benchmark", "deterministic", "allow_tf32")
 _SIGNALS = tuple(each for each in signal.valid_signals() if isinstance(each, signal.Signals))
 
 
@@ -302,6 +302,7 @@ SWITCHES: tuple[Switch, ...] = (
     ),
     _of(print_options, lambda before: torch.set_printoptions(**dict(before)), torch.set_printoptions),
     *(_attribute(_CUDNN, name, *SETTERS_IN_C) for name in _OF_CUDNN),
+    _attribute(_CUDNN, "benchmark_limit", *SETTERS_IN_C, named=("benchmark_limit",)),
     *(
         _attribute(_CUDA.matmul, f"allow_{name}", *SETTERS_IN_C)
         for name in ("tf32", "fp16_reduced_precision_reduction", "bf16_reduced_precision_reduction")
