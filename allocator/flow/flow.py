@@ -13,7 +13,7 @@ from allocator.flow.attributes import attributes_of_groups, attributes_of_sizes,
 from allocator.flow.facts import AtLeast, Even, Facts, Frozen, Gamma, Tie, Written
 from allocator.flow.labels import Label, Labels, Slots
 from allocator.flow.options import Options, Place, places_of
-from allocator.flow.repeats import Repeats
+from allocator.flow.repeats import Dim, Repeats
 from allocator.tracing.calls import Op, Ref, Trace, Value
 
 SEEDED = (
@@ -54,6 +54,7 @@ class Flow:
         uniform: values that are the same everywhere, so that they fit any channels.
         zeros: tensors that were made as zeros.
         repeats: dims along which a value is one number.
+        numbered: dims of values of which one index is written into by its number.
         joins: where branches meet, in order.
         grouped: per call of a grouped convolution or norm whose groups come and go whole, one slot per group.
     """
@@ -72,6 +73,7 @@ class Flow:
         self.uniform: set[int] = set()
         self.zeros: set[int] = set()
         self.repeats = Repeats(trace)
+        self.numbered: set[Dim] = set()
         self.joins: list[Join] = []
         self.grouped: dict[int, np.ndarray] = {}
         self.seeded: set[int] = set()

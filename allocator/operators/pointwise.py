@@ -88,8 +88,9 @@ def _take(flow: Flow, op: Op, index: int, labels: list[Label]) -> None:
         label = labels[-back]
         if label is None or len(label) == 1 or shape[-back] == 1:
             continue
-        if len(label) != shape[-back]:
+        if len(label) != shape[-back] or (index, len(shape) - back) in flow.numbered:
             flow.freeze(label, op, "a part of a constant is written")
+        if len(label) != shape[-back]:
             continue
         if own[-back] is None:
             own[-back] = label

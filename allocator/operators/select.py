@@ -91,8 +91,8 @@ def select(flow: Flow, op: Op) -> None:
     labels = list(flow.labels(op.inputs()[0]))
     label, at = labels.pop(int(op.arg("dim"))), int(op.arg("index"))
     written = (user for user in flow.users.get(op.outputs[0], ()) if user.writes())
-    if any(op.outputs[0] in user.outputs for user in written):  # what was the same everywhere has other numbers here
-        flow.uniform.difference_update(flow.same_everywhere(op.inputs()[0]))
+    if any(op.outputs[0] in user.outputs for user in written):
+        flow.numbered.add((op.inputs()[0], int(op.arg("dim")) % (len(labels) + 1)))
     if label is not None:
         flow.freeze(label[at:] if at < 0 else label[: at + 1], op, "one index is read by number")
     flow.set(op.outputs[0], labels)
