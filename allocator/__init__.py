@@ -5,6 +5,7 @@
 """
 
 import importlib
+import random
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,9 @@ if not TYPE_CHECKING:  # for type checkers only the names of `public` are there
         if room is not None and room.origin is not None:  # a mere folder beside this one, such as build/, is none
             return importlib.import_module(f"allocator.{name}")
         if name == "__all__" or not name.startswith("_"):
+            state = random.getstate()  # rich draws from it as it is imported
             public = importlib.import_module("allocator.public")
+            random.setstate(state)
             globals().update({each: getattr(public, each) for each in ("__all__", *public.__all__)})
             if name in globals():
                 return globals()[name]

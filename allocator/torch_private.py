@@ -62,6 +62,7 @@ __all__ = [
     "call_by_itself",
     "called_straight",
     "default_device",
+    "fake_tensors",
     "is_being_recorded",
     "is_transformed",
     "map_arguments",
@@ -226,6 +227,13 @@ def map_arguments(function: Callable[[Any], Any], tree: Any) -> Any:
     if kind is dict:
         return {key: map_arguments(function, item) for key, item in tree.items()}
     return function(tree) if isinstance(tree, torch.Tensor) else tree_map(function, tree)
+
+
+def fake_tensors() -> FakeTensorMode:
+    """A mode of tensors without values, which raise where their memory is asked for: torch would read at no address."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode._allow_unsafe_data_ptr_access = False
+    return mode
 
 
 def schema_of(target: OpOverload) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 
 import allocator
 from allocator.tracing.inputs import as_inputs
-from allocator.tracing.record import tensors_in
+from allocator.tracing.outputs import tensors_in
 
 from . import peer
 

@@ -30,7 +30,8 @@ from allocator.flow.labels import FROZEN, Labels, Slots
 from allocator.flow.options import Options
 from allocator.tracing.calls import Trace
 from allocator.tracing.inputs import Inputs
-from allocator.tracing.record import record, tensors_in
+from allocator.tracing.outputs import tensors_in
+from allocator.tracing.record import record
 
 Make = Callable[[tuple[int, ...]], torch.Tensor]
 Stays = np.ndarray

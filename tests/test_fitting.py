@@ -175,7 +175,7 @@ def test_where_no_attribute_helps_the_neurons_stay_and_attributes_with_them() ->
     found = fitted(nn.Sequential(Fixed(number=6, other=6, **others)), {"0.first": [1]})
     assert "0" not in found.allocation.attributes
     assert found.allocation.kept == {}
-    assert found.graph.options.frozen == {Place("0", "view", 0)}
+    assert found.graph.options.frozen == {Place("0", "view", 0, "reads")}
     (stays,) = found.notes
     assert stays.startswith("the neurons at aten.view.default in 0 stay: the rewritten forward raised RuntimeError")
     assert "; its forward may read number=6, other=6, many=[6, 13]; to let them go, say what follows: " in stays
@@ -194,7 +194,7 @@ def test_what_follows_no_longer_is_not_noted() -> None:
     assert found.allocation.attributes == {}
     (note,) = found.notes
     assert note.startswith("the neurons at aten.view.default in 0 stay: ")
-    assert found.graph.options.frozen == {Place("0", "view", 1)}
+    assert found.graph.options.frozen == {Place("0", "view", 1, "reads")}
 
 
 @pytest.mark.parametrize("name", ["groups", "num_heads", "stride", "kernel_size"])
@@ -319,14 +319,14 @@ def test_a_call_is_frozen_in_the_module_that_does_not_fit() -> None:
 
     model = nn.Sequential(FixedOnce(fixed=True), FixedOnce(fixed=False), FixedOnce(fixed=False))
     found = fitted(model, {"0.first": [1], "1.first": [2], "2.first": [3]})
-    assert found.graph.options.frozen == {Place("0", "view", 0)}
+    assert found.graph.options.frozen == {Place("0", "view", 0, "reads")}
     assert [outputs_kept(found, f"{i}.first") for i in range(3)] == [6, 5, 5]
 
 
 def test_where_a_second_module_does_not_fit_the_call_is_frozen_in_all_of_the_class() -> None:
     model = nn.Sequential(Fixed(), Fixed(), Fixed(), Fixed(), ReadsWidth(width=6))
     found = fitted(model, {f"{i}.first": [i] for i in range(5)})
-    assert found.graph.options.frozen == {Place(f"{i}", "view", 0) for i in range(4)}
+    assert found.graph.options.frozen == {Place(f"{i}", "view", 0, "reads") for i in range(4)}
     assert [outputs_kept(found, f"{i}.first") for i in range(5)] == [6, 6, 6, 6, 5]
     assert [note.partition(":")[0] for note in found.notes] == [
         "the neurons at aten.view.default in 0 stay",
@@ -350,11 +350,11 @@ class FixedTwice(nn.Module):
 def test_where_a_second_call_does_not_fit_all_of_its_kind_are_frozen() -> None:
     model = nn.Sequential(FixedTwice())
     found = fitted(model, {"0.layers.0": [1]})
-    assert found.graph.options.frozen == {Place("0", "view", 0)}
+    assert found.graph.options.frozen == {Place("0", "view", 0, "reads")}
     assert [outputs_kept(found, f"0.layers.{i}") for i in range(3)] == [6, 6, 6]
     assert found.graph.size == 12, "the other two are free"
     found = fitted(model, {"0.layers.0": [1], "0.layers.1": [2]})
-    assert found.graph.options.frozen == {Place("0", "view", 0), Place("0", "view")}
+    assert found.graph.options.frozen == {Place("0", "view", 0, "reads"), Place("0", "view", None, "reads")}
     assert found.graph.size == 0
 
 

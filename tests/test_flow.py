@@ -98,18 +98,22 @@ def test_a_place_counts_the_calls_of_an_operator_in_a_module() -> None:
     assert flow.places == places_of(trace)
 
 
-def test_a_place_without_a_number_means_all_calls() -> None:
-    options = Options(frozen=frozenset({Place("a", "view", 1), Place("b", "view")}))
+def test_a_place_without_a_number_means_all_calls_and_one_without_a_part_both() -> None:
+    parts = [Place("c", "relu", 0, "reads"), Place("d", "relu", None, "gives")]
+    options = Options().freezing([Place("a", "view", 1), Place("b", "view"), *parts])
     expected = {
-        Place("a", "view", 0): False,
-        Place("a", "view", 1): True,
-        Place("a", "relu", 1): False,
-        Place("b", "view", 0): True,
-        Place("b", "view", 7): True,
-        Place("c", "view", 1): False,
-        Place("a", "view"): False,
+        Place("a", "view", 0): "",
+        Place("a", "view", 1): "reads gives",
+        Place("a", "relu", 1): "",
+        Place("b", "view", 0): "reads gives",
+        Place("b", "view", 7): "reads gives",
+        Place("c", "view", 0): "",
+        Place("c", "relu", 0): "reads",
+        Place("c", "relu", 1): "",
+        Place("d", "relu", 3): "gives",
     }
-    assert {place: options.freezes(place) for place in expected} == expected
+    found = {each: " ".join(part for part in ("reads", "gives") if options.freezes(each, part)) for each in expected}
+    assert found == expected
 
 
 def test_options_grow_and_leave_the_old_ones_alone() -> None:
@@ -121,6 +125,8 @@ def test_options_grow_and_leave_the_old_ones_alone() -> None:
     assert third.frozen == {Place("a", "view", 0), Place("a", "view")}
     assert third.equal_parts == {"b", "c"}
     assert (third.groups, third.exclude) == ("width", ("stem",))
+    pair = ((1, 2), (3, 4))
+    assert first.tying([pair]).untying([pair]) == first
     assert hash(first) == hash(Options(groups="width", exclude=("stem",), heads={Place("a", "view", 0): 1}))
 
 

@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import random
+import subprocess
 import sys
 import threading
 import warnings
@@ -432,7 +433,11 @@ def _written(m: Any) -> None:
     torch.mul(m.two.weight.detach(), 0.5, out=m.two.weight.data)
 
 
-@pytest.mark.parametrize("write", [_scaled, _by_data, _by_index, _written])
+def _by_numpy(m: Any) -> None:
+    m.two.weight.detach().numpy()[0] = 0.5
+
+
+@pytest.mark.parametrize("write", [_scaled, _by_data, _by_index, _written, _by_numpy])
 @pytest.mark.parametrize("by_value", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_forward_that_writes_into_weights(write: Callable[[Any], None], by_value: bool, dtype: torch.dtype) -> None:
@@ -503,6 +508,19 @@ def test_a_hook_that_reaches_the_model_otherwise_is_refused() -> None:
     model.one.register_forward_hook(Holder())
     with pytest.raises(UnsupportedModelError, match=r"wrote into calls of the model itself.*take the hook"):
         allocate(model)
+
+
+TOTAL = torch.zeros(3)
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+def test_what_a_forward_adds_up_in_a_global_tensor_is_as_it_was(by_value: bool) -> None:
+    def middle(x: Tensor) -> Tensor:
+        TOTAL.add_(float(x.mean()) if by_value else 1)
+        return x * (1 + 0 * TOTAL[0].to(x.device))
+
+    allocate(model_with(middle))
+    assert TOTAL.tolist() == [0, 0, 0] or threading.active_count() > 1
 
 
 # Modes ----------------------------------------------------------------------------------------------
@@ -602,6 +620,19 @@ def test_random_states_are_left_alone(draw: str) -> None:
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
     assert repr(before[2]) == repr(np.random.get_state())
+
+
+def test_what_the_first_call_loads_draws_nothing() -> None:
+    script = """
+import random, numpy, torch, allocator
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 3, 1))
+states = lambda: repr((random.getstate(), numpy.random.get_state(), torch.get_rng_state().tolist()))
+before = states()
+allocator.allocate(model, "50%", example_inputs=torch.zeros(1, 3, 4, 4))
+assert states() == before
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_other_thread_sees_a_switch_of_the_process() -> None:

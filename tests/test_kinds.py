@@ -13,9 +13,12 @@ from __future__ import annotations
 import copy
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -94,6 +97,119 @@ def test_outputs_that_show_little_hide_no_wrong_result_and_refuse_no_right_one(e
     assert allocate(network(last=ENDS[end])).certificate.ok
     model = network(lambda m, x: x * torch.asarray([16 / x.shape[1]]).to(x), ENDS[end])
     assert error(model, allocate(model), torch.rand(2, 3, 8, 8)) < 1e-9
+
+
+class InSlots:
+    """Holds what it is given where no dict is."""
+
+    __slots__ = ("held",)
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+
+class Marked(Tensor):
+    """A tensor of another class."""
+
+
+def cyclic(h: Tensor) -> list[Any]:
+    found: list[Any] = [h]
+    found.append(found)
+    return found
+
+
+HELD: dict[str, Callable[[Tensor], Any]] = {
+    "slots": InSlots,
+    "a frozen set": lambda h: frozenset([h]),
+    "a view of a dict": lambda h: {"h": h}.values(),
+    "a read-only dict": lambda h: MappingProxyType({"h": h}),
+    "an iterator": lambda h: iter([h]),
+    "a map": lambda h: map(torch.tanh, [h]),
+    "a function": lambda h: lambda: h,
+    "a partial": lambda h: partial(torch.add, h),
+    "a list that holds itself": cyclic,
+    "another class": lambda h: h.as_subclass(Marked),
+    "a parameter": lambda h: nn.Parameter(h, requires_grad=False),
+    "a distribution": lambda h: torch.distributions.Normal(h, 1.0),
+    "an array": lambda h: h.detach().numpy(),
+    "a list of numbers": lambda h: h.tolist(),
+    "a sum in numpy": lambda h: h.detach().numpy().sum(),
+    "a shape": lambda h: h.shape,
+    "a share": lambda h: 16 / h.shape[1],
+    "a word": lambda h: f"{h.shape[1]} features",
+    "an array of places": lambda h: np.arange(h.shape[1]),
+    "a truth value for each": lambda h: [True] * h.shape[1],
+}
+
+
+def returning(hold: Callable[[Tensor], Any], **more: Any) -> Any:
+    """A network that returns its answer, and what it holds of its features."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        h = m.one(x).relu()
+        return m.head(m.two(h).relu().mean((2, 3))), hold(h.mean((2, 3)))
+
+    torch.manual_seed(0)
+    parts = {"one": nn.Conv2d(3, 16, 3, padding=1), "two": nn.Conv2d(16, 16, 3, padding=1), "head": nn.Linear(16, 5)}
+    return net(run, **parts, **more)
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_what_a_model_returns_keeps_its_channels_wherever_it_is_held(kind: str) -> None:
+    result = allocate(returning(HELD[kind]))
+    small: Any = result.model
+    assert small.one.out_channels == 16
+    assert small.two.out_channels < 16
+    assert result.certificate.ok
+
+
+def test_a_generator_that_is_returned_is_refused() -> None:
+    with pytest.raises(AllocatorError, match=r"returns a generator, .*: return a list, as .* list\(model\(x\)\)"):
+        allocate(returning(lambda h: (each for each in [h])))
+
+
+def test_numbers_that_are_others_every_time_are_no_outputs() -> None:
+    valued = lambda h: (time.perf_counter(), h.new_zeros(1).item())  # noqa: E731
+    for hold in (lambda h: time.perf_counter(), lambda h: str(object()), valued):
+        small: Any = allocate(returning(hold)).model
+        assert small.one.out_channels < 16
+
+
+def test_a_number_of_channels_beside_values_is_seen_in_the_outputs() -> None:
+    for hold in (lambda h: (h.new_zeros(1).item(), h.shape[1]), lambda h: f"{h.new_zeros(1).item()} of {h.shape[1]}"):
+        with pytest.raises(AllocatorError, match="is not the original minus the dropped neurons"):
+            allocate(returning(hold))
+
+
+OBJECTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "another class and back": lambda x: (x.as_subclass(Marked) * 2).as_subclass(Tensor),
+    "a parameter": lambda x: nn.Parameter(x, requires_grad=False) * 2,
+    "an object of the same memory": lambda x: torch.Tensor._make_subclass(Marked, x) * 2,
+    "memory of another library": lambda x: torch.from_dlpack(x) * 2,
+    "number by number in Python": lambda x: x.detach().cpu().clone().apply_(lambda value: value * 2),
+    "a mean in numpy": lambda x: x - torch.from_numpy(x.detach().numpy().mean(1, keepdims=True)),
+    "a place to write into": lambda x: _written_in_part(x),
+}
+
+
+def _written_in_part(x: Tensor) -> Tensor:
+    z = x.clone()
+    torch.tanh(x[:, :4], out=z[:, :4])
+    return z
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_a_tensor_is_followed_through_other_objects_of_its_memory(kind: str) -> None:
+    model = network(lambda m, x: OBJECTS[kind](x))
+    result = allocate(model)
+    small: Any = result.model
+    assert small.two.out_channels < 16
+    assert error(model, result, torch.rand(2, 3, 8, 8)) < 1e-9
+
+
+def test_quantised_outputs_are_compared() -> None:
+    quantise = lambda y: torch.quantize_per_tensor(y, 0.001, 0, torch.qint32)  # noqa: E731
+    assert str(allocate(network(last=quantise)).certificate).startswith("passed")
 
 
 # B: what a forward changes outside of its modules ---------------------------------------------------------------

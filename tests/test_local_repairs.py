@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -82,6 +83,104 @@ def test_a_size_that_the_block_around_a_layer_asserts_follows() -> None:
     small: Any = result.model
     assert (small[1].channels, small[2].channels) == (small[0].out_channels, small[1].conv.out_channels)
     assert any("'channels' of Down follows the kept channels" in note for note in result.notes)
+
+
+class Between(nn.Module):
+    """Two wrapped layers with something between them."""
+
+    def __init__(self, c: int, between: Callable[[Any, Tensor], Tensor], **parts: Any) -> None:
+        super().__init__()
+        self.c, self.between = c, between
+        self.first, self.second = Layer(c, c, 3), Layer(c, c, 3)
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.second(self.between(self, self.first(x)))
+
+
+def residual(*blocks: nn.Module) -> nn.Module:
+    """Blocks of 32 channels, each added to what it reads, between others that are as they should be."""
+    torch.manual_seed(0)
+    usual = [nn.Sequential(Layer(32, 32, 3), Layer(32, 32, 3)) for _ in range(2)]
+    layers = nn.ModuleList([usual[0], *blocks, usual[1]])
+
+    def run(m: Any, x: Tensor) -> Any:
+        x = m.stem(x)
+        for layer in m.layers:
+            x = x + layer(x)
+        return m.head(x)
+
+    return net(run, stem=Layer(3, 32, 3), layers=layers, head=nn.Conv2d(32, 10, 1))
+
+
+def whole(model: nn.Module, result: allocator.Result) -> list[str]:
+    """Convolutions that kept all their outputs."""
+    old = dict(model.named_modules())
+    kept = [(name, m) for name, m in result.model.named_modules() if isinstance(m, nn.Conv2d) and name != "head"]
+    return [name for name, m in kept if m.out_channels == vars(old[name])["out_channels"]]
+
+
+def require_exact(model: nn.Module, result: allocator.Result) -> None:
+    """The result is the original without what reads a dropped channel, by the allocation alone."""
+    cut, small = (copy.deepcopy(each).double() for each in (model, result.model))
+    for name, parameter in cut.named_parameters():
+        stay = result.allocation.kept.get(name, [None, None])
+        if parameter.dim() > 1 and stay[1] is not None:
+            parameter.data.index_fill_(1, torch.tensor([i for i in range(parameter.shape[1]) if i not in stay[1]]), 0)
+    for shape in ((1, 3, 8, 8), (3, 3, 6, 12)):
+        x = torch.randn(shape, dtype=torch.float64)
+        assert (cut(x) - small(x)).abs().max() <= 1e-9 * cut(x).abs().max()
+
+
+def _asserted(m: Any, x: Tensor) -> Tensor:
+    assert x.shape[1] == 32, "32 channels, please"
+    return x
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_check_before_a_layer_says_nothing_of_what_the_layer_gives(count: int) -> None:
+    model = residual(*(Between(32, _asserted) for _ in range(count)))
+    result = allocate(model, "40%")
+    assert whole(model, result) == [f"layers.{1 + i}.first.conv" for i in range(count)]
+    require_exact(model, result)
+
+
+def _viewed_as_another(m: Any, x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    result: Tensor = m.key(x).flatten(2).view(b, c, h, w)
+    return result
+
+
+def _attended(m: Any, x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    q, k, v = (t.reshape(b, m.h, m.d, h * w) for t in m.qkv(x).chunk(3, 1))
+    return (v @ (q.transpose(2, 3) @ k * m.d**-0.5).softmax(-1).transpose(2, 3)).reshape(b, c, h, w)
+
+
+def _largest(m: Any, x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    result: Tensor = m.pieces(x).view(b, c, 2, h, w).amax(2)
+    return result
+
+
+SIZED: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[], dict[str, Any]]]] = {
+    "a view": (_viewed_as_another, lambda: {"key": Layer(32, 32)}),
+    "view_as": (lambda m, x: m.key(x).view_as(x), lambda: {"key": Layer(32, 32)}),
+    "attention": (_attended, lambda: {"h": 4, "d": 8, "qkv": Layer(32, 96)}),
+    "a maximum of pieces": (_largest, lambda: {"pieces": nn.Conv2d(32, 64, 1)}),
+}
+
+
+@pytest.mark.parametrize("kind", SIZED)
+def test_channels_that_take_their_number_from_others_go_with_them(kind: str) -> None:
+    between, parts = SIZED[kind]
+    model = residual(*(Between(32, between, **parts()) for _ in range(2)))
+    result = allocate(model, "40%")
+    assert whole(model, result) == []
+    assert any("go together with others that a size of theirs is read from" in note for note in result.notes)
+    if kind != "attention":  # there nothing reads a query's channel alone
+        require_exact(model, result)
 
 
 def _reshaped(m: Any, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import allocator
 from allocator import Allocation, AllocationMismatchError, Result
-from allocator.tracing.record import tensors_in
+from allocator.tracing.outputs import tensors_in
 
 IMAGES = {"recipe:scalenet-small-seed": (1, 1, 32, 32)}
 FAST = [

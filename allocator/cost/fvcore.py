@@ -21,7 +21,7 @@ from allocator.modules import modules_of, set_training, skeleton, tensor_names
 from allocator.torch_private import called_straight
 from allocator.tracing.inputs import Inputs
 from allocator.tracing.isolation import apart, undisturbed
-from allocator.tracing.record import tensors_in
+from allocator.tracing.outputs import holds_itself, tensors_in
 from allocator.tracing.uncomputed import Uncomputed
 
 # Convolutions and linear layers, as fvcore calls them.
@@ -134,7 +134,7 @@ class _Whole(nn.Module):
     def forward(self, *args: object) -> object:
         with self.within:
             output = apart(self.network[0], *args, **self.kwargs)
-        return output if self.plain else tuple(tensors_in(output))
+        return output if self.plain and not holds_itself(output) else tuple(tensors_in(output))
 
 
 def _convolution_flops(inputs: list[Any], outputs: list[Any]) -> Any:

@@ -133,10 +133,10 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
     elif given is not None:
         hint = _hint(graph.modules[mismatch.module or ""], flow, given)
         notes.append(f"the neurons at {given} stay: {mismatch.module} is given them, and {mismatch.what}{hint}")
-        options = graph.options.freezing([flow.places[given.index]])
+        options = graph.options.freezing([flow.places[given.index]._replace(part="gives")])
     else:
         notes.append(f"the neurons at {op} stay: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
-        options = _freeze(graph, flow, op, plan)
+        options = _freeze(graph, flow, mismatch, op, plan)
     before = {place.module for place in graph.options.frozen} | graph.options.equal_parts
     mends.forget(_meant(graph, op.module, before))
     mends.retract(notes)
@@ -335,39 +335,49 @@ def _given(graph: ChannelGraph, flow: Flow, mismatch: Mismatch, plan: Plan) -> O
         return None
     stays = graph.stays(plan.kept)
     for other in flow.trace.ops[max(op.index - _NEAR, 0) : op.index][::-1]:
-        place = flow.places[other.index]
-        if place in graph.options.frozen:
+        if flow.places[other.index]._replace(part="gives") in graph.options.frozen:
             return None
         if any((stays[label] != 1).any() for label in _labels_of(flow, other)):
             return other
     return None
 
 
-def _freeze(graph: ChannelGraph, flow: Flow, op: Op, plan: Plan) -> Options:
+def _freeze(graph: ChannelGraph, flow: Flow, mismatch: Mismatch, op: Op, plan: Plan) -> Options:
     """Keep the neurons at a call; where it loses none (a number in it changed), those at the last before it.
 
     What its module does comes first, also what it would do next: a module may check its sizes before it does anything.
-    Where another module of the class came before, the same call is meant in all of them, but not where it splits heads
-    of an attention and here none, or the other way: of a single head nothing in a view tells. Where one is named a
-    second time, all its calls are meant.
+    Of a call that was not made, since the forward raised before, what it was to read: what it would have given had no
+    part in it, and may be a whole stream's.
     """
     stays = graph.stays(plan.kept)
     ops = flow.trace.ops
+    read = (label for i in op.inputs() if flow.trace.values[i].name is None for label in flow.labels(i))
+    lost = any(label is not None and (stays[label] != 1).any() for label in read)
+    if mismatch.module is not None and lost and not graph.options.freezes(flow.places[op.index], "reads"):
+        return _freezing(graph, flow, op, "reads")
     nearest = [*ops[: op.index][::-1], *ops[op.index :]]
     within = [other for other in nearest if not op.module or lies_within(other.module, [op.module])]
     for culprit in (op, *within, *nearest):
         if any((stays[label] != 1).any() for label in _labels_of(flow, culprit)):
-            break
-    else:
-        raise RewriteError(f"the rewritten forward does not fit at {op}, though all its neurons stay")
+            return _freezing(graph, flow, culprit, "")
+    raise RewriteError(f"the rewritten forward does not fit at {op}, though all its neurons stay")
+
+
+def _freezing(graph: ChannelGraph, flow: Flow, culprit: Op, part: str) -> Options:
+    """With the neurons at a call frozen, or with a part of them.
+
+    Where another module of the class came before, the same call is meant in all of them, but not where it splits heads
+    of an attention and here none, or the other way: of a single head nothing in a view tells. Where one is named a
+    second time, all its calls are meant.
+    """
     place = flow.places[culprit.index]
-    named = {(other.module, other.operator) for other in graph.options.frozen}
+    named = {(other.module, other.operator) for other in graph.options.frozen if other.part == part}
     call = None if (place.module, place.operator) in named else place.call
     modules = _meant(graph, culprit.module, {module for module, operator in named if operator == place.operator})
-    in_heads = {flow.places[other.index]: flow.heads_at(other) is not None for other in ops}
+    in_heads = {flow.places[other.index]: flow.heads_at(other) is not None for other in flow.trace.ops}
     here = in_heads[place]
-    places = (Place(path, culprit.name, call) for path in modules)
-    return graph.options.freezing(each for each in places if in_heads.get(each, here) == here)
+    places = [Place(path, culprit.name, call) for path in modules]
+    return graph.options.freezing(each._replace(part=part) for each in places if in_heads.get(each, here) == here)
 
 
 def _meant(graph: ChannelGraph, path: str, before: Collection[str]) -> set[str]:

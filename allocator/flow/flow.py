@@ -399,11 +399,11 @@ class Flow:
         elif self.options.norms == "exact":
             self.freeze(label, op, reason)
 
-    def freeze_output(self, index: int) -> None:
-        """What the model returns keeps its channels."""
+    def freeze_output(self, index: int, reason: str = "an output of the model") -> None:
+        """What the model returns keeps its channels, as does what its numbers are read of."""
         for label in self.labels(index):
             if label is not None:
-                self.facts.frozen.append(Frozen(label, "", "an output of the model"))
+                self.facts.frozen.append(Frozen(label, "", reason))
 
     def refuse(self, op: Op, reason: str) -> None:
         """Freeze everything that a call touches, and list it."""

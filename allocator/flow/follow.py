@@ -65,6 +65,8 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
     flow.freeze_computed_weights()
     for index in _unread(trace) if trace.unfinished else trace.outputs:
         flow.freeze_output(index)
+    for index in trace.left:
+        flow.freeze_output(index, "its numbers are given to what is not torch")
     return flow
 
 

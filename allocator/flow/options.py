@@ -12,12 +12,14 @@ from allocator.tracing.calls import Trace
 class Place(NamedTuple):
     """A call by its module, its operator's name, and which of its calls there it is; None for all of them.
 
-    By its place the same call is found again in the trace of a rewritten model.
+    By its place the same call is found again in the trace of a rewritten model. What it "reads" or "gives" may be meant
+    alone, "" for both.
     """
 
     module: str
     operator: str
     call: int | None = None
+    part: str = ""
 
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
@@ -72,9 +74,10 @@ class Options:
         """Whether neurons are to be added."""
         return self.norms == "even"
 
-    def freezes(self, place: Place) -> bool:
-        """Whether the neurons at this call stay."""
-        return place in self.frozen or place._replace(call=None) in self.frozen
+    def freezes(self, place: Place, part: str) -> bool:
+        """Whether the neurons that this call "reads", or those that it "gives", stay."""
+        ways = (place._replace(call=call, part=which) for call in (place.call, None) for which in (part, ""))
+        return not self.frozen.isdisjoint(ways)
 
     def freezing(self, places: Iterable[Place]) -> Options:
         """With these calls frozen as well."""

@@ -13,7 +13,7 @@ from allocator.recovering.samples import size_of
 from allocator.scoring import ranks
 from allocator.scoring.batches import outputs_of
 from allocator.tracing.inputs import Inputs
-from allocator.tracing.record import tensors_in
+from allocator.tracing.outputs import tensors_in
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch.nn import functional
 from allocator.errors import DataError, a_kind, in_words
 from allocator.scoring.batches import Batch
 from allocator.torch_private import tree_map
-from allocator.tracing.record import tensors_in
+from allocator.tracing.outputs import tensors_in
 
 Loss = Callable[[Any, Any], torch.Tensor]
 """(the model's output, the batch's target) to a scalar."""

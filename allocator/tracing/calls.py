@@ -132,6 +132,8 @@ class Trace:
         training: whether the model was in train mode.
         inputs: what it was given.
         unfinished: the forward raised after these calls.
+        left: tensors whose numbers the forward gave to what is not torch (numpy, lists).
+        said: numbers and words that the model returned beside tensors, in order.
         by_value: names of parameters that a forward on values wrote into, though none of these calls does.
     """
 
@@ -144,6 +146,8 @@ class Trace:
     training: bool = False
     inputs: Inputs = field(default_factory=lambda: Inputs(()), repr=False)
     unfinished: bool = False
+    left: list[int] = field(default_factory=list)
+    said: tuple[Any, ...] = ()
     by_value: set[str] = field(default_factory=set, repr=False)
 
     def live(self, gone: Collection[int] = frozenset()) -> list[Op]:

@@ -6,6 +6,7 @@ import contextvars
 import functools
 import random
 import sys
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from types import CellType, CodeType, FunctionType, MappingProxyType, MemberDescriptorType, ModuleType
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from allocator.torch_private import without_dispatch_modes
+
 _FOREIGN = ("torch", "numpy", "builtins", "typing", "abc", "collections", "functools", "allocator")
 _ELSEWHERE = frozenset({*_FOREIGN, *sys.stdlib_module_names})
 _ATOMS = (int, float, bool, str, bytes, type(None), type, ModuleType, torch.Tensor, nn.Module, torch.dtype)
@@ -23,6 +26,7 @@ _ON_MODULES = {FunctionType, functools.partial, *_GENERATORS}
 """What a module may hold that its forward changes, though no copy of the module has one of its own."""
 _CONTAINERS: tuple[Any, ...] = (dict, list, set, deque)
 _DEPTH = 4
+_MOST_NUMBERS = 1 << 16  # of a tensor, that are copied
 _REGISTRY = 50  # entries of a global from which on it is taken to be a table, and not looked into further
 
 
@@ -39,6 +43,7 @@ class Memory:
         self._caches: dict[Any, int] = {}  # how often each had missed
         self._generators: list[Callable[[], None]] = []
         self._objects: list[tuple[Any, dict[str, Any], bool]] = []  # (object with slots, their contents, as above)
+        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []  # (tensor, copy of it)
         self._cells: list[tuple[CellType, Any, bool]] = []  # of closures, with what they held
         self._seen: set[int] = set()
         classes: set[type] = set()
@@ -66,6 +71,10 @@ class Memory:
             self._look(value, False, _DEPTH)
 
     def _look(self, value: Any, everything: bool, depth: int) -> None:
+        if type(value) is torch.Tensor and id(value) not in self._seen and _is_small(value):
+            self._seen.add(id(value))
+            with without_dispatch_modes():
+                self._tensors.append((value, value.clone()))
         if _is(value, _ATOMS) or not depth or id(value) in self._seen:
             return
         self._seen.add(id(value))
@@ -82,7 +91,7 @@ class Memory:
             cells = [cell for cell in value.__closure__ or () if not _is_empty(cell)]
             self._cells += [(cell, cell.cell_contents, everything) for cell in cells]
         elif _slots(value):
-            self._objects.append((value, _in_slots(value), everything))
+            self._objects.append((value, in_slots(value), everything))
         for each in _held_by(value):
             self._look(each, everything, depth - 1)
 
@@ -113,6 +122,23 @@ class Memory:
             now = None if _is_empty(cell) else cell.cell_contents
             if now is not held and (everything or _holds_tensors([now, held])):
                 cell.cell_contents = held
+        if self._tensors and threading.active_count() == 1:  # another thread may have written into them
+            with without_dispatch_modes():
+                for tensor, numbers in self._tensors:
+                    _restore_tensor(tensor, numbers)
+
+
+def _is_small(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's numbers are few enough to copy them on suspicion."""
+    there = tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_inference()
+    return there and tensor.numel() <= _MOST_NUMBERS and not tensor.requires_grad
+
+
+def _restore_tensor(tensor: torch.Tensor, before: torch.Tensor) -> None:
+    """Put back what was written into a tensor; of another size it is no longer the same."""
+    same = tensor.shape == before.shape and torch.equal(tensor.nan_to_num(), before.nan_to_num())
+    if not same and tensor.shape == before.shape:
+        tensor.copy_(before)
 
 
 def _is(value: Any, kinds: Any) -> TypeGuard[Any]:
@@ -158,7 +184,7 @@ def _held_by(value: Any) -> list[Any]:
     # Objects of torch's or of the language's own classes keep nothing of a forward, and are many.
     if not _is_own(type(value)):
         return []
-    return [_attribute(value, "__dict__", {}), *_in_slots(value).values()]
+    return [_attribute(value, "__dict__", {}), *in_slots(value).values()]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -173,13 +199,13 @@ def _slots(value: Any) -> tuple[str, ...]:
     return _slots_of(kind)
 
 
-def _in_slots(value: Any) -> dict[str, Any]:
+def in_slots(value: Any) -> dict[str, Any]:
     """What is in those slots of an object that are not empty."""
     return {name: getattr(value, name) for name in _slots(value) if hasattr(value, name)}
 
 
 def _restore_slots(value: Any, before: dict[str, Any], everything: bool) -> None:
-    now = _in_slots(value)
+    now = in_slots(value)
     for name in (*now, *(name for name in before if name not in now)):
         same = name in now and name in before and now[name] is before[name]
         if not same and (everything or _holds_tensors([now.get(name), before.get(name)])):
@@ -224,7 +250,7 @@ def _holds_tensors(values: list[Any], depth: int = _DEPTH) -> bool:
             return True
         if depth and not _is(value, _ATOMS):
             held = _is(value, (*_CONTAINERS, tuple))
-            inside = _plain(value) if held else {**_attribute(value, "__dict__", {}), **_in_slots(value)}
+            inside = _plain(value) if held else {**_attribute(value, "__dict__", {}), **in_slots(value)}
             if isinstance(inside, (dict, MappingProxyType)):
                 inside = [*inside, *inside.values()]
             if _holds_tensors(list(inside), depth - 1):

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import re
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,11 +20,11 @@ from allocator.modules import modules_of, on_a_copy, tensor_names
 from allocator.torch_private import (
     FAKE_LOGGER,
     LITERALS,
-    FakeTensorMode,
     TorchDispatchMode,
     call_as_usual,
     call_by,
     call_by_itself,
+    fake_tensors,
     is_transformed,
     past_dispatch,
     tree_flatten,
@@ -35,6 +34,7 @@ from allocator.tracing.calls import Call, Op, Ref, Trace, Value
 from allocator.tracing.inputs import Inputs, device_of
 from allocator.tracing.isolation import apart, undisturbed
 from allocator.tracing.operators import AS_ONE_CALL, FUNCTIONS, Function, operator_of
+from allocator.tracing.outputs import UnseenOutputError, as_data, require_seen, said_in, tensors_in
 from allocator.tracing.seeds import Seeds
 from allocator.tracing.value_sized import without_values
 
@@ -66,6 +66,8 @@ def trace_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -
         except ForwardError as error:
             errors.append(error)
     last = errors[-1]
+    if isinstance(last.cause, UnseenOutputError):
+        raise TraceError(str(last.cause)) from last.cause
     where = f"in {last.module}" if last.module else "in the model's own forward"
     given = _OF_FUNCTIONS.search(text_of(last.cause))
     if given is not None:
@@ -148,6 +150,7 @@ def _run(model: nn.Module, running: nn.Module, inputs: Inputs, converted: Inputs
         stack.enter_context(recorder)
         try:
             output = apart(running, *converted.args, **converted.kwargs)
+            require_seen(output)
         except SystemExit as gives_up:  # which must not end the caller's process
             raised = RuntimeError(f"the forward exits ({text_of(gives_up)})")
         except Exception as error:
@@ -159,7 +162,7 @@ def _converter(model: nn.Module, mode: str, stack: contextlib.ExitStack) -> Call
     if mode == "meta":
         return lambda _, t: _without_values(t)
     if mode == "fake":
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        fake = fake_tensors()
         stack.enter_context(hidden(FAKE_LOGGER))  # what raises is said by us
         stack.enter_context(fake)
         device = device_of(model)
@@ -186,6 +189,8 @@ _DEVICE = torch.ops.prim.device.default
 # They make a tensor of numbers that the forward wrote down.
 _WRITTEN_DOWN = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor})
 _MOST_NUMBERS = 64  # of a tensor, that are compared one by one
+# They give a tensor's numbers to what is not torch.
+_LEAVING = frozenset({torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__dlpack__})
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -201,6 +206,7 @@ class _Recorder(TorchDispatchMode):
         self.literals: dict[int, tuple[torch.Tensor, tuple[Any, ...]]] = {}
         self.calls: list[Call] = []
         self.call: Call | None = None
+        self.left: list[torch.Tensor] = []
         self.paused = False
         self.stack: list[str] = [""]
         self.modules = modules_of(model)
@@ -269,44 +275,109 @@ class _Recorder(TorchDispatchMode):
     def compact(
         self, output: Any, modules: dict[str, nn.Module], mode: str, training: bool, *, unfinished: bool = False
     ) -> Trace:
-        names = {id(tensor): name for name, tensor in tensor_names(self.model, self.modules).items()}
-        values: list[Value] = []
-        index: dict[int, Ref] = {}
-
-        read: list[int] = []
-
-        def ref(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return leaf
-            known = index.get(id(leaf))
-            if known is None:
-                known = index[id(leaf)] = Ref(len(values))
-                shape = (self.before.get(id(leaf)) or [_shape(leaf)])[0]
-                literal = self.literals[id(leaf)][1] if id(leaf) in self.literals else _numbers(leaf, mode)
-                values.append(Value(shape, leaf.dtype, names.get(id(leaf)), literal=literal))
-            read.append(known.index)
-            return known
-
-        def outputs(tree: Any) -> tuple[int, ...]:
-            leaves = [tree] if isinstance(tree, torch.Tensor) else tree_flatten(tree)[0]
-            return tuple([ref(leaf).index for leaf in leaves if isinstance(leaf, torch.Tensor)])
-
-        for composite in self.calls:
-            composite.args, composite.kwargs = _replace(composite.args, ref), _replace(composite.kwargs, ref)
-            composite.outputs = outputs(composite.outputs)
-        ops = []
+        named = {id(tensor): name for name, tensor in tensor_names(self.model, self.modules).items()}
+        known = _Known(named, self.before, {key: numbers for key, (_, numbers) in self.literals.items()}, mode)
+        ops: list[Op] = []
+        current, waiting = None, {id(call): call for call in self.calls}
         for i, (func, args, kwargs, out, module, call) in enumerate(self.raw):
+            if call is not current:
+                _finish(current, known)
+                current = call
+                _begin(waiting.pop(id(call), None), known)
             reshaped = id(args[0]) if operator_of(func).reshapes else None
-            read.clear()
-            args, kwargs = _replace(args, ref), _replace(kwargs, ref)
-            reads = tuple(read)
+            known.read.clear()
+            args, kwargs = _replace(args, known.ref), _replace(kwargs, known.ref)
+            reads = tuple(known.read)
             if reshaped is not None:
-                self.before[reshaped].pop(0)
-                del index[reshaped]
-            ops.append(Op(i, func, args, kwargs, reads, outputs(out), module, call, i in self.seeded))
-            _note_views(ops[-1], values)
-        returned = list(outputs(tensors_in(output)))
-        return Trace(ops, values, returned, self.calls, modules, mode, training, self.inputs, unfinished)
+                known.forget(reshaped)
+            ops.append(Op(i, func, args, kwargs, reads, known.made(out), module, call, i in self.seeded))
+            _note_views(ops[-1], known.values)
+        _finish(current, known)
+        for call in waiting.values():
+            _begin(call, known)
+            _finish(call, known)
+        returned, left = known.refs(tensors_in(output)), known.refs(self.left)
+        said = tuple(map(as_data, said_in(output)))
+        return Trace(
+            ops, known.values, returned, self.calls, modules, mode, training, self.inputs, unfinished, left, said
+        )
+
+
+def _begin(call: Call | None, known: _Known) -> None:
+    if call is not None:
+        call.args, call.kwargs = _replace(call.args, known.ref), _replace(call.kwargs, known.ref)
+
+
+def _finish(call: Call | None, known: _Known) -> None:
+    if call is not None:
+        call.outputs = known.made(call.outputs)
+
+
+class _Known:
+    """The tensors of a recorded forward, by the objects that they were seen as.
+
+    Attributes:
+        values: all of them so far.
+        read: indices of those that were asked for, to be cleared by whoever collects them.
+    """
+
+    def __init__(
+        self,
+        names: dict[int, str],
+        before: dict[int, list[tuple[int, ...]]],
+        literals: dict[int, tuple[Any, ...]],
+        mode: str,
+    ) -> None:
+        self.values: list[Value] = []
+        self.read: list[int] = []
+        self._names, self._before, self._literals, self._mode = names, before, literals, mode
+        self._index: dict[int, Ref] = {}
+        self._leaves: list[torch.Tensor] = []
+        self._places: dict[tuple[Any, ...], Ref] = {}
+        self._placed = 0
+
+    def ref(self, leaf: Any) -> Any:
+        """Of a tensor that is read, which one it is; anything else as it is."""
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        known = self._index.get(id(leaf)) or self._same_memory(leaf) or self._new(leaf)
+        self.read.append(known.index)
+        return known
+
+    def refs(self, leaves: list[torch.Tensor]) -> list[int]:
+        """Of tensors that were returned, which ones they are."""
+        return [self.ref(leaf).index for leaf in leaves]
+
+    def made(self, tree: Any) -> tuple[int, ...]:
+        """Of the tensors that a call gave, which ones they are."""
+        leaves = [tree] if isinstance(tree, torch.Tensor) else tree_flatten(tree)[0]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        return tuple([(self._index.get(id(leaf)) or self._new(leaf)).index for leaf in tensors])
+
+    def forget(self, key: int) -> None:
+        """An object was given another shape: it is another tensor from now on."""
+        self._before[key].pop(0)
+        del self._index[key]
+
+    def _new(self, leaf: torch.Tensor) -> Ref:
+        known = self._index[id(leaf)] = Ref(len(self.values))
+        shape = (self._before.get(id(leaf)) or [_shape(leaf)])[0]
+        literal = self._literals[id(leaf)] if id(leaf) in self._literals else _numbers(leaf, self._mode)
+        self.values.append(Value(shape, leaf.dtype, self._names.get(id(leaf)), literal=literal))
+        self._leaves.append(leaf)
+        return known
+
+    def _same_memory(self, leaf: torch.Tensor) -> Ref | None:
+        """Of an object that no call gave, such as `as_subclass` and `nn.Parameter` make, the tensor that it is."""
+        if id(leaf) in self._names:
+            return None
+        for index in range(self._placed, len(self._leaves)):
+            self._places[_place(self._leaves[index])] = Ref(index)
+        self._placed = len(self._leaves)
+        found = self._places.get(_place(leaf))
+        if found is not None:
+            self._index[id(leaf)] = found
+        return found
 
 
 def _numbers(tensor: torch.Tensor, mode: str) -> tuple[Any, ...]:
@@ -326,6 +397,13 @@ def _numbers(tensor: torch.Tensor, mode: str) -> tuple[Any, ...]:
     return (zlib.crc32(numbers.contiguous().view(torch.uint8).numpy().tobytes()),)
 
 
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies in memory, and how; its own identity where it has none that can be named."""
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        return (id(tensor),)
+    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+
+
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
     """Sizes of a tensor; none for a nested one, which has no dims that channels could be followed along."""
     return () if tensor.is_nested else tuple(tensor.shape)
@@ -340,6 +418,8 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _LEAVING and self.recorder.mode == "real":
+            self.recorder.left.append(args[0])
         if func == _DATA:  # the same memory, by a way that the dispatcher does not see
             return args[0].detach()
         if is_transformed():
@@ -397,22 +477,5 @@ def _note_views(op: Op, values: list[Value]) -> None:
     source = op.reads[0]
     base = source if values[source].base is None else values[source].base
     for index in op.outputs:
-        if index != source and values[index].name is None:
+        if index not in op.reads and values[index].name is None:
             values[index].base = base
-
-
-def tensors_in(output: Any) -> list[torch.Tensor]:
-    """Tensors in a model's output, through containers, dataclasses and plain objects that are no state of its."""
-    found: list[torch.Tensor] = []
-    queue = [output]
-    while queue:
-        item = queue.pop(0)
-        if isinstance(item, torch.Tensor):
-            found.append(item)
-        elif isinstance(item, dict):
-            queue.extend(item.values())
-        elif isinstance(item, (list, tuple, set, deque)):
-            queue.extend(item)
-        elif hasattr(item, "__dict__") and not isinstance(item, (nn.Module, type)) and not adapters.is_state(item):
-            queue.extend(vars(item).values())
-    return found

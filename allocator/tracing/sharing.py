@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from allocator.modules import set_training, skeleton
 from allocator.tracing.inputs import Inputs, device_of, dtype_of
 from allocator.tracing.isolation import apart, undisturbed
-from allocator.tracing.record import tensors_in
+from allocator.tracing.outputs import tensors_in
 
 _WRITERS = frozenset({"__setitem__", "numpy", "data_ptr", "untyped_storage", "__array__", "__dlpack__"})
 """Beside functions whose names end so, those that write into a tensor, or give its memory to who may."""

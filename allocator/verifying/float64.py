@@ -28,7 +28,7 @@ from allocator.torch_private import map_arguments
 from allocator.tracing.inputs import Inputs, dtype_of
 from allocator.tracing.isolation import apart, undisturbed
 from allocator.tracing.operators import FUNCTIONS, Function
-from allocator.tracing.record import tensors_in
+from allocator.tracing.outputs import said_in, tensors_in
 from allocator.tracing.sharing import Shared
 from allocator.verifying.alike import Alike
 
@@ -58,6 +58,7 @@ def run_float64(
     fill: float = 0.0,
     written: Collection[str] | None = None,
     alike: Alike | None = None,
+    said: list[Any] | None = None,
 ) -> list[torch.Tensor]:
     """Output tensors of an eval-mode forward in float64; weights are converted one call at a time.
 
@@ -72,6 +73,7 @@ def run_float64(
             truth values then gives no number for one that it left out.
         written: names of the parameters that the forward writes into, where that is known: no others are copied.
         alike: stands in for what calls draw at random.
+        said: gets the numbers and words that the model returns beside tensors.
 
     Returns:
         Tensors on the CPU in float64; of complex ones the last dim is (real, imaginary). Where all are of whole
@@ -101,6 +103,8 @@ def run_float64(
             arguments = inputs.map(lambda t: mode.convert(t).clone())  # a forward may write into its inputs
             output = apart(copied, *arguments.args, **arguments.kwargs)
         tensors = tensors_in(output)
+        if said is not None:
+            said.extend(said_in(output))
         if not any(t.is_floating_point() or t.is_complex() for t in tensors):
             tensors += mode.rounded
         return [_plain(t) for t in tensors]
@@ -115,6 +119,8 @@ def _reads_only(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
     if tensor.layout is not torch.strided and not tensor.is_nested:
         tensor = tensor.to_dense()
     if tensor.is_complex():

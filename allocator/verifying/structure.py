@@ -89,7 +89,51 @@ def _mismatch_in(flow: Flow, small: nn.Module, slots: Slots, image: Image, *, co
     except RuleError as failed:
         new, error = failed.flow, failed
     mismatch = compare(flow, new, image, error)
-    return None if mismatch is None else replace(mismatch, module=where)
+    if mismatch is None:
+        return _says_otherwise(flow, trace, image)
+    return replace(mismatch, module=where)
+
+
+def _says_otherwise(old: Flow, trace: Trace, image: Image) -> Mismatch | None:
+    """Whether numbers or words that the model returns beside tensors differ, of those that it says every time.
+
+    Those that were computed from values are compared where outputs are.
+    """
+    said = old.trace.said
+    if old.trace.mode == "real" or old.trace.unfinished or _alike(said, trace.said):
+        return None
+    try:
+        again = record(old.trace.modules[""], old.trace.inputs, old.trace.mode, training=old.trace.training).said
+    except ForwardError:  # it does not repeat itself at all
+        return None
+    same = len(said) == len(trace.said)
+    for i, (first, second) in enumerate(zip(said, again, strict=False)):
+        if not same and _alike(first, second):
+            what = f"the model returns {len(trace.said)} numbers and words beside tensors, expected {len(said)}"
+            return Mismatch(_maker_of(len(said), old, image), what)
+        if _alike(first, second) and not _alike(first, trace.said[i]):
+            what = f"the model returns {_shortly(trace.said[i])} beside tensors, expected {_shortly(first)}"
+            return Mismatch(_maker_of(first, old, image), what)
+    return None
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return repr(a) == repr(b)  # not a number is like itself
+
+
+def _shortly(said: Any) -> str:
+    text = repr(said)
+    return text if len(text) <= 40 else f"{text[:40]} ..."
+
+
+def _maker_of(number: Any, old: Flow, image: Image) -> Op | None:
+    """The last call on so many channels of which some are gone; where there is none, the last call."""
+    for op in reversed(old.trace.ops):
+        for value in (*op.outputs, *op.inputs()):
+            for label in old.labels(value):
+                if label is not None and len(label) == number and image.size(label) < number:
+                    return op
+    return _last_of(old, [])
 
 
 def _numbers_left(graph: ChannelGraph, maps: Maps) -> dict[str, np.ndarray]:
