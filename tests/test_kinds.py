@@ -188,6 +188,7 @@ OBJECTS: dict[str, Callable[[Tensor], Tensor]] = {
     "memory of another library": lambda x: torch.from_dlpack(x) * 2,
     "number by number in Python": lambda x: x.detach().cpu().clone().apply_(lambda value: value * 2),
     "a mean in numpy": lambda x: x - torch.from_numpy(x.detach().numpy().mean(1, keepdims=True)),
+    "a gradient": lambda x: torch.func.grad(lambda t: (t**2).sum())(x),
     "a place to write into": lambda x: _written_in_part(x),
 }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -174,3 +176,11 @@ def test_no_forward_is_quicker_than_it_can_be() -> None:
     found = allocator.latency(Sleeps(), torch.zeros(1, 3), threads=1)
     assert found.seconds >= 0.05
     assert found.spread != found.seconds
+
+
+def test_torch_says_nothing_on_stderr() -> None:
+    """As it does where CUDA's compiler is installed and no GPU is there."""
+    code = "import allocator, torch; allocator.latency(torch.nn.Linear(2, 2), torch.zeros(1, 2), seconds=0.01)"
+    environment = {**os.environ, "CUDA_HOME": "/usr", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

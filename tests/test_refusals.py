@@ -156,3 +156,36 @@ def test_a_choice_between_functions_says_what_to_write_instead() -> None:
     model = net(chosen, one=nn.Conv2d(3, 8, 3), two=nn.Conv2d(8, 4, 3))
     with pytest.raises(TraceError, match=r"calls torch's cond .*write the branch .*in Python, or .* torch\.where"):
         allocate(model)
+
+
+class Unseen(nn.Module):
+    """Computes what torch does not see."""
+
+    def __init__(self, how: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.last, self.how = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), how
+
+    def forward(self, x: Tensor) -> Any:
+        return self.how(self.last(self.first(x)))
+
+
+@pytest.mark.parametrize("how", [lambda y: torch.from_numpy(y.detach().numpy() * 2), lambda y: torch.ones(2, 4)])
+def test_outputs_that_torch_did_not_compute_are_said_to_be_so(how: Callable[[Tensor], Any]) -> None:
+    said = "that were seen is followed to what the forward returns: do in torch what is done in numpy"
+    with pytest.raises(NothingToAllocateError, match=said):
+        allocate(Unseen(how).eval())
+
+
+def test_an_operator_without_a_rule_says_that_one_would_do() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Last(), nn.Conv2d(8, 4, 1))
+    with pytest.raises(
+        NothingToAllocateError, match=r"\(tril\).*\(8 channels; a rule of a few lines lets them go, as docs/ex"
+    ):
+        allocate(model)
+
+
+class Last(nn.Module):
+    """An operator that nothing is known of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tril(x.transpose(1, 2)).transpose(1, 2)

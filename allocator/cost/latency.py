@@ -11,6 +11,7 @@ from torch import nn
 
 from allocator.arguments import checked
 from allocator.errors import InputError, TraceError, as_given, text_of
+from allocator.logs import ANY, hidden
 from allocator.model_checks import check_model
 from allocator.modules import for_inference, tensor_names
 from allocator.tracing.inputs import Inputs, as_inputs
@@ -74,7 +75,8 @@ def latencies(
     seed: int = 0,
 ) -> list[Latency]:
     """Measure several models in turn, so that a machine that slows down slows all of them; as `latency`."""
-    from torch.utils.benchmark import Measurement, Timer
+    with hidden(ANY):  # where CUDA's compiler is installed and no GPU is there, it says so
+        from torch.utils.benchmark import Measurement, Timer
 
     threads = torch.get_num_threads() if threads is None else threads
     if not 1 <= threads <= MOST_THREADS or not 0 < seconds <= MOST_SECONDS:

@@ -17,6 +17,9 @@ from allocator.flow.labels import FROZEN
 JOINT = "a norm over the channels mixes them all"
 """Why channels stay under a norm over them, unless norms are "loose"."""
 
+NO_RULE = "no rule for this operator"
+"""Why channels stay that an operator touches of which nothing is known."""
+
 
 class Tie(NamedTuple):
     """Slots in the same place of two arrays go together; `op` is the call that asks for it, -1 for none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from allocator.errors import AllocatorError, in_words, text_of
-from allocator.flow.facts import Facts
+from allocator.flow.facts import NO_RULE, Facts
 from allocator.flow.flow import Flow
 from allocator.flow.labels import Slots
 from allocator.flow.options import Options
@@ -50,7 +50,7 @@ def run_rules(trace: Trace, slots: Slots, facts: Facts, options: Options | None 
             flow.picked.update(op.outputs)
         rule = op.declared.rule
         if rule is None:
-            flow.refuse(op, "no rule for this operator")
+            flow.refuse(op, NO_RULE)
             continue
         try:
             rule(flow, op)

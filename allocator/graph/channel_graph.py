@@ -17,7 +17,7 @@ from allocator.cost.peak import PeakMetric, live_terms
 from allocator.cost.size import activation_terms, parameter_terms
 from allocator.cost.speed import LatencyMetric, Speed, speed_terms
 from allocator.errors import UnknownNameError, none_of, plural
-from allocator.flow.facts import JOINT, Facts
+from allocator.flow.facts import JOINT, NO_RULE, Facts
 from allocator.flow.flow import Flow
 from allocator.flow.follow import value_dependent
 from allocator.flow.labels import FROZEN, Slots
@@ -318,14 +318,16 @@ class ChannelGraph(Shown):
         said: set[str] = set()
         for (reason, module), count in self._frozen().most_common():
             undone = undone_by(module, self.modules)
-            undone = f"; {undone} undoes it" if undone else self._loosened(reason)
+            undone = f"; {undone} undoes it" if undone else self._let_go(reason)
             hint = "" if undone in said else undone
             said.add(undone)
             lines.append(f"{reason}{f' in {module}' if module else ''} ({plural(count, 'channel')}{hint})")
         return lines
 
-    def _loosened(self, reason: str) -> str:
-        """What lets channels go that stay because of a norm."""
+    def _let_go(self, reason: str) -> str:
+        """What lets channels go that stay because of a norm, or of an operator of which nothing is known."""
+        if NO_RULE in reason:
+            return "; a rule of a few lines lets them go, as docs/extending.md shows"
         return "; norms='loose' lets them go" if self.options.norms == "exact" and JOINT in reason else ""
 
     def _frozen(self) -> Counter[tuple[str, str]]:

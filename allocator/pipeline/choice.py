@@ -34,11 +34,21 @@ def budgets_of(graph: ChannelGraph, limits: Limits) -> Budgets:
         if not metric.whole:
             model, inputs = type(graph.model).__name__, graph.inputs.describe()
             what = "operator that fvcore counts FLOPs for" if name == "flops" else metric.unit
-            unseen = "" if graph.flow.trace.outputs else f"; {_NO_OUTPUT}"
-            raise NothingToAllocateError(f"{model} has no {what}, with {inputs}{unseen}")
+            raise NothingToAllocateError(f"{model} has no {what}, with {inputs}{_unseen(graph)}")
     return parse_budgets(given, metrics)
 
 
+def _unseen(graph: ChannelGraph) -> str:
+    """Why nothing of a forward was seen that has operators, "" where that can't be told."""
+    if not graph.flow.trace.outputs:
+        return f"; {_NO_OUTPUT}"
+    return f"; {_NOT_REACHED}" if any(op.declared.multiplies for op in graph.flow.trace.ops) else ""
+
+
+_NOT_REACHED = (
+    "none of the convolutions and matrix products that were seen is followed to what the forward returns: do in torch "
+    "what is done in numpy or plain Python, and return what is computed, not what was kept from before"
+)
 _NO_OUTPUT = (
     "what its forward returns holds no tensor: return tensors, alone or in lists, tuples, dicts or attributes of "
     "objects"
