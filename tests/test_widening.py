@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,10 @@ from torch import Tensor, nn
 
 import allocator
 from allocator import AllocationMismatchError, BudgetError, InputError, NothingToAllocateError, Result
+from allocator.pipeline.choice import budgets_of
+from allocator.planning.widths import Layers, widest_within
 from allocator.rewriting.index_map import added_places
+from allocator.settings import Limits
 
 INITS = ("zero", "copy")
 # Shuffles, depthwise convolutions and squeeze-and-excitation in every run, the others in the long one.
@@ -342,3 +347,22 @@ def test_the_least_that_adds_a_neuron_adds_one() -> None:
     reachable = raised.value.reachable
     assert reachable is not None
     assert allocator.widen(model, flops=reachable, example_inputs=IMAGE).flops_after == reachable
+
+
+def test_widths_are_found_in_steps_that_grow_with_the_layers() -> None:
+    """Calls of functions are counted, and no time: of three times as many layers about three times as many."""
+
+    def steps(count: int) -> int:
+        chain = nn.Sequential(*[nn.Linear(8, 8) for _ in range(count)], nn.Linear(8, 2))
+        graph = allocator.trace(chain, torch.zeros(2, 8))
+        layers = Layers.of(graph, "all", np.zeros(0, dtype=np.int64))
+        budgets = budgets_of(graph, Limits(flops="150%"))
+        seen = collections.Counter[str]()
+        sys.setprofile(lambda frame, event, argument: seen.update([event]))
+        try:
+            widest_within(layers, budgets)
+        finally:
+            sys.setprofile(None)
+        return seen["call"] + seen["c_call"]
+
+    assert steps(90) < 4.5 * steps(30)
