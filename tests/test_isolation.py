@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 import allocator
-from allocator.errors import AllocatorError, UnsupportedModelError
+from allocator.errors import AllocatorError, CertificateError, UnsupportedModelError
 from allocator.tracing.memory import Memory
 
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -455,6 +455,23 @@ def test_a_forward_that_writes_into_weights(write: Callable[[Any], None], by_val
             return
     rows, columns = (range(16) if kept is None else kept for kept in result.allocation.kept["two.weight"][:2])
     assert torch.equal(result.model.two.weight, before[list(rows)][:, list(columns)])
+
+
+@pytest.mark.parametrize("row", [0, 3])
+def test_a_row_that_is_written_beside_torch_on_numbers_alone_is_seen(row: int) -> None:
+    """Row 3 of the smaller network is another neuron's, as row 1 is gone; row 0 is the same."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        if not x.is_meta:
+            m.two.weight.detach().numpy()[row] = 0.5
+        return forward(m, x)
+
+    model = net(run, **parts())
+    with torch.no_grad():
+        model.two.weight[1] *= 1e-3
+    with untouched(model), pytest.raises(CertificateError, match="FAILED") if row else contextlib.nullcontext():
+        found = allocator.allocate(model, "95%", example_inputs=IMAGE, criterion="magnitude", include="two")
+        assert 1 not in found.allocation.kept["two.weight"][0]  # type: ignore[operator]
 
 
 def test_hooks_and_closures_that_hold_the_model_hold_the_copy() -> None:

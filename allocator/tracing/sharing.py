@@ -33,7 +33,7 @@ class Shared:
         if not self.addresses or not _may_write(getattr(function, "__name__", ""), kwargs):
             return
         for tensor in tensors_in((args[:1], (kwargs or {}).get("out"))):
-            if _is_plain(tensor) and _address(tensor) in self.addresses:
+            if _is_plain(tensor) and address_of(tensor) in self.addresses:
                 raise SharedWrite
 
 
@@ -41,7 +41,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
 
 
-def _address(tensor: torch.Tensor) -> int | None:
+def address_of(tensor: torch.Tensor) -> int | None:
     """Where its memory lies; None of what stands for another tensor, as within `torch.func.grad`."""
     try:
         return torch.Tensor.untyped_storage(tensor).data_ptr()

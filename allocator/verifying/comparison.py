@@ -144,7 +144,7 @@ def _compare_where_random(pair: _Pair) -> Comparison:
     if agree and found.shows:
         return found
     alike = Alike()
-    run_float64(pair.graph.model, pair.graph.inputs, dtype=pair.dtype, alike=alike)
+    pair.run(pair.graph.model, pair.graph.inputs, dtype=pair.dtype, alike=alike)
     return _compare(replace(pair, alike=alike)) if alike.stood_in else found
 
 
@@ -242,8 +242,16 @@ class _Pair:
 
     def _run(self, model: nn.Module, inputs: Inputs, **how: Any) -> list[torch.Tensor]:
         said: list[Any] = []
-        tensors = run_float64(model, inputs, alike=self.alike, said=said, **how)
-        return tensors + self._numbers(said)
+        return self.run(model, inputs, alike=self.alike, said=said, **how) + self._numbers(said)
+
+    def run(self, model: nn.Module, inputs: Inputs, **how: Any) -> list[torch.Tensor]:
+        """`run_float64`; on weights of its own, once a forward was seen to give them to others than torch."""
+        by_value = self.graph.flow.trace.by_value
+        try:
+            return run_float64(model, inputs, by_value=by_value, **how)
+        except SharedWrite:
+            by_value.update(self.graph.tensors)
+            return run_float64(model, inputs, by_value=by_value, **{**how, "written": None})
 
     def _numbers(self, said: list[Any]) -> list[torch.Tensor]:
         """What a forward that needs values returns beside tensors, of words the numbers in them.
@@ -264,16 +272,12 @@ class _Pair:
         """Of what the original returns beside tensors, what it gives twice alike: the time that it took is not."""
         twice: list[list[Any]] = [[], []]
         for said in twice:
-            run_float64(self.graph.model, self.graph.inputs, dtype=self.dtype, said=said)
+            self.run(self.graph.model, self.graph.inputs, dtype=self.dtype, said=said)
         return [repr(as_data(a)) == repr(as_data(b)) for a, b in zip(*twice)]
 
     def _whole(self, inputs: Inputs, draw: Draw | None, dtype: torch.dtype) -> list[torch.Tensor]:
-        trace = self.graph.flow.trace
-        try:
-            return self._run(self.graph.model, inputs, draw=draw, dtype=dtype, written=trace.written())
-        except SharedWrite:
-            trace.by_value.update(self.graph.tensors)
-            return self._run(self.graph.model, inputs, draw=draw, dtype=dtype)
+        written = self.graph.flow.trace.written()
+        return self._run(self.graph.model, inputs, draw=draw, dtype=dtype, written=written)
 
     def is_unread(self) -> bool:
         """Whether the original gives the same outputs where every weight of a dropped neuron is no number.

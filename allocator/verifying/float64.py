@@ -30,7 +30,7 @@ from allocator.tracing.isolation import apart, undisturbed
 from allocator.tracing.journal import unnoted
 from allocator.tracing.operators import FUNCTIONS, Function
 from allocator.tracing.outputs import said_in, tensors_in
-from allocator.tracing.sharing import Shared
+from allocator.tracing.sharing import Shared, SharedWrite, address_of
 from allocator.verifying.alike import Alike
 
 _Dims = list[tuple[int, np.ndarray]]
@@ -58,6 +58,7 @@ def run_float64(
     nudge: int = 0,
     fill: float = 0.0,
     written: Collection[str] | None = None,
+    by_value: Collection[str] = (),
     alike: Alike | None = None,
     said: list[Any] | None = None,
 ) -> list[torch.Tensor]:
@@ -73,6 +74,7 @@ def run_float64(
         fill: what `zeroed` is read as instead; of a weight that is computed, what it is computed from. What chooses by
             truth values then gives no number for one that it left out.
         written: names of the parameters that the forward writes into, where that is known: no others are copied.
+        by_value: names of those that it may write into by other ways than torch's: they are wide from the start.
         alike: stands in for what calls draw at random.
         said: gets the numbers and words that the model returns beside tensors.
 
@@ -81,10 +83,12 @@ def run_float64(
         numbers, what the last of them were made from as well (of an argmax, the scores): that they agree shows more.
 
     Raises:
-        SharedWrite: the forward would write into others than `written`.
+        SharedWrite: the forward would write into others than `written`, or gives one that is not in `by_value` away.
     """
 
     def own(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name in by_value and tensor.is_floating_point():
+            return _value(name, tensor, draw, nudge, dtype).to(dtype, copy=True)
         if _reads_only(tensor, dtype):
             return tensor
         known = written is not None and isinstance(tensor, nn.Parameter) and name not in written
@@ -96,8 +100,9 @@ def run_float64(
     def forward(copied: nn.Module) -> list[torch.Tensor]:
         set_training(copied, False)
         direct = {name: rows for name, rows in (zeroed or {}).items() if fill or not _zero_computed(copied, name, rows)}
-        mode = _Wide(copied, direct, draw, dtype, nudge, fill)
-        mode.shared = Shared(shared)
+        mode = _Wide(copied, direct, *((None, dtype, 0) if by_value else (draw, dtype, nudge)), fill)
+        mode.shared, mode.said = Shared(shared), dtype_of(model)
+        mode.weights = mode.weights if not by_value else set()
         drawing = contextlib.nullcontext() if alike is None else alike.drawing()
         mode.alike = alike is not None
         with torch.no_grad(), undisturbed(model), mode, drawing:
@@ -178,6 +183,16 @@ class Draw:
         return part_of(values, self.maps.get(name, ())).to(own.device)
 
 
+def _value(name: str, tensor: torch.Tensor, draw: Draw | None, nudge: int, dtype: torch.dtype) -> torch.Tensor:
+    """What stands in for a weight: one that is drawn, or is changed a little."""
+    value = tensor if draw is None else draw(name, tensor)
+    return _nudged(value, name, nudge, dtype) if nudge else value
+
+
+_GIVING = frozenset({"numpy", "__array__", "__dlpack__"})
+"""What gives the memory of a tensor to others than torch, which may write into it."""
+
+
 class _Wide(TorchFunctionMode):
     """Runs every function in one wide dtype, with rows of some weights read as zero; copies one weight at a time."""
 
@@ -191,7 +206,9 @@ class _Wide(TorchFunctionMode):
         self.zeroed: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor | _Dims]] = {}
         self.draw, self.dtype, self.nudge, self.fill = draw, dtype, nudge, fill
         self.names = {id(tensor): name for name, tensor in names.items()} if draw is not None or nudge else {}
-        self.said = dtype_of(model)
+        self.said = dtype
+        self.weights = set(map(id, names.values()))
+        self.converted: set[int | None] = set()  # where those of them lie that were
         self.complex = dtype.to_complex()
         self.rounded: list[torch.Tensor] = []
         self.alike = False
@@ -203,6 +220,8 @@ class _Wide(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         self.shared.spare(func, args, kwargs)
+        if name in _GIVING and address_of(args[0]) in self.converted - {None}:
+            raise SharedWrite
         if name == "__get__" and func.__self__.__name__ not in _VIEWS:
             found = func(*args, **(kwargs or {}))
             return self.said if found is self.dtype else found
@@ -302,9 +321,10 @@ class _Wide(TorchFunctionMode):
             return known[1]
         name, value = self.names.get(id(leaf)), leaf
         if name is not None and leaf.is_floating_point():
-            value = leaf if self.draw is None else self.draw(name, leaf)
-            value = _nudged(value, name, self.nudge, self.dtype) if self.nudge else value
+            value = _value(name, leaf, self.draw, self.nudge, self.dtype)
         wide = self.widen(value)
+        if wide is not leaf and id(leaf) in self.weights:
+            self.converted.add(address_of(wide))
         rows = self.rows.get(id(leaf))
         if rows is not None:
             wide = wide.clone() if wide is leaf else wide
