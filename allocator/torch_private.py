@@ -62,6 +62,7 @@ __all__ = [
     "call_by_itself",
     "called_straight",
     "default_device",
+    "generator_state",
     "fake_tensors",
     "is_being_recorded",
     "is_transformed",
@@ -162,6 +163,12 @@ def call_by(module: nn.Module, call: Callable[..., Any]) -> None:
 def call_by_itself(module: nn.Module) -> None:
     """Undo `call_by`."""
     vars(module).pop(_COMPILED, None)
+
+
+def generator_state() -> bytes:
+    """The state of torch's generator of the CPU, read past the modes that are on."""
+    with torch._C.DisableTorchFunction(), past_dispatch():
+        return torch.get_rng_state().numpy().tobytes()
 
 
 def default_device() -> torch.device:

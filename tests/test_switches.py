@@ -188,12 +188,15 @@ OF_A_THREAD = (
 
 @contextmanager
 def _put_back() -> Iterator[None]:
-    """Whatever comes of it, the other tests are to run as before."""
-    restore = switches()
+    """Whatever comes of it, the other tests are to run as before, also where there are other threads."""
+    before = [each.read() for each in SWITCHES]
     try:
         yield
     finally:
-        restore()
+        for each, state in zip(SWITCHES, before, strict=True):
+            now = each.read()
+            if now != state:
+                each.undo(state, now)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,7 +20,14 @@ import torch
 from torch.backends import opt_einsum
 from torch.nn.modules import module as of_modules
 
-from allocator.torch_private import GLOBAL_HOOKS, SETTERS_IN_C, default_device, print_options
+from allocator.torch_private import (
+    GLOBAL_HOOKS,
+    SETTERS_IN_C,
+    OpOverload,
+    default_device,
+    generator_state,
+    print_options,
+)
 
 _CUDA, _CUDNN, _MKLDNN = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
 
@@ -166,6 +173,10 @@ def _set_default_device(before: torch.device) -> None:
     torch.set_default_device(None if before.type == "cpu" else before)
 
 
+def _set_generator(before: bytes) -> None:
+    torch.set_rng_state(torch.frombuffer(bytearray(before), dtype=torch.uint8))
+
+
 def _precision() -> str | None:
     with contextlib.suppress(RuntimeError):  # it was set by backend, and is no single word
         return torch.get_float32_matmul_precision()
@@ -283,6 +294,8 @@ SWITCHES: tuple[Switch, ...] = (
     _of(lambda: logging.root.level, logging.root.setLevel, logging.Logger.setLevel),
     Switch(lambda: list(logging.root.handlers), _undo_handlers, (logging.Logger.addHandler,)),
     _of(random.getstate, random.setstate, *_DRAWS.values(), named=_named(_DRAWS)),
+    # Functions that draw are watched for; operators called by their overload are none.
+    _of(generator_state, _set_generator, OpOverload.__call__, type(torch.ops.aten.rand).__call__),
     _of(_of_numpy, _set_numpy, named=_named(_NUMPY_DRAWS)),
     _of(np.geterr, lambda before: np.seterr(**before), of_the_thread=True),
     _of(np.get_printoptions, lambda before: np.set_printoptions(**before), np.set_printoptions),
