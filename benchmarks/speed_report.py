@@ -12,7 +12,7 @@ REPEATS = {
     "compare": "Medians of {0} calls.",
     "scaling": "Medians of {0} calls.",
     "memory": "One call per process.",
-    "stages": "Means of {0} calls.",
+    "stages": "Medians of {0} calls.",
 }
 
 Data = dict[str, Any]
