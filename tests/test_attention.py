@@ -18,8 +18,9 @@ TOKENS = torch.zeros(1, 9, 24)
 class Attention(nn.Module):
     """Four heads of six; `flexible` reads sizes of its own, else the width of a head is computed from the stream."""
 
-    def __init__(self, *, flexible: bool = True, biased: bool = False) -> None:
+    def __init__(self, *, flexible: bool = True, biased: bool = False, normed: bool = False) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(6) if normed else nn.Identity()
         self.num_heads, self.head_dim, self.scale, self.flexible = 4, 6, 6**-0.5, flexible
         self.attn_dim = 24
         self.qkv, self.proj = nn.Linear(24, 72), nn.Linear(24, 24)
@@ -30,7 +31,7 @@ class Attention(nn.Module):
         b, n, c = x.shape
         width = self.head_dim if self.flexible else c // self.num_heads
         q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, width).permute(2, 0, 3, 1, 4).unbind(0)
-        scores = (q * self.scale) @ k.transpose(-2, -1)
+        scores = (q * self.scale) @ self.norm(k).transpose(-2, -1)
         if self.table is not None:
             scores = scores + self.table[self.get_buffer("places").view(-1)].view(n, n, -1).permute(2, 0, 1)
         y = (scores.softmax(-1) @ v).transpose(1, 2)
@@ -57,9 +58,10 @@ def transformer(**options: bool) -> Any:
     return model
 
 
+@pytest.mark.parametrize("normed", [False, True], ids=["", "each normalised"])
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "relative positions"])
-def test_attention_loses_whole_heads(biased: bool) -> None:
-    model = transformer(biased=biased)
+def test_attention_loses_whole_heads(biased: bool, normed: bool) -> None:
+    model = transformer(biased=biased, normed=normed)
     with untouched(model):
         result = allocator.allocate(model, "50%", example_inputs=TOKENS, criterion="magnitude", policy="global")
     assert result.certificate.ok

@@ -97,6 +97,9 @@ def layer_norm(flow: Flow, op: Op) -> None:
                 flow.unify(labels[dim], flow.labels(ref.index)[offset], op)
         flow.average(labels[dim], op, JOINT)
     flow.set(op.outputs[0], labels)
+    for averages in op.outputs[1:]:
+        if len(flow.shape(averages)) == len(labels):
+            flow.set(averages, [*labels[: len(labels) - rank], *[None] * rank])
 
 
 @operator("native_group_norm", flops=_norm_flops, sized=True)
