@@ -62,7 +62,7 @@ __all__ = [
     "call_by_itself",
     "called_straight",
     "default_device",
-    "generator_state",
+    "generator_states",
     "fake_tensors",
     "is_being_recorded",
     "is_transformed",
@@ -165,10 +165,12 @@ def call_by_itself(module: nn.Module) -> None:
     vars(module).pop(_COMPILED, None)
 
 
-def generator_state() -> bytes:
-    """The state of torch's generator of the CPU, read past the modes that are on."""
+def generator_states() -> list[bytes]:
+    """The states of torch's generators, the CPU's first, read past the modes that are on."""
     with torch._C.DisableTorchFunction(), past_dispatch():
-        return torch.get_rng_state().numpy().tobytes()
+        states = [torch.get_rng_state()]
+        states += torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return [state.numpy().tobytes() for state in states]
 
 
 def default_device() -> torch.device:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +82,12 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+ASKS_VALUES = "_is_all_true" not in inspect.getsource(
+    distributions.Distribution
+)  # torch 2.6: what it is given, one by one
+
+
+@pytest.mark.filterwarnings("ignore::allocator.errors.ValueDependentTraceWarning" if ASKS_VALUES else "default")
 @pytest.mark.parametrize("what", DRAWS)
 def test_a_forward_that_draws_is_proven(what: str) -> None:
     torch.manual_seed(0)
@@ -91,6 +99,14 @@ def test_a_forward_that_draws_is_proven(what: str) -> None:
     assert result.certificate.effect > 1e-6
     said = r"the forward draws random numbers \(\w+(, \w+)*\), fewer in a smaller network: outputs that differ are"
     assert any(re.match(said, note) for note in result.notes)
+
+
+@pytest.mark.parametrize("what", ["rand", "an overload", "native_dropout"])
+def test_beside_other_threads_random_states_are_left_alone_too(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "active_count", lambda: 2)
+    model, state = Noisy(DRAWS[what]).eval(), torch.get_rng_state()
+    allocator.allocate(model, "50%", example_inputs=IMAGE, criterion="random")
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_what_is_wrong_is_still_seen() -> None:

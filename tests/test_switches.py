@@ -28,6 +28,7 @@ import allocator
 from allocator.logs import ANY, _Here, hidden, unwarned
 from allocator.torch_private import GLOBAL_HOOKS, default_device
 from allocator.tracing.isolation import apart, undisturbed
+from allocator.tracing.journal import Journal, unnoted
 from allocator.tracing.switches import SWITCHES, switches
 
 
@@ -290,6 +291,20 @@ def test_what_another_thread_sets_beside_the_forward_stays(monkeypatch: pytest.M
         assert sum(len(each) for each in GLOBAL_HOOKS) == sum(hooks) + 1
         assert [each[2] for each in warnings.filters if each not in filters] == [Said]
         assert len(warnings.filters) == len(filters) + 1
+
+
+def test_our_own_code_within_a_model_s_is_not_noted() -> None:
+    seen = []
+
+    @unnoted
+    def ours() -> None:
+        seen.append(sys.getprofile())
+
+    with Journal().kept():
+        kept = sys.getprofile()
+        ours()
+        assert sys.getprofile() is kept is not None
+    assert seen == [None]
 
 
 def test_a_profiler_of_the_callers_stays() -> None:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import allocator.torch_private as private
 from allocator.errors import UnexpectedTorchError
+from allocator.torch_private import default_device
 
 # Imports of the file that look a name up anew find what is put in its place here.
 OTHERWISE: dict[str, tuple[Any, str, Any, str]] = {
@@ -82,3 +83,13 @@ def test_dtypes_have_the_numbers_that_torch_gives_them() -> None:
     assert {number: names[dtype] for number, dtype in private.PT2_DTYPES.items()} == {
         kind.value: kind.name for kind in schema.ScalarType if kind.name in names.values()
     }
+
+
+def test_a_default_device_that_torch_does_not_say_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises() -> None:
+        raise AttributeError("'NoneType' object has no attribute 'device'")
+
+    with torch.device("meta"):
+        assert default_device().type == "meta"
+        monkeypatch.setattr(torch, "get_default_device", raises)
+        assert default_device().type == "cpu"

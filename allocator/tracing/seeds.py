@@ -8,28 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from allocator.torch_private import without_dispatch_modes
+from allocator.torch_private import generator_states
 
 
 class Seeds:
     """Tells a forward's own draws from others, by the states of the process's generators; to be made before it runs."""
 
     def __init__(self) -> None:
-        self._unseeded = _states()
+        self._unseeded = generator_states()
 
     def is_own(self, given: dict[str, Any]) -> bool:
         """Whether a call that draws, given these arguments by name, is about to draw from such a generator."""
-        return given.get("generator") is not None or _states() != self._unseeded
+        return given.get("generator") is not None or generator_states() != self._unseeded
 
     def drew(self) -> None:
         """A call that was not one's own has drawn."""
-        self._unseeded = _states()
-
-
-def _states() -> list[bytes]:
-    with without_dispatch_modes():
-        states = [torch.get_rng_state()]
-        states += torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return [state.numpy().tobytes() for state in states]
+        self._unseeded = generator_states()

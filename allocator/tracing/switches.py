@@ -25,7 +25,7 @@ from allocator.torch_private import (
     SETTERS_IN_C,
     OpOverload,
     default_device,
-    generator_state,
+    generator_states,
     print_options,
 )
 
@@ -173,8 +173,11 @@ def _set_default_device(before: torch.device) -> None:
     torch.set_default_device(None if before.type == "cpu" else before)
 
 
-def _set_generator(before: bytes) -> None:
-    torch.set_rng_state(torch.frombuffer(bytearray(before), dtype=torch.uint8))
+def _set_generators(before: list[bytes]) -> None:
+    on_cpu, *on_gpus = (torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in before)
+    torch.set_rng_state(on_cpu)
+    if on_gpus:
+        torch.cuda.set_rng_state_all(on_gpus)
 
 
 def _precision() -> str | None:
@@ -295,7 +298,7 @@ SWITCHES: tuple[Switch, ...] = (
     Switch(lambda: list(logging.root.handlers), _undo_handlers, (logging.Logger.addHandler,)),
     _of(random.getstate, random.setstate, *_DRAWS.values(), named=_named(_DRAWS)),
     # Functions that draw are watched for; operators called by their overload are none.
-    _of(generator_state, _set_generator, OpOverload.__call__, type(torch.ops.aten.rand).__call__),
+    _of(generator_states, _set_generators, OpOverload.__call__, type(torch.ops.aten.rand).__call__),
     _of(_of_numpy, _set_numpy, named=_named(_NUMPY_DRAWS)),
     _of(np.geterr, lambda before: np.seterr(**before), of_the_thread=True),
     _of(np.get_printoptions, lambda before: np.set_printoptions(**before), np.set_printoptions),
