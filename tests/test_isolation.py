@@ -457,8 +457,9 @@ def test_a_forward_that_writes_into_weights(write: Callable[[Any], None], by_val
     assert torch.equal(result.model.two.weight, before[list(rows)][:, list(columns)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("row", [0, 3])
-def test_a_row_that_is_written_beside_torch_on_numbers_alone_is_seen(row: int) -> None:
+def test_a_row_that_is_written_beside_torch_on_numbers_alone_is_seen(row: int, dtype: torch.dtype) -> None:
     """Row 3 of the smaller network is another neuron's, as row 1 is gone; row 0 is the same."""
 
     def run(m: Any, x: Tensor) -> Any:
@@ -466,11 +467,11 @@ def test_a_row_that_is_written_beside_torch_on_numbers_alone_is_seen(row: int) -
             m.two.weight.detach().numpy()[row] = 0.5
         return forward(m, x)
 
-    model = net(run, **parts())
+    model = net(run, **parts()).to(dtype)
     with torch.no_grad():
         model.two.weight[1] *= 1e-3
     with untouched(model), pytest.raises(CertificateError, match="FAILED") if row else contextlib.nullcontext():
-        found = allocator.allocate(model, "95%", example_inputs=IMAGE, criterion="magnitude", include="two")
+        found = allocator.allocate(model, "95%", example_inputs=IMAGE.to(dtype), criterion="magnitude", include="two")
         assert 1 not in found.allocation.kept["two.weight"][0]  # type: ignore[operator]
 
 

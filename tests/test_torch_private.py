@@ -93,3 +93,14 @@ def test_a_default_device_that_torch_does_not_say_is_the_cpu(monkeypatch: pytest
         assert default_device().type == "meta"
         monkeypatch.setattr(torch, "get_default_device", raises)
         assert default_device().type == "cpu"
+
+
+def test_hooks_of_all_modules_run_where_modules_are_called_straight() -> None:
+    model, called = nn.Sequential(nn.ReLU()), []
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: called.append(1))
+    try:
+        with private.called_straight(model):
+            model(torch.zeros(1))
+    finally:
+        hook.remove()
+    assert called == [1, 1]
