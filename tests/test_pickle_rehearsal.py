@@ -239,6 +239,7 @@ def test_instructions_that_take_room_are_refused_everywhere(tmp_path: Path, peak
         assert memory < 1200
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="reads programs of torch 2.8 and later")
 def test_a_pickled_tensor_of_a_program_is_rehearsed_too(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)), tmp_path / "whole.pt2")
     pickled = _archive(tmp_path / "pickled.pt", CALLS["bytes"]).read_bytes()

@@ -89,10 +89,10 @@ def test_a_default_device_that_torch_does_not_say_is_the_cpu(monkeypatch: pytest
     def raises() -> None:
         raise AttributeError("'NoneType' object has no attribute 'device'")
 
-    with torch.device("meta"):
-        assert default_device().type == "meta"
-        monkeypatch.setattr(torch, "get_default_device", raises)
-        assert default_device().type == "cpu"
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("meta"))
+    assert default_device().type == "meta"
+    monkeypatch.setattr(torch, "get_default_device", raises)
+    assert default_device().type == "cpu"
 
 
 def test_hooks_of_all_modules_run_where_modules_are_called_straight() -> None:
