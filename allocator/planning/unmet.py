@@ -49,7 +49,9 @@ def unmet(
     )
 
 
-_NARROWER = "; groups of convolutions go whole here: groups='width' narrows all groups of a layer alike, and may reach less"
+_NARROWER = (
+    "; groups of convolutions go whole here: groups='width' narrows all groups of a layer alike, and may reach less"
+)
 
 
 def _has_groups(graph: ChannelGraph) -> bool:
