@@ -26,7 +26,7 @@ from allocator.modules import numbers_of, shapes_of
 from allocator.rewriting.index_map import Maps, renumbered
 from allocator.tracing.calls import Op, Ref, Trace
 from allocator.tracing.isolation import looked_at_once
-from allocator.tracing.record import ForwardError, record
+from allocator.tracing.record import ForwardError, record_again
 from allocator.verifying.image import Image
 
 
@@ -80,8 +80,7 @@ def _mismatch_in(flow: Flow, small: nn.Module, slots: Slots, image: Image, *, co
     error: Exception | None = None
     where: str | None = None
     try:
-        mode, training = flow.trace.mode, flow.trace.training
-        trace = record(small, flow.trace.inputs, mode, training=training, copied=copied)
+        trace = record_again(small, flow.trace, copied=copied)
     except ForwardError as raised:
         trace, error, where = raised.partial, raised.cause, raised.module
     try:
@@ -103,7 +102,7 @@ def _says_otherwise(old: Flow, trace: Trace, image: Image) -> Mismatch | None:
     if old.trace.mode == "real" or old.trace.unfinished or _alike(said, trace.said):
         return None
     try:
-        again = record(old.trace.modules[""], old.trace.inputs, old.trace.mode, training=old.trace.training).said
+        again = record_again(old.trace.modules[""], old.trace).said
     except ForwardError:  # it does not repeat itself at all
         return None
     same = len(said) == len(trace.said)
