@@ -17,7 +17,8 @@ from allocator import adapters
 from allocator.cost.budget import Budget, Budgets
 from allocator.errors import NothingToAllocateError, RewriteError
 from allocator.fitting import fit as fitting
-from allocator.fitting.fit import MAX_ROUNDS, Fitted, check_structure, fit
+from allocator.fitting.check import check_structure
+from allocator.fitting.fit import MAX_ROUNDS, Fitted, fit
 from allocator.fitting.repair import Mends, _alike_modules
 from allocator.flow.options import Place
 from allocator.graph.build import elsewhere

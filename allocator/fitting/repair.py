@@ -13,6 +13,7 @@ from torch import nn
 
 from allocator import adapters
 from allocator.errors import RewriteError
+from allocator.fitting.counted import layers_counted
 from allocator.flow.facts import Attribute
 from allocator.flow.flow import Flow
 from allocator.flow.labels import FROZEN
@@ -135,8 +136,11 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
         notes.append(f"the neurons at {given} stay: {mismatch.module} is given them, and {mismatch.what}{hint}")
         options = graph.options.freezing([flow.places[given.index]._replace(part="gives")])
     else:
-        notes.append(f"the neurons at {op} stay: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
-        options = _freeze(graph, flow, mismatch, op, plan)
+        counted_at = _counted_elsewhere(scene, mismatch, op)
+        where = f"{' and '.join(map(str, counted_at))} stay, which {op} counts" if counted_at else f"{op} stay"
+        notes.append(f"the neurons at {where}: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
+        places = {place for each in counted_at for place in _freezing(graph, flow, each, "gives").frozen}
+        options = graph.options.freezing(places) if places else _freeze(graph, flow, mismatch, op, plan)
     before = {place.module for place in graph.options.frozen} | graph.options.equal_parts
     mends.forget(_meant(graph, op.module, before))
     mends.retract(notes)
@@ -318,6 +322,16 @@ def _labels_of(flow: Flow, op: Op) -> Iterable[np.ndarray]:
         for label in flow.labels(value):
             if label is not None:
                 yield label
+
+
+def _counted_elsewhere(scene: _Scene, mismatch: Mismatch, op: Op) -> list[Op]:
+    """Calls that give the channels which a call counts that reads and gives others; nothing where it counts its own."""
+    graph, plan = scene.graph, scene.plan
+    slots = np.concatenate([np.zeros(0, dtype=np.int64), *(label.reshape(-1) for label in _labels_of(scene.flow, op))])
+    own = graph.units(slots)
+    if mismatch.module is not None or not (mismatch.is_number or plan.kept[own].all()):
+        return []
+    return layers_counted(graph, plan, mismatch, scene.mends.attributes(), own)
 
 
 # What stays -----------------------------------------------------------------------------------------

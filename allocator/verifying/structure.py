@@ -48,8 +48,17 @@ class Mismatch:
     forward: int = 0
     misplaced: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64), repr=False, compare=False)
 
+    @property
+    def is_number(self) -> bool:
+        """Whether it is a number in the call, or beside what is returned."""
+        return self.what.startswith((_NUMBER, _SAYS))
+
     def __str__(self) -> str:
         return f"{self.op or 'a forward without calls'}: {self.what}"
+
+
+_NUMBER = "has the number"
+_SAYS = "the model returns"
 
 
 def find_mismatch(graph: ChannelGraph, maps: Maps, small: nn.Module, *, copied: bool = False) -> Mismatch | None:
@@ -108,10 +117,10 @@ def _says_otherwise(old: Flow, trace: Trace, image: Image) -> Mismatch | None:
     same = len(said) == len(trace.said)
     for i, (first, second) in enumerate(zip(said, again, strict=False)):
         if not same and _alike(first, second):
-            what = f"the model returns {len(trace.said)} numbers and words beside tensors, expected {len(said)}"
+            what = f"{_SAYS} {len(trace.said)} numbers and words beside tensors, expected {len(said)}"
             return Mismatch(_maker_of(len(said), old, image), what)
         if _alike(first, second) and not _alike(first, trace.said[i]):
-            what = f"the model returns {_shortly(trace.said[i])} beside tensors, expected {_shortly(first)}"
+            what = f"{_SAYS} {_shortly(trace.said[i])} beside tensors, expected {_shortly(first)}"
             return Mismatch(_maker_of(first, old, image), what)
     return None
 
@@ -323,7 +332,7 @@ def _compare_numbers(old: Sequence[Any], new: Sequence[Any], *, sized: bool = Fa
     """The first number that changed; whole ones may, where they are sizes."""
     for x, y in zip(old, new, strict=False):
         if x != y and not (sized and type(x) is int and type(y) is int) and not (x != x and y != y):
-            return f"has the number {y}, expected {x}"
+            return f"{_NUMBER} {y}, expected {x}"
     if len(new) != len(old):
         return f"has {len(new)} numbers, expected {len(old)}"
     return None
