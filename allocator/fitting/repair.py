@@ -17,7 +17,7 @@ from allocator.fitting.counted import layers_counted
 from allocator.flow.facts import Attribute
 from allocator.flow.flow import Flow
 from allocator.flow.labels import FROZEN
-from allocator.flow.options import Options, Pair, Place
+from allocator.flow.options import Options, Pair, Place, gives_dim
 from allocator.graph.build import rebuilt
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import lies_within
@@ -361,13 +361,18 @@ def _freeze(graph: ChannelGraph, flow: Flow, mismatch: Mismatch, op: Op, plan: P
 
     What its module does comes first, also what it would do next: a module may check its sizes before it does anything.
     Of a call that was not made, since the forward raised before, what it was to read: what it would have given had no
-    part in it, and may be a whole stream's.
+    part in it, and may be a whole stream's. Of one that gives other sizes, the dims that these are of.
     """
     stays = graph.stays(plan.kept)
+    labels = {(which, dim): flow.labels(op.outputs[which])[dim] for which, dim in mismatch.dims}
+    lost = [at for at, label in labels.items() if label is not None and (stays[label] != 1).any()]
+    if lost:
+        dims = [_freezing(graph, flow, op, gives_dim(*at)).frozen for at in lost]
+        return graph.options.freezing(frozenset[Place]().union(*dims))
     ops = flow.trace.ops
     read = (label for i in op.inputs() if flow.trace.values[i].name is None for label in flow.labels(i))
-    lost = any(label is not None and (stays[label] != 1).any() for label in read)
-    if mismatch.module is not None and lost and not graph.options.freezes(flow.places[op.index], "reads"):
+    reads_less = any(label is not None and (stays[label] != 1).any() for label in read)
+    if mismatch.module is not None and reads_less and not graph.options.freezes(flow.places[op.index], "reads"):
         return _freezing(graph, flow, op, "reads")
     nearest = [*ops[: op.index][::-1], *ops[op.index :]]
     within = [other for other in nearest if not op.module or lies_within(other.module, [op.module])]

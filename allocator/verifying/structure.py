@@ -40,6 +40,7 @@ class Mismatch:
         module: path of the module whose forward raised; None where none did.
         forward: which of the graph's flows it is in.
         misplaced: slots of the original that are there, in other places than they should be.
+        dims: where the call gives a tensor of other sizes, which these are: (which tensor, dim).
     """
 
     op: Op | None
@@ -47,6 +48,7 @@ class Mismatch:
     module: str | None = None
     forward: int = 0
     misplaced: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64), repr=False, compare=False)
+    dims: tuple[tuple[int, int], ...] = field(default=(), repr=False, compare=False)
 
     @property
     def is_number(self) -> bool:
@@ -59,6 +61,7 @@ class Mismatch:
 
 _NUMBER = "has the number"
 _SAYS = "the model returns"
+_SHAPE = "shape"
 
 
 def find_mismatch(graph: ChannelGraph, maps: Maps, small: nn.Module, *, copied: bool = False) -> Mismatch | None:
@@ -171,7 +174,8 @@ def compare(old: Flow, new: Flow, image: Image, raised: Exception | None = None)
     for a, b in zip(before, after, strict=False):
         what = _compare_call(old, new, a, b, values, gone, image)
         if what:
-            return Mismatch(old.trace.ops[a.index], what, misplaced=image.misplaced)
+            dims = _other_sizes(old, new, a, b, image) if what.startswith(_SHAPE) else ()
+            return Mismatch(old.trace.ops[a.index], what, misplaced=image.misplaced, dims=dims)
     if raised is not None and not (old.trace.unfinished and len(before) == len(after)):
         return _first_not_made(old, before, len(after), raised)
     if len(before) != len(after):
@@ -272,14 +276,28 @@ def _compare_call(
 
 
 def _compare_value(old: Flow, new: Flow, i: int, j: int, image: Image) -> str | None:
-    shape, labels = old.shape(i), old.labels(i)
-    expected = tuple(n if lab is None else image.size(lab) for n, lab in zip(shape, labels, strict=True))
+    expected = _sizes_left(old, i, image)
     if new.shape(j) != expected:
-        return f"shape {new.shape(j)}, expected {expected}"
-    for dim, (a, b) in enumerate(zip(labels, new.labels(j), strict=True)):
+        return f"{_SHAPE} {new.shape(j)}, expected {expected}"
+    for dim, (a, b) in enumerate(zip(old.labels(i), new.labels(j), strict=True)):
         if not image.holds(a, b):
             return f"dim {dim} holds other channels, or in another order"
     return None
+
+
+def _sizes_left(old: Flow, value: int, image: Image) -> tuple[int, ...]:
+    sizes = zip(old.shape(value), old.labels(value), strict=True)
+    return tuple(n if label is None else image.size(label) for n, label in sizes)
+
+
+def _other_sizes(old: Flow, new: Flow, a: Op, b: Op, image: Image) -> tuple[tuple[int, int], ...]:
+    """Of what two calls give, (which tensor, dim) of the sizes that differ."""
+    found = []
+    for which, (i, j) in enumerate(zip(a.outputs, b.outputs, strict=True)):
+        expected, given = _sizes_left(old, i, image), new.shape(j)
+        if len(expected) == len(given):
+            found += [(which, dim) for dim, sizes in enumerate(zip(expected, given, strict=True)) if len({*sizes}) > 1]
+    return tuple(found)
 
 
 def _compare_ranges(old: Flow, a: Op, b: Op, image: Image) -> str | None:
