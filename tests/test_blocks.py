@@ -17,6 +17,7 @@ from torch import nn
 
 import allocator
 from allocator import Block
+from allocator.graph.blocks import INPUT, call_graph
 
 
 @cache
@@ -473,3 +474,24 @@ def test_blocks_without_end_in_one_another_are_told_from_the_last_aggregation() 
     assert {len(branch.calls) for branch in branches} == {1}
     assert all(branch.flops == 2 * 4 * 4 for branch in branches)
     assert graph.blocks[21].branches[0].name == "left.21"
+
+
+class Padded(nn.Module):
+    """What is summed is written into zeros that the forward makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = (nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.full((x.shape[0], 6, *x.shape[2:]), 0.0)
+        y[:1] = self.a(x)[:1].relu()
+        output: torch.Tensor = self.head(y + self.b(x))
+        return output
+
+
+def test_what_makes_numbers_of_nothing_is_no_call_of_a_branch() -> None:
+    graph = allocator.trace(Padded(), torch.zeros(1, 3, 4, 4))
+    calls = call_graph(graph.flow)
+    assert [index for index, op in calls.nodes(data="op") if op is None] == [INPUT]
+    assert [(block.kind, [branch.channels for branch in block.branches]) for block in graph.blocks] == [("sum", [6, 6])]

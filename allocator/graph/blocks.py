@@ -97,7 +97,10 @@ class Block(Shown):
 
 
 def call_graph(flow: Flow) -> nx.DiGraph:
-    """Calls as nodes (their index, with the `Op` as attribute `op`), tensors as edges; node -1 is the input."""
+    """Calls as nodes (their index, with the `Op` as attribute `op`), tensors as edges; node -1 is the input.
+
+    What makes numbers of nothing is no node, though what reads them may depend on the input, as they are written into.
+    """
     graph = nx.DiGraph()
     graph.add_node(INPUT)
     writer: dict[int, int] = {}
@@ -107,8 +110,8 @@ def call_graph(flow: Flow) -> nx.DiGraph:
             graph.add_node(op.index, op=op)
             for value in inputs:
                 source = writer.get(value, INPUT)
-                shape = flow.shape(value)
-                graph.add_edge(source, op.index, value=value, shape=shape)
+                if source in graph:
+                    graph.add_edge(source, op.index, value=value, shape=flow.shape(value))
         for value in op.outputs:
             writer[value] = op.index
     return graph

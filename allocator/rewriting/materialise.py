@@ -38,7 +38,7 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
         for name, value in values.items():
             # What the whole model holds is of this copy alone, and meant for all that share it.
             set_attribute(module, name, value, shared=path != "")
-    adapters.note_rewritten(small)
+    adapters.note_rewritten(modules[path] for path in {"", *allocation.attributes})
     return small
 
 
