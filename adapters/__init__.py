@@ -86,7 +86,8 @@ class Adapter:
         wrap: gives the like of a wrapper (first argument) around another network (second).
         opened: what the library makes of a model that was read from a file, before it is used.
         checkpoint: what to pickle of a model so that the library reads the file.
-        rewritten: told of every smaller copy of a whole model, to take back what it says of itself and is no longer so.
+        rewritten: told of every smaller copy of a whole model, and of a module within one whose attributes changed, to
+            take back what it says of itself and is no longer so.
         configuration: gives, for a whole model that was rewritten and has its original's configuration yet, what that
             becomes; None where it has none.
         write_configuration: writes what a whole model is built from again, into the folder where its weights lie.
@@ -118,6 +119,7 @@ _PICKLES: dict[str, str] = {}
 # The package of a class, and the file here that knows it.
 _LIBRARIES = {
     "torch": "torch_attention",
+    "einops": "einops",
     "timm": "timm",
     "torchvision": "torchvision",
     "transformers": "hf",
@@ -431,11 +433,12 @@ def write_configuration(model: nn.Module, folder: Path) -> None:
         adapter.write_configuration(model, folder)
 
 
-def note_rewritten(model: nn.Module) -> None:
-    """Let a model that was made smaller say so of itself, where its library would take it for what it was."""
-    adapter = find(model)
-    if adapter is not None and adapter.rewritten is not None:
-        adapter.rewritten(model)
+def note_rewritten(modules: Iterable[nn.Module]) -> None:
+    """Let what was made smaller say so of itself, where its library would take it for what it was."""
+    for module in modules:
+        adapter = find(module)
+        if adapter is not None and adapter.rewritten is not None:
+            adapter.rewritten(module)
 
 
 def example_inputs(model: nn.Module) -> tuple[Arguments, str] | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allocator.adapters import Adapter, Kept, register
+from allocator.adapters.stand_ins import in_parts
 
 
 class AnyWidthAttention(nn.MultiheadAttention):
@@ -187,3 +188,14 @@ def _sizes(module: nn.Module, kept: Kept) -> Mapping[str, Any]:
 
 register("torch.nn.modules.transformer.TransformerEncoder", Adapter(any_width=_keep_dense))
 register("torch.nn.modules.activation.MultiheadAttention", Adapter(sizes=_sizes, any_width=_take_any_width))
+
+
+def _as_it_is(model: Any = None, **options: Any) -> Any:
+    """In place of `torch.compile`, called or as a decorator: what is compiled can be neither followed nor widened.
+
+    `flex_attention` compiles a part of itself wherever it is called.
+    """
+    return (lambda function: function) if model is None else model
+
+
+in_parts.add("torch", "compile", _as_it_is)

@@ -38,6 +38,26 @@ class Attention(nn.Module):
         return self.proj(y.reshape(b, n, self.attn_dim if self.flexible else c))
 
 
+class Mixed(nn.Module):
+    """Attention whose heads are mixed with one another and normalised together, so that none can go."""
+
+    def __init__(self, heads: int = 4, *, mixed: bool = True) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, 6**-0.5
+        self.qkv, self.proj = nn.Linear(24, 3 * 6 * heads, bias=False), nn.Linear(6 * heads, 24)
+        self.mix = nn.Parameter(torch.randn(heads, heads)) if mixed else None
+        self.norm = nn.LayerNorm(heads) if mixed else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
+        if self.mix is not None and self.norm is not None:
+            mixed = torch.einsum("b h i j, h g -> b g i j", weights, self.mix)
+            weights = self.norm(mixed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y: Tensor = self.proj((weights @ v).transpose(1, 2).flatten(2))
+        return y
+
+
 class Block(nn.Module):
     def __init__(self, **options: bool) -> None:
         super().__init__()
@@ -119,6 +139,25 @@ def test_two_heads_stay_at_the_smallest_figure() -> None:
     assert [small[i].attn.num_heads for i in range(2)] == [2, 2]
     assert [small[i].fc1.out_features for i in range(2)] == [1, 1]
     assert not any(" stay" in note for note in result.notes), result.notes
+
+
+@pytest.mark.parametrize(("heads", "mixed"), [(4, True), (2, False)], ids=["mixed", "two of them"])
+def test_heads_that_cannot_go_get_narrower_all_alike(heads: int, mixed: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Mixed(heads, mixed=mixed), nn.LayerNorm(24), nn.Linear(24, 5)).eval()
+    with untouched(model):
+        result = allocator.allocate(model, "60%", example_inputs=TOKENS, criterion="magnitude")
+    assert result.certificate.ok
+    assert result.certificate.exact
+    small: Any = result.model
+    assert small[0].heads == heads
+    rows: Any = result.allocation.kept["0.qkv.weight"][0]
+    per_head = [[row % 6 for row in rows if row // 6 == head] for head in range(3 * heads)]
+    for part in range(3):  # queries, keys and values each keep the same places of every head
+        assert all(places == per_head[part * heads] for places in per_head[part * heads : (part + 1) * heads])
+    assert per_head[0] == per_head[heads], "a query's place is multiplied with the key's"
+    assert min(map(len, per_head)) < 6
+    assert small(torch.randn(2, 5, 24)).shape == (2, 5, 5)
 
 
 class Queries(nn.Module):

@@ -17,6 +17,7 @@ from torch import nn
 
 import allocator
 from allocator import Block
+from allocator.graph.blocks import INPUT, call_graph
 
 
 @cache
@@ -496,3 +497,24 @@ def test_a_branch_that_writes_into_zeros_begins_where_its_numbers_come_from(made
     (block,) = allocator.trace(IntoZeros(made).eval(), torch.zeros(1, 4, 8)).blocks
     assert block.entry == "the input"
     assert [(branch.name, branch.inner) for branch in block.branches] == [("outer", 6), ("other", 0)]
+
+
+class Padded(nn.Module):
+    """What is summed is written into zeros that the forward makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = (nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.full((x.shape[0], 6, *x.shape[2:]), 0.0)
+        y[:1] = self.a(x)[:1].relu()
+        output: torch.Tensor = self.head(y + self.b(x))
+        return output
+
+
+def test_what_makes_numbers_of_nothing_is_no_call_of_a_branch() -> None:
+    graph = allocator.trace(Padded(), torch.zeros(1, 3, 4, 4))
+    calls = call_graph(graph.flow)
+    assert [index for index, op in calls.nodes(data="op") if op is None] == [INPUT]
+    assert [(block.kind, [branch.channels for branch in block.branches]) for block in graph.blocks] == [("sum", [6, 6])]

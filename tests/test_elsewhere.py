@@ -225,3 +225,19 @@ def test_what_train_mode_reads_for_the_batch_at_hand_alone_follows() -> None:
     small.train()
     for batch in (2, 3):
         small(torch.randn(batch, 6)).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::allocator.BudgetNotBindingWarning")
+def test_a_budget_of_all_there_is_counts_neurons_that_go_together_elsewhere() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y, z = m.first(x), m.other(x)
+        y = y + z if x.shape[-1] > 20 else y
+        result: Tensor = m.head((m.second(y) + m.third(z)).mean((2, 3)))
+        return result
+
+    convolutions = {name: nn.Conv2d(3, 16, 3) for name in ("first", "other")}
+    convolutions |= {name: nn.Conv2d(16, 16, 3) for name in ("second", "third")}
+    model = net(run, **convolutions, head=nn.Linear(16, 5))
+    result = allocator.allocate(model, "100%", example_inputs=IMAGE)
+    assert result.flops_after == result.flops_before
+    assert result.graph.size < allocator.trace(model, IMAGE).size

@@ -205,3 +205,30 @@ def test_torchvision_vision_transformer() -> None:
     result = allocator.allocate(model, "50%", example_inputs=torch.zeros(1, 3, 32, 32))
     assert result.certificate.ok
     assert min(heads(result.model)) < 4
+
+
+class Compiled(nn.Module):
+    """Its forward compiles a part of itself, as `flex_attention` does wherever it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write, self.read = nn.Linear(6, 24), nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        @torch.compile(backend="eager", fullgraph=True)
+        def gate(y: torch.Tensor) -> torch.Tensor:
+            return y * torch.sigmoid(y)
+
+        y: torch.Tensor = torch.compile(self.read, backend="eager", fullgraph=True)(gate(self.write(x)))
+        return y
+
+
+def test_what_a_forward_compiles_is_followed_and_proven_as_it_is_written() -> None:
+    torch.manual_seed(0)
+    model = Compiled().eval()
+    result = allocator.allocate(model, "60%", example_inputs=torch.zeros(1, 9, 6), criterion="magnitude")
+    small: Any = result.model
+    assert result.certificate.ok
+    assert small.write.out_features < 24
+    assert torch.compile.__module__ == "torch"  # and no longer what stood in its place
+    assert torch.compile(model.read, backend="eager") is not model.read

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from allocator.flow.labels import FROZEN
 from allocator.flow.options import Options, Pair, Place
 from allocator.graph.build import rebuilt
 from allocator.graph.channel_graph import ChannelGraph
-from allocator.modules import lies_within
+from allocator.modules import attribute_of, lies_within
 from allocator.planning.plan import Plan
 from allocator.rewriting.attributes import describes_itself
 from allocator.rewriting.describe import AttributeKey
@@ -167,7 +167,7 @@ def _attribute_of_size(
         return None
     taken = _taken(scene, owner, module)
     attributes = {}
-    for name, current in vars(module).items():
+    for name, current in _attributes(module):
         if name not in taken and only in (None, name):
             attributes[name] = current
     stays = scene.graph.stays(scene.plan.kept)
@@ -183,6 +183,14 @@ def _attribute_of_size(
             if pieces is not None and not all((stays[piece] == 1).all() for piece in pieces):
                 return name, pieces
     return None
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, value) of a module's attributes, and of what its mappings hold by name."""
+    for name, value in vars(module).items():
+        yield name, value
+        if isinstance(value, dict) and not name.startswith("_"):
+            yield from ((f"{name}.{key}", inner) for key, inner in value.items() if type(key) is str and "." not in key)
 
 
 def _counts(flow: Flow, name: str, current: Any, label: np.ndarray) -> bool:
@@ -226,7 +234,7 @@ def _counted_by_one(scene: _Scene, op: Op) -> set[Pair]:
         if place.module not in alike or place != here._replace(module=place.module):
             continue
         for (path, name), pieces in scene.mends.pieces.items() if place.module else ():
-            current = getattr(scene.graph.modules[path], name, None)
+            current = attribute_of(scene.graph.modules[path], name)
             for label in _labels_of(flow, other) if path == place.module and len(pieces) == 1 else ():
                 if _counts(flow, name, current, label) and len(label) == len(pieces[0]):
                     pair = tuple(label.tolist()), tuple(pieces[0].tolist())

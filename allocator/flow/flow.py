@@ -20,6 +20,8 @@ SEEDED = (
     "numbers of a generator that the forward seeds or holds are others where they are fewer: draw them into a buffer"
 )
 
+_FEWEST_HEADS = 2  # views and einsum take a dim of one head to be no dim, and merge it with others
+
 
 @dataclass(frozen=True)
 class Join:
@@ -82,6 +84,7 @@ class Flow:
         self._used = np.zeros(slots.total, dtype=bool)
         self._summed_alone: list[tuple[np.ndarray, Op]] = []
         self._divided: list[tuple[Op, Sequence[int], np.ndarray]] = []
+        self._heads: dict[Place, np.ndarray] = {}
         self._multiplied = np.zeros(slots.total, dtype=bool)
         self._counts_heads = np.zeros(slots.total, dtype=bool)
         self._stay = np.zeros(slots.total, dtype=bool)
@@ -159,6 +162,14 @@ class Flow:
             if self._multiplied[label].all() and not narrows_heads(self.trace.modules.get(op.module)):
                 found[self.places[op.index]] = dims[-2]
         return found
+
+    def heads_that_stay(self, stays: np.ndarray) -> set[Place]:
+        """Views whose heads can't go, by the slots that stay (slots,) bool; of two heads none can."""
+        return {place for place, label in self._heads.items() if len(label) <= _FEWEST_HEADS or stays[label].all()}
+
+    def widths_that_go(self, stays: np.ndarray) -> set[Place]:
+        """Views that split a dim into several, where what is left of it may get narrower."""
+        return {self.places[op.index] for op, _, label in self._divided if not stays[label].all()}
 
     def found_channels(self) -> dict[Place, int]:
         """Views that split a dim into (channels, pixels), as a generator's first layer does: the last dim must stay."""
@@ -295,12 +306,10 @@ class Flow:
         self._divided.append((op, varying, label))
 
     def note_heads(self, label: np.ndarray, op: Op) -> None:
-        """Each of these labels stands for one head of an attention.
-
-        Two of them stay: views and einsum take a dim of one head to be no dim, and merge it with others.
-        """
+        """Each of these labels stands for one head of an attention."""
         self._counts_heads[label] = True
-        self.floor(label, op, minimum=2)
+        self._heads[self.places[op.index]] = label
+        self.floor(label, op, minimum=_FEWEST_HEADS)
 
     def produce(self, label: Label, op: Op, weight_value: int) -> None:
         """Labels of neurons that a parameter writes; they are what can be removed."""

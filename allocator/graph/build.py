@@ -117,15 +117,34 @@ def _follow_others(traces: Iterable[Trace], slots: Slots, options: Options) -> l
 
 
 def _follow(trace: Trace, slots: Slots, options: Options) -> tuple[Flow, Facts, Options]:
-    """The flow of a trace; once more where it shows which of the dims that a view makes holds heads or channels."""
-    facts = Facts()
-    flow = run_rules(trace, slots, facts, options)
-    if options.heads is None:
-        options = replace(options, heads=flow.found_heads(), channels=flow.found_channels())
-        if options.heads or options.channels:
-            facts = Facts()
-            flow = run_rules(trace, slots, facts, options)
+    """The flow of a trace; once more where it shows which of the dims that a view makes holds heads or channels.
+
+    Heads that can't go, as where they are mixed with one another, get narrower instead, all alike.
+    """
+    flow, facts = _flow_of(trace, slots, options)
+    if options.heads is not None:
+        return flow, facts, options
+    heads, narrower = flow.found_heads(), flow
+    options = replace(options, heads=heads, channels=flow.found_channels())
+    if options.heads or options.channels:
+        flow, facts = _flow_of(trace, slots, options)
+    stuck = flow.heads_that_stay(_staying(slots, facts)) if heads else set()
+    if stuck:
+        stuck &= narrower.widths_that_go(_staying(slots, narrower.facts))
+    if stuck:
+        options = replace(options, heads={place: dim for place, dim in heads.items() if place not in stuck})
+        flow, facts = _flow_of(trace, slots, options)
     return flow, facts, options
+
+
+def _flow_of(trace: Trace, slots: Slots, options: Options) -> tuple[Flow, Facts]:
+    facts = Facts()
+    return run_rules(trace, slots, facts, options), facts
+
+
+def _staying(slots: Slots, facts: Facts) -> np.ndarray:
+    """(slots,) bool, which are of no neuron."""
+    return np.asarray(number_neurons(slots, facts)[1] < 0)
 
 
 def _declared_widths(flow: Flow) -> list[Attribute]:

@@ -38,7 +38,7 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
         for name, value in values.items():
             # What the whole model holds is of this copy alone, and meant for all that share it.
             set_attribute(module, name, value, shared=path != "")
-    adapters.note_rewritten(small)
+    adapters.note_rewritten(modules[path] for path in {"", *allocation.attributes})
     return small
 
 
@@ -154,6 +154,11 @@ def _check_indices(name: str, dims: Sequence[Indices | None], shape: tuple[int, 
         if indices is None:
             continue
         array = np.asarray(indices)
+        if not array.size and shape[dim]:
+            raise AllocationMismatchError(
+                f"{name}, dim {dim}: the allocation keeps nothing of the model's {shape[dim]}; a layer that is to be "
+                "gone is named in its field 'absent', where the forward can do without it"
+            )
         beyond = array[(array < 0) | (array >= shape[dim])]
         if len(beyond):
             raise AllocationMismatchError(

@@ -254,7 +254,9 @@ def _of_the_same_batch(model: nn.Module, inputs: Inputs, traces: Sequence[Trace]
 
 
 def _names_read(trace: Trace) -> set[str | None]:
-    return {trace.values[i].name for op in trace.ops for i in op.reads}
+    """Parameters and buffers that it reads as they were; one that it computes has its name from then on."""
+    made = {i for op in trace.ops for i in op.outputs if i not in op.reads}
+    return {trace.values[i].name for op in trace.ops for i in op.reads if i not in made}
 
 
 _TARGETS = ("target", "targets", "label", "labels", "y", "gt")
