@@ -20,7 +20,7 @@ def test_an_attribute_that_stops_the_forward_before_is_taken_back_before_anythin
     assert mends.judge((0, 3)), "it stopped before the call that did not fit"
     mends.trial = (0, 4), [("a", "y")]
     assert not mends.judge((0, 4)), "it got there"
-    assert mends.wrong == {("a", "x"), ("a", "y")}
+    assert mends.wrong == {("a", "x"): [(label,)], ("a", "y"): [(label,)]}
     assert mends.together((0, 3)) == []
     assert mends.together((0, 4)) == [("a", "x"), ("a", "y")]
     assert mends.trial == ((0, 4), [("a", "x"), ("a", "y")])

@@ -18,7 +18,7 @@ class Mends:
     Attributes:
         pieces: per attribute the labels whose kept count is its value; several arrays for one that holds several.
         trial: the last ones, and the place (forward, index) of the call that they are for.
-        wrong: those that did not help there.
+        wrong: those that did not help there, each with the labels that they were tried for.
         in_vain: by place those that did not help there, one at a time; empty once they were tried together.
         notes: what was said of them, each with those that it is about.
         tied: slots that were tied last, with the place and what was said; taken back where that did not help.
@@ -27,7 +27,7 @@ class Mends:
 
     pieces: dict[AttributeKey, tuple[np.ndarray, ...]] = field(default_factory=dict)
     trial: tuple[tuple[int, int], list[AttributeKey]] | None = None
-    wrong: set[AttributeKey] = field(default_factory=set)
+    wrong: dict[AttributeKey, list[tuple[np.ndarray, ...]]] = field(default_factory=dict)
     in_vain: dict[tuple[int, int], dict[AttributeKey, tuple[np.ndarray, ...]] | None] = field(default_factory=dict)
     notes: dict[str, list[AttributeKey]] = field(default_factory=dict)
     tied: tuple[tuple[int, int], set[Pair], str] | None = None
@@ -44,10 +44,10 @@ class Mends:
             return False
         vain = self.in_vain.setdefault(trial[0], {})
         for key in trial[1]:
-            pieces = self.pieces.pop(key, None)
-            self.wrong.add(key)
-            if vain is not None and pieces is not None:
-                vain[key] = pieces
+            tried = self.pieces.pop(key, ())
+            self.wrong.setdefault(key, []).append(tried)
+            if vain is not None and tried:
+                vain[key] = tried
         return place < trial[0]
 
     def together(self, place: tuple[int, int]) -> list[AttributeKey]:

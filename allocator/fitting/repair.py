@@ -21,7 +21,7 @@ from allocator.graph.build import rebuilt
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import attribute_of, lies_within
 from allocator.planning.plan import Plan
-from allocator.rewriting.attributes import describes_itself
+from allocator.rewriting.attributes import told_by_tensors
 from allocator.rewriting.describe import AttributeKey
 from allocator.tracing.calls import Op
 from allocator.verifying.structure import Mismatch, numbers_in
@@ -142,15 +142,17 @@ def _mend(scene: _Scene, op: Op, owner: str) -> str | None:
     name, fresh = found[0], []
     inside = op.module[len(owner) :]
     owners = {path + inside: path for path in _alike_modules(scene.graph.modules, owner)}
-    at, calls = scene.flow.places, [each for each in scene.flow.trace.ops if each.module in owners]
-    here = at[op.index].call
-    for other in sorted(calls, key=lambda each: at[each.index].call != here):  # the same call of each, where it has one
-        key = owners[other.module], name
-        meant = other.name == op.name and key not in fresh
-        again = _attribute_of_size(scene, other, key[0], only=name) if meant else None
-        if again is not None:
-            scene.mends.pieces[key] = again[1]
-            fresh.append(key)
+    places = scene.flow.places
+    alike = [other for other in scene.flow.trace.ops if other.module in owners and other.name == op.name]
+    if op.takes_range():
+        alike = [other for other in alike if other.arg("dim") == op.arg("dim")]
+    # One number may be the size of several dims there: the same call of the others is what tells which is meant.
+    for other in sorted(alike, key=lambda other: places[other.index].call != places[op.index].call):
+        path = owners[other.module]
+        again = _attribute_of_size(scene, other, path, only=name)
+        if again is not None and (path, name) not in fresh:
+            scene.mends.pieces[path, name] = again[1]
+            fresh.append((path, name))
     scene.mends.trial = (scene.graph.flows.index(scene.flow), op.index), fresh
     return name
 
@@ -163,14 +165,19 @@ def _attribute_of_size(
     It may also hold the sizes of several dims of the result in order, as of a view.
     """
     module = scene.graph.modules[owner]
-    if describes_itself(module):
-        return None
     taken = _taken(scene, owner, module)
     attributes = {}
     for name, current in _attributes(module):
         if name not in taken and only in (None, name):
             attributes[name] = current
     stays = scene.graph.stays(scene.plan.kept)
+    wrong = {name: scene.mends.wrong[owner, name] for name in attributes if (owner, name) in scene.mends.wrong}
+    for label in _up_to(scene.flow, op):
+        for name, current in attributes.items() if not (stays[label] == 1).all() else ():
+            tried = any(len(each) == 1 and np.array_equal(each[0], label) for each in wrong.get(name, ()))
+            if _counts(scene.flow, name, current, label) and not tried:
+                return name, (label,)
+    attributes = {name: current for name, current in attributes.items() if name not in wrong}
     # A single number is the plainer reading; lists of sizes are looked at only where there is none.
     for label in _labels_of(scene.flow, op):
         if (stays[label] == 1).all():
@@ -183,6 +190,18 @@ def _attribute_of_size(
             if pieces is not None and not all((stays[piece] == 1).all() for piece in pieces):
                 return name, pieces
     return None
+
+
+def _up_to(flow: Flow, op: Op) -> Iterable[np.ndarray]:
+    """Of a slice, labels of what lies before its end and before its start: numbers that are read there count these."""
+    if not op.takes_range() or op.arg("step") != 1:
+        return
+    label = flow.labels(op.inputs()[0])[int(op.arg("dim") or 0)]
+    if label is None:
+        return
+    for number in (op.arg("end"), op.arg("start")):
+        if number is not None and 0 < number <= len(label):
+            yield label[:number]
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -274,7 +293,7 @@ _MOST_SHARES = 16
 
 def _in_shares(scene: _Scene, op: Op, what: str) -> set[Pair]:
     """Slots of the shares of a dim that a call takes some of, as of `x[:, : x.shape[1] // 4]`: each loses the same."""
-    if not {"dim", "start", "end", "step"} <= op.operator.arguments.keys() or op.arg("step") != 1:
+    if not op.takes_range() or op.arg("step") != 1:
         return set()
     label = scene.flow.labels(op.inputs()[0])[int(op.arg("dim") or 0)]
     if label is None:
@@ -294,9 +313,10 @@ _TIES = {
 
 
 def _taken(scene: _Scene, path: str, module: nn.Module) -> set[str]:
-    """Attributes of a module that follow already, or were tried in vain."""
+    """Attributes of a module that follow already, by what its adapter says or of themselves too."""
     names = {each.name for each in scene.graph.facts.attributes if each.module == path}
-    names |= {name for owner, name in (*scene.mends.pieces, *scene.mends.wrong) if owner == path}
+    names |= {name for owner, name in scene.mends.pieces if owner == path}
+    names |= told_by_tensors(module)
     adapter = adapters.find(module)
     if adapter is not None:
         names |= adapters.sizes_of(path, module, adapter).keys()

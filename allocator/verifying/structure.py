@@ -282,7 +282,7 @@ def _compare_ranges(old: Flow, a: Op, b: Op, image: Image) -> str | None:
 
     Labels alone do not tell that: a flattened channel's pixels have one label.
     """
-    if not {"dim", "start", "end", "step"} <= a.operator.arguments.keys():
+    if not a.takes_range():
         return None
     dim, source = int(a.arg("dim") or 0), a.inputs()[0]
     if dim != int(b.arg("dim") or 0):
