@@ -20,7 +20,8 @@ from allocator.fitting import check as checking
 from allocator.fitting import fit as fitting
 from allocator.fitting.check import check_structure
 from allocator.fitting.fit import MAX_ROUNDS, Fitted, fit
-from allocator.fitting.repair import Mends, _alike_modules
+from allocator.fitting.mends import Mends
+from allocator.fitting.repair import _alike_modules
 from allocator.flow.options import Place
 from allocator.graph.build import elsewhere
 from allocator.graph.channel_graph import ChannelGraph
