@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,11 @@ from torch import nn
 
 from allocator import adapters
 from allocator.errors import RewriteError
-from allocator.flow.facts import Attribute
+from allocator.fitting.counted import layers_counted
+from allocator.fitting.mends import Mends
 from allocator.flow.flow import Flow
 from allocator.flow.labels import FROZEN
-from allocator.flow.options import Options, Pair, Place
+from allocator.flow.options import Options, Pair, Place, gives_dim
 from allocator.graph.build import rebuilt
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import attribute_of, lies_within
@@ -30,60 +31,6 @@ from allocator.verifying.structure import Mismatch, numbers_in
 _STRUCTURAL = frozenset({"groups", "num_heads", "stride", "padding", "dilation", "kernel_size", "training"})
 
 _NEAR = 3  # calls before a module that raises, of which one gave it what it got
-
-
-@dataclass
-class Mends:
-    """Module attributes that follow the kept channels, because the forward reads them as sizes.
-
-    Attributes:
-        pieces: per attribute the labels whose kept count is its value; several arrays for one that holds several.
-        trial: the last ones, and the place (forward, index) of the call that they are for.
-        wrong: those that did not help there, each with the labels that they were tried for.
-        notes: what was said of them, each with those that it is about.
-        tied: slots that were tied last, with the place and what was said; taken back where that did not help.
-        apart: those for which it did not.
-    """
-
-    pieces: dict[AttributeKey, tuple[np.ndarray, ...]] = field(default_factory=dict)
-    trial: tuple[tuple[int, int], list[AttributeKey]] | None = None
-    wrong: dict[AttributeKey, list[tuple[np.ndarray, ...]]] = field(default_factory=dict)
-    notes: dict[str, list[AttributeKey]] = field(default_factory=dict)
-    tied: tuple[tuple[int, int], set[Pair], str] | None = None
-    apart: set[Pair] = field(default_factory=set)
-
-    def attributes(self) -> list[Attribute]:
-        """All of them."""
-        return [Attribute(path, name, pieces) for (path, name), pieces in self.pieces.items()]
-
-    def judge(self, place: tuple[int, int]) -> None:
-        """Take the last ones back if the forward got no further with them."""
-        if self.trial is not None and place <= self.trial[0]:
-            for key in self.trial[1]:
-                tried = self.pieces.pop(key, ())
-                self.wrong.setdefault(key, []).append(tried)
-        self.trial = None
-
-    def ties_in_vain(self, place: tuple[int, int], notes: list[str]) -> set[Pair]:
-        """What was tied last, if the forward got no further with it; out of `notes` too."""
-        last, self.tied = self.tied, None
-        if last is None or place > last[0]:
-            return set()
-        self.apart |= last[1]
-        notes.remove(last[2])
-        return last[1]
-
-    def forget(self, paths: set[str]) -> None:
-        """Take all of these modules back."""
-        for key in [key for key in self.pieces if key[0] in paths]:
-            del self.pieces[key]
-
-    def retract(self, notes: list[str]) -> None:
-        """Take out of `notes` what no longer holds of any of them."""
-        for note, keys in list(self.notes.items()):
-            if self.pieces.keys().isdisjoint(keys):
-                notes.remove(note)
-                del self.notes[note]
 
 
 def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, notes: list[str]) -> ChannelGraph:
@@ -100,21 +47,15 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
     if op is None:
         raise RewriteError(f"the rewritten forward does not fit: {mismatch}")
     flow = graph.flows[mismatch.forward]
-    mends.judge((mismatch.forward, op.index))
+    place = mismatch.forward, op.index
+    stopped_before = mends.judge(place)
     mends.retract(notes)
-    given_up = mends.ties_in_vain((mismatch.forward, op.index), notes)
+    if stopped_before:  # by what was tried: without it, the forward gets to where it did not fit
+        return graph
+    given_up = mends.ties_in_vain(place, notes)
     scene = _Scene(graph, flow, plan, mends)
-    for owner in dict.fromkeys((op.module, mismatch.module)):  # where it stopped: a block may check what its layers do
-        if owner is None or (owner and not lies_within(op.module, [owner])):
-            continue
-        attribute = _mend(scene, op, owner)
-        if attribute is not None:
-            note = f"{attribute!r} of {type(graph.modules[owner]).__name__} follows the kept channels"
-            if note not in mends.notes:
-                notes.append(note)
-            others = _alike_modules(graph.modules, owner)
-            mends.notes.setdefault(note, []).extend((path, attribute) for path in others)
-            return rebuilt(graph, graph.options.untying(given_up)) if given_up else graph
+    if _follows(scene, op, mismatch.module, notes):
+        return rebuilt(graph, graph.options.untying(given_up)) if given_up else graph
     given = _given(graph, flow, mismatch, plan)
     counted = _counted_by_one(scene, op)
     if counted:
@@ -135,8 +76,11 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
         notes.append(f"the neurons at {given} stay: {mismatch.module} is given them, and {mismatch.what}{hint}")
         options = graph.options.freezing([flow.places[given.index]._replace(part="gives")])
     else:
-        notes.append(f"the neurons at {op} stay: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
-        options = _freeze(graph, flow, mismatch, op, plan)
+        counted_at = _counted_elsewhere(scene, mismatch, op)
+        where = f"{' and '.join(map(str, counted_at))} stay, which {op} counts" if counted_at else f"{op} stay"
+        notes.append(f"the neurons at {where}: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
+        places = {place for each in counted_at for place in _freezing(graph, flow, each, "gives").frozen}
+        options = graph.options.freezing(places) if places else _freeze(graph, flow, mismatch, op, plan)
     before = {place.module for place in graph.options.frozen} | graph.options.equal_parts
     mends.forget(_meant(graph, op.module, before))
     mends.retract(notes)
@@ -154,6 +98,38 @@ class _Scene:
     flow: Flow
     plan: Plan
     mends: Mends
+
+
+def _follows(scene: _Scene, op: Op, running: str | None, notes: list[str]) -> bool:
+    """Let an attribute follow that may make a call fit, or several at once of which none did; whether there is one.
+
+    Args:
+        scene: what there is to look at.
+        op: the call that does not fit.
+        running: path of the module in which the forward stopped: a block may check what its layers do.
+        notes: what was done; added to.
+    """
+    graph, mends = scene.graph, scene.mends
+    for owner in dict.fromkeys((op.module, running)):
+        if owner is None or (owner and not lies_within(op.module, [owner])):
+            continue
+        attribute = _mend(scene, op, owner)
+        if attribute is not None:
+            others = _alike_modules(graph.modules, owner)
+            _note(scene, [(path, attribute) for path in others], type(graph.modules[owner]), notes)
+            return True
+    several = mends.together((graph.flows.index(scene.flow), op.index))
+    for path, attribute in several:
+        _note(scene, [(path, attribute)], type(graph.modules[path]), notes)
+    return bool(several)
+
+
+def _note(scene: _Scene, keys: list[AttributeKey], kind: type, notes: list[str]) -> None:
+    """Say that an attribute of a class follows, once."""
+    note = f"{keys[0][1]!r} of {kind.__name__} follows the kept channels"
+    if note not in scene.mends.notes:
+        notes.append(note)
+    scene.mends.notes.setdefault(note, []).extend(keys)
 
 
 def _mend(scene: _Scene, op: Op, owner: str) -> str | None:
@@ -214,9 +190,9 @@ def _attribute_of_size(
             if _counts(scene.flow, name, current, label):
                 return name, (label,)
     for name, current in attributes.items():
-        pieces = _dims_of_sizes(scene.flow, op, current)
-        if pieces is not None and not all((stays[piece] == 1).all() for piece in pieces):
-            return name, pieces
+        for pieces in (_dims_of_sizes(scene.flow, op, current), _one_of_sizes(scene, op, name, current)):
+            if pieces is not None and not all((stays[piece] == 1).all() for piece in pieces):
+                return name, pieces
     return None
 
 
@@ -255,6 +231,16 @@ def _dims_of_sizes(flow: Flow, op: Op, sizes: Any) -> tuple[np.ndarray, ...] | N
         if shape[first : first + len(sizes)] == tuple(sizes):
             labels = flow.labels(op.outputs[0])[first : first + len(sizes)]
             return tuple(np.full(n, FROZEN) if label is None else label for n, label in zip(sizes, labels, strict=True))
+    return None
+
+
+def _one_of_sizes(scene: _Scene, op: Op, name: str, sizes: Any) -> tuple[np.ndarray, ...] | None:
+    """Labels of the numbers in a list, as of widths layer by layer: one is a dim's that shrinks, the others stay."""
+    whole = isinstance(sizes, (list, tuple)) and name not in _STRUCTURAL and all(type(n) is int for n in sizes)
+    stays = scene.graph.stays(scene.plan.kept)
+    for label in _labels_of(scene.flow, op) if whole else ():
+        if list(sizes).count(len(label)) == 1 and not (stays[label] == 1).all():
+            return tuple(label if n == len(label) else np.full(n, FROZEN) for n in sizes)
     return None
 
 
@@ -342,11 +328,24 @@ def _taken(scene: _Scene, path: str, module: nn.Module) -> set[str]:
 
 
 def _labels_of(flow: Flow, op: Op) -> Iterable[np.ndarray]:
-    """Labels of all dims of what a call reads and gives."""
+    """Labels of all dims of what a call reads and gives; of one that repeats them, as samples side by side do, once."""
     for value in (*op.inputs(), *op.outputs):
         for label in flow.labels(value):
             if label is not None:
                 yield label
+                once = len(np.unique(label))
+                if 1 < once < len(label) and not len(label) % once and (label.reshape(-1, once) == label[:once]).all():
+                    yield label[:once]
+
+
+def _counted_elsewhere(scene: _Scene, mismatch: Mismatch, op: Op) -> list[Op]:
+    """Calls that give the channels which a call counts that reads and gives others; nothing where it counts its own."""
+    graph, plan = scene.graph, scene.plan
+    slots = np.concatenate([np.zeros(0, dtype=np.int64), *(label.reshape(-1) for label in _labels_of(scene.flow, op))])
+    own = graph.units(slots)
+    if mismatch.module is not None or not (mismatch.is_number or plan.kept[own].all()):
+        return []
+    return layers_counted(graph, plan, mismatch, scene.mends.attributes(), own)
 
 
 # What stays -----------------------------------------------------------------------------------------
@@ -376,13 +375,18 @@ def _freeze(graph: ChannelGraph, flow: Flow, mismatch: Mismatch, op: Op, plan: P
 
     What its module does comes first, also what it would do next: a module may check its sizes before it does anything.
     Of a call that was not made, since the forward raised before, what it was to read: what it would have given had no
-    part in it, and may be a whole stream's.
+    part in it, and may be a whole stream's. Of one that gives other sizes, the dims that these are of.
     """
     stays = graph.stays(plan.kept)
+    labels = {(which, dim): flow.labels(op.outputs[which])[dim] for which, dim in mismatch.dims}
+    lost = [at for at, label in labels.items() if label is not None and (stays[label] != 1).any()]
+    if lost:
+        dims = [_freezing(graph, flow, op, gives_dim(*at)).frozen for at in lost]
+        return graph.options.freezing(frozenset[Place]().union(*dims))
     ops = flow.trace.ops
     read = (label for i in op.inputs() if flow.trace.values[i].name is None for label in flow.labels(i))
-    lost = any(label is not None and (stays[label] != 1).any() for label in read)
-    if mismatch.module is not None and lost and not graph.options.freezes(flow.places[op.index], "reads"):
+    reads_less = any(label is not None and (stays[label] != 1).any() for label in read)
+    if mismatch.module is not None and reads_less and not graph.options.freezes(flow.places[op.index], "reads"):
         return _freezing(graph, flow, op, "reads")
     nearest = [*ops[: op.index][::-1], *ops[op.index :]]
     within = [other for other in nearest if not op.module or lies_within(other.module, [op.module])]
