@@ -185,7 +185,7 @@ def test_beside_whole_numbers_comes_what_they_were_made_of_and_nothing_later() -
 
 
 def test_what_ends_the_process_at_no_number_is_not_called_with_one() -> None:
-    """A certificate asks with NaN whether a weight is read; torchvision's kernel reads other memory for such offsets."""
+    """A certificate asks with NaN whether a weight is read; torchvision's kernel reads other memory for those."""
     ops = pytest.importorskip("torchvision.ops")
 
     def deformed(m: Any, x: torch.Tensor) -> torch.Tensor:
