@@ -247,7 +247,7 @@ def _copy(value: Any, memo: Memo) -> Any:
         memo[id(value)] = empty = kind()
         return empty
     if isinstance(value, nn.Module) and _copies_plainly(kind):
-        new = memo[id(value)] = kind.__new__(kind)
+        new = memo[id(value)] = object.__new__(kind)  # one of its own may want arguments, or give another class
         _copy_fields(value, vars(new), memo)
         return new
     if kind is torch.Size:
@@ -312,7 +312,7 @@ def _copies_plainly(cls: type) -> bool:
 _MAPPINGS = frozenset({dict, OrderedDict})
 _PLAIN = _MAPPINGS | {set, list}
 _ATOMS = frozenset({int, float, bool, str, type(None)})
-_COPY_HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__new__")
+_COPY_HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")
 
 
 def _as_parameter(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
