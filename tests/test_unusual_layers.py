@@ -508,7 +508,8 @@ class Chosen(nn.Module):
         self.down, self.up = nn.Conv2d(wide, rank, 1), nn.Conv2d(rank, wide, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x).relu())  # type: ignore[no-any-return]
+        y: Tensor = self.up(self.down(x).relu())
+        return y
 
 
 @pytest.mark.filterwarnings("ignore::allocator.AllocatorWarning")
