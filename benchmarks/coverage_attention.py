@@ -12,13 +12,28 @@ from torch import Tensor, nn
 
 Network = tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]]
 
-_SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 10, "dim": 64, "depth": 2, "heads": 4, "mlp_dim": 128}
-_VIT = {**_SMALL, "dim_head": 16}
-_CLIP = {**_VIT, "frames": 4, "image_patch_size": 8, "frame_patch_size": 2}
-_STAGES = {"num_classes": 10, "dim": (32, 64, 64, 96), "depth": (1, 1, 2, 1)}
-_WORDS = {"num_tokens": 64, "dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "max_seq_len": 32}
-_PERCEIVER = {"num_freq_bands": 4, "depth": 2, "max_freq": 10.0, "num_latents": 8, "latent_dim": 64, "num_classes": 10}
-_UNET = {"dim": 16, "dim_mults": (1, 2, 4), "attn_dim_head": 16, "attn_heads": 2}
+_SMALL: dict[str, Any] = {
+    "image_size": 32,
+    "patch_size": 8,
+    "num_classes": 10,
+    "dim": 64,
+    "depth": 2,
+    "heads": 4,
+    "mlp_dim": 128,
+}
+_VIT: dict[str, Any] = {**_SMALL, "dim_head": 16}
+_CLIP: dict[str, Any] = {**_VIT, "frames": 4, "image_patch_size": 8, "frame_patch_size": 2}
+_STAGES: dict[str, Any] = {"num_classes": 10, "dim": (32, 64, 64, 96), "depth": (1, 1, 2, 1)}
+_WORDS: dict[str, Any] = {"num_tokens": 64, "dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "max_seq_len": 32}
+_PERCEIVER: dict[str, Any] = {
+    "num_freq_bands": 4,
+    "depth": 2,
+    "max_freq": 10.0,
+    "num_latents": 8,
+    "latent_dim": 64,
+    "num_classes": 10,
+}
+_UNET: dict[str, Any] = {"dim": 16, "dim_mults": (1, 2, 4), "attn_dim_head": 16, "attn_heads": 2}
 
 
 def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -64,11 +79,10 @@ def _of(module: str, name: str, takes: Callable[[], tuple[Tensor, ...]] = _image
 
 def _decoder(**options: Any) -> Network:
     def build() -> nn.Module:
-        import x_transformers
-
-        layers = x_transformers.Decoder(dim=64, depth=2, heads=4, attn_dim_head=16, verbose=False, **options)
-        model: nn.Module = x_transformers.TransformerWrapper(num_tokens=64, max_seq_len=32, attn_layers=layers)
-        return model
+        sizes = {"dim": 64, "depth": 2, "heads": 4, "attn_dim_head": 16, "verbose": False}
+        layers = _built("x_transformers", "Decoder", {**sizes, **options})
+        words = {"num_tokens": 64, "max_seq_len": 32, "attn_layers": layers}
+        return _built("x_transformers", "TransformerWrapper", words)
 
     return build, _words
 
@@ -87,10 +101,9 @@ class _Joint(nn.Module):
 
 def _joint(vision: dict[str, Any]) -> Network:
     def build() -> nn.Module:
-        from open_clip.model import CLIP
-
         text = {"context_length": 16, "vocab_size": 64, "width": 64, "heads": 4, "layers": 2}
-        return _Joint(CLIP(embed_dim=32, vision_cfg={"image_size": 32, **vision}, text_cfg=text))
+        parts = {"vision_cfg": {"image_size": 32, **vision}, "text_cfg": text}
+        return _Joint(_built("open_clip.model", "CLIP", {"embed_dim": 32, **parts}))
 
     return build, lambda: (*_images(), torch.randint(0, 64, (1, 16)))
 
@@ -172,8 +185,8 @@ def _other_vits() -> dict[str, Network]:
 
 def _of_other_libraries() -> dict[str, Network]:
     """One or a few of each."""
-    patches = {"image_size": 32, "patch_size": 8, "num_classes": 10, "dim": 64, "depth": 2}
-    columns = {"categories": (5, 6, 7), "num_continuous": 4, "dim": 64, "depth": 2, "heads": 4}
+    patches: dict[str, Any] = {"image_size": 32, "patch_size": 8, "num_classes": 10, "dim": 64, "depth": 2}
+    columns: dict[str, Any] = {"categories": (5, 6, 7), "num_continuous": 4, "dim": 64, "depth": 2, "heads": 4}
     vision = {"layers": 2, "width": 64, "head_width": 16, "patch_size": 8}
     pixels = partial(torch.randn, 1, 16, 16, 3)
     local = {**_WORDS, "local_attn_window_size": 8}
