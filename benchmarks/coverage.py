@@ -21,7 +21,7 @@ import resource
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -37,14 +37,14 @@ Row = dict[str, Any]
 
 def measure(name: str, tools: Sequence[str] = TOOLS, limit: int = LIMIT) -> Row:
     """Tools on one network, each in a process of its own with a limit of CPU seconds."""
-    return {"model": name, **{tool: _apart(name, tool, limit) for tool in tools}}
+    return {"model": name, **{tool: apart(coverage_one.row, (name, tool), limit) for tool in tools}}
 
 
-def _apart(name: str, tool: str, limit: int) -> Row:
-    """One tool's row from a forked process, which has the libraries imported already."""
+def apart(row_of: Callable[..., Row], what: Sequence[str], limit: int) -> Row:
+    """A row from a forked process, which has the libraries imported already."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(send, name, tool, limit))
+    process = context.Process(target=_child, args=(send, row_of, what, limit))
     process.start()
     send.close()
     row: Row = {}
@@ -57,13 +57,13 @@ def _apart(name: str, tool: str, limit: int) -> Row:
     return {"failed": f"not done after {limit} s" if late else f"the process ended with {process.exitcode}"}
 
 
-def _child(send: Connection, name: str, tool: str, limit: int) -> None:
+def _child(send: Connection, row_of: Callable[..., Row], what: Sequence[str], limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10))
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    send.send(coverage_one.row(name, tool))
+    send.send(row_of(*what))
 
 
-def _import_what_tools_import() -> None:
+def import_what_tools_import() -> None:
     """Once, before the first fork."""
     for package in ("torchvision", "timm", "fvcore.nn", "torch_pruning", "networkx", "scipy.sparse.csgraph"):
         importlib.import_module(package)
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     start, step = (int(n) for n in chosen.part.split("/"))
     rows: dict[str, Row] = {row["model"]: row for row in read("coverage").get("rows", [])}
-    _import_what_tools_import()
+    import_what_tools_import()
     for name in chosen.names or names_of(chosen.set)[start - 1 :: step]:
         known = rows.get(name, {})
         again = chosen.again == "all" or (chosen.again == "failed" and is_failed(known))

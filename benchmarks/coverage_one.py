@@ -26,16 +26,21 @@ Row = dict[str, Any]
 
 
 def built(name: str) -> nn.Module:
-    """The network with random weights, and batch norms that rank something and are not at their start."""
+    """The network with random weights."""
     torch.manual_seed(0)
-    model = allocator.build(name)
+    model = randomised(allocator.build(name))
+    if type(model).__module__.startswith(DETECTION):
+        _scale_down(model)
+    return model.eval()
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """The network with batch norms that rank something and are not at their start, in eval mode."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
             nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
             nn.init.normal_(module.bias, 0, 0.1, generator=generator)
-    if type(model).__module__.startswith(DETECTION):
-        _scale_down(model)
     return model.eval()
 
 
@@ -55,13 +60,19 @@ def example(model: nn.Module) -> Any:
 def _batch(inputs: Any) -> list[Any]:
     """Two of the example; for a detector, with an object in each image."""
     if not isinstance(inputs[0], list):
-        return [torch.cat([x, x + 0.1 * torch.randn_like(x)]) for x in inputs]
+        return [_two(x) for x in inputs]
     (image,) = inputs[0]
     corners = torch.tensor([[40.0, 60.0, 200.0, 240.0]])
     points = torch.tensor([60.0, 80.0, 1.0]).expand(1, 17, 3)
     target = {"boxes": corners, "labels": torch.ones(1, dtype=torch.int64), "keypoints": points}
     target["masks"] = torch.ones(1, *image.shape[-2:], dtype=torch.uint8)
     return [[image, image.flip(-1)], [target, target]]
+
+
+def _two(x: Any) -> Any:
+    if not isinstance(x, torch.Tensor):
+        return x
+    return torch.cat([x, x + 0.1 * torch.randn_like(x) if x.is_floating_point() else x])
 
 
 def trains(model: nn.Module, inputs: Any) -> bool:
@@ -76,8 +87,8 @@ def trains(model: nn.Module, inputs: Any) -> bool:
     return True
 
 
-def ours(model: nn.Module, inputs: Any, row: Row) -> None:
-    """Trace, allocate to 60 %, certify, train a step; fills the row as far as it gets."""
+def ours(model: nn.Module, inputs: Any, row: Row) -> allocator.Result:
+    """Trace, allocate to 60 %, certify, train a step; fills the row as far as it gets, and gives the result back."""
     graph = allocator.trace(model, inputs)
     row |= {"traced": graph.flow.trace.mode, "operators": len(graph.flow.trace.ops), "share": graph.share()}
     row |= {"unsupported": sorted(graph.unsupported), "blocks": dict(Counter(b.kind for b in graph.blocks))}
@@ -100,6 +111,7 @@ def ours(model: nn.Module, inputs: Any, row: Row) -> None:
     row["train_step"] = _trains_like(model, result.model, inputs, row)
     if "floor" not in row:
         row["floor"] = floor(graph)
+    return result
 
 
 def floor(graph: allocator.ChannelGraph) -> float:

@@ -393,7 +393,7 @@ def check_outputs(model: nn.Module, small: nn.Module, allocation: allocator.Allo
         with torch.no_grad():
             try:
                 expected = tree_leaves(ref.train(training)(drawn.clone()))
-            except (RuntimeError, ValueError):
+            except (RuntimeError, ValueError, AssertionError):  # attention asserts its width
                 assert longer, "the original runs with what it was made for"
                 continue
             found = tree_leaves(own.train(training)(drawn.clone()))

@@ -16,6 +16,13 @@ STRIPES = Data((2, 6, 1, 1), (1,))
 ROWS = Data((2, 6, 4), (2,))
 
 
+def _given_away(x: torch.Tensor) -> torch.Tensor:
+    copied = x.clone()
+    doubled = 2 * copied
+    copied.set_()  # type: ignore[call-overload]
+    return doubled
+
+
 def _shuffle(x: torch.Tensor, groups: int) -> torch.Tensor:
     return x.reshape(len(x), groups, -1, 4, 4).transpose(1, 2).reshape(x.shape)
 
@@ -78,6 +85,10 @@ VIEWS = {
         *each(lambda x: x.clone().resize_(x.shape), IMAGE),
         *each(lambda x: x + x.new_zeros(0).resize_(x.shape).fill_(2.0), IMAGE),
         *each(lambda x: x.clone().resize_(2, 6, 2, 4), IMAGE, refused=True),
+    ],
+    "set": [
+        *each(_given_away, IMAGE),
+        *each(lambda x: x.clone().set_(x), IMAGE, refused=True),
     ],
     "as_strided": [
         *each(lambda x: x.as_strided(x.shape, (x.shape[1], 1, x.shape[1], 1)), STRIPES),

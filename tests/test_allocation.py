@@ -15,7 +15,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import allocator
 from allocator.errors import AllocationMismatchError, FileError
 from allocator.rewriting.allocation import Allocation, architecture_hash
 from allocator.rewriting.index_map import take
@@ -292,3 +294,8 @@ def test_indices_beyond_what_is_kept_are_refused() -> None:
         Allocation({"a": [[3, 4], None]}).compose(Allocation({"a": [[0, 2], None]}))
     with pytest.raises(AllocationMismatchError, match="a: index 1 of the second allocation, 1 are kept"):
         Allocation({"a": [None, [[3], [4]]]}).compose(Allocation({"a": [None, [1]]}))
+
+
+def test_a_layer_that_keeps_nothing_is_refused_unless_it_is_named_as_gone() -> None:
+    with pytest.raises(AllocationMismatchError, match="weight, dim 0: the allocation keeps nothing of the model's 4"):
+        allocator.rewrite(nn.Linear(3, 4), Allocation({"weight": [[], None], "bias": [[]]}))

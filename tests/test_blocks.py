@@ -476,6 +476,29 @@ def test_blocks_without_end_in_one_another_are_told_from_the_last_aggregation() 
     assert graph.blocks[21].branches[0].name == "left.21"
 
 
+class IntoZeros(nn.Module):
+    """One branch writes what it computed into the middle of zeros, as packed sequences are padded again."""
+
+    def __init__(self, made: str) -> None:
+        super().__init__()
+        self.made = made
+        self.inner, self.outer, self.other = nn.Conv1d(4, 6, 3), nn.Conv1d(6, 6, 1), nn.Conv1d(4, 6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = (x.shape[0], self.outer.in_channels, x.shape[2])
+        y = torch.zeros(size) if self.made == "zeros" else x.new_zeros(size)
+        y[:, :, 1:-1] = self.inner(x)
+        summed: torch.Tensor = self.outer(y) + self.other(x)
+        return summed
+
+
+@pytest.mark.parametrize("made", ["zeros", "new_zeros"])
+def test_a_branch_that_writes_into_zeros_begins_where_its_numbers_come_from(made: str) -> None:
+    (block,) = allocator.trace(IntoZeros(made).eval(), torch.zeros(1, 4, 8)).blocks
+    assert block.entry == "the input"
+    assert [(branch.name, branch.inner) for branch in block.branches] == [("outer", 6), ("other", 0)]
+
+
 class Padded(nn.Module):
     """What is summed is written into zeros that the forward makes."""
 

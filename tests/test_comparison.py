@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from small_graphs import graph_of, random_choice, shrunk
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from allocator.errors import CertificateError
 from allocator.verifying.certificate import Certificate
-from allocator.verifying.comparison import ENOUGH, SHOWS, TOLERANCES, Comparison
+from allocator.verifying.comparison import ENOUGH, SHOWS, TOLERANCE, TOLERANCES, Comparison, compare_outputs
 from allocator.verifying.difference import KIND, ROUNDING, Difference, difference, noise_floors
 
 INF, NAN = float("inf"), float("nan")
@@ -135,3 +139,48 @@ def test_a_verdict_says_no_more_than_was_seen() -> None:
     assert str(replace(right, widens=True, shown=False)) == f"NOT SHOWN: {', '.join(parts)}, {lost} added neurons"
     after = "; structure proven, weights refitted on 7 inputs"
     assert str(replace(right, refitted=7, compared_shapes=((1, 3, 8, 8),))).endswith(f"1.0e-15{after}")
+
+
+# Inputs that a forward refuses -----------------------------------------------------------------------
+
+
+class Classes(nn.Module):
+    """Takes whole numbers from 0 to 3 as floats, and none else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.first(F.one_hot(x.long(), 4).float()).relu())
+        return y
+
+
+def test_inputs_that_a_forward_refuses_are_passed_over_for_those_that_were_given() -> None:
+    model = Classes()
+    graph = graph_of(model, torch.tensor([3.0, 1.0, 0.0, 2.0, 3.0, 1.0]))
+    with pytest.raises(RuntimeError, match="non-negative"):
+        model(graph.inputs.noise(0, torch.device("cpu"), torch.float32).args[0])
+    kept = random_choice(graph, 0)
+    maps, small = shrunk(graph, kept)
+    found = compare_outputs(graph, kept, maps, small, seed=0)
+    assert found.error < TOLERANCE
+    assert found.shows
+
+
+def test_a_forward_that_takes_nothing_says_what_it_raised() -> None:
+    class Broken(Classes):
+        asked = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.asked:
+                raise RuntimeError("no more today")
+            return super().forward(x)
+
+    graph = graph_of(Broken(), torch.tensor([3.0, 1.0]))
+    kept = random_choice(graph, 0)
+    maps, small = shrunk(graph, kept)
+    model: Any = graph.model
+    model.asked = True
+    with pytest.raises(CertificateError, match="no more today"):
+        compare_outputs(graph, kept, maps, small, seed=0)

@@ -194,3 +194,50 @@ class Leaves(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         sys.exit(2)
+
+
+class MasksOfABatch(nn.Module):
+    """Holds masks of its hidden units, and draws them anew for a batch of another size than the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 12), nn.Linear(12, 5)
+        self.hidden, self.batch = 12, 2
+        self.register_buffer("masks", torch.bernoulli(torch.full((16, 12), 0.8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) != self.batch:
+            self.batch = len(x)
+            self.masks = torch.bernoulli(torch.full((16, self.hidden), 0.8))
+        y = self.first(x).relu()
+        out: Tensor = self.second(y * self.masks[: len(x)] if self.training else y)
+        return out
+
+
+def test_what_train_mode_reads_for_the_batch_at_hand_alone_follows() -> None:
+    torch.manual_seed(0)
+    model = MasksOfABatch().eval()
+    result = allocator.allocate(model, "60%", example_inputs=torch.randn(2, 6))
+    small: Any = result.model
+    kept = result.allocation.kept["first.weight"][0]
+    assert kept is not None
+    assert torch.equal(small.masks, model.masks[:, kept])
+    small.train()
+    for batch in (2, 3):
+        small(torch.randn(batch, 6)).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::allocator.BudgetNotBindingWarning")
+def test_a_budget_of_all_there_is_counts_neurons_that_go_together_elsewhere() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y, z = m.first(x), m.other(x)
+        y = y + z if x.shape[-1] > 20 else y
+        result: Tensor = m.head((m.second(y) + m.third(z)).mean((2, 3)))
+        return result
+
+    convolutions = {name: nn.Conv2d(3, 16, 3) for name in ("first", "other")}
+    convolutions |= {name: nn.Conv2d(16, 16, 3) for name in ("second", "third")}
+    model = net(run, **convolutions, head=nn.Linear(16, 5))
+    result = allocator.allocate(model, "100%", example_inputs=IMAGE)
+    assert result.flops_after == result.flops_before
+    assert result.graph.size < allocator.trace(model, IMAGE).size

@@ -375,3 +375,13 @@ def test_a_rewritten_network_has_multiples() -> None:
         assert width % 4 == 0 or width == WIDTHS[layer]
     assert result.flops_after <= result.flops_asked
     assert result.certificate.ok
+
+
+@pytest.mark.parametrize(
+    ("per_group", "groups", "said"), [(4, "whole", True), (4, "width", False), (1, "whole", False)]
+)
+def test_a_floor_under_whole_groups_says_that_they_may_be_narrowed(per_group: int, groups: Any, said: bool) -> None:
+    layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8 // per_group), nn.Conv2d(8, 2, 1)]
+    with pytest.raises(BudgetError, match="cannot be met") as caught:
+        allocator.allocate(nn.Sequential(*layers), "1%", example_inputs=torch.zeros(1, 3, 8, 8), groups=groups)
+    assert ("groups='width' narrows all groups of a layer alike, and may reach less" in str(caught.value)) == said

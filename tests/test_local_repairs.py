@@ -19,7 +19,7 @@ import allocator
 IMAGE = torch.zeros(1, 3, 8, 8)
 
 
-def allocate(model: nn.Module, flops: str = "50%", x: Any = IMAGE, **options: Any) -> allocator.Result:
+def allocate(model: nn.Module, flops: Any = "50%", x: Any = IMAGE, **options: Any) -> allocator.Result:
     options = {"criterion": "magnitude", "scope": "all", **options}
     return allocator.allocate(model, flops, example_inputs=x, **options)
 
@@ -366,3 +366,55 @@ def test_heads_that_one_attribute_counts_go_together() -> None:
         assert block.q.out_channels == block.v.out_channels == 4 * block.num_heads
     assert min(block.num_heads for block in small[1:3]) < 8
     assert any("neurons that one attribute counts go together" in note for note in result.notes)
+
+
+class Octave(nn.Conv2d):
+    """A convolution of two resolutions, which takes its parts of one weight by numbers that it holds."""
+
+    def __init__(self, high: int, low: int, out_high: int, out_low: int) -> None:
+        super().__init__(high + low, out_high + out_low, 3, padding=1)
+        self.high, self.out_high = high, out_high
+
+    def forward(self, x: Tensor, low: Tensor) -> Any:  # type: ignore[override]
+        a, b = self.weight[: self.out_high], self.weight[self.out_high :]
+        to_high, to_low = self.bias[: self.out_high], self.bias[self.out_high :]  # type: ignore[index]
+        high = F.conv2d(x, a[:, : self.high], to_high, padding=1)
+        high = high + F.interpolate(F.conv2d(low, a[:, self.high :], padding=1), scale_factor=2)
+        down = F.conv2d(F.avg_pool2d(x, 2), b[:, : self.high], to_low, padding=1)
+        return high.relu(), (down + F.conv2d(low, b[:, self.high :], padding=1)).relu()
+
+
+@pytest.mark.parametrize("parts", [((12, 8), (16, 4), (6, 10)), ((8, 8), (8, 8), (8, 8))])
+def test_numbers_that_a_layer_of_ones_own_slices_its_weight_by_follow(parts: Any) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            (high, low), *others = parts
+            self.stem, self.small = Layer(3, high, 3), Layer(3, low, 3)
+            self.first, self.second = Octave(high, low, *others[0]), Octave(*others[0], *others[1])
+            self.heads = nn.ModuleList(nn.Conv2d(n, 5, 1) for n in others[1])
+
+        def forward(self, x: Tensor) -> Any:
+            given = self.second(*self.first(self.stem(x), self.small(F.avg_pool2d(x, 2))))
+            return [head(each) for head, each in zip(self.heads, given)]
+
+    result = allocate(randomised_norms(Network()), "40%", policy="uniform", criterion="group_norm")
+    assert not [note for note in result.notes if " stay" in note or "go together" in note], result.notes
+    first: Any = result.model.first
+    assert 0 < first.out_high < parts[1][0]
+    assert first.out_channels < sum(parts[1])
+    assert result.graph.share() > 0.8
+
+
+def test_a_view_that_would_not_tell_a_single_channel_from_other_dims_keeps_two() -> None:
+    def steps(m: Any, x: Tensor) -> Tensor:
+        y = m.first(x.flatten(0, 1)).relu().mean((2, 3))
+        y = m.second(y.view(len(y), 1, -1)).relu().view(x.shape[0], x.shape[1], -1)
+        return m.last(y.transpose(1, 2))
+
+    model = net(steps, first=nn.Conv2d(3, 2, 3), second=nn.Linear(2, 64), last=nn.Conv1d(64, 4, 1))
+    x = torch.zeros(2, 4, 3, 8, 8)
+    with pytest.raises(allocator.BudgetError) as raised:
+        allocate(model, "1%", x)
+    small: Any = allocate(model, raised.value.reachable, x).model
+    assert small.second.out_features == 2, "a view of (8, 1, C) as (2, 4, C) tells two from dims of one, and one not"

@@ -223,6 +223,27 @@ def test_a_state_has_the_same_units_in_every_step(kind: str) -> None:
     assert len(columns) < 12
 
 
+def _smallest(model: nn.Module) -> Any:
+    """What comes back at the smallest number of parameters that can be reached."""
+    options: Any = {"scope": "all", "criterion": "magnitude"}
+    with pytest.raises(allocator.BudgetError) as caught:
+        allocator.allocate(model, params=1, example_inputs=X, **options)
+    return check(model, X, params=caught.value.reachable)
+
+
+@pytest.mark.parametrize("kind", ["LSTM, both ways", "GRU, two layers without bias"])
+def test_a_layer_comes_down_to_one_unit(kind: str) -> None:
+    """Its zeros are one number then, which does not say whose they are."""
+    make, options = LAYERS[kind]
+    assert _smallest(layer(make, **options)).model.rec.hidden_size == 1
+
+
+@pytest.mark.parametrize("kind", ["RNN cells, zeros and a buffer", "LSTM cells, new_zeros"])
+def test_a_state_comes_down_to_one_unit(kind: str) -> None:
+    run, parts, recurs = STATES[kind]
+    assert len(_smallest(net(run, **parts())).allocation.kept[recurs][1]) == 1
+
+
 def test_a_loop_of_convolutions_by_hand() -> None:
     parts = {name: nn.Conv2d(3 + 8, 8, 3, padding=1) for name in ("gate", "new")}
     model = net(_by_hand, **parts, head=nn.Conv2d(8, 2, 1), width=8)

@@ -9,7 +9,8 @@ import numpy as np
 
 from allocator import adapters
 from allocator.errors import NothingToAllocateError, RewriteError, first_line
-from allocator.fitting.repair import Mends, repair
+from allocator.fitting.mends import Mends
+from allocator.fitting.repair import repair
 from allocator.graph.build import elsewhere, without_forward
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.planning.plan import Plan

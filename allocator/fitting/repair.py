@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import nn
 
 from allocator import adapters
 from allocator.errors import RewriteError
-from allocator.flow.facts import Attribute
+from allocator.fitting.mends import Mends
 from allocator.flow.flow import Flow
 from allocator.flow.labels import FROZEN
 from allocator.flow.options import Options, Pair, Place
@@ -21,7 +21,7 @@ from allocator.graph.build import rebuilt
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import attribute_of, lies_within
 from allocator.planning.plan import Plan
-from allocator.rewriting.attributes import describes_itself
+from allocator.rewriting.attributes import told_by_tensors
 from allocator.rewriting.describe import AttributeKey
 from allocator.tracing.calls import Op
 from allocator.verifying.structure import Mismatch, numbers_in
@@ -30,60 +30,6 @@ from allocator.verifying.structure import Mismatch, numbers_in
 _STRUCTURAL = frozenset({"groups", "num_heads", "stride", "padding", "dilation", "kernel_size", "training"})
 
 _NEAR = 3  # calls before a module that raises, of which one gave it what it got
-
-
-@dataclass
-class Mends:
-    """Module attributes that follow the kept channels, because the forward reads them as sizes.
-
-    Attributes:
-        pieces: per attribute the labels whose kept count is its value; several arrays for one that holds several.
-        trial: the last ones, and the place (forward, index) of the call that they are for.
-        wrong: those that did not help there.
-        notes: what was said of them, each with those that it is about.
-        tied: slots that were tied last, with the place and what was said; taken back where that did not help.
-        apart: those for which it did not.
-    """
-
-    pieces: dict[AttributeKey, tuple[np.ndarray, ...]] = field(default_factory=dict)
-    trial: tuple[tuple[int, int], list[AttributeKey]] | None = None
-    wrong: set[AttributeKey] = field(default_factory=set)
-    notes: dict[str, list[AttributeKey]] = field(default_factory=dict)
-    tied: tuple[tuple[int, int], set[Pair], str] | None = None
-    apart: set[Pair] = field(default_factory=set)
-
-    def attributes(self) -> list[Attribute]:
-        """All of them."""
-        return [Attribute(path, name, pieces) for (path, name), pieces in self.pieces.items()]
-
-    def judge(self, place: tuple[int, int]) -> None:
-        """Take the last ones back if the forward got no further with them."""
-        if self.trial is not None and place <= self.trial[0]:
-            for key in self.trial[1]:
-                self.pieces.pop(key, None)
-                self.wrong.add(key)
-        self.trial = None
-
-    def ties_in_vain(self, place: tuple[int, int], notes: list[str]) -> set[Pair]:
-        """What was tied last, if the forward got no further with it; out of `notes` too."""
-        last, self.tied = self.tied, None
-        if last is None or place > last[0]:
-            return set()
-        self.apart |= last[1]
-        notes.remove(last[2])
-        return last[1]
-
-    def forget(self, paths: set[str]) -> None:
-        """Take all of these modules back."""
-        for key in [key for key in self.pieces if key[0] in paths]:
-            del self.pieces[key]
-
-    def retract(self, notes: list[str]) -> None:
-        """Take out of `notes` what no longer holds of any of them."""
-        for note, keys in list(self.notes.items()):
-            if self.pieces.keys().isdisjoint(keys):
-                notes.remove(note)
-                del self.notes[note]
 
 
 def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, notes: list[str]) -> ChannelGraph:
@@ -100,21 +46,15 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
     if op is None:
         raise RewriteError(f"the rewritten forward does not fit: {mismatch}")
     flow = graph.flows[mismatch.forward]
-    mends.judge((mismatch.forward, op.index))
+    place = mismatch.forward, op.index
+    stopped_before = mends.judge(place)
     mends.retract(notes)
-    given_up = mends.ties_in_vain((mismatch.forward, op.index), notes)
+    if stopped_before:  # by what was tried: without it, the forward gets to where it did not fit
+        return graph
+    given_up = mends.ties_in_vain(place, notes)
     scene = _Scene(graph, flow, plan, mends)
-    for owner in dict.fromkeys((op.module, mismatch.module)):  # where it stopped: a block may check what its layers do
-        if owner is None or (owner and not lies_within(op.module, [owner])):
-            continue
-        attribute = _mend(scene, op, owner)
-        if attribute is not None:
-            note = f"{attribute!r} of {type(graph.modules[owner]).__name__} follows the kept channels"
-            if note not in mends.notes:
-                notes.append(note)
-            others = _alike_modules(graph.modules, owner)
-            mends.notes.setdefault(note, []).extend((path, attribute) for path in others)
-            return rebuilt(graph, graph.options.untying(given_up)) if given_up else graph
+    if _follows(scene, op, mismatch.module, notes):
+        return rebuilt(graph, graph.options.untying(given_up)) if given_up else graph
     given = _given(graph, flow, mismatch, plan)
     counted = _counted_by_one(scene, op)
     if counted:
@@ -156,6 +96,38 @@ class _Scene:
     mends: Mends
 
 
+def _follows(scene: _Scene, op: Op, running: str | None, notes: list[str]) -> bool:
+    """Let an attribute follow that may make a call fit, or several at once of which none did; whether there is one.
+
+    Args:
+        scene: what there is to look at.
+        op: the call that does not fit.
+        running: path of the module in which the forward stopped: a block may check what its layers do.
+        notes: what was done; added to.
+    """
+    graph, mends = scene.graph, scene.mends
+    for owner in dict.fromkeys((op.module, running)):
+        if owner is None or (owner and not lies_within(op.module, [owner])):
+            continue
+        attribute = _mend(scene, op, owner)
+        if attribute is not None:
+            others = _alike_modules(graph.modules, owner)
+            _note(scene, [(path, attribute) for path in others], type(graph.modules[owner]), notes)
+            return True
+    several = mends.together((graph.flows.index(scene.flow), op.index))
+    for path, attribute in several:
+        _note(scene, [(path, attribute)], type(graph.modules[path]), notes)
+    return bool(several)
+
+
+def _note(scene: _Scene, keys: list[AttributeKey], kind: type, notes: list[str]) -> None:
+    """Say that an attribute of a class follows, once."""
+    note = f"{keys[0][1]!r} of {kind.__name__} follows the kept channels"
+    if note not in scene.mends.notes:
+        notes.append(note)
+    scene.mends.notes.setdefault(note, []).extend(keys)
+
+
 def _mend(scene: _Scene, op: Op, owner: str) -> str | None:
     """Let an attribute of a module follow the kept channels, in all of its class; the attribute's name.
 
@@ -170,12 +142,15 @@ def _mend(scene: _Scene, op: Op, owner: str) -> str | None:
     name, fresh = found[0], []
     inside = op.module[len(owner) :]
     owners = {path + inside: path for path in _alike_modules(scene.graph.modules, owner)}
-    for other in scene.flow.trace.ops:
-        if other.module not in owners or other.name != op.name:
-            continue
+    places = scene.flow.places
+    alike = [other for other in scene.flow.trace.ops if other.module in owners and other.name == op.name]
+    if op.takes_range():
+        alike = [other for other in alike if other.arg("dim") == op.arg("dim")]
+    # One number may be the size of several dims there: the same call of the others is what tells which is meant.
+    for other in sorted(alike, key=lambda other: places[other.index].call != places[op.index].call):
         path = owners[other.module]
         again = _attribute_of_size(scene, other, path, only=name)
-        if again is not None:
+        if again is not None and (path, name) not in fresh:
             scene.mends.pieces[path, name] = again[1]
             fresh.append((path, name))
     scene.mends.trial = (scene.graph.flows.index(scene.flow), op.index), fresh
@@ -190,14 +165,19 @@ def _attribute_of_size(
     It may also hold the sizes of several dims of the result in order, as of a view.
     """
     module = scene.graph.modules[owner]
-    if describes_itself(module):
-        return None
     taken = _taken(scene, owner, module)
     attributes = {}
     for name, current in _attributes(module):
         if name not in taken and only in (None, name):
             attributes[name] = current
     stays = scene.graph.stays(scene.plan.kept)
+    wrong = {name: scene.mends.wrong[owner, name] for name in attributes if (owner, name) in scene.mends.wrong}
+    for label in _up_to(scene.flow, op):
+        for name, current in attributes.items() if not (stays[label] == 1).all() else ():
+            tried = any(len(each) == 1 and np.array_equal(each[0], label) for each in wrong.get(name, ()))
+            if _counts(scene.flow, name, current, label) and not tried:
+                return name, (label,)
+    attributes = {name: current for name, current in attributes.items() if name not in wrong}
     # A single number is the plainer reading; lists of sizes are looked at only where there is none.
     for label in _labels_of(scene.flow, op):
         if (stays[label] == 1).all():
@@ -206,10 +186,22 @@ def _attribute_of_size(
             if _counts(scene.flow, name, current, label):
                 return name, (label,)
     for name, current in attributes.items():
-        pieces = _dims_of_sizes(scene.flow, op, current)
-        if pieces is not None and not all((stays[piece] == 1).all() for piece in pieces):
-            return name, pieces
+        for pieces in (_dims_of_sizes(scene.flow, op, current), _one_of_sizes(scene, op, name, current)):
+            if pieces is not None and not all((stays[piece] == 1).all() for piece in pieces):
+                return name, pieces
     return None
+
+
+def _up_to(flow: Flow, op: Op) -> Iterable[np.ndarray]:
+    """Of a slice, labels of what lies before its end and before its start: numbers that are read there count these."""
+    if not op.takes_range() or op.arg("step") != 1:
+        return
+    label = flow.labels(op.inputs()[0])[int(op.arg("dim") or 0)]
+    if label is None:
+        return
+    for number in (op.arg("end"), op.arg("start")):
+        if number is not None and 0 < number <= len(label):
+            yield label[:number]
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -235,6 +227,16 @@ def _dims_of_sizes(flow: Flow, op: Op, sizes: Any) -> tuple[np.ndarray, ...] | N
         if shape[first : first + len(sizes)] == tuple(sizes):
             labels = flow.labels(op.outputs[0])[first : first + len(sizes)]
             return tuple(np.full(n, FROZEN) if label is None else label for n, label in zip(sizes, labels, strict=True))
+    return None
+
+
+def _one_of_sizes(scene: _Scene, op: Op, name: str, sizes: Any) -> tuple[np.ndarray, ...] | None:
+    """Labels of the numbers in a list, as of widths layer by layer: one is a dim's that shrinks, the others stay."""
+    whole = isinstance(sizes, (list, tuple)) and name not in _STRUCTURAL and all(type(n) is int for n in sizes)
+    stays = scene.graph.stays(scene.plan.kept)
+    for label in _labels_of(scene.flow, op) if whole else ():
+        if list(sizes).count(len(label)) == 1 and not (stays[label] == 1).all():
+            return tuple(label if n == len(label) else np.full(n, FROZEN) for n in sizes)
     return None
 
 
@@ -291,7 +293,7 @@ _MOST_SHARES = 16
 
 def _in_shares(scene: _Scene, op: Op, what: str) -> set[Pair]:
     """Slots of the shares of a dim that a call takes some of, as of `x[:, : x.shape[1] // 4]`: each loses the same."""
-    if not {"dim", "start", "end", "step"} <= op.operator.arguments.keys() or op.arg("step") != 1:
+    if not op.takes_range() or op.arg("step") != 1:
         return set()
     label = scene.flow.labels(op.inputs()[0])[int(op.arg("dim") or 0)]
     if label is None:
@@ -311,9 +313,10 @@ _TIES = {
 
 
 def _taken(scene: _Scene, path: str, module: nn.Module) -> set[str]:
-    """Attributes of a module that follow already, or were tried in vain."""
+    """Attributes of a module that follow already, by what its adapter says or of themselves too."""
     names = {each.name for each in scene.graph.facts.attributes if each.module == path}
-    names |= {name for owner, name in (*scene.mends.pieces, *scene.mends.wrong) if owner == path}
+    names |= {name for owner, name in scene.mends.pieces if owner == path}
+    names |= told_by_tensors(module)
     adapter = adapters.find(module)
     if adapter is not None:
         names |= adapters.sizes_of(path, module, adapter).keys()
@@ -321,11 +324,14 @@ def _taken(scene: _Scene, path: str, module: nn.Module) -> set[str]:
 
 
 def _labels_of(flow: Flow, op: Op) -> Iterable[np.ndarray]:
-    """Labels of all dims of what a call reads and gives."""
+    """Labels of all dims of what a call reads and gives; of one that repeats them, as samples side by side do, once."""
     for value in (*op.inputs(), *op.outputs):
         for label in flow.labels(value):
             if label is not None:
                 yield label
+                once = len(np.unique(label))
+                if 1 < once < len(label) and not len(label) % once and (label.reshape(-1, once) == label[:once]).all():
+                    yield label[:once]
 
 
 # What stays -----------------------------------------------------------------------------------------

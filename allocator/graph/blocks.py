@@ -99,19 +99,24 @@ class Block(Shown):
 def call_graph(flow: Flow) -> nx.DiGraph:
     """Calls as nodes (their index, with the `Op` as attribute `op`), tensors as edges; node -1 is the input.
 
-    What makes numbers of nothing is no node, though what reads them may depend on the input, as they are written into.
+    What was made of nothing, as zeros are, comes from the last call that wrote into its memory.
     """
-    graph = nx.DiGraph()
+    graph, root = nx.DiGraph(), flow.trace.root
     graph.add_node(INPUT)
     writer: dict[int, int] = {}
+    wrote: dict[int, int] = {}
     for op in flow.trace.ops:
         inputs = [i for i in op.inputs() if i in flow.active]
         if inputs:
             graph.add_node(op.index, op=op)
             for value in inputs:
                 source = writer.get(value, INPUT)
+                if source not in graph or root(value) in flow.uniform:
+                    source = wrote.get(root(value), source)
                 if source in graph:
                     graph.add_edge(source, op.index, value=value, shape=flow.shape(value))
+            if op.writes():
+                wrote.update((root(value), op.index) for value in op.outputs)
         for value in op.outputs:
             writer[value] = op.index
     return graph

@@ -49,6 +49,13 @@ def resize(flow: Flow, op: Op) -> None:
         flow.refuse(op, "memory is given another size")
 
 
+@operator("set")
+def give_away(flow: Flow, op: Op) -> None:
+    """Memory that is given away, as `x.set_()` does of what is not read again; other memory may be anything."""
+    if len(op.inputs()) > 1 or op.arg("source") is not None:
+        flow.refuse(op, "is given other memory")
+
+
 @operator("as_strided", restrides=True)
 def as_strided(flow: Flow, op: Op) -> None:
     """Other strides for dims of size 1 (how pooling marks a memory format) move nothing; all else is refused."""
@@ -77,6 +84,8 @@ def view(flow: Flow, op: Op) -> None:
             parts = unflatten(flow, op, merged, [target[d] for d in outs], outs)
             for d, label in zip(outs, parts, strict=True):
                 result[d] = label
+                if label is not None and _hides_a_single_one(shape, labels, target, d):
+                    flow.floor(label, op, minimum=min(2, len(label)))
         elif len(ins) == len(outs) == 1:
             same[outs[0]] = ins[0]
     if shape == (1,) and len(target) in _CHANNELS_SECOND:
@@ -84,6 +93,19 @@ def view(flow: Flow, op: Op) -> None:
     flow.set(out, result)
     flow.pass_uniform(op)
     flow.repeats.passed(op, same)
+
+
+def _hides_a_single_one(shape: Shape, labels: Sequence[Label], target: Shape, dim: int) -> bool:
+    """Whether sizes would not tell that a dim of the result comes from the dim with channels, were there one channel.
+
+    Dims of size 1 are then taken for one another, as in a view of (6, 1, C) as (2, 3, C).
+    """
+    sources = [d for d, label in enumerate(labels) if label is not None and shape[d] > 1]
+    if len(sources) != 1 or target[dim] != shape[sources[0]]:
+        return False
+    (source,) = sources
+    single = factor_groups((*shape[:source], 1, *shape[source + 1 :]), (*target[:dim], 1, *target[dim + 1 :]))
+    return not any(source in ins and dim in outs for ins, outs in single)
 
 
 def factor_groups(shape: Shape, target: Shape) -> list[tuple[list[int], list[int]]]:

@@ -94,7 +94,17 @@ def _keep_everything(graph: ChannelGraph, budgets: Budgets, settings: Settings) 
         f"{first.metric.show(first.metric.whole)}: nothing is dropped",
         BudgetNotBindingWarning,
     )
-    return fit(graph, lambda _: Plan(graph.everything, budgets, "none", settings.policy, "none", {}))
+
+    def planner(current: ChannelGraph) -> Plan:
+        return Plan(current.everything, _counted_on(current, graph, budgets), "none", settings.policy, "none", {})
+
+    return fit(graph, planner)
+
+
+def _counted_on(current: ChannelGraph, graph: ChannelGraph, budgets: Budgets) -> Budgets:
+    """The same budgets of a graph of the same model: what a neuron is may have changed since, and so what it costs."""
+    current.speed = graph.speed
+    return budgets.on({name: current.metric(name) for name in budgets.names})
 
 
 def _attempt(
@@ -103,13 +113,11 @@ def _attempt(
     """Planning and fitting by these scores, as a function of the budgets."""
 
     def planner(current: ChannelGraph, budgets: Budgets) -> Plan:
-        current.speed = graph.speed
-        # A repair may have changed what a neuron is: the scores are projected again, and costs are counted again.
         try:
             return make_plan(
                 current,
-                scores.on(graph, current),
-                budgets.on({name: current.metric(name) for name in budgets.names}),
+                scores.on(graph, current),  # projected again, since neurons may be others
+                _counted_on(current, graph, budgets),
                 policy=settings.policy,
                 scope=settings.scope,
                 fill=settings.fill,

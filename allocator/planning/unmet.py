@@ -40,12 +40,23 @@ def unmet(
     meant = ""
     if 10 <= first.limit <= 100 < first.metric.whole and float(first.limit).is_integer():
         meant = f"; if a share is meant, write '{first.limit:.0f}%'"
+    narrower = _NARROWER if _has_groups(graph) and graph.options.groups == "whole" else ""
     return BudgetError(
         f"{asked} cannot be met with {', '.join(against)}: the smallest that can be reached is {'; '.join(found)}"
-        f"{meant}",
+        f"{meant}{narrower}",
         asked=exceeded[0].limit,
         reachable=reachable[0],
     )
+
+
+_NARROWER = (
+    "; groups of convolutions go whole here: groups='width' narrows all groups of a layer alike, and may reach less"
+)
+
+
+def _has_groups(graph: ChannelGraph) -> bool:
+    """Whether a convolution has groups of several inputs each."""
+    return any(join.kind == "groups" for flow in graph.flows for join in flow.joins)
 
 
 def _widths_of(graph: ChannelGraph) -> str:

@@ -77,9 +77,16 @@ def _channel_count(module: nn.Module | None) -> str | None:
     return "num_channels" if isinstance(module, nn.GroupNorm) else None
 
 
-def describes_itself(module: nn.Module) -> bool:
-    """Whether a layer's own sizes are known from its tensors, so that no other attribute of it needs to follow."""
-    return bool(_describe(module, {field: tuple(t.shape) for field, t in _sources(module).items()}, None))
+def told_by_tensors(module: nn.Module) -> frozenset[str]:
+    """Attributes of a layer that follow its tensors: those of torch's own class; none of a module that is no layer."""
+    sizes = _describe(module, {field: tuple(t.shape) for field, t in _sources(module).items()}, None)
+    if not sizes:
+        return frozenset()
+    own = (vars(base).get("__annotations__", {}) for base in type(module).__mro__ if base.__module__.startswith(_TORCH))
+    return frozenset(sizes).union(*own)
+
+
+_TORCH = "torch.nn."
 
 
 # What is appended to a tensor's name where it is stored, or what it is computed from. weight_norm keeps a length

@@ -154,6 +154,11 @@ def _check_indices(name: str, dims: Sequence[Indices | None], shape: tuple[int, 
         if indices is None:
             continue
         array = np.asarray(indices)
+        if not array.size and shape[dim]:
+            raise AllocationMismatchError(
+                f"{name}, dim {dim}: the allocation keeps nothing of the model's {shape[dim]}; a layer that is to be "
+                "gone is named in its field 'absent', where the forward can do without it"
+            )
         beyond = array[(array < 0) | (array >= shape[dim])]
         if len(beyond):
             raise AllocationMismatchError(

@@ -104,6 +104,10 @@ class Op:
         inside = self.call is not None and FUNCTIONS[self.call.name].takes_apart and bool(self.reads)
         return inside or self.operator.lists_views
 
+    def takes_range(self) -> bool:
+        """Whether it takes or writes a range of one dim, between numbers that it is given."""
+        return {"dim", "start", "end", "step"} <= self.operator.arguments.keys()
+
     def draws(self) -> bool:
         """Whether it draws random numbers; what drops or leaks in train mode alone does not in eval mode."""
         idle = any(self.arg(name) is False for name in ("train", "training")) or self.arg("dropout_p") == 0

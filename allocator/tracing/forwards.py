@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,6 +90,8 @@ def usual_forwards(model: nn.Module, inputs: Inputs) -> Forwards:
         if error is not None:
             notes.append(f"parameters and buffers used in train mode only stay as they are: {first_line(error)}")
         traces.append(training)
+        if error is None:
+            traces += _of_the_same_batch(model, inputs, traces)
     drawn, seeded = trace.drawn(seeded=False), trace.drawn(seeded=True)
     if seeded:
         notes.append(
@@ -234,6 +236,27 @@ def _in_train_mode(model: nn.Module, base: Trace, inputs: Inputs) -> tuple[Trace
         except ForwardError:
             continue
     return raised.partial, raised.cause
+
+
+def _of_the_same_batch(model: nn.Module, inputs: Inputs, traces: Sequence[Trace]) -> list[Trace]:
+    """A forward in train mode on the inputs themselves, where it reads what none did; else none.
+
+    A module may hold what it computed for the batch that it saw last, and compute it anew for another.
+    """
+    unread = _learned(traces[0]).difference(*map(_names_read, traces))
+    if not unread:
+        return []
+    try:
+        trace = _recorded(model, inputs, traces[0].mode, training=True)
+    except ForwardError:
+        return []
+    return [] if unread.isdisjoint(_names_read(trace)) else [trace]
+
+
+def _names_read(trace: Trace) -> set[str | None]:
+    """Parameters and buffers that it reads as they were; one that it computes has its name from then on."""
+    made = {i for op in trace.ops for i in op.outputs if i not in op.reads}
+    return {trace.values[i].name for op in trace.ops for i in op.reads if i not in made}
 
 
 _TARGETS = ("target", "targets", "label", "labels", "y", "gt")

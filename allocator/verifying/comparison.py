@@ -151,10 +151,11 @@ def _compare_where_random(pair: _Pair) -> Comparison:
 def _compare(pair: _Pair) -> Comparison:
     others = pair.inputs()
     inputs = next(others)
-    tried = pair.tried(inputs) if len(pair.like) > 1 else pair.compare(inputs)
-    if tried is None:  # what a trace on sizes alone does not see, as indices beyond a smaller image
+    own = pair.tried(inputs)
+    if own is None and len(pair.like) > 1:  # not seen by a trace on sizes alone, as indices beyond a smaller image
         return _compare(replace(pair, like=pair.like[1:]))
-    own = tried
+    if own is None:
+        inputs, own = _first_that_runs(pair, others)
     found, by_value = own, pair.graph.flow.trace.mode == "real"
     if pair.kept.all():
         return own
@@ -170,6 +171,15 @@ def _compare(pair: _Pair) -> Comparison:
             if again is not None:
                 found = found.on_another_input(again, max(found.effect, again.effect))
     return found if found.shows else replace(found, unread=pair.is_unread())
+
+
+def _first_that_runs(pair: _Pair, others: Iterator[Inputs]) -> tuple[Inputs, Comparison]:
+    """Of further inputs: a forward may check its numbers, or read them as ids. Raises what it raises on its own."""
+    for inputs in others:
+        found = pair.tried(inputs)
+        if found is not None:
+            return inputs, found
+    return pair.like[0], pair.compare(pair.like[0])
 
 
 @dataclass
