@@ -6,6 +6,7 @@ import torch
 
 from allocator.flow.flow import Flow
 from allocator.flow.labels import Label
+from allocator.operators.contraction import sum_over
 from allocator.operators.functions import area_flops
 from allocator.tracing.calls import Op
 from allocator.tracing.meta_kernels import empty
@@ -37,6 +38,8 @@ def reduce(flow: Flow, op: Op) -> None:
     reduced = {d % len(labels) for d in dims} if dims else set(range(len(labels)))
     reason = "a reduction runs over these channels"
     for d in reduced:
+        if op.name == "sum" and not flow.options.grows and _product_by_hand(flow, op, source, d):
+            continue
         if flow.options.grows and _averages(flow, op):
             flow.average(labels[d], op, reason)
         elif not (flow.options.norms == "loose" and _normalises(flow, op)):
@@ -46,6 +49,24 @@ def reduce(flow: Flow, op: Op) -> None:
         kept = [None if d in reduced else label for d, label in enumerate(labels)]
     for index in op.outputs:
         flow.set(index, kept)
+
+
+def _product_by_hand(flow: Flow, op: Op, source: int, dim: int) -> bool:
+    """Whether two tensors with these channels were multiplied, which so are contracted: a product written by hand."""
+    makers = flow.makers.get(source, ())
+    if len(makers) != 1 or makers[0].name != "mul" or len(makers[0].inputs()) != 2:
+        return False
+    factors = []
+    for value in makers[0].inputs():
+        own = dim - len(flow.shape(source)) + len(flow.shape(value))
+        label = flow.labels(value)[own] if own >= 0 and flow.shape(value)[own] == flow.shape(source)[dim] else None
+        if label is None:
+            return False
+        factors.append((value, label))
+    if factors[0][0] == factors[1][0] or not any(flow.is_activation(value) for value, _ in factors):
+        return False
+    sum_over(flow, op, *factors)
+    return True
 
 
 _DEVIATIONS = frozenset({"var", "std", "var_mean", "std_mean"})
