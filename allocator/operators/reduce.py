@@ -6,6 +6,7 @@ import torch
 
 from allocator.flow.flow import Flow
 from allocator.flow.labels import Label
+from allocator.operators.contraction import sum_over
 from allocator.operators.functions import area_flops
 from allocator.tracing.calls import Op
 from allocator.tracing.meta_kernels import empty
@@ -26,7 +27,7 @@ def _averaged(x: torch.Tensor, dims: list[int] | None = None, keepdim: bool = Fa
     "linalg_vector_norm", "norm", "argmax", "argmin", "any", "all", "median", "aminmax", "nansum", "count_nonzero",
 )  # fmt: skip
 def reduce(flow: Flow, op: Op) -> None:
-    """Reduced dims must stay, the others pass."""
+    """Reduced dims must stay, unless products are summed; the others pass."""
     source = op.inputs()[0]
     labels = flow.labels(source)
     if len(op.inputs()) == 2:
@@ -39,6 +40,8 @@ def reduce(flow: Flow, op: Op) -> None:
     for d in reduced:
         if flow.options.grows and _averages(flow, op):
             flow.average(labels[d], op, reason)
+        elif not flow.options.grows and _sums_products(flow, op, d):
+            continue
         elif not (flow.options.norms == "loose" and _normalises(flow, op)):
             flow.freeze(labels[d], op, reason)
     kept: list[Label] = [label for d, label in enumerate(labels) if d not in reduced]
@@ -46,6 +49,29 @@ def reduce(flow: Flow, op: Op) -> None:
         kept = [None if d in reduced else label for d, label in enumerate(labels)]
     for index in op.outputs:
         flow.set(index, kept)
+
+
+def _sums_products(flow: Flow, op: Op, dim: int) -> bool:
+    """Note a sum over a dim of `x * w` as the matrix product that it is; whether it is one.
+
+    The one is an activation, the other a parameter or an activation of its own: what is multiplied by itself is a norm.
+    """
+    source = op.inputs()[0]
+    back, makers = dim - len(flow.shape(source)), flow.makers.get(source, [])
+    if op.name != "sum" or len(makers) != 1 or makers[0].name != "mul" or len(makers[0].inputs()) != 2:
+        return False
+    a, b = makers[0].inputs()
+    labels = [flow.labels(i)[back] if len(flow.shape(i)) >= -back else None for i in (a, b)]
+    named = [flow.trace.values[flow.trace.root(i)].name is not None for i in (a, b)]
+    active = [flow.is_activation(i) for i in (a, b)]
+    factors = all(is_active or is_named for is_active, is_named in zip(active, named, strict=True)) and any(active)
+    if not factors or any(label is None for label in labels) or flow.trace.root(a) == flow.trace.root(b):
+        return False
+    if len({flow.shape(i)[back] for i in (source, a, b)}) > 1:
+        return False
+    flow.multiply(a, b)
+    sum_over(flow, op, (a, labels[0]), (b, labels[1]))
+    return True
 
 
 _DEVIATIONS = frozenset({"var", "std", "var_mean", "std_mean"})
