@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from types import MemberDescriptorType
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -247,9 +249,7 @@ def _copy(value: Any, memo: Memo) -> Any:
         memo[id(value)] = empty = kind()
         return empty
     if isinstance(value, nn.Module) and _copies_plainly(kind):
-        new = memo[id(value)] = kind.__new__(kind)
-        _copy_fields(value, vars(new), memo)
-        return new
+        return _copied_by_fields(value, memo)
     if kind is torch.Size:
         return torch.Size(map(int, value))  # while torch.jit traces, sizes are tensors, which nobody could copy
     if kind is tuple:
@@ -267,7 +267,46 @@ def _copy(value: Any, memo: Memo) -> Any:
         return new
     if kind in CALLABLES:
         return copy_callable(value, memo, _copy) if reaches(value, memo.own) else value
-    return copy.deepcopy(value, memo)
+    return _copied_its_own_way(value, memo) if isinstance(value, nn.Module) else copy.deepcopy(value, memo)
+
+
+def _copied_by_fields(module: nn.Module, memo: Memo) -> nn.Module:
+    kind: Any = type(module)
+    new: nn.Module = object.__new__(kind)  # a `__new__` of its own may want arguments, or give another class
+    memo[id(module)] = new
+    _copy_fields(module, vars(new), memo)
+    for name in slots_of(kind.__mro__):
+        if hasattr(module, name):
+            object.__setattr__(new, name, _copy(getattr(module, name), memo))
+    return new
+
+
+def _copied_its_own_way(module: nn.Module, memo: Memo) -> nn.Module:
+    """As its class says; by its fields where that gives no copy that takes what stands in for its tensors.
+
+    A `__deepcopy__` that builds the module anew gives other tensors, and draws random numbers for them; it does not
+    take those of another size.
+    """
+    with without_dispatch_modes():
+        drawn = torch.get_rng_state()
+    new: object = None
+    try:
+        with contextlib.suppress(TypeError, RuntimeError, AttributeError, ValueError):
+            new = copy.deepcopy(module, memo)
+    finally:
+        with without_dispatch_modes():
+            torch.set_rng_state(drawn)
+    if isinstance(new, nn.Module):
+        found = tensor_names(new)
+        if all(memo.get(id(own), own) is found.get(name) for name, own in tensor_names(module).items()):
+            return new
+    return _copied_by_fields(module, memo)
+
+
+def slots_of(bases: Iterable[type]) -> tuple[str, ...]:
+    """Names of the slots of these classes, as attributes."""
+    members = ((name, member) for base in bases for name, member in vars(base).items())
+    return tuple(name for name, member in members if type(member) is MemberDescriptorType)
 
 
 def _copied_generator(generator: torch.Generator) -> torch.Generator:
@@ -312,7 +351,7 @@ def _copies_plainly(cls: type) -> bool:
 _MAPPINGS = frozenset({dict, OrderedDict})
 _PLAIN = _MAPPINGS | {set, list}
 _ATOMS = frozenset({int, float, bool, str, type(None)})
-_COPY_HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__new__")
+_COPY_HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")
 
 
 def _as_parameter(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:

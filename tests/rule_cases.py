@@ -148,6 +148,35 @@ CONTRACTION = {
     ],
     "dot": [case(lambda m, x: torch.dot(x, m.w), Data((6,), (0,)), weights={"w": (6,)}, contracts=True)],
     "vdot": [case(lambda m, x: torch.vdot(m.w, x), Data((6,), (0,)), weights={"w": (6,)}, contracts=True)],
+    "_trilinear": [
+        case(
+            lambda m, x, y: F.bilinear(x, y, m.w, m.b),
+            Data((3, 6), (1,)),
+            Data((3, 5), (1,)),
+            weights={"w": (4, 6, 5), "b": (4,)},
+            contracts=True,
+        ),
+    ],
+    "convolution_backward": [
+        case(
+            lambda m, g, x: aten.convolution_backward(
+                g, x, m.w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
+            )[0],
+            Data((2, 4, 3, 3), (1,)),
+            image(side=3),
+            weights={"w": (4, 6, 3, 3)},
+            contracts=True,
+        ),
+        case(
+            lambda m, g, x: aten.convolution_backward(
+                g, x, m.w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+            )[:2],
+            Data((2, 4, 3, 3), (1,)),
+            image(side=3),
+            weights={"w": (4, 6, 3, 3)},
+            refused=True,
+        ),
+    ],
     "embedding": [
         case(lambda m, x: F.embedding(x, m.w), Data((2, 5), (), below(7)), weights={"w": (7, 6)}),
         case(lambda m, x: F.embedding(x, m.w), Data((2, 5), (1,), below(7)), weights={"w": (7, 6)}),
@@ -301,7 +330,14 @@ def total(function: Callable[..., Any]) -> list[Case]:
 _BITS = Data((2, 6, 4, 4), (1,), truth)
 REDUCTIONS = {
     "mean": reduction(torch.mean) + total(torch.mean),
-    "sum": reduction(torch.sum) + total(torch.sum),
+    "sum": [
+        *reduction(torch.sum),
+        *total(torch.sum),
+        case(lambda m, x: (x * m.w).sum(-1), TOKENS, weights={"w": (6,)}, contracts=True),
+        case(lambda m, x, y: (x * y).sum(1), SIGNAL, SIGNAL, contracts=True),
+        case(lambda m, x, y: (x.unsqueeze(1) * y.unsqueeze(2)).sum(-1), TOKENS, TOKENS, contracts=True),
+        *each(lambda x: (x * x).sum(1), SIGNAL),
+    ],
     "amax": reduction(torch.amax) + total(torch.amax),
     "amin": reduction(torch.amin) + total(torch.amin),
     "max": reduction(torch.max, both=False) + total(torch.max),
@@ -416,6 +452,7 @@ POINTWISE = {
     ],
     "threshold": each(lambda x: F.threshold(x, 0.1, 2.0), IMAGE),
     "softplus": each(F.softplus, IMAGE),
+    "log_sigmoid_forward": each(F.logsigmoid, IMAGE),
 }
 
 # -------------------------------------------------------------------------------------------- spatial

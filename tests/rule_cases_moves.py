@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from oracle import Case, Data, below, truth
-from rule_rows import FEATURES, IMAGE, TOKENS, aten, case, each, image
+from rule_rows import FEATURES, IMAGE, SIGNAL, TOKENS, aten, case, each, image
 
 # ------------------------------------------------------------------------------------------------- views
 
@@ -130,6 +130,15 @@ VIEWS = {
         *each(lambda x: x.repeat(2), Data((6,), (0,))),
         *each(lambda x, y: x * y.repeat(1, x.shape[1], 1, 1), IMAGE, Data((2, 1, 4, 4), ())),
     ],
+    "tril": [
+        case(lambda m, x, k=k: x @ m.w.tril(k), TOKENS, weights={"w": (6, 6)}, contracts=True) for k in (0, -1, 1, 2)
+    ],
+    "triu": [
+        *(case(lambda m, x, k=k: m.w.triu(k) @ x, SIGNAL, weights={"w": (6, 6)}, contracts=True) for k in (0, 1, -1)),
+        *each(torch.triu, IMAGE),
+        *each(torch.triu, Data((2, 6, 6), (1,))),
+        case(lambda m, x: x @ m.w.triu(), TOKENS, weights={"w": (6, 4)}, contracts=True),
+    ],
     "flip": [
         *each(lambda x: x.flip(1), IMAGE),
         *each(lambda x: x.flip(-3, 2), IMAGE),
@@ -220,6 +229,11 @@ JOINS = {
         *each(lambda x: torch.cat([x, -x], 1), IMAGE),
         *each(lambda x: torch.cat([x.new_zeros(0), x, x.new_zeros(len(x), 2, 4, 4)], 1), IMAGE),
         case(lambda m, x: torch.cat([x, m.w], 1), IMAGE, weights={"w": (2, 3, 4, 4)}),
+    ],
+    "block_diag": [
+        *each(lambda *x: torch.block_diag(*x), Data((3, 4), (0, 1)), Data((2, 5), (0, 1))),
+        *each(lambda *x: torch.block_diag(*x), Data((3, 4), (0,)), Data((2, 5), (1,))),
+        *each(lambda *x: torch.block_diag(*x), Data((3, 4), (0, 1)), Data((5,), (0,))),
     ],
     "concat": each(lambda *x: torch.concat(x, -3), IMAGE, image(3)),
     "stack": [

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from allocator import adapters
 from allocator.cost.budget import Budget, Budgets
 from allocator.errors import NothingToAllocateError, RewriteError
+from allocator.fitting import check as checking
 from allocator.fitting import fit as fitting
-from allocator.fitting.fit import MAX_ROUNDS, Fitted, check_structure, fit
+from allocator.fitting.check import check_structure
+from allocator.fitting.fit import MAX_ROUNDS, Fitted, fit
 from allocator.fitting.mends import Mends
 from allocator.fitting.repair import _alike_modules
 from allocator.flow.options import Place
@@ -386,13 +388,14 @@ class Counts(nn.Module):
         return self.read(y) + self.last(x) * float(y.shape[-1])
 
 
-def test_where_the_call_lost_nothing_the_last_before_it_that_did_is_frozen() -> None:
+def test_where_the_call_lost_nothing_what_it_counts_is_frozen() -> None:
     found = fitted(nn.Sequential(Counts()), {"0.inner": [0]}, torch.zeros(2, 4))
     assert found.allocation.kept == {}
     (note,) = found.notes
-    assert note.startswith("the neurons at aten.mul.Tensor in 0 stay: has the number 5.0, expected 6.0")
+    counts = "which aten.mul.Tensor in 0 counts: has the number 5.0, expected 6.0"
+    assert note.startswith(f"the neurons at aten.linear.default in 0.inner stay, {counts}")
     (place,) = found.graph.options.frozen
-    assert (place.module, place.operator) == ("0.read", "linear")
+    assert (place.module, place.operator, place.part) == ("0.inner", "linear", "gives")
 
 
 class Strict(nn.Module):
@@ -445,7 +448,7 @@ def test_a_result_is_traced_without_storage_where_the_original_is(monkeypatch: p
     copied: list[str] = []
 
     def noting(name: str) -> Callable[..., Any]:
-        own = getattr(fitting, name)
+        own = getattr(checking, name)
 
         def take(*args: Any) -> Any:
             copied.append(name)
@@ -454,7 +457,7 @@ def test_a_result_is_traced_without_storage_where_the_original_is(monkeypatch: p
         return take
 
     for name in ("take", "take_on_meta"):
-        monkeypatch.setattr(fitting, name, noting(name))
+        monkeypatch.setattr(checking, name, noting(name))
     model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 3, 1)).eval()
     fit(graph_of(model, X), planner({"0": [1]}))
     assert set(copied) == {"take_on_meta"}

@@ -397,9 +397,15 @@ class Numberless:
     __array__ = _raises
 
 
-class Copied(Branches):
+class Uncopied:
     def __deepcopy__(self, memo: Any) -> Any:
         return _raises()
+
+
+class Copied(Branches):
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = Uncopied()
 
 
 SPEECHLESS: dict[str, Callable[[], Any]] = {

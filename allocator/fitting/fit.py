@@ -9,6 +9,7 @@ import numpy as np
 
 from allocator import adapters
 from allocator.errors import NothingToAllocateError, RewriteError, first_line
+from allocator.fitting.check import check_structure
 from allocator.fitting.mends import Mends
 from allocator.fitting.repair import repair
 from allocator.graph.build import elsewhere, without_forward
@@ -16,7 +17,7 @@ from allocator.graph.channel_graph import ChannelGraph
 from allocator.planning.plan import Plan
 from allocator.rewriting.allocation import Allocation
 from allocator.rewriting.describe import AttributeKey, complete, describe
-from allocator.rewriting.index_map import Maps, maps_of, take, take_buffers, take_on_meta
+from allocator.rewriting.index_map import Maps, maps_of, take_buffers
 from allocator.rewriting.materialise import materialise
 from allocator.verifying.structure import Mismatch, find_mismatch
 
@@ -98,13 +99,6 @@ def _repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, n
         return repair(graph, plan, mismatch, mends, notes)
     except RewriteError as error:
         return without_forward(graph, which, first_line(error))
-
-
-def check_structure(graph: ChannelGraph, maps: Maps, allocation: Allocation) -> Mismatch | None:
-    """Trace the rewritten model on meta tensors and compare; None where it is the image of the original."""
-    on_meta = all(flow.trace.mode == "meta" for flow in graph.flows)
-    small = materialise(graph.model, allocation, take_on_meta if on_meta else take)
-    return find_mismatch(graph, maps, small, copied=on_meta)
 
 
 def with_configuration(graph: ChannelGraph, maps: Maps, allocation: Allocation, notes: list[str]) -> Allocation:

@@ -13,10 +13,11 @@ from torch import nn
 
 from allocator import adapters
 from allocator.errors import RewriteError
+from allocator.fitting.counted import layers_counted
 from allocator.fitting.mends import Mends
 from allocator.flow.flow import Flow
 from allocator.flow.labels import FROZEN
-from allocator.flow.options import Options, Pair, Place
+from allocator.flow.options import Options, Pair, Place, gives_dim
 from allocator.graph.build import rebuilt
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import attribute_of, lies_within
@@ -75,8 +76,11 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
         notes.append(f"the neurons at {given} stay: {mismatch.module} is given them, and {mismatch.what}{hint}")
         options = graph.options.freezing([flow.places[given.index]._replace(part="gives")])
     else:
-        notes.append(f"the neurons at {op} stay: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
-        options = _freeze(graph, flow, mismatch, op, plan)
+        counted_at = _counted_elsewhere(scene, mismatch, op)
+        where = f"{' and '.join(map(str, counted_at))} stay, which {op} counts" if counted_at else f"{op} stay"
+        notes.append(f"the neurons at {where}: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
+        places = {place for each in counted_at for place in _freezing(graph, flow, each, "gives").frozen}
+        options = graph.options.freezing(places) if places else _freeze(graph, flow, mismatch, op, plan)
     before = {place.module for place in graph.options.frozen} | graph.options.equal_parts
     mends.forget(_meant(graph, op.module, before))
     mends.retract(notes)
@@ -334,6 +338,16 @@ def _labels_of(flow: Flow, op: Op) -> Iterable[np.ndarray]:
                     yield label[:once]
 
 
+def _counted_elsewhere(scene: _Scene, mismatch: Mismatch, op: Op) -> list[Op]:
+    """Calls that give the channels which a call counts that reads and gives others; nothing where it counts its own."""
+    graph, plan = scene.graph, scene.plan
+    slots = np.concatenate([np.zeros(0, dtype=np.int64), *(label.reshape(-1) for label in _labels_of(scene.flow, op))])
+    own = graph.units(slots)
+    if mismatch.module is not None or not (mismatch.is_number or plan.kept[own].all()):
+        return []
+    return layers_counted(graph, plan, mismatch, scene.mends.attributes(), own)
+
+
 # What stays -----------------------------------------------------------------------------------------
 
 
@@ -361,13 +375,18 @@ def _freeze(graph: ChannelGraph, flow: Flow, mismatch: Mismatch, op: Op, plan: P
 
     What its module does comes first, also what it would do next: a module may check its sizes before it does anything.
     Of a call that was not made, since the forward raised before, what it was to read: what it would have given had no
-    part in it, and may be a whole stream's.
+    part in it, and may be a whole stream's. Of one that gives other sizes, the dims that these are of.
     """
     stays = graph.stays(plan.kept)
+    labels = {(which, dim): flow.labels(op.outputs[which])[dim] for which, dim in mismatch.dims}
+    lost = [at for at, label in labels.items() if label is not None and (stays[label] != 1).any()]
+    if lost:
+        dims = [_freezing(graph, flow, op, gives_dim(*at)).frozen for at in lost]
+        return graph.options.freezing(frozenset[Place]().union(*dims))
     ops = flow.trace.ops
     read = (label for i in op.inputs() if flow.trace.values[i].name is None for label in flow.labels(i))
-    lost = any(label is not None and (stays[label] != 1).any() for label in read)
-    if mismatch.module is not None and lost and not graph.options.freezes(flow.places[op.index], "reads"):
+    reads_less = any(label is not None and (stays[label] != 1).any() for label in read)
+    if mismatch.module is not None and reads_less and not graph.options.freezes(flow.places[op.index], "reads"):
         return _freezing(graph, flow, op, "reads")
     nearest = [*ops[: op.index][::-1], *ops[op.index :]]
     within = [other for other in nearest if not op.module or lies_within(other.module, [op.module])]

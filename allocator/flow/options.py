@@ -13,7 +13,7 @@ class Place(NamedTuple):
     """A call by its module, its operator's name, and which of its calls there it is; None for all of them.
 
     By its place the same call is found again in the trace of a rewritten model. What it "reads" or "gives" may be meant
-    alone, "" for both.
+    alone, or a dim of a tensor that it gives ("gives 0, 2"); "" for all.
     """
 
     module: str
@@ -24,6 +24,11 @@ class Place(NamedTuple):
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Slots, and those that go with them, place by place."""
+
+
+def gives_dim(which: int, dim: int) -> str:
+    """The part of a place that is one dim of one of the tensors that the call gives."""
+    return f"gives {which}, {dim}"
 
 
 def places_of(trace: Trace) -> list[Place]:

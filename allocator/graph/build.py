@@ -16,7 +16,7 @@ from allocator.flow.facts import Attribute, Facts, Frozen, Gamma, Multiple, Tie
 from allocator.flow.flow import Flow
 from allocator.flow.follow import run_rules
 from allocator.flow.labels import Slots
-from allocator.flow.options import Options
+from allocator.flow.options import Options, gives_dim
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.graph.fixed_maps import freeze_beyond_fixed_maps
 from allocator.graph.neurons import number_neurons
@@ -234,11 +234,21 @@ def _freeze_for_unseen(flow: Flow, names: Collection[str]) -> None:
 
 def _freeze_misfits(flow: Flow, options: Options) -> None:
     """What a repair found: calls at which the rewritten forward does not fit unless their neurons stay."""
-    for op, place in zip(flow.trace.ops, flow.places, strict=True) if options.frozen else ():
+    named = {place[:2] for place in options.frozen}
+    for op, place in zip(flow.trace.ops, flow.places, strict=True) if named else ():
+        if place[:2] not in named:
+            continue
         # What is learned is read too, but holds what the call gives as well: it goes with what meets it.
         both = options.freezes(place, "reads") and options.freezes(place, "gives")
         reads = [i for i in op.inputs() if both or flow.trace.values[i].name is None]
         for part, values in (("reads", reads), ("gives", op.outputs)):
             for value in values if options.freezes(place, part) else ():
                 for label in flow.labels(value):
-                    flow.freeze(label, op, "the rewritten forward did not fit here")
+                    flow.freeze(label, op, _MISFIT)
+        for which, value in enumerate(op.outputs):
+            for dim, label in enumerate(flow.labels(value)):
+                if options.freezes(place, gives_dim(which, dim)):
+                    flow.freeze(label, op, _MISFIT)
+
+
+_MISFIT = "the rewritten forward did not fit here"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,15 @@ def _convolved(
     output_padding: list[int],
     groups: int,
 ) -> torch.Tensor | None:
-    """What a plain convolution gives on meta tensors; None where it is of another sort, or does not fit."""
+    """What a plain convolution gives on meta tensors; None where it is of another sort, or does not fit.
+
+    Raises:
+        RuntimeError: it does not fit, and torch sees that on values alone.
+    """
+    if transposed and x.shape[1] != weight.shape[0]:
+        raise RuntimeError(f"a weight of {weight.shape[0]} input channels is given {x.shape[1]} channels")
+    if bias is not None and bias.numel() != weight.shape[int(transposed)] * (groups if transposed else 1):
+        raise RuntimeError(f"a weight of shape {tuple(weight.shape)} is given a bias of {bias.numel()} numbers")
     plain = not transposed and x.dim() == weight.dim() and x.is_contiguous() and weight.is_contiguous()
     if not plain or x.dtype != weight.dtype or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
         return None
@@ -134,6 +143,27 @@ def convolution(flow: Flow, op: Op) -> None:
     for label in flow.labels(x)[2:]:
         flow.freeze(label, op, "a convolution runs along this dim")
     flow.set(op.outputs[0], [flow.labels(x)[0], written, *spatial])
+
+
+def _gradient_flops(flow: Flow, op: Op) -> list[Product]:
+    """Of the gradient of what was read, as torch's own counter has it; fvcore cannot count a forward that takes one."""
+    grad, _, weight = op.inputs()[:3]
+    return [times(elements(flow, grad, math.prod(flow.shape(grad)[2:]), slice(0, 1)), elements(flow, weight))]
+
+
+@operator("convolution_backward", flops=_gradient_flops, multiplies=(0, 2), sized=True)
+def convolution_backward(flow: Flow, op: Op) -> None:
+    """The gradient of what a convolution read: that of what it gave (dim 1) is contracted with the weight."""
+    grad, x, weight = op.inputs()[:3]
+    if int(op.arg("groups")) > 1 or op.arg("transposed") or list(op.arg("output_mask")) != [True, False, False]:
+        flow.refuse(op, "the gradient of a weight, or of a convolution with groups")
+        return
+    written, read = flow.labels(weight)[:2]
+    sum_over(flow, op, (grad, flow.labels(grad)[1]), (weight, written))
+    flow.freeze_all([*flow.labels(grad)[2:], *flow.labels(x)[2:]], op, "a convolution runs along this dim")
+    batch = flow.unify_all([flow.labels(grad)[0], flow.labels(x)[0]], op)
+    channels = flow.unify_all([flow.labels(x)[1], read], op)
+    flow.set(op.outputs[0], [batch, channels, *[None] * (len(flow.shape(x)) - 2)])
 
 
 def _grouped(flow: Flow, op: Op, x: int, weight: int, groups: int, transposed: bool) -> Label:
@@ -304,6 +334,27 @@ def inner_product(flow: Flow, op: Op) -> None:
     a, b = op.inputs()
     sum_over(flow, op, (a, flow.labels(a)[0]), (b, flow.labels(b)[0]))
     flow.set(op.outputs[0], [])
+
+
+@operator("_trilinear")
+def three_way_product(flow: Flow, op: Op) -> None:
+    """Three tensors, spread over common dims, multiplied and summed over some of these: `torch.nn.Bilinear`."""
+    inputs, spread = op.inputs(), [set(op.arg(f"expand{i}")) for i in (1, 2, 3)]
+    rank = len(flow.shape(inputs[0])) + len(spread[0])
+    result: list[Label] = []
+    for dim in range(rank):
+        there = [
+            (i, sum(d not in new for d in range(dim))) for i, new in zip(inputs, spread, strict=True) if dim not in new
+        ]
+        labels = [(i, flow.labels(i)[own]) for i, own in there]
+        if dim in op.arg("sumdim"):
+            for other in labels[1:]:
+                sum_over(flow, op, labels[0], other)
+        else:
+            result.append(flow.unify_all([label for _, label in labels], op))
+            for i, label in labels:
+                flow.produce(label, op, i)
+    flow.set(op.outputs[0], result)
 
 
 def _add_bias(flow: Flow, op: Op, bias: int) -> None:

@@ -62,3 +62,13 @@ def stack(flow: Flow, op: Op) -> None:
         if label is not None and len(inputs) > 1:
             flow.join("stack", op, d, inputs)
     flow.set(op.outputs[0], [*labels[:dim], None, *labels[dim:]])
+
+
+@operator("block_diag")
+def block_diagonal(flow: Flow, op: Op) -> None:
+    """Matrices one after the other in rows and in columns, with zeros around them."""
+    inputs = list(op.inputs())
+    if any(len(flow.shape(i)) != 2 for i in inputs):
+        flow.refuse(op, "blocks that are no matrices")
+        return
+    flow.set(op.outputs[0], [_joined(flow, op, inputs, dim) for dim in (0, 1)])

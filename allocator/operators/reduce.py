@@ -38,10 +38,10 @@ def reduce(flow: Flow, op: Op) -> None:
     reduced = {d % len(labels) for d in dims} if dims else set(range(len(labels)))
     reason = "a reduction runs over these channels"
     for d in reduced:
+        if op.name == "sum" and not flow.options.grows and _product_by_hand(flow, op, source, d):
+            continue
         if flow.options.grows and _averages(flow, op):
             flow.average(labels[d], op, reason)
-        elif not flow.options.grows and _sums_products(flow, op, d):
-            continue
         elif not (flow.options.norms == "loose" and _normalises(flow, op)):
             flow.freeze(labels[d], op, reason)
     kept: list[Label] = [label for d, label in enumerate(labels) if d not in reduced]
@@ -51,26 +51,23 @@ def reduce(flow: Flow, op: Op) -> None:
         flow.set(index, kept)
 
 
-def _sums_products(flow: Flow, op: Op, dim: int) -> bool:
-    """Note a sum over a dim of `x * w` as the matrix product that it is; whether it is one.
-
-    The one is an activation, the other a parameter or an activation of its own: what is multiplied by itself is a norm.
-    """
-    source = op.inputs()[0]
-    back, makers = dim - len(flow.shape(source)), flow.makers.get(source, [])
-    if op.name != "sum" or len(makers) != 1 or makers[0].name != "mul" or len(makers[0].inputs()) != 2:
+def _product_by_hand(flow: Flow, op: Op, source: int, dim: int) -> bool:
+    """Whether two tensors with these channels were multiplied, which so are contracted: a product written by hand."""
+    makers = flow.makers.get(source, ())
+    if len(makers) != 1 or makers[0].name != "mul" or len(makers[0].inputs()) != 2:
         return False
-    a, b = makers[0].inputs()
-    labels = [flow.labels(i)[back] if len(flow.shape(i)) >= -back else None for i in (a, b)]
-    named = [flow.trace.values[flow.trace.root(i)].name is not None for i in (a, b)]
-    active = [flow.is_activation(i) for i in (a, b)]
-    factors = all(is_active or is_named for is_active, is_named in zip(active, named, strict=True)) and any(active)
-    if not factors or any(label is None for label in labels) or flow.trace.root(a) == flow.trace.root(b):
+    factors = []
+    for value in makers[0].inputs():
+        own = dim - len(flow.shape(source)) + len(flow.shape(value))
+        label = flow.labels(value)[own] if own >= 0 and flow.shape(value)[own] == flow.shape(source)[dim] else None
+        if label is None:
+            return False
+        factors.append((value, label))
+    passive = [value for value, _ in factors if not flow.is_activation(value)]
+    computed = any(flow.trace.values[flow.trace.root(value)].name is None for value in passive)
+    if factors[0][0] == factors[1][0] or len(passive) > 1 or computed:  # exp(weight) is not zero where the weight is
         return False
-    if len({flow.shape(i)[back] for i in (source, a, b)}) > 1:
-        return False
-    flow.multiply(a, b)
-    sum_over(flow, op, (a, labels[0]), (b, labels[1]))
+    sum_over(flow, op, *factors)
     return True
 
 

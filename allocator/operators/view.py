@@ -298,6 +298,24 @@ def _backwards(label: Label) -> Label:
     return None if label is None else label[::-1]
 
 
+_ORDERED = {"tril": (0, -1), "triu": (0, 1)}
+"""Diagonals that a triangle of a square begins at, so that it holds what it should of any rows and the same columns."""
+
+
+@operator("tril", "triu")
+def triangle(flow: Flow, op: Op) -> None:
+    """Numbers on one side of a diagonal: rows and columns go together, as which side one is on is their order."""
+    labels = flow.labels(op.inputs()[0])
+    rows, columns = labels[-2:]
+    square = rows is not None and columns is not None and len(rows) == len(columns)
+    if square and not flow.options.grows and int(op.arg("diagonal") or 0) in _ORDERED[op.name.rstrip("_")]:
+        flow.unify(rows, columns, op)
+    else:
+        flow.freeze_all([rows, columns], op, "a triangle holds numbers by their places")
+    for index in op.outputs:
+        flow.set(index, labels)
+
+
 @operator("pixel_shuffle")
 def pixel_shuffle(flow: Flow, op: Op) -> None:
     """(C r r, H, W) to (C, H r, W r): a channel's r*r inputs go together."""

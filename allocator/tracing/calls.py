@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from allocator.tracing.exchange import Exchange
 from allocator.tracing.inputs import Inputs
 from allocator.tracing.operators import FUNCTIONS, Declaration, Operator, operator_of
 
@@ -139,6 +140,7 @@ class Trace:
         left: tensors whose numbers the forward gave to what is not torch (numpy, lists).
         said: numbers and words that the model returned beside tensors, in order.
         by_value: names of parameters that a forward on values wrote into, though none of these calls does.
+        exchanged: members of modules that stood in each other's place.
     """
 
     ops: list[Op]
@@ -153,6 +155,7 @@ class Trace:
     left: list[int] = field(default_factory=list)
     said: tuple[Any, ...] = ()
     by_value: set[str] = field(default_factory=set, repr=False)
+    exchanged: tuple[Exchange, ...] = ()
 
     def live(self, gone: Collection[int] = frozenset()) -> list[Op]:
         """Calls that the outputs depend on, in order; those that only serve values in `gone` do not count.

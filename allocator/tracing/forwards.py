@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +14,10 @@ from torch import nn
 from allocator.errors import first_line, text_of
 from allocator.modules import tensor_names
 from allocator.tracing.calls import Trace
+from allocator.tracing.exchange import rounds_of
 from allocator.tracing.inputs import Inputs
 from allocator.tracing.isolation import looked_at_once
-from allocator.tracing.record import ForwardError, record, trace_forward
+from allocator.tracing.record import ForwardError, record, record_again, trace_forward
 from allocator.tracing.value_sized import value_sized
 from allocator.tracing.variations import batch_of, dims_of_sides, larger, smaller, with_batch, with_sides
 
@@ -37,10 +39,14 @@ class Forwards:
     @property
     def unseen(self) -> set[str]:
         """Parameters and buffers that no forward read, where one in train mode raised, which may read them."""
-        first = self.traces[0]
         if not any(trace.unfinished for trace in self.traces):
             return set()
-        return _learned(first) - {value.name for trace in self.traces for value in trace.values}
+        return self.unread
+
+    @property
+    def unread(self) -> set[str]:
+        """Parameters and buffers that no forward reads."""
+        return _learned(self.traces[0]) - {value.name for trace in self.traces for value in trace.values}
 
     def holds(self) -> str:
         """With which inputs a result was held against the original, in words."""
@@ -49,8 +55,17 @@ class Forwards:
             sizes = [trace.inputs.sizes() for trace in self.traces if trace.training is training]
             if sizes:
                 said.append(f"in {'train' if training else 'eval'} mode with {_listed(sizes)}")
+        stood_in = [str(each) for trace in self.traces for each in trace.exchanged]
+        said += [f"and with {_some(stood_in)}"] if stood_in else []
         not_run = f"; not so {'; '.join(self.refused)}" if self.refused else ""
-        return f"held against the original {', '.join(said)}{not_run}"
+        unread = sorted(name for name in self.unread if isinstance(self._tensors[name], nn.Parameter))
+        left = f"; no forward reads {_some(unread)}, which stay as they are" if unread else ""
+        return f"held against the original {', '.join(said)}{not_run}{left}"
+
+    @property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        modules = self.traces[0].modules
+        return tensor_names(modules[""], modules)
 
     def of(self, model: nn.Module) -> Forwards:
         """The same forwards of another model."""
@@ -65,7 +80,7 @@ class Forwards:
 
 def _again(model: nn.Module, trace: Trace) -> Trace:
     try:
-        return record(model, trace.inputs, trace.mode, training=trace.training)
+        return record_again(model, trace)
     except ForwardError as error:
         return error.partial
 
@@ -73,6 +88,14 @@ def _again(model: nn.Module, trace: Trace) -> Trace:
 def _listed(items: list[str]) -> str:
     *most, last = dict.fromkeys(items)
     return f"{', '.join(most)} and {last}" if most else last
+
+
+def _some(items: list[str]) -> str:
+    """The first few of them, and how many more there are."""
+    return _listed(items) if len(items) <= _SAID else f"{', '.join(items[:_SAID])} and {len(items) - _SAID} more"
+
+
+_SAID = 3
 
 
 def usual_forwards(model: nn.Module, inputs: Inputs) -> Forwards:
@@ -120,7 +143,22 @@ def more_forwards(model: nn.Module, first: Forwards) -> Forwards:
     trials = _Trials(model, base.mode)
     with looked_at_once(model):
         trials.others(base, in_train_mode=any(trace.training for trace in first.traces))
-    return replace(first, traces=(*first.traces, *trials.traces), refused=tuple(trials.refused))
+        found = replace(first, traces=(*first.traces, *trials.traces), refused=tuple(trials.refused))
+        return replace(found, traces=(*found.traces, *_with_others_in_place(model, found)))
+
+
+def _with_others_in_place(model: nn.Module, found: Forwards) -> list[Trace]:
+    """Forwards in which members of modules that no forward ran stand in the place of others, as far as they fit."""
+    base, unread, traces = found.traces[0], found.unread, list[Trace]()
+    read = {value.name for value in base.values if value.name is not None}
+    for exchanges in rounds_of(base.modules, read, unread) if unread else ():
+        together = [exchanges] if len(exchanges) == 1 else [exchanges, *((each,) for each in exchanges)]
+        for some in together:
+            with contextlib.suppress(ForwardError):
+                traces.append(record(model, base.inputs, base.mode, exchanges=some))
+                if some is exchanges:
+                    break
+    return traces
 
 
 class _Trials:

@@ -9,13 +9,14 @@ import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from types import CellType, CodeType, FunctionType, MappingProxyType, MemberDescriptorType, ModuleType
+from types import CellType, CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import nn
 
+from allocator.modules import slots_of
 from allocator.torch_private import without_dispatch_modes
 
 _FOREIGN = ("torch", "numpy", "builtins", "typing", "abc", "collections", "functools", "allocator")
@@ -190,8 +191,7 @@ def _held_by(value: Any) -> list[Any]:
 @functools.lru_cache(maxsize=1024)
 def _slots_of(cls: type) -> tuple[str, ...]:
     """Names of the slots of a class that is none of torch's or of the language's, as attributes."""
-    named = (vars(base).items() for base in cls.__mro__ if _is_own(base))
-    return tuple(name for members in named for name, value in members if type(value) is MemberDescriptorType)
+    return slots_of(base for base in cls.__mro__ if _is_own(base))
 
 
 def _slots(value: Any) -> tuple[str, ...]:

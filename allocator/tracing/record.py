@@ -15,25 +15,24 @@ from torch.overrides import TorchFunctionMode
 
 from allocator import adapters
 from allocator.errors import TraceError, text_of
-from allocator.logs import hidden
 from allocator.modules import modules_of, on_a_copy, tensor_names
 from allocator.torch_private import (
-    FAKE_LOGGER,
     LITERALS,
     TorchDispatchMode,
     call_as_usual,
     call_by,
     call_by_itself,
-    fake_tensors,
     is_transformed,
     past_dispatch,
     tree_flatten,
 )
 from allocator.tracing import meta_kernels
 from allocator.tracing.calls import Call, Op, Ref, Trace, Value
-from allocator.tracing.inputs import Inputs, device_of
+from allocator.tracing.exchange import Exchange, exchanged
+from allocator.tracing.inputs import Inputs
 from allocator.tracing.isolation import apart, undisturbed
 from allocator.tracing.journal import unnoted
+from allocator.tracing.modes import converter
 from allocator.tracing.operators import AS_ONE_CALL, FUNCTIONS, Function, operator_of
 from allocator.tracing.outputs import UnseenOutputError, as_data, require_seen, said_in, tensors_in
 from allocator.tracing.seeds import Seeds
@@ -87,7 +86,13 @@ _OF_FUNCTIONS = re.compile(r"no rule registered for HigherOrderOperator (\w+)")
 
 
 def record(
-    model: nn.Module, inputs: Inputs, mode: str = "meta", *, training: bool = False, copied: bool = False
+    model: nn.Module,
+    inputs: Inputs,
+    mode: str = "meta",
+    *,
+    training: bool = False,
+    copied: bool = False,
+    exchanges: tuple[Exchange, ...] = (),
 ) -> Trace:
     """Record one forward in the given mode; `ForwardError` if it raises.
 
@@ -97,12 +102,14 @@ def record(
         mode: "meta", "fake" or "real".
         training: record in train mode.
         copied: run `model` itself.
+        exchanges: members of its modules that stand in each other's place meanwhile.
     """
     with contextlib.ExitStack() as stack:
-        convert = _converter(model, mode, stack)
+        convert = converter(model, mode, stack)
 
         def forward(running: nn.Module) -> _Ran:
-            return _run(model, running, inputs, inputs.map(lambda t: convert("", t)), mode, training=training)
+            converted = inputs.map(lambda t: convert("", t))
+            return _run(model, running, inputs, converted, mode, exchanges, training=training)
 
         made: dict[str, torch.Tensor] = {}
 
@@ -114,8 +121,10 @@ def record(
     if ran.raised is not None:
         ran.recorder.drop_unfinished()
         partial = ran.recorder.compact(None, ran.modules, mode, training, unfinished=True)
+        partial.exchanged = exchanges
         raise ForwardError(ran.raised, ran.recorder.path, partial) from ran.raised
     trace = ran.recorder.compact(ran.output, ran.modules, mode, training)
+    trace.exchanged = exchanges
     own = tensor_names(model, ran.modules) if made else {}
     trace.by_value.update(name for name, each in own.items() if name in made and not torch.equal(made[name], each))
     return trace
@@ -130,7 +139,16 @@ class _Ran(NamedTuple):
     modules: dict[str, nn.Module]
 
 
-def _run(model: nn.Module, running: nn.Module, inputs: Inputs, converted: Inputs, mode: str, *, training: bool) -> _Ran:
+def _run(
+    model: nn.Module,
+    running: nn.Module,
+    inputs: Inputs,
+    converted: Inputs,
+    mode: str,
+    exchanges: tuple[Exchange, ...],
+    *,
+    training: bool,
+) -> _Ran:
     """Run a copy of `model`, or itself where it is one, on inputs as it takes them."""
     recorder = _Recorder(running, inputs, mode)
     adapters.take_any_width(recorder.modules)
@@ -147,6 +165,7 @@ def _run(model: nn.Module, running: nn.Module, inputs: Inputs, converted: Inputs
         if mode != "real":
             stack.enter_context(adapters.while_tracing())
         stack.enter_context(recorder.following())
+        stack.enter_context(exchanged(recorder.modules, exchanges))
         stack.enter_context(_Functions(recorder))
         stack.enter_context(recorder)
         try:
@@ -159,28 +178,10 @@ def _run(model: nn.Module, running: nn.Module, inputs: Inputs, converted: Inputs
     return _Ran(recorder, output, raised, modules)
 
 
-def _converter(model: nn.Module, mode: str, stack: contextlib.ExitStack) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    if mode == "meta":
-        return lambda _, t: _without_values(t)
-    if mode == "fake":
-        fake = fake_tensors()
-        stack.enter_context(hidden(FAKE_LOGGER))  # what raises is said by us
-        stack.enter_context(fake)
-        device = device_of(model)
-
-        def convert(_: str, t: torch.Tensor) -> torch.Tensor:
-            if t.is_meta and device.type != "meta":  # a size without values
-                return torch.empty(t.shape, dtype=t.dtype, device=device)
-            return fake.from_tensor(t.data)  # `detach` would share its count of writes
-
-        return convert
-    return lambda _, t: t.detach().clone()
-
-
-def _without_values(t: torch.Tensor) -> torch.Tensor:
-    if t.is_meta and t.layout is torch.strided:
-        return meta_kernels.like(t, t.dtype)  # torch's own way takes several times as long
-    return torch.empty_like(t, device="meta")
+def record_again(model: nn.Module, trace: Trace, *, copied: bool = False) -> Trace:
+    """Record the forward of a trace once more, of the same or another model; `ForwardError` if it raises."""
+    exchanges = trace.exchanged
+    return record(model, trace.inputs, trace.mode, training=trace.training, copied=copied, exchanges=exchanges)
 
 
 # Fake tensors ask each other where they lie; that reads no values.

@@ -162,31 +162,49 @@ class Draw:
     """Weights drawn from a seed, the same for a name whatever is kept of it.
 
     Matrices and kernels are uniform with the variance 2 / fan-in (He et al., ICCV 2015), vectors uniform in
-    0.5..1.5, so that signals neither vanish nor grow on their way; of buffers only running statistics are drawn. They
-    are numbers of float32, which any wider dtype holds.
+    0.5..1.5, so that signals neither vanish nor grow on their way; of buffers running statistics are drawn, and masks
+    opened. They are numbers of float32, which any wider dtype holds.
     """
 
     def __init__(self, graph: ChannelGraph, seed: int, maps: Maps | None = None) -> None:
-        self.shapes, self.seed, self.maps = graph.slots.shapes, seed, maps or {}
+        self.graph, self.shapes, self.seed, self.maps = graph, graph.slots.shapes, seed, maps or {}
 
     def __call__(self, name: str, own: torch.Tensor) -> torch.Tensor:
         shape = self.shapes[name]
         statistic = name.endswith(("running_mean", "running_var"))
-        if not shape or not (isinstance(own, nn.Parameter) or statistic):
+        if not shape:
             return own
         generator = np.random.Generator(np.random.SFC64(zlib.crc32(f"{self.seed} {name}".encode())))
         values = torch.from_numpy(generator.random(shape, dtype=np.float32))
+        if not (isinstance(own, nn.Parameter) or statistic):
+            opened = self._opened(name, values)
+            return own if opened is None else part_of(opened, self.maps.get(name, ())).to(own.device)
         if len(shape) == 1:
             values += 0.5
         else:
             values = values.mul_(2).sub_(1).mul_((6 / max(math.prod(shape[1:]), 1)) ** 0.5)
         return part_of(values, self.maps.get(name, ())).to(own.device)
 
+    def _opened(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
+        """A buffer that closes neurons, by zeros or truth values, where they are not closed; None for any other.
+
+        What it closes is what goes first, and would show nothing.
+        """
+        own, starts = self.graph.tensors[name].detach(), self.graph.slots.base[name]
+        neurons = torch.zeros(own.shape, dtype=torch.bool)
+        for dim, (start, size) in enumerate(zip(starts, own.shape, strict=True)):
+            free = torch.from_numpy(self.graph.unit_of_slot[start : start + size] >= 0)
+            neurons |= free.view(-1, *[1] * (own.dim() - dim - 1))
+        if own.dtype == torch.bool:
+            return own.cpu() ^ (neurons & (values < 0.5)) if neurons.any() else None
+        closed = neurons & (own == 0).cpu() if own.is_floating_point() else neurons.zero_()
+        return own.cpu().masked_fill(closed, 1.0) if closed.any() else None
+
 
 def _value(name: str, tensor: torch.Tensor, draw: Draw | None, nudge: int, dtype: torch.dtype) -> torch.Tensor:
     """What stands in for a weight: one that is drawn, or is changed a little."""
     value = tensor if draw is None else draw(name, tensor)
-    return _nudged(value, name, nudge, dtype) if nudge else value
+    return _nudged(value, name, nudge, dtype) if nudge and value.is_floating_point() else value
 
 
 _GIVING = frozenset({"numpy", "__array__", "__dlpack__"})
@@ -232,6 +250,8 @@ class _Wide(TorchFunctionMode):
         declared = FUNCTIONS.get(name)
         if declared is not None and declared.orders:
             args, kwargs = map_arguments(_rounded, (args, kwargs))
+        if declared is not None and declared.trusts and any(bool(t.isnan().any()) for t in tensors_in((args, kwargs))):
+            raise ValueError(f"{name} is given NaN, at which it may end the process")
         called = functools.partial(_convolve, func) if func in _CONVOLUTIONS else func
         if self.alike and declared is not None and declared.in_parts is not None:
             called = declared.in_parts  # fused, it would draw within
@@ -320,7 +340,7 @@ class _Wide(TorchFunctionMode):
         if known is not None:
             return known[1]
         name, value = self.names.get(id(leaf)), leaf
-        if name is not None and leaf.is_floating_point():
+        if name is not None and (leaf.is_floating_point() or leaf.dtype == torch.bool):
             value = _value(name, leaf, self.draw, self.nudge, self.dtype)
         wide = self.widen(value)
         if wide is not leaf and id(leaf) in self.weights:

@@ -26,7 +26,7 @@ from allocator.modules import numbers_of, shapes_of
 from allocator.rewriting.index_map import Maps, renumbered
 from allocator.tracing.calls import Op, Ref, Trace
 from allocator.tracing.isolation import looked_at_once
-from allocator.tracing.record import ForwardError, record
+from allocator.tracing.record import ForwardError, record_again
 from allocator.verifying.image import Image
 
 
@@ -40,6 +40,7 @@ class Mismatch:
         module: path of the module whose forward raised; None where none did.
         forward: which of the graph's flows it is in.
         misplaced: slots of the original that are there, in other places than they should be.
+        dims: where the call gives a tensor of other sizes, which these are: (which tensor, dim).
     """
 
     op: Op | None
@@ -47,9 +48,20 @@ class Mismatch:
     module: str | None = None
     forward: int = 0
     misplaced: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64), repr=False, compare=False)
+    dims: tuple[tuple[int, int], ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is a number in the call, or beside what is returned."""
+        return self.what.startswith((_NUMBER, _SAYS))
 
     def __str__(self) -> str:
         return f"{self.op or 'a forward without calls'}: {self.what}"
+
+
+_NUMBER = "has the number"
+_SAYS = "the model returns"
+_SHAPE = "shape"
 
 
 def find_mismatch(graph: ChannelGraph, maps: Maps, small: nn.Module, *, copied: bool = False) -> Mismatch | None:
@@ -80,8 +92,7 @@ def _mismatch_in(flow: Flow, small: nn.Module, slots: Slots, image: Image, *, co
     error: Exception | None = None
     where: str | None = None
     try:
-        mode, training = flow.trace.mode, flow.trace.training
-        trace = record(small, flow.trace.inputs, mode, training=training, copied=copied)
+        trace = record_again(small, flow.trace, copied=copied)
     except ForwardError as raised:
         trace, error, where = raised.partial, raised.cause, raised.module
     try:
@@ -103,16 +114,16 @@ def _says_otherwise(old: Flow, trace: Trace, image: Image) -> Mismatch | None:
     if old.trace.mode == "real" or old.trace.unfinished or _alike(said, trace.said):
         return None
     try:
-        again = record(old.trace.modules[""], old.trace.inputs, old.trace.mode, training=old.trace.training).said
+        again = record_again(old.trace.modules[""], old.trace).said
     except ForwardError:  # it does not repeat itself at all
         return None
     same = len(said) == len(trace.said)
     for i, (first, second) in enumerate(zip(said, again, strict=False)):
         if not same and _alike(first, second):
-            what = f"the model returns {len(trace.said)} numbers and words beside tensors, expected {len(said)}"
+            what = f"{_SAYS} {len(trace.said)} numbers and words beside tensors, expected {len(said)}"
             return Mismatch(_maker_of(len(said), old, image), what)
         if _alike(first, second) and not _alike(first, trace.said[i]):
-            what = f"the model returns {_shortly(trace.said[i])} beside tensors, expected {_shortly(first)}"
+            what = f"{_SAYS} {_shortly(trace.said[i])} beside tensors, expected {_shortly(first)}"
             return Mismatch(_maker_of(first, old, image), what)
     return None
 
@@ -163,7 +174,8 @@ def compare(old: Flow, new: Flow, image: Image, raised: Exception | None = None)
     for a, b in zip(before, after, strict=False):
         what = _compare_call(old, new, a, b, values, gone, image)
         if what:
-            return Mismatch(old.trace.ops[a.index], what, misplaced=image.misplaced)
+            dims = _other_sizes(old, new, a, b, image) if what.startswith(_SHAPE) else ()
+            return Mismatch(old.trace.ops[a.index], what, misplaced=image.misplaced, dims=dims)
     if raised is not None and not (old.trace.unfinished and len(before) == len(after)):
         return _first_not_made(old, before, len(after), raised)
     if len(before) != len(after):
@@ -264,17 +276,31 @@ def _compare_call(
 
 
 def _compare_value(old: Flow, new: Flow, i: int, j: int, image: Image) -> str | None:
-    shape, labels = old.shape(i), old.labels(i)
-    expected = tuple(n if lab is None else image.size(lab) for n, lab in zip(shape, labels, strict=True))
+    expected = _sizes_left(old, i, image)
     if new.shape(j) != expected:
-        return f"shape {new.shape(j)}, expected {expected}"
+        return f"{_SHAPE} {new.shape(j)}, expected {expected}"
     unmet = new.trace.unfinished and j in new.uniform  # zeros of a forward that raised before these met any channels
-    for dim, (a, b) in enumerate(zip(labels, new.labels(j), strict=True)):
+    for dim, (a, b) in enumerate(zip(old.labels(i), new.labels(j), strict=True)):
         # What is the same everywhere has the channels that it meets, unless it is one number, which is all there are.
         alone = b is None and expected[dim] == 1 and i in old.uniform and j in new.uniform
         if not (alone or (unmet and b is None) or image.holds(a, b)):
             return f"dim {dim} holds other channels, or in another order"
     return None
+
+
+def _sizes_left(old: Flow, value: int, image: Image) -> tuple[int, ...]:
+    sizes = zip(old.shape(value), old.labels(value), strict=True)
+    return tuple(n if label is None else image.size(label) for n, label in sizes)
+
+
+def _other_sizes(old: Flow, new: Flow, a: Op, b: Op, image: Image) -> tuple[tuple[int, int], ...]:
+    """Of what two calls give, (which tensor, dim) of the sizes that differ."""
+    found = []
+    for which, (i, j) in enumerate(zip(a.outputs, b.outputs, strict=True)):
+        expected, given = _sizes_left(old, i, image), new.shape(j)
+        if len(expected) == len(given):
+            found += [(which, dim) for dim, sizes in enumerate(zip(expected, given, strict=True)) if len({*sizes}) > 1]
+    return tuple(found)
 
 
 def _compare_ranges(old: Flow, a: Op, b: Op, image: Image) -> str | None:
@@ -327,7 +353,7 @@ def _compare_numbers(old: Sequence[Any], new: Sequence[Any], *, sized: bool = Fa
     """The first number that changed; whole ones may, where they are sizes."""
     for x, y in zip(old, new, strict=False):
         if x != y and not (sized and type(x) is int and type(y) is int) and not (x != x and y != y):
-            return f"has the number {y}, expected {x}"
+            return f"{_NUMBER} {y}, expected {x}"
     if len(new) != len(old):
         return f"has {len(new)} numbers, expected {len(old)}"
     return None
