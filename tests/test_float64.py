@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_graphs import Net
@@ -195,4 +196,4 @@ def test_what_ends_the_process_at_no_number_is_not_called_with_one() -> None:
     inputs = as_inputs(torch.randn(1, 4, 8, 8), model)
     assert float64.run_float64(model, inputs)[0].isfinite().all()
     with pytest.raises(ValueError, match="deform_conv2d is given NaN, at which it may end the process"):
-        float64.run_float64(model, inputs, zeroed={"where.weight": [(0, [3])]}, fill=float("nan"))
+        float64.run_float64(model, inputs, zeroed={"where.weight": [(0, np.array([3]))]}, fill=float("nan"))
