@@ -272,7 +272,7 @@ def _copy(value: Any, memo: Memo) -> Any:
 
 def _copied_by_fields(module: nn.Module, memo: Memo) -> nn.Module:
     kind: Any = type(module)
-    new: nn.Module = kind.__new__(kind)
+    new: nn.Module = object.__new__(kind)  # a `__new__` of its own may want arguments, or give another class
     memo[id(module)] = new
     _copy_fields(module, vars(new), memo)
     for name in slots_of(kind.__mro__):
@@ -351,7 +351,7 @@ def _copies_plainly(cls: type) -> bool:
 _MAPPINGS = frozenset({dict, OrderedDict})
 _PLAIN = _MAPPINGS | {set, list}
 _ATOMS = frozenset({int, float, bool, str, type(None)})
-_COPY_HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__new__")
+_COPY_HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")
 
 
 def _as_parameter(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:

@@ -22,12 +22,14 @@ from torch import nn
 
 import allocator
 
-from . import pitch
+from . import coverage_attention, coverage_domains, pitch
 from .common import environment, read, table, where, write
 from .coverage_one import trains
 from .peer import reason
 
 Row = dict[str, Any]
+Takes = tuple[int, ...] | Callable[[], tuple[torch.Tensor, ...]]
+"""The shape of what a network takes, or what gives it."""
 ENCODERS = ("resnet18", "mobilenet_v2", "efficientnet-b0", "densenet121", "timm-regnetx_002")
 SHARES = (100, 95, 90, 80, 70, 60)
 
@@ -46,11 +48,15 @@ def _monai(name: str, **kwargs: Any) -> nn.Module:
     return model
 
 
-def networks() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
-    """How to build each network, and the shape of what it takes."""
+def networks() -> dict[str, tuple[Callable[[], nn.Module], Takes]]:
+    """How to build each network, and what it takes."""
+    return {**_convolutional(), **coverage_attention.networks(), **coverage_domains.networks()}
+
+
+def _convolutional() -> dict[str, tuple[Callable[[], nn.Module], Takes]]:
     unet = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "channels": (8, 16, 32), "strides": (2, 2)}
     dense = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2}
-    found: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    found: dict[str, tuple[Callable[[], nn.Module], Takes]] = {
         f"smp.{decoder}/{encoder}": (lambda d=decoder, e=encoder: _smp(d, e), (1, 3, 64, 64))  # type: ignore[misc]
         for decoder in ("Unet", "FPN", "DeepLabV3Plus")
         for encoder in ENCODERS
@@ -74,10 +80,11 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def measured(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> Row:
+def measured(build: Callable[[], nn.Module], takes: Takes) -> Row:
     """Allocate to 60 % of the FLOPs, or to the smallest that is reachable; certificate and a train step."""
     torch.manual_seed(0)
-    model, inputs = randomised(build()), torch.randn(shape)
+    model = randomised(build())
+    inputs = takes() if callable(takes) else (torch.randn(takes),)
     start = time.process_time()
     row: Row = {}
     try:
@@ -88,7 +95,7 @@ def measured(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> Row:
     row |= {"seconds": time.process_time() - start, "share": result.graph.share()}
     row |= {"achieved": result.flops_after / result.flops_before, "error": result.certificate.relative_error}
     row |= {"criterion": result.allocation.criterion, "notes": [n for n in result.notes if "stay" in n]}
-    row["train_step"] = trains(result.model, (inputs,))
+    row["train_step"] = trains(result.model, inputs)
     return row
 
 

@@ -265,8 +265,15 @@ def _einsum_attention(m: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bij,bjd->bid", torch.einsum("bid,bjd->bij", q, k), v)
 
 
-def _qkv() -> dict[str, nn.Module]:
-    return {name: nn.Linear(12, 10) for name in "qkv"}
+def _einsum_of_three(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Of two steps, whose sum fvcore reads as one figure."""
+    q, k, v = (part(x) for part in (m.q, m.k, m.v))
+    context = torch.einsum("bnd,bne->bde", k, v)
+    return torch.einsum("bde,bnd,bn->bne", context, q, torch.ones_like(x[..., 0]))
+
+
+def _qkv(width: int = 10) -> dict[str, nn.Module]:
+    return {name: nn.Linear(12, width) for name in "qkv"}
 
 
 def _pooled(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -289,6 +296,7 @@ REWRITTEN: dict[str, tuple[nn.Module, dict[str, Any]]] = {
     "attention": (Net(_tokens(_attention), 10, **_qkv()), {}),
     "fused attention": (Net(_tokens(_fused), 10, **_qkv()), {}),
     "einsum attention": (Net(_tokens(_einsum_attention), 10, **_qkv()), {}),
+    "einsum of three": (Net(_tokens(_einsum_of_three), 12, **_qkv(12)), {}),
     "einsum gate": (Net(lambda m, x: torch.einsum("bchw,bc->bchw", x, x.mean((2, 3)))), {}),
     "batch norm": (Net(lambda m, x: m.n(x), n=nn.BatchNorm2d(12)), {}),
     "batch norm, plain": (Net(lambda m, x: m.n(x), n=nn.BatchNorm2d(12, affine=False)), {}),

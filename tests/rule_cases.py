@@ -452,6 +452,7 @@ POINTWISE = {
     ],
     "threshold": each(lambda x: F.threshold(x, 0.1, 2.0), IMAGE),
     "softplus": each(F.softplus, IMAGE),
+    "log_sigmoid_forward": each(F.logsigmoid, IMAGE),
 }
 
 # -------------------------------------------------------------------------------------------- spatial

@@ -17,6 +17,7 @@ import allocator
 import allocator.operators  # declares what torch's tracer is to record
 from allocator.cost.fvcore import fvcore_flops
 from allocator.errors import TraceError
+from allocator.tracing import uncomputed
 from allocator.tracing.inputs import as_inputs
 
 
@@ -157,6 +158,27 @@ def test_what_is_not_computed_can_be_indices_and_in_a_constant_it_is_computed() 
     counted = fvcore_flops(model, inputs)
     assert fvcore_flops(model, inputs, computed=False) == counted
     assert counted[0] > 2 * 9 * 27 * 16 * 16
+
+
+def test_what_is_not_known_is_given_zeros_in_place_of_what_nobody_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's deformed convolution ends the process where an offset is NaN, as memory may hold."""
+    filled = uncomputed._with_memory
+
+    def spoilt(found: Any) -> Any:
+        out = filled(found)
+        return out.fill_(float("nan")) if isinstance(out, torch.Tensor) and out.is_floating_point() else out
+
+    seen: list[bool] = []
+
+    @torch.library.custom_op("neuron_cost::reads_places", mutates_args=())
+    def reads_places(x: torch.Tensor) -> torch.Tensor:
+        seen.append(bool(x.isnan().any()))
+        return x.clone()
+
+    monkeypatch.setattr(uncomputed, "_with_memory", spoilt)
+    model = Calls(lambda m, x: reads_places(x @ m.weight) @ m.weight, weight=torch.randn(4, 4))
+    fvcore_flops(model, as_inputs(torch.ones(2, 4), model), computed=False)
+    assert seen == [False] * len(seen) != []
 
 
 def test_a_number_that_nobody_computed_is_not_read_in_silence() -> None:

@@ -110,6 +110,25 @@ def test_a_frozen_backbone_stays_free() -> None:
     assert allocator.trace(model, IMAGE).size == 16 + 16
 
 
+class Gated(nn.Module):
+    """A gate that lets all through at first: its weight begins as zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.gate, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        nn.init.zeros_(self.gate.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.out(self.value(x) * functional.logsigmoid(self.gate(x)))
+        return output
+
+
+def test_a_layer_that_begins_as_zeros_is_no_map_of_channels() -> None:
+    graph = allocator.trace(Gated(), torch.zeros(2, 8))
+    assert graph.size == 8
+    assert not graph.unsupported
+
+
 def test_what_stays_says_why() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), MeanShift(1))
     with pytest.raises(allocator.errors.NothingToAllocateError, match="a fixed layer at an end of the network"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_graphs import Net
@@ -182,3 +183,17 @@ def test_beside_whole_numbers_comes_what_they_were_made_of_and_nothing_later() -
     expected = model.first.double()(x.double()).detach()
     torch.testing.assert_close(scores, expected)
     assert places.tolist() == expected.argmax(1).tolist()
+
+
+def test_what_ends_the_process_at_no_number_is_not_called_with_one() -> None:
+    """A certificate asks with NaN whether a weight is read; torchvision's kernel reads other memory for those."""
+    ops = pytest.importorskip("torchvision.ops")
+
+    def deformed(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return ops.deform_conv2d(x, m.where(x), m.layer.weight, padding=1)
+
+    model: Any = Net(deformed, where=nn.Conv2d(4, 18, 3, padding=1), layer=nn.Conv2d(4, 4, 3))
+    inputs = as_inputs(torch.randn(1, 4, 8, 8), model)
+    assert float64.run_float64(model, inputs)[0].isfinite().all()
+    with pytest.raises(ValueError, match="deform_conv2d is given NaN, at which it may end the process"):
+        float64.run_float64(model, inputs, zeroed={"where.weight": [(0, np.array([3]))]}, fill=float("nan"))

@@ -199,3 +199,22 @@ def test_a_convolution_or_activation_of_values_is_left_to_torch() -> None:
     x = torch.randn(1, 6, 5, 5)
     assert AS_ONE_CALL[torch.conv2d](x, torch.randn(4, 6, 3, 3), None, (1, 1), (0, 0), (1, 1)) is None
     assert AS_ONE_CALL[functional.relu](x) is None
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_that_does_not_fit_raises_as_on_values(transposed: bool, groups: int) -> None:
+    """Torch itself sees neither a transposed one's channels nor a bias without values."""
+    shape = (6, 4, 3, 3) if transposed else (4, 6 // groups, 3, 3)
+    outputs = shape[1] * groups if transposed else shape[0]
+    for channels, numbers in ((6, outputs), (4, outputs), (6, outputs + 1), (6, shape[1] + 1)):
+        tensors = [torch.zeros(size) for size in ((1, channels, 5, 5), shape, (numbers,))]
+        found = []
+        for device in ("cpu", "meta"):
+            func, args = convolution(*(t.to(device) for t in tensors), transposed=transposed, groups=groups)
+            try:
+                found.append(run(func, args, {}).shape)
+            except RuntimeError:
+                found.append(None)
+        assert found[0] == found[1]
+        assert (found[0] is None) == ((channels, numbers) != (6, outputs))

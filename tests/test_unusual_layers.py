@@ -495,3 +495,30 @@ def test_columns_of_bags_of_rows_go(mode: str) -> None:
     assert columns == rows
     assert torch.equal(small[0].weight, model[0].weight[:, columns])  # type: ignore[index]
     assert result.certificate.ok
+
+
+class Chosen(nn.Module):
+    """What its class makes depends on what it is told: one layer, or two."""
+
+    def __new__(cls, wide: int, rank: int = 0) -> Any:
+        return super().__new__(cls) if rank else nn.Conv2d(wide, wide, 1)
+
+    def __init__(self, wide: int, rank: int = 0) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(wide, rank, 1), nn.Conv2d(rank, wide, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.up(self.down(x).relu())
+        return y
+
+
+@pytest.mark.filterwarnings("ignore::allocator.AllocatorWarning")
+def test_a_class_whose_new_wants_arguments_is_copied() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Chosen(8), nn.ReLU(), Chosen(8, 16), nn.Conv2d(8, 4, 1)).eval()
+    with untouched(model):
+        result = allocate(model, criterion="magnitude")
+    small: Any = result.model
+    assert result.certificate.ok
+    assert type(small[3]) is Chosen
+    assert small[3].down.out_channels < 16

@@ -41,6 +41,7 @@ class Metric:
         whole = all(isinstance(term.factor, int) for term in self.terms)
         self._factor = np.array([term.factor for term in self.terms], dtype=np.int64 if whole else np.float64)
         self._printed = np.array([term.printed for term in self.terms], dtype=bool)
+        self._alone, self._together = _reports(self.terms)
         # Terms have different numbers of axes; a last axis, whose count is always one, fills the table up.
         degree = max((len(row) for row in chosen), default=0)
         self.axes_of_term = np.full((len(self.terms), degree), len(axes), dtype=np.int64)
@@ -74,7 +75,11 @@ class Metric:
     def per_term(self, kept: np.ndarray) -> np.ndarray:
         """The cost of every term when the neurons with `kept` true, (neurons,) bool, are kept."""
         costs = self._factor * self.counts(kept)[self.axes_of_term].prod(axis=1)
-        costs[self._printed] = [_as_printed(n) for n in costs[self._printed].tolist()]
+        costs[self._alone] = [_as_printed(n) for n in costs[self._alone].tolist()]
+        for steps in self._together:
+            whole = int(costs[steps].sum())
+            costs[steps] //= 2
+            costs[steps[0]] += _as_printed(whole) - costs[steps].sum()
         return costs
 
     def value(self, kept: np.ndarray) -> int:
@@ -149,6 +154,16 @@ def _distinct_axes(terms: Sequence[Term], unit_of_slot: np.ndarray) -> tuple[lis
                 known[id(label)] = number
         chosen.append([known[id(label)] for label in term.axes])
     return axes, chosen
+
+
+def _reports(terms: Sequence[Term]) -> tuple[list[int], list[list[int]]]:
+    """Indices of the terms that fvcore reads off a printed figure: each its own, and those of which one is the sum."""
+    steps_of: dict[int, list[int]] = {}
+    for i, term in enumerate(terms):
+        if term.printed:
+            steps_of.setdefault(term.op, []).append(i)
+    alone = [steps[0] for steps in steps_of.values() if len(steps) == 1]
+    return alone, [steps for steps in steps_of.values() if len(steps) > 1]
 
 
 def _as_printed(count: int) -> int:

@@ -61,6 +61,7 @@ def _of_zeros(op: Op, zero: set[int]) -> bool:
 
     try:
         out = op.target(*map(given, op.args), **{name: given(item) for name, item in op.kwargs.items()})
-        return not bool(out.any())
+        first = out[0] if isinstance(out, tuple) else out
+        return not bool(first.any())
     except (RuntimeError, TypeError, AttributeError, NotImplementedError):
         return True

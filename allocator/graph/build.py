@@ -234,7 +234,10 @@ def _freeze_for_unseen(flow: Flow, names: Collection[str]) -> None:
 
 def _freeze_misfits(flow: Flow, options: Options) -> None:
     """What a repair found: calls at which the rewritten forward does not fit unless their neurons stay."""
-    for op, place in zip(flow.trace.ops, flow.places, strict=True) if options.frozen else ():
+    named = {place[:2] for place in options.frozen}
+    for op, place in zip(flow.trace.ops, flow.places, strict=True) if named else ():
+        if place[:2] not in named:
+            continue
         # What is learned is read too, but holds what the call gives as well: it goes with what meets it.
         both = options.freezes(place, "reads") and options.freezes(place, "gives")
         reads = [i for i in op.inputs() if both or flow.trace.values[i].name is None]

@@ -64,7 +64,10 @@ def _fixed_maps(tensors: Mapping[str, torch.Tensor], slots: Slots, facts: Facts)
 
 
 def _is_fixed(weight: torch.Tensor) -> bool:
-    """Whether a weight is an image's channels mixed as nobody learned it, or any channels scaled one by one."""
+    """Whether a weight is an image's channels mixed as nobody learned it, or any channels scaled one by one.
+
+    One that is nothing but zeros scales none: a layer begins so that is to be of no effect at first.
+    """
     rows, columns = weight.shape[:2]
     learned = isinstance(weight, nn.Parameter) and weight.requires_grad
     if not learned and max(rows, columns) <= MOST_CHANNELS:
@@ -72,4 +75,5 @@ def _is_fixed(weight: torch.Tensor) -> bool:
     if rows != columns or rows == 1 or weight.is_meta or weight.layout is not torch.strided:
         return False
     matrix = weight.detach().reshape(rows, columns)
-    return bool((matrix == torch.diag(matrix.diagonal())).all())
+    diagonal = matrix.diagonal()
+    return bool(diagonal.any()) and bool((matrix == torch.diag(diagonal)).all())

@@ -56,7 +56,15 @@ def _convolved(
     output_padding: list[int],
     groups: int,
 ) -> torch.Tensor | None:
-    """What a plain convolution gives on meta tensors; None where it is of another sort, or does not fit."""
+    """What a plain convolution gives on meta tensors; None where it is of another sort, or does not fit.
+
+    Raises:
+        RuntimeError: it does not fit, and torch sees that on values alone.
+    """
+    if transposed and x.shape[1] != weight.shape[0]:
+        raise RuntimeError(f"a weight of {weight.shape[0]} input channels is given {x.shape[1]} channels")
+    if bias is not None and bias.numel() != weight.shape[int(transposed)] * (groups if transposed else 1):
+        raise RuntimeError(f"a weight of shape {tuple(weight.shape)} is given a bias of {bias.numel()} numbers")
     plain = not transposed and x.dim() == weight.dim() and x.is_contiguous() and weight.is_contiguous()
     if not plain or x.dtype != weight.dtype or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
         return None

@@ -76,6 +76,15 @@ def pointwise(flow: Flow, op: Op) -> None:
         flow.uniform.update(op.outputs)
 
 
+@operator("log_sigmoid_forward", pointwise=True)
+def log_sigmoid(flow: Flow, op: Op) -> None:
+    """Number by number; what is kept beside for the gradient may be empty."""
+    source = op.inputs()[0]
+    for index in op.outputs:
+        same = flow.shape(index) == flow.shape(source)
+        flow.set(index, flow.labels(source) if same else [None] * len(flow.shape(index)))
+
+
 def adopt(flow: Flow, op: Op, index: int, labels: list[Label]) -> None:
     """A tensor that is the same everywhere has the channels that it meets: as many as are left of these, wherever."""
     for memory in flow.same_everywhere(index):

@@ -84,6 +84,7 @@ class Function:
         orders: it puts numbers in order, so that the last bits of equals decide.
         rounds: it gives whole numbers in place of any, so that its results say little of what they were.
         draws: it draws from the process's generator of random numbers, or may.
+        trusts: it reads places by numbers, and one that is no number may end the process.
         asserts: it is asked whether the forward may go on, and by nothing else: it may, where there are no values.
         callable: the function, where a program that names its ATen operator is to call it instead.
         in_parts: does the same in operators that are followed, where torch may fuse it into one of a device's own.
@@ -97,6 +98,7 @@ class Function:
     orders: bool = False
     rounds: bool = False
     draws: bool = False
+    trusts: bool = False
     asserts: bool = False
     callable: Callable[..., Any] | None = None
     in_parts: Callable[..., Any] | None = None

@@ -49,6 +49,8 @@ class Uncomputed(TorchDispatchMode):
             return func(*args, **kwargs)
         out = None if kwargs else _sized(func, args)
         if out is None:
+            if not (operator.gives_views or operator.writes):  # what lies in memory may be no number, and no place
+                args, kwargs = map_arguments(_zeros, (args, kwargs))
             out = func(*args, **kwargs)
             for tensor in () if operator.gives_views else _tensors(out):
                 if not tensor.is_floating_point():
@@ -83,6 +85,10 @@ def _sized(func: Any, args: Any) -> Any:
     except Exception:  # as on tensors that do not lie on the CPU alone: the call itself will tell
         return None
     return args[0] if in_place else map_arguments(_with_memory, found)
+
+
+def _zeros(leaf: Any) -> Any:
+    return torch.zeros_like(leaf) if isinstance(leaf, torch.Tensor) and hasattr(leaf, _MARK) else leaf
 
 
 def _without_memory(leaf: Any) -> Any:

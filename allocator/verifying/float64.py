@@ -250,6 +250,8 @@ class _Wide(TorchFunctionMode):
         declared = FUNCTIONS.get(name)
         if declared is not None and declared.orders:
             args, kwargs = map_arguments(_rounded, (args, kwargs))
+        if declared is not None and declared.trusts and any(bool(t.isnan().any()) for t in tensors_in((args, kwargs))):
+            raise ValueError(f"{name} is given NaN, at which it may end the process")
         called = functools.partial(_convolve, func) if func in _CONVOLUTIONS else func
         if self.alike and declared is not None and declared.in_parts is not None:
             called = declared.in_parts  # fused, it would draw within
