@@ -158,10 +158,6 @@ def _other_vits() -> dict[str, Network]:
             "scalable_vit", "ScalableViT", large, num_classes=10, dim=32, heads=(2, 2, 4, 4), depth=(1, 1, 2, 1),
             reduction_factor=(4, 2, 2, 1), window_size=(8, 4, None, None), ssa_dim_key=16,
         ),
-        "sep_vit": of(
-            "sep_vit", "SepViT", large, num_classes=10, dim=32, dim_head=16, heads=(1, 2, 2, 4), depth=(1, 1, 2, 1),
-            window_size=2,
-        ),
         "max_vit": of("max_vit", "MaxViT", large, num_classes=10, dim=32, dim_head=16, depth=(1, 1), window_size=4),
         "nest": of(
             "nest", "NesT", image_size=32, patch_size=2, dim=48, heads=3, dim_head=16, num_hierarchies=3,
@@ -175,9 +171,6 @@ def _other_vits() -> dict[str, Network]:
         "vit_3d": of("vit_3d", "ViT", _clips, **_without(_CLIP, "patch_size")),
         "vivit": of(
             "vivit", "ViViT", _clips, **_without(_CLIP, "patch_size", "depth"), spatial_depth=1, temporal_depth=1
-        ),
-        "vit_nd": of(
-            "vit_nd", "ViTND", _clips, **_without(_VIT, "image_size"), ndim=3, input_shape=(4, 32, 32)
         ),
     }  # fmt: skip
     return {f"vit_pytorch.{name}": network for name, network in networks.items()}
@@ -212,7 +205,7 @@ def _of_other_libraries() -> dict[str, Network]:
         "g_mlp_pytorch.gMLPVision": _of("g_mlp_pytorch", "gMLPVision", **patches),
         "mlp_mixer_pytorch.MLPMixer": _of("mlp_mixer_pytorch", "MLPMixer", **patches, channels=3),
         "tab_transformer_pytorch.TabTransformer": _of(
-            "tab_transformer_pytorch", "TabTransformer", _table, **columns, num_residual_streams=1
+            "tab_transformer_pytorch", "TabTransformer", _table, **columns, num_residual_streams=1, mlp_act=nn.ReLU()
         ),
         "tab_transformer_pytorch.FTTransformer": _of("tab_transformer_pytorch", "FTTransformer", _table, **columns),
         "local_attention.LocalTransformer": _of("local_attention", "LocalTransformer", _words, **local),

@@ -22,7 +22,7 @@ from torch import nn
 
 import allocator
 
-from . import coverage_attention, pitch
+from . import coverage_attention, coverage_domains, pitch
 from .common import environment, read, table, where, write
 from .coverage_one import trains
 from .peer import reason
@@ -50,7 +50,7 @@ def _monai(name: str, **kwargs: Any) -> nn.Module:
 
 def networks() -> dict[str, tuple[Callable[[], nn.Module], Takes]]:
     """How to build each network, and what it takes."""
-    return {**_convolutional(), **coverage_attention.networks()}
+    return {**_convolutional(), **coverage_attention.networks(), **coverage_domains.networks()}
 
 
 def _convolutional() -> dict[str, tuple[Callable[[], nn.Module], Takes]]:

@@ -60,7 +60,8 @@ def example(model: nn.Module) -> Any:
 def _batch(inputs: Any) -> list[Any]:
     """Two of the example; for a detector, with an object in each image."""
     if not isinstance(inputs[0], list):
-        return [_two(x) for x in inputs]
+        samples = next(len(x) for x in inputs if isinstance(x, torch.Tensor))
+        return [_two(x, samples) for x in inputs]
     (image,) = inputs[0]
     corners = torch.tensor([[40.0, 60.0, 200.0, 240.0]])
     points = torch.tensor([60.0, 80.0, 1.0]).expand(1, 17, 3)
@@ -69,10 +70,13 @@ def _batch(inputs: Any) -> list[Any]:
     return [[image, image.flip(-1)], [target, target]]
 
 
-def _two(x: Any) -> Any:
+def _two(x: Any, samples: int) -> Any:
+    """It and another like it; whole numbers twice where they are of each sample, else (a graph's edges) as they are."""
     if not isinstance(x, torch.Tensor):
         return x
-    return torch.cat([x, x + 0.1 * torch.randn_like(x) if x.is_floating_point() else x])
+    if x.is_floating_point():
+        return torch.cat([x, x + 0.1 * torch.randn_like(x)])
+    return torch.cat([x, x]) if len(x) == samples else x
 
 
 def trains(model: nn.Module, inputs: Any) -> bool:

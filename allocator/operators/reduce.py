@@ -27,7 +27,7 @@ def _averaged(x: torch.Tensor, dims: list[int] | None = None, keepdim: bool = Fa
     "linalg_vector_norm", "norm", "argmax", "argmin", "any", "all", "median", "aminmax", "nansum", "count_nonzero",
 )  # fmt: skip
 def reduce(flow: Flow, op: Op) -> None:
-    """Reduced dims must stay, the others pass."""
+    """Reduced dims must stay, unless products are summed; the others pass."""
     source = op.inputs()[0]
     labels = flow.labels(source)
     if len(op.inputs()) == 2:
@@ -63,7 +63,9 @@ def _product_by_hand(flow: Flow, op: Op, source: int, dim: int) -> bool:
         if label is None:
             return False
         factors.append((value, label))
-    if factors[0][0] == factors[1][0] or not any(flow.is_activation(value) for value, _ in factors):
+    passive = [value for value, _ in factors if not flow.is_activation(value)]
+    computed = any(flow.trace.values[flow.trace.root(value)].name is None for value in passive)
+    if factors[0][0] == factors[1][0] or len(passive) > 1 or computed:  # exp(weight) is not zero where the weight is
         return False
     sum_over(flow, op, *factors)
     return True
