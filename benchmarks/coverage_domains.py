@@ -171,7 +171,7 @@ def _diffusion() -> dict[str, Network]:
 
 
 def _features() -> dict[str, Network]:
-    backbone = {"backbone_type": "ResNetFPN", "resolution": (8, 2)}
+    backbone: dict[str, Any] = {"backbone_type": "ResNetFPN", "resolution": (8, 2)}
     backbone |= {"resnetfpn": {"initial_dim": 16, "block_dims": [16, 24, 32]}}
     return {
         "kornia.HardNet": (partial(_made, "kornia.feature.HardNet", pretrained=False), (2, 1, 32, 32)),

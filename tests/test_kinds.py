@@ -213,6 +213,11 @@ def test_quantised_outputs_are_compared() -> None:
     assert str(allocate(network(last=quantise)).certificate).startswith("passed")
 
 
+def test_nested_outputs_are_compared() -> None:
+    nested = lambda y: torch.nested.nested_tensor(list(y))  # noqa: E731
+    assert str(allocate(network(last=nested)).certificate).startswith("passed")
+
+
 # B: what a forward changes outside of its modules ---------------------------------------------------------------
 
 GENERATORS: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]] = {

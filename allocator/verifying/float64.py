@@ -113,7 +113,7 @@ def run_float64(
             said.extend(said_in(output))
         if not any(t.is_floating_point() or t.is_complex() for t in tensors):
             tensors += mode.rounded
-        return [_plain(t) for t in tensors]
+        return [_plain(part) for t in tensors for part in (t.unbind() if t.is_nested else [t])]
 
     return on_a_copy(model, own, forward)
 
@@ -127,7 +127,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
     if tensor.is_quantized:
         tensor = tensor.dequantize()
-    if tensor.layout is not torch.strided and not tensor.is_nested:
+    if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
