@@ -14,7 +14,12 @@ REASONS = {
     **{
         f"pytorchcv:{name}": "groups of convolutions go whole by default, and hang together here through shuffles or "
         f"sums; `groups='width'` narrows all alike, to {least} % of the FLOPs at the least, and meets 60 %"
-        for name, least in (("sinet_cityscapes", "26.5"), ("menet108_8x1_g3", "8.8"), ("espnetv2_wd2", "13.4"))
+        for name, least in (
+            ("sinet_cityscapes", "26.5"),
+            ("menet108_8x1_g3", "8.8"),
+            ("espnetv2_wd2", "13.4"),
+            ("igcv3_wd4", "7.5"),
+        )
     },
     "pytorchcv:dicenet_wd5": "its dimension-wise convolutions run along the channels as along pixels",
     "pytorchcv:superpointnet": "how many points it finds, and so how often its loops run, hangs on values; a plan is "
@@ -26,7 +31,13 @@ REASONS = {
     "pytorchcv:channelnet": "its channel-wise convolutions run along the channels as along pixels",
     "pytorchcv:cbam_resnet18": "its spatial gate takes the mean and the largest of all channels of a stream",
     **dict.fromkeys(
-        ("pytorchcv:pfpcnet", "pytorchcv:voca8flame", "pytorchcv:shufflenet_g1_wd4"),
+        (
+            "pytorchcv:pfpcnet",
+            "pytorchcv:voca8flame",
+            "pytorchcv:shufflenet_g1_wd4",
+            "pytorchcv:darknet_tiny",
+            "pytorchcv:fdmobilenet_wd4",
+        ),
         "most of the channels that stay are what the model returns",
     ),
 }
