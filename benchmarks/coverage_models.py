@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import nn
 
 from .common import read, write
 
@@ -37,19 +38,25 @@ def _smallest_of_each() -> dict[str, tuple[str, int]]:
 
     found: dict[str, tuple[str, int]] = {}
     for module in timm.list_modules():
-        sizes = []
-        for name in timm.list_models(module=module):
-            try:
-                with torch.device("meta"):
-                    model = timm.create_model(name)
-            except Exception:  # some read values while they are built; then they are built for real
-                model = timm.create_model(name)
-            sizes.append((sum(p.numel() for p in model.parameters()), name))
-        if sizes:
-            size, name = min(sizes)
-            found[module] = (name, size)
+        names = timm.list_models(module=module)
+        if names:
+            name, size = found[module] = smallest(names, timm.create_model)
             print(module, name, f"{size:,}", flush=True)
     return found
+
+
+def smallest(names: Iterable[str], build: Callable[[str], nn.Module]) -> tuple[str, int]:
+    """Of these networks, the one with the fewest parameters, and how many it has."""
+    sizes = []
+    for name in names:
+        try:
+            with torch.device("meta"):
+                model = build(name)
+        except Exception:  # some read values while they are built; then they are built for real
+            model = build(name)
+        sizes.append((sum(p.numel() for p in model.parameters()), name))
+    size, name = min(sizes)
+    return name, size
 
 
 def dense() -> list[str]:

@@ -11,6 +11,24 @@ REASONS = {
     "inputs can go exactly",
     "timm:csatv2": "the hidden widths of its blocks pass a global response norm, whose mean runs over all of their "
     "channels, and the stream lies under norms over channels: neither can go exactly",
+    **{
+        f"pytorchcv:{name}": "groups of convolutions go whole by default, and hang together here through shuffles or "
+        f"sums; `groups='width'` narrows all alike, to {least} % of the FLOPs at the least, and meets 60 %"
+        for name, least in (("sinet_cityscapes", "26.5"), ("menet108_8x1_g3", "8.8"), ("espnetv2_wd2", "13.4"))
+    },
+    "pytorchcv:dicenet_wd5": "its dimension-wise convolutions run along the channels as along pixels",
+    "pytorchcv:superpointnet": "how many points it finds, and so how often its loops run, hangs on values; a plan is "
+    "taken only where both networks take the same path",
+    "pytorchcv:wrn20_10_1bit_cifar10": "every weight is its sign times a number made of the layer's own width, which "
+    "would be another were it narrower",
+    "pytorchcv:enet_cityscapes": "its stream is padded with channels of zeros, as many as a number says, and what is "
+    "added to these stays",
+    "pytorchcv:channelnet": "its channel-wise convolutions run along the channels as along pixels",
+    "pytorchcv:cbam_resnet18": "its spatial gate takes the mean and the largest of all channels of a stream",
+    **dict.fromkeys(
+        ("pytorchcv:pfpcnet", "pytorchcv:voca8flame", "pytorchcv:shufflenet_g1_wd4"),
+        "most of the channels that stay are what the model returns",
+    ),
 }
 FLOORS = {
     "timm:resnest14d": "its split attention takes both groups of each 3x3 convolution as one, so that neither goes "

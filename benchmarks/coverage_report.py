@@ -39,7 +39,7 @@ def markdown(data: dict[str, Any]) -> str:
         "",
         _table(rows),
         "",
-        *_left(rows),
+        *left(rows),
         *high(rows),
         *_kept(rows),
         where(data["environment"]),
@@ -84,7 +84,7 @@ def _line(row: Row) -> list[str]:
     return [name, blocks, *figures, f"{ours['seconds']:.1f}", f"{ours['memory'] / 2**20:.0f}", theirs]
 
 
-def _left(rows: Sequence[Row]) -> list[str]:
+def left(rows: Sequence[Row]) -> list[str]:
     """Networks that did not come down to the budget, each with the reason."""
     left = [row for row in rows if "ours" in row and ("failed" in row["ours"] or "smallest" in row["ours"])]
     if not left:
@@ -116,6 +116,21 @@ def high(rows: Sequence[Row]) -> list[str]:
         for name, ours in found
     ]
     return [f"## Over {100 * MANY:.0f} % can go, and {100 * HIGH:.0f} % of the FLOPs or more stay", "", *lines, ""]
+
+
+FEW = 0.7
+
+
+def few(rows: Sequence[Row], most: float) -> list[str]:
+    """Networks that came down to the budget, of which fewer channels can go than this share, each with the reason."""
+    both = [(row["model"], row["ours"]) for row in rows if row.get("ours", {}).get("train_step")]
+    found = [(name, ours) for name, ours in both if ours["share"] < most and "smallest" not in ours]
+    if not found:
+        return []
+    lines = [
+        f"- {name} ({100 * ours['share']:.0f} %): {REASONS.get(name) or _own_reason(ours)}." for name, ours in found
+    ]
+    return [f"## Under {100 * most:.0f} % can go, at 60 % of the FLOPs", "", *lines, ""]
 
 
 def fell(known: Row, row: Row) -> list[str]:

@@ -22,6 +22,7 @@ NUMBERS = {
 }
 PICK: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "index_select": lambda m, y: y.index_select(1, m.index),
+    "of a copy": lambda m, y: y.index_select(1, torch.autograd.Variable(m.index).clone()),
     "advanced": lambda m, y: y[:, m.index],
     "gather": lambda m, y: y.gather(1, m.index.view(1, -1, 1, 1).expand(len(y), -1, *y.shape[2:])),
     "take_along_dim": lambda m, y: torch.take_along_dim(y, m.index.view(1, -1, 1, 1), 1),
@@ -138,3 +139,9 @@ def test_a_wider_network_leaves_them() -> None:
     wide: Any = allocator.widen(model, factor=2, example_inputs=IMAGE).model
     assert wide.first.out_channels == 16
     assert wide.read.out_channels == 24
+
+
+def test_numbers_that_are_no_plain_copy_of_a_buffer_are_not_taken_for_it() -> None:
+    model = picking(NUMBERS["a permutation"], lambda m, y: y.index_select(1, m.index[:1].expand(16).detach()))
+    graph = allocator.trace(model, IMAGE)
+    assert any("picked by an index tensor" in reason for reason, _ in graph.reasons())

@@ -239,6 +239,14 @@ class Flow:
                 makers.setdefault(value, []).append(op)
         return makers
 
+    def copied_from(self, index: int) -> int:
+        """The value that this one is a plain copy of, as `buffer.detach()` is; itself where it is none."""
+        makers = self.makers.get(index, [])
+        while len(makers) == 1 and makers[0].declared.copies:
+            index = makers[0].inputs()[0]
+            makers = self.makers.get(index, [])
+        return index
+
     def pass_uniform(self, op: Op) -> None:
         """Results of a call whose first tensor is the same everywhere are so too."""
         if op.inputs()[0] in self.uniform:

@@ -159,7 +159,7 @@ def _pick(flow: Flow, op: Op, named: list[int]) -> None:
     labels = flow.labels(source)
     along = labels[named[0]] if len(named) == len(indices) == 1 and len(flow.shape(indices[0])) == 1 else None
     if along is not None:
-        by_number = flow.pick(along, indices[0], op)
+        by_number = flow.pick(along, flow.copied_from(indices[0]), op)
         if by_number is not None:
             flow.set(op.outputs[0], [*labels[: named[0]], by_number, *labels[named[0] + 1 :]])
             return
