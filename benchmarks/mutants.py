@@ -43,8 +43,11 @@ TESTS = (
     "certificate_growth",
     "comparison",
     "contradictions",
+    "copies",
+    "counted",
     "draws",
     "elsewhere",
+    "exchange",
     "fitting",
     "fitting_configuration",
     "float64",
@@ -58,6 +61,8 @@ TESTS = (
     "isolation",
     "kinds",
     "local_repairs",
+    "masks",
+    "mends",
     "outcome",
     "random_findings",
     "reachable",
@@ -73,12 +78,13 @@ TESTS = (
     "widening",
     "widening_norms",
     "widening_unusual",
+    "written_by_hand",
 )
 # Which tests execute which line, and where mutants can be made: it takes minutes to find out.
 MAP, MADE = ROOT / "build" / "mutants_lines.json", ROOT / "build" / "mutants_made.json"
 # CPU seconds of tests that a mutant has to survive, and after how many times as many it is taken to run for ever.
 SECONDS, ENDLESS = 10.0, 2
-BYTES = 4 << 30
+BYTES = 8 << 30
 
 
 class Mutant(NamedTuple):

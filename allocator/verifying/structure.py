@@ -279,11 +279,10 @@ def _compare_value(old: Flow, new: Flow, i: int, j: int, image: Image) -> str | 
     expected = _sizes_left(old, i, image)
     if new.shape(j) != expected:
         return f"{_SHAPE} {new.shape(j)}, expected {expected}"
-    unmet = new.trace.unfinished and j in new.uniform  # zeros of a forward that raised before these met any channels
     for dim, (a, b) in enumerate(zip(old.labels(i), new.labels(j), strict=True)):
-        # What is the same everywhere has the channels that it meets, unless it is one number, which is all there are.
-        alone = b is None and expected[dim] == 1 and i in old.uniform and j in new.uniform
-        if not (alone or (unmet and b is None) or image.holds(a, b)):
+        # What is the same everywhere is right in any order: one number does not say which channel it meets, nor do
+        # zeros of a forward that raised before these met any.
+        if not (b is None and j in new.uniform) and not image.holds(a, b):
             return f"dim {dim} holds other channels, or in another order"
     return None
 
