@@ -303,7 +303,8 @@ def _copied_its_own_way(module: nn.Module, memo: Memo) -> nn.Module:
     return _copied_by_fields(module, memo)
 
 
-def slots_of(bases: Iterable[type]) -> tuple[str, ...]:
+@functools.lru_cache(maxsize=1024)
+def slots_of(bases: tuple[type, ...]) -> tuple[str, ...]:
     """Names of the slots of these classes, as attributes."""
     members = ((name, member) for base in bases for name, member in vars(base).items())
     return tuple(name for name, member in members if type(member) is MemberDescriptorType)

@@ -191,7 +191,7 @@ def _held_by(value: Any) -> list[Any]:
 @functools.lru_cache(maxsize=1024)
 def _slots_of(cls: type) -> tuple[str, ...]:
     """Names of the slots of a class that is none of torch's or of the language's, as attributes."""
-    return slots_of(base for base in cls.__mro__ if _is_own(base))
+    return slots_of(tuple(base for base in cls.__mro__ if _is_own(base)))
 
 
 def _slots(value: Any) -> tuple[str, ...]:
