@@ -431,6 +431,19 @@ def test_a_forward_that_is_another_every_time_cannot_be_fitted() -> None:
         fit(graph_of(Restless().eval(), torch.zeros(2, 4)), planner({"first": [1]}))
 
 
+def test_where_nothing_is_left_to_plan_its_reasons_follow_what_was_done() -> None:
+    def tired(graph: ChannelGraph) -> Plan:
+        if graph.options.frozen:
+            raise NothingToAllocateError("nothing", reasons=["one", "two"])
+        return planner({"0": [1]})(graph)
+
+    with pytest.raises(NothingToAllocateError) as caught:
+        fit(graph_of(nn.Sequential(nn.Linear(4, 6), Strict(), nn.Linear(6, 3)).eval(), torch.zeros(2, 4)), tired)
+    said = caught.value.reasons
+    assert (len(said), said[1:]) == (3, ["one", "two"])
+    assert "stay" in said[0]
+
+
 # The rounds -----------------------------------------------------------------------------------------
 
 

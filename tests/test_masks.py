@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import allocator
+from allocator.verifying.float64 import Draw
 
 EVERY_OTHER = torch.arange(16).view(1, -1, 1, 1) % 2
 MASKED: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -49,3 +50,10 @@ def test_a_mask_that_is_cut_wrongly_shows() -> None:
     result = allocator.allocate(model, "50%", example_inputs=torch.zeros(1, 3, 8, 8))
     result.model.get_buffer("mask")[0, 3] = 0
     assert not allocator.verify(model, result.model, result.allocation, example_inputs=torch.zeros(1, 3, 8, 8)).ok
+
+
+def test_what_is_closed_is_opened_where_weights_are_drawn_and_nothing_else() -> None:
+    model = Masked(MASKED["numbers"], 1.0)
+    model.get_buffer("mask").mul_(0.5)
+    drawn = Draw(allocator.trace(model, torch.zeros(1, 3, 8, 8)), 0)
+    assert torch.equal(drawn("mask", model.get_buffer("mask")).flatten(), torch.tensor([1.0, 0.5] * 8))
