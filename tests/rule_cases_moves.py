@@ -29,6 +29,7 @@ def _shuffle(x: torch.Tensor, groups: int) -> torch.Tensor:
 
 ROWS_OF = Data((2, 6, 4), (1,))
 PICK_FIVE = Data((4,), (), below(5))
+_LAST = "the last row or column of a triangle may go alone, as it holds a single number or none"
 
 
 def _scattered(name: str) -> Callable[..., Any]:
@@ -131,10 +132,14 @@ VIEWS = {
         *each(lambda x, y: x * y.repeat(1, x.shape[1], 1, 1), IMAGE, Data((2, 1, 4, 4), ())),
     ],
     "tril": [
-        case(lambda m, x, k=k: x @ m.w.tril(k), TOKENS, weights={"w": (6, 6)}, contracts=True) for k in (0, -1, 1, 2)
+        case(lambda m, x, k=k: x @ m.w.tril(k), TOKENS, weights={"w": (6, 6)}, contracts=True, cautious=why)
+        for k, why in ((0, _LAST), (-1, _LAST), (1, ""), (2, ""))
     ],
     "triu": [
-        *(case(lambda m, x, k=k: m.w.triu(k) @ x, SIGNAL, weights={"w": (6, 6)}, contracts=True) for k in (0, 1, -1)),
+        *(
+            case(lambda m, x, k=k: m.w.triu(k) @ x, SIGNAL, weights={"w": (6, 6)}, contracts=True, cautious=why)
+            for k, why in ((0, _LAST), (1, _LAST), (-1, ""))
+        ),
         *each(torch.triu, IMAGE),
         *each(torch.triu, Data((2, 6, 6), (1,))),
         case(lambda m, x: x @ m.w.triu(), TOKENS, weights={"w": (6, 4)}, contracts=True),
@@ -233,7 +238,7 @@ JOINS = {
     "block_diag": [
         *each(lambda *x: torch.block_diag(*x), Data((3, 4), (0, 1)), Data((2, 5), (0, 1))),
         *each(lambda *x: torch.block_diag(*x), Data((3, 4), (0,)), Data((2, 5), (1,))),
-        *each(lambda *x: torch.block_diag(*x), Data((3, 4), (0, 1)), Data((5,), (0,))),
+        *each(lambda *x: torch.block_diag(*x), Data((3, 4), (0, 1)), Data((5,), (0,)), refused=True),
     ],
     "concat": each(lambda *x: torch.concat(x, -3), IMAGE, image(3)),
     "stack": [

@@ -284,12 +284,12 @@ def test_attention_grows_by_whole_heads(init: Any) -> None:
     assert any("32 neurons that a norm averages over (patch_embed.proj.weight)" in note for note in result.notes)
 
 
-def maxvit() -> nn.Module:
-    """One head in the first stage, two in the second; windows, then a grid, with tables of relative positions."""
+def maxvit(heads: int = 2) -> nn.Module:
+    """One head in the first stage, several in the second; windows, then a grid, with tables of relative positions."""
     maxxvit = pytest.importorskip("timm.models.maxxvit")
     torch.manual_seed(0)
     attention = maxxvit.MaxxVitTransformerCfg(dim_head=32, window_size=(2, 2))
-    sizes = {"embed_dim": (32, 64), "depths": (1, 1), "block_type": ("M", "M"), "stem_width": (16, 16)}
+    sizes = {"embed_dim": (32, 32 * heads), "depths": (1, 1), "block_type": ("M", "M"), "stem_width": (16, 16)}
     return maxxvit.MaxxVit(maxxvit.MaxxVitCfg(**sizes, transformer_cfg=attention), img_size=64, num_classes=5).eval()
 
 
@@ -304,10 +304,10 @@ def test_a_network_with_one_head_here_and_several_there_comes_back() -> None:
 
 def test_of_several_heads_some_go_where_one_stays() -> None:
     """That a view of one head takes no other width says nothing of several; nor are positions neurons on a grid."""
-    wide = allocator.widen(maxvit(), factor=2, certify=False, example_inputs=torch.zeros(1, 3, 64, 64)).model
+    wide = allocator.widen(maxvit(4), factor=2, certify=False, example_inputs=torch.zeros(1, 3, 64, 64)).model
     graph = allocator.trace(wide, torch.zeros(1, 3, 64, 64))
     for name in ("stages.1.blocks.0.attn_block.attn.qkv.weight", "stages.1.blocks.0.attn_grid.attn.qkv.weight"):
-        assert len(np.unique(graph.unit_of_slot[graph.slots.labels(name)[0]])) == 4
+        assert len(np.unique(graph.unit_of_slot[graph.slots.labels(name)[0]])) == 8  # keys and values of four
     result = allocator.allocate(wide, flops="25%", example_inputs=torch.zeros(1, 3, 64, 64))
     assert result.certificate.ok
     modules = dict(result.model.named_modules())

@@ -215,7 +215,9 @@ def test_a_budget_that_a_wider_one_can_meet_is_no_model_without_neurons() -> Non
 def test_a_slice_that_became_the_whole_is_where_the_repair_is_made() -> None:
     """Of two channels `y[:, :4]` is all; the layer that then raised was kept whole instead."""
     result = allocator.allocate(_net(_two_slices, _two_slices_layers), "60%", example_inputs=X)
-    assert ["slice" in note for note in result.notes] == [True, False]  # the last says what the result holds for
+    *repairs, _ = result.notes  # the last says what the result holds for
+    assert repairs
+    assert all("slice" in note for note in repairs)
     assert result.model.get_parameter("body.0.weight").shape[0] < 8
 
 
@@ -273,7 +275,9 @@ def test_a_slice_that_comes_up_short_is_where_the_repair_is_made() -> None:
         return {"stem": _unit(3, 8), "body": _unit(8, 8), "head": _head(8), "linear": nn.Linear(128, 3)}
 
     result = allocator.allocate(_net(run, layers), "60%", example_inputs=X, policy="global", scope="all")
-    assert ["slice" in note for note in result.notes] == [True, False]  # the last says what the result holds for
+    *repairs, _ = result.notes  # the last says what the result holds for
+    assert repairs
+    assert all("slice" in note for note in repairs)
 
 
 def test_shapes_that_meta_tensors_let_through() -> None:
