@@ -54,4 +54,5 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     mine = int(os.environ["RANK"])
     torch.save({str(dtype): recovered(mine, dtype) for dtype in PARTS}, Path(sys.argv[1]) / f"rank{mine}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()  # a process that ends with its group open may abort
