@@ -8,8 +8,6 @@ Writes results/coverage_libraries.json and .md; a run that was cut off goes on w
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
 import time
@@ -23,9 +21,9 @@ from torch import nn
 import allocator
 
 from . import coverage_attention, coverage_domains, pitch
-from .common import environment, read, table, where, write
+from .common import read, table, where
 from .coverage_one import trains
-from .peer import reason
+from .rows import arguments_of, measure_rows
 
 Row = dict[str, Any]
 Takes = tuple[int, ...] | Callable[[], tuple[torch.Tensor, ...]]
@@ -155,23 +153,11 @@ def _line(name: str, row: Row) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the networks that have no row yet, and the pitch network's error."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage_libraries")
-    parser.add_argument("--names", nargs="+", help="these networks, whether or not they have a row")
-    parser.add_argument("--print", action="store_true", help="show the rows, write nothing")
-    chosen = parser.parse_args(arguments)
+    chosen = arguments_of("coverage_libraries").parse_args(arguments)
     warnings.simplefilter("ignore")
-    data = read("coverage_libraries") or {"rows": {}, "pitch": pitch_errors()}
     known = networks()
-    for name in chosen.names or [each for each in known if each not in data["rows"]]:
-        try:
-            row = measured(*known[name])
-        except Exception as error:  # whatever it raises is a result here
-            row = {"failed": reason(error)}
-        data["rows"][name] = row
-        print(json.dumps({name: row}), flush=True)
-        if not chosen.print:
-            data["environment"] = environment()
-            write("coverage_libraries", data, markdown(data))
+    data = read("coverage_libraries") or {"rows": {}, "pitch": pitch_errors()}
+    measure_rows("coverage_libraries", data, known, lambda name: measured(*known[name]), markdown, chosen)
     return 0
 
 

@@ -10,8 +10,6 @@ Writes results/coverage_pytorchcv.json and .md; a run that was cut off goes on w
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
 import sys
 import warnings
@@ -24,11 +22,12 @@ from torch import nn
 import allocator
 
 from . import coverage_one
-from .common import environment, read, table, where, write
+from .common import read, table, where
 from .coverage import apart, import_what_tools_import
 from .coverage_models import smallest
 from .coverage_report import FEW, few, left
 from .peer import reason
+from .rows import arguments_of, measure_rows
 
 LIMIT = 120
 MEMORY = 6 << 30
@@ -202,21 +201,18 @@ def _line(family: str, found: Row) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the families that have no row yet."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage_pytorchcv")
-    parser.add_argument("--names", nargs="+", help="these families, whether or not they have a row")
+    parser = arguments_of("coverage_pytorchcv")
     parser.add_argument("--limit", type=int, default=LIMIT, help=f"CPU seconds per network (default {LIMIT})")
-    parser.add_argument("--print", action="store_true", help="show the rows, write nothing")
     chosen = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     import_what_tools_import()
     data = read("coverage_pytorchcv") or {"families": families(), "rows": {}}
-    known, rows = data["families"], data["rows"]
-    for family in chosen.names or [each for each in known if each not in rows]:
-        rows[family] = {"network": known[family], **apart(row, (family, known[family]), chosen.limit)}
-        print(json.dumps({family: rows[family]}), flush=True)
-        if not chosen.print:
-            data["environment"] = environment()
-            write("coverage_pytorchcv", data, markdown(data))
+    known = data["families"]
+
+    def measure(family: str) -> Row:
+        return {"network": known[family], **apart(row, (family, known[family]), chosen.limit)}
+
+    measure_rows("coverage_pytorchcv", data, known, measure, markdown, chosen)
     return 0
 
 

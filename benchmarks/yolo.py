@@ -8,9 +8,7 @@ Writes results/yolo.json and .md; a run that was cut off goes on with the networ
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import os
 import sys
 import tempfile
@@ -29,9 +27,9 @@ from torch import nn
 
 import allocator
 
-from .common import environment, read, table, where, write
+from .common import read, table, where
 from .coverage_one import trains
-from .peer import reason
+from .rows import arguments_of, measure_rows
 
 NAMES = (
     "yolov5n", "yolov8n", "yolov8n-seg", "yolov8n-pose", "yolov8n-cls", "yolov9t", "yolov9c-seg", "yolov10n",
@@ -145,22 +143,10 @@ def _why(rows: dict[str, Row]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the networks that have no row yet."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.yolo")
-    parser.add_argument("--names", nargs="+", help="these networks, whether or not they have a row")
-    parser.add_argument("--print", action="store_true", help="show the rows, write nothing")
-    chosen = parser.parse_args(arguments)
+    chosen = arguments_of("yolo").parse_args(arguments)
     warnings.simplefilter("ignore")
-    data = read("yolo") or {"rows": {}}
-    for name in chosen.names or [each for each in NAMES if each not in data["rows"]]:
-        try:
-            row = measured(name)
-        except Exception as error:  # whatever it raises is a result here
-            row = {"failed": reason(error)}
-        data["rows"][name] = row
-        print(json.dumps({name: row}), flush=True)
-        if not chosen.print:
-            data |= {"environment": environment(), "ultralytics": version("ultralytics")}
-            write("yolo", data, markdown(data))
+    data = {**(read("yolo") or {"rows": {}}), "ultralytics": version("ultralytics")}
+    measure_rows("yolo", data, NAMES, measured, markdown, chosen)
     return 0
 
 

@@ -482,9 +482,13 @@ def test_a_parameter_that_is_returned_is_a_number_like_others() -> None:
 
 
 def test_running_statistics_are_not_touched() -> None:
-    model = network().train()
+    """Also of a norm that keeps them in eval mode."""
+    model = net(
+        lambda m, x: nn.functional.batch_norm(x, m.norm.running_mean, m.norm.running_var, training=True),
+        norm=nn.BatchNorm2d(3),
+    ).double()
     with untouched(model):
-        run_float64(model, as_inputs(IMAGE, model))
+        run_float64(model, as_inputs(IMAGE.double(), model))
 
 
 @pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN])
