@@ -30,7 +30,7 @@ WITHIN_FILES = {
     "graph/blocks.py": "blocks",
 }
 WITHIN = {
-    ("fitting/fit.py", "check_structure"): "structural check",
+    ("fitting/check.py", "check_structure"): "structural check",
     ("rewriting/materialise.py", "materialise"): "rewrite",
 }
 # Otherwise the innermost file of the package tells, by its room.
