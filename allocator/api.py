@@ -115,7 +115,8 @@ def allocate(
         scope: "branches" (neurons that enter a concatenation or a grouped convolution), "inner" (all but residual
             streams), "all" (which "auto" is), or "narrowest" for the narrowest of them that can meet the budgets.
         fill: spend the rest of the budgets on the next best neurons.
-        groups: "whole" drops whole groups of grouped convolutions, "width" narrows all groups alike.
+        groups: "whole" drops whole groups of grouped convolutions, "width" narrows all groups alike; "auto" is "whole",
+            and "width" where whole groups cannot meet the budgets, which the notes say.
         norms: "exact" keeps channels under a norm over channels (of a group norm, whole groups may go), "loose" lets
             them go.
         exclude: what stays as it is: name patterns (`"layer1.*"`), module classes or modules.

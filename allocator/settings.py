@@ -14,7 +14,7 @@ from allocator.errors import ArgumentsError, InputError, UnknownNameError, as_gi
 
 Policy = Literal["auto", "per_block", "global", "uniform", "isomorphic", "priced"]
 Scope = Literal["auto", "branches", "inner", "all", "narrowest"]
-Groups = Literal["whole", "width"]
+Groups = Literal["auto", "whole", "width"]
 Norms = Literal["exact", "loose"]
 Weights = Literal["keep", "reset"]
 Method = Literal["auto", "least_squares", "batch_norm", "fold", "distil"]
@@ -72,8 +72,12 @@ class Settings:
         bool, Option("keep plain shares; do not spend the rest of the budget on the next best neurons", flag="no-fill")
     ] = True
     groups: Annotated[
-        Groups, Option("in grouped convolutions, drop whole groups (whole) or narrow all of them alike (width)")
-    ] = "whole"
+        Groups,
+        Option(
+            "in grouped convolutions, drop whole groups (whole), narrow all of them alike (width), or auto, which is "
+            "whole, and width where whole groups cannot meet the budget"
+        ),
+    ] = "auto"
     norms: Annotated[
         Norms,
         Option(

@@ -71,7 +71,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "share": (85, 60, 40),
     "multiple": (1, 2, 4, 8),
     "at_least": (None, 3, "25%"),
-    "groups": ("whole", "width"),
+    "groups": ("auto", "whole", "width"),
     "norms": ("exact", "loose"),
     "fill": (True, False),
 }

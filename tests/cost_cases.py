@@ -297,6 +297,7 @@ REWRITTEN: dict[str, tuple[nn.Module, dict[str, Any]]] = {
     "fused attention": (Net(_tokens(_fused), 10, **_qkv()), {}),
     "einsum attention": (Net(_tokens(_einsum_attention), 10, **_qkv()), {}),
     "einsum of three": (Net(_tokens(_einsum_of_three), 12, **_qkv(12)), {}),
+    "einsum of three, rounded up": (Net(_tokens(_einsum_of_three), 13, **_qkv(13)), {}),
     "einsum gate": (Net(lambda m, x: torch.einsum("bchw,bc->bchw", x, x.mean((2, 3)))), {}),
     "batch norm": (Net(lambda m, x: m.n(x), n=nn.BatchNorm2d(12)), {}),
     "batch norm, plain": (Net(lambda m, x: m.n(x), n=nn.BatchNorm2d(12, affine=False)), {}),

@@ -37,7 +37,7 @@ def cases(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Case:
         share=draw(st.sampled_from((*range(60, 96, 5), 95, 90, 80, 70, 50, 40, 30, 20))) / 100,
         policy=draw(st.sampled_from(("per_block", "global", "uniform"))),
         scope=draw(st.sampled_from((*("auto", "all") * 4, "inner", "branches"))),
-        groups=draw(st.sampled_from(("whole", "width"))),
+        groups=draw(st.sampled_from(("auto", "whole", "width"))),
         norms=draw(st.sampled_from(("exact", "exact", "exact", "loose"))),
         criterion=draw(st.sampled_from(("bn_scale", "magnitude"))),
         fill=draw(st.sampled_from((True, True, True, False))),

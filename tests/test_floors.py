@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from dataclasses import replace
@@ -385,3 +386,52 @@ def test_a_floor_under_whole_groups_says_that_they_may_be_narrowed(per_group: in
     with pytest.raises(BudgetError, match="cannot be met") as caught:
         allocator.allocate(nn.Sequential(*layers), "1%", example_inputs=torch.zeros(1, 3, 8, 8), groups=groups)
     assert ("groups='width' narrows all groups of a layer alike, and may reach less" in str(caught.value)) == said
+
+
+IN_GROUPS = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 2, 1))
+
+
+@pytest.mark.parametrize(("budget", "groups"), [("70%", "whole"), ("45%", "width")])
+def test_groups_get_narrower_where_whole_ones_cannot_meet_the_budget(budget: str, groups: str) -> None:
+    """One of the two groups is 50 % of the FLOPs."""
+    image = torch.zeros(1, 3, 8, 8)
+    result = allocator.allocate(IN_GROUPS, budget, example_inputs=image)
+    assert result.allocation.groups == groups
+    assert result.certificate.ok
+    assert result.flops_after <= result.flops_asked
+    assert any(note.startswith("groups of convolutions get narrower") for note in result.notes) == (groups == "width")
+    assert result.model.get_submodule("1").groups == (1 if groups == "whole" else 2)
+    again = allocator.rewrite(IN_GROUPS, result.allocation)
+    assert again(image).shape == result.model(image).shape
+    with contextlib.nullcontext() if groups == "whole" else pytest.raises(BudgetError, match="groups='width'"):
+        allocator.allocate(IN_GROUPS, budget, example_inputs=image, groups="whole")
+
+
+def test_of_groups_that_go_either_way_the_lower_floor_is_named() -> None:
+    image = torch.zeros(1, 3, 8, 8)
+
+    def floor(groups: Any) -> BudgetError:
+        with pytest.raises(BudgetError) as caught:
+            allocator.allocate(IN_GROUPS, "1%", example_inputs=image, groups=groups)
+        return caught.value
+
+    whole, width, either = (floor(groups).reachable for groups in ("whole", "width", "auto"))
+    assert whole is not None
+    assert width is not None
+    assert either == width < whole
+    assert "groups='width'" not in str(floor("auto"))
+
+
+def test_a_graph_followed_by_whole_groups_is_planned_on_as_it_is() -> None:
+    image = torch.zeros(1, 3, 8, 8)
+    assert allocator.plan(allocator.trace(IN_GROUPS, image), flops="45%").groups == "width"
+    with pytest.raises(BudgetError, match="groups='width'"):
+        allocator.plan(allocator.trace(IN_GROUPS, image, groups="whole"), flops="45%")
+
+
+def test_budgets_of_a_sweep_lie_within_one_another_when_the_last_needs_narrower_groups() -> None:
+    points = allocator.sweep(IN_GROUPS, ["70%", "45%"], example_inputs=torch.zeros(1, 3, 8, 8)).points
+    assert [point.allocation.groups for point in points] == ["width", "width"]
+    larger, smaller = (point.allocation.kept for point in points)
+    for name in ("0.weight", "1.weight"):
+        assert set(smaller[name][0] or ()) < set(larger[name][0] or range(8))

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     asked = [name for name in ("factor", "like", "neurons") if getattr(args, name) is not None]
     if len(asked) + bool(budgets(args)) != 1:
         raise UsageError("budgets, or one of --factor, --like and --neurons, are needed, such as --flops 150% alone")
-    if args.neurons is not None and (args.scope, args.groups, args.multiple) != ("auto", "whole", 1):
+    if args.neurons is not None and (args.scope, args.groups, args.multiple) != ("auto", "auto", 1):
         raise UsageError("--scope, --groups and --multiple do not go with --neurons, which names the branches itself")
     check_files(args)
     talk = Talk(args)

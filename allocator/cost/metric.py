@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -74,12 +74,13 @@ class Metric:
 
     def per_term(self, kept: np.ndarray) -> np.ndarray:
         """The cost of every term when the neurons with `kept` true, (neurons,) bool, are kept."""
-        costs = self._factor * self.counts(kept)[self.axes_of_term].prod(axis=1)
+        counts = self.counts(kept)
+        costs = self._factor * counts[self.axes_of_term].prod(axis=1)
         costs[self._alone] = [_as_printed(n) for n in costs[self._alone].tolist()]
-        for steps in self._together:
-            whole = int(costs[steps].sum())
+        for whole, steps, recount in self._together:
             costs[steps] //= 2
-            costs[steps[0]] += _as_printed(whole) - costs[steps].sum()
+            sizes = counts[self.axes_of_term[whole, : len(self.terms[whole].axes)]]
+            costs[whole] = _as_printed(recount(*sizes.tolist())) - costs[steps].sum()
         return costs
 
     def value(self, kept: np.ndarray) -> int:
@@ -156,14 +157,17 @@ def _distinct_axes(terms: Sequence[Term], unit_of_slot: np.ndarray) -> tuple[lis
     return axes, chosen
 
 
-def _reports(terms: Sequence[Term]) -> tuple[list[int], list[list[int]]]:
-    """Indices of the terms that fvcore reads off a printed figure: each its own, and those of which one is the sum."""
+def _reports(terms: Sequence[Term]) -> tuple[list[int], list[tuple[int, list[int], Callable[..., int]]]]:
+    """Indices of the terms that fvcore reads off a printed figure of their own, and those that stand for others too."""
     steps_of: dict[int, list[int]] = {}
+    whole: dict[int, tuple[int, Callable[..., int]]] = {}
     for i, term in enumerate(terms):
-        if term.printed:
+        if term.recount is not None:
+            whole[term.op] = i, term.recount
+        elif term.printed:
             steps_of.setdefault(term.op, []).append(i)
-    alone = [steps[0] for steps in steps_of.values() if len(steps) == 1]
-    return alone, [steps for steps in steps_of.values() if len(steps) > 1]
+    alone = [steps[0] for op, steps in steps_of.items() if op not in whole]
+    return alone, [(i, steps_of[op], recount) for op, (i, recount) in whole.items()]
 
 
 def _as_printed(count: int) -> int:

@@ -6,7 +6,7 @@ FLOPs, parameters and activations are all sums of such products, so what a choic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,11 +23,14 @@ class Product(NamedTuple):
         factor: the cost per kept index of every labelled dim; dims without labels are in it.
         labels: one entry per dim, None for a dim that is in the factor.
         printed: the factor counts two per multiply-add, and fvcore reads the product off a printed figure.
+        recount: of a call that several products stand for, which fvcore reads as one figure: what they are together, by
+            the numbers of kept indices of the labelled dims.
     """
 
     factor: int
     labels: Sequence[Label]
     printed: bool = False
+    recount: Callable[..., int] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Term:
         axes: label arrays; the cost is the factor times the number of kept labels of each.
         module: path of the module that was running, or that holds the tensor.
         op: index into the trace's ops; -1 where no call is meant.
-        printed: as for `Product`.
+        printed, recount: as for `Product`.
     """
 
     factor: float
@@ -47,12 +50,13 @@ class Term:
     module: str = ""
     op: int = -1
     printed: bool = False
+    recount: Callable[..., int] | None = None
 
     @classmethod
     def of(cls, product: Product, module: str = "", op: int = -1) -> Term:
         """The term of a product."""
         axes = tuple([label for label in product.labels if label is not None])
-        return cls(product.factor, axes, module, op, product.printed)
+        return cls(product.factor, axes, module, op, product.printed, product.recount)
 
 
 def elements(flow: Flow, value: int, scale: int = 1, dims: slice = slice(None)) -> Product:

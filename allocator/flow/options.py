@@ -47,7 +47,8 @@ class Options:
     """How channels are followed.
 
     Attributes:
-        groups: "whole" removes whole groups of a grouped convolution, "width" the same places of every group.
+        groups: "whole" removes whole groups of a grouped convolution, "width" the same places of every group; "auto" is
+            "whole" where that can meet what is asked for.
         norms: "exact" keeps channels under a norm over channels (of a group norm, whole groups may go), "loose" lets
             them go, "even" is for wider networks: there are equally many of each.
         exclude: what stays as it is: module or parameter name patterns, module classes, or modules.

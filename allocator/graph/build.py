@@ -94,6 +94,14 @@ def elsewhere(graph: ChannelGraph) -> ChannelGraph:
     return graph.wider
 
 
+def with_narrower_groups(graph: ChannelGraph) -> ChannelGraph:
+    """The graph of the same forwards in which all groups of a convolution keep the same places."""
+    wider = elsewhere(graph)
+    narrower = rebuilt(wider, replace(wider.options, groups="width"))
+    narrower.wider = narrower
+    return narrower
+
+
 def without_forward(graph: ChannelGraph, which: int, why: str) -> ChannelGraph:
     """The graph without one of its flows, in whose mode or size a result need not work."""
     others = [*graph.others[: which - 1], *graph.others[which:]]

@@ -169,8 +169,8 @@ def convolution_backward(flow: Flow, op: Op) -> None:
 def _grouped(flow: Flow, op: Op, x: int, weight: int, groups: int, transposed: bool) -> Label:
     """Tie what a grouped convolution needs tied; return the labels of its output channels.
 
-    With `groups="whole"` all inputs and outputs of a group go together. With `groups="width"` every
-    group keeps the same places. A depthwise convolution has groups of one input either way.
+    With `groups="width"` every group keeps the same places, else all inputs and outputs of a group go together. A
+    depthwise convolution has groups of one input either way.
     """
     source = flow.labels(x)[1]
     if source is not None and groups == len(source) == flow.shape(weight)[0] and flow.is_repeated(weight, 0):
@@ -187,7 +187,7 @@ def _grouped(flow: Flow, op: Op, x: int, weight: int, groups: int, transposed: b
         return w0
     if inputs.shape[1] > 1:
         flow.join("groups", op, 1, [x])
-    if flow.options.groups == "whole" or inputs.shape[1] == 1:
+    if flow.options.groups != "width" or inputs.shape[1] == 1:
         flow.tie(inputs, inputs[:, :1], op)
         flow.tie(rows, inputs[:, :1], op)
         flow.group(op, op.arg("weight"), inputs[:, 0])

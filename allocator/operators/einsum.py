@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,8 @@ _COUNTED_BY_HAND = ("abc,abd->acd", "abc,adc->adb")
 def einsum_flops(flow: Flow, call: Call) -> list[Product]:
     """Two FLOPs per combination of letters where any are summed over, else one; fvcore halves them.
 
-    Three operands and more are contracted in the order that is best for the sizes as traced.
+    Three operands and more are contracted in the order that is best for their sizes: a step has a product in the order
+    as traced, and the last product counts the whole anew.
     """
     equation = str(call.args[0]).replace(" ", "")
     refs = call.args[1] if isinstance(call.args[1], tuple) else call.args[1:]
@@ -30,13 +33,30 @@ def einsum_flops(flow: Flow, call: Call) -> list[Product]:
             letters[letter] = (max(size, largest), labelled if label is None else label)
     if _alphabetical(equation) in _COUNTED_BY_HAND:
         return [_combinations(letters, set(letters), 1)]
-    sizes = {name: size for name, (size, _) in letters.items()}
-    products = []
-    for used, summed, terms in _contractions(operands, result, sizes):
-        products.append(_combinations(letters, used, max(1, terms - 1) + summed)._replace(printed=True))
-    if len(products) > 1 and not any(product.labels for product in products):
-        return [Product(sum(product.factor for product in products), [], printed=True)]
-    return products
+    steps = _steps(operands, result, {name: size for name, (size, _) in letters.items()})
+    products = [_combinations(letters, used, scale)._replace(printed=True) for used, scale in steps]
+    if len(operands) < 3:
+        return products
+    whole = _combinations(letters, set(letters), 0)
+    return [*products, whole._replace(printed=True, recount=_counted_anew(operands, result, letters))]
+
+
+def _counted_anew(
+    operands: list[list[str]], result: list[str], letters: dict[str, tuple[int, Label]]
+) -> Callable[..., int]:
+    """The count of all steps by the sizes of the letters that have labels, in the order that is best for these."""
+    fixed = {name: size for name, (size, label) in letters.items() if label is None}
+    labelled = [name for name in letters if name not in fixed]
+
+    @functools.cache
+    def count(*sizes: int) -> int:
+        size_of = {**fixed, **dict(zip(labelled, sizes, strict=True))}
+        if 0 in sizes:
+            return 0
+        steps = _steps(operands, result, size_of)
+        return sum(scale * math.prod(size_of[name] for name in used) for used, scale in steps)
+
+    return count
 
 
 def _combinations(letters: dict[str, tuple[int, Label]], used: set[str], scale: int) -> Product:
@@ -80,10 +100,8 @@ def _alphabetical(equation: str) -> str:
     return equation.translate({ord(c): ord("a") + i for i, c in enumerate(order)})
 
 
-def _contractions(
-    operands: list[list[str]], result: list[str], sizes: dict[str, int]
-) -> Iterator[tuple[set[str], bool, int]]:
-    """Per step of numpy's best path: the letters used, whether any is summed over, and how many operands."""
+def _steps(operands: list[list[str]], result: list[str], sizes: dict[str, int]) -> Iterator[tuple[set[str], int]]:
+    """Per step of numpy's best path: the letters used, and how often a combination of these counts."""
     number = {name: i for i, name in enumerate(sizes)}
     arguments: list[Any] = []
     for names in operands:
@@ -96,4 +114,4 @@ def _contractions(
         used = set().union(*taken)
         stays = used & set(result).union(*left)
         left.append(stays)
-        yield used, stays != used, len(taken)
+        yield used, max(1, len(taken) - 1) + (stays != used)

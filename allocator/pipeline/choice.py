@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -10,13 +11,17 @@ from allocator.cost.budget import Budgets, parse_budgets
 from allocator.errors import BudgetError, BudgetNotBindingWarning, NothingToAllocateError, warn
 from allocator.fitting.fit import Fitted, fit
 from allocator.fitting.reachable import smallest_reachable
+from allocator.graph.build import with_narrower_groups
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.planning.plan import Plan, make_plan
 from allocator.planning.problem import Widths
-from allocator.planning.unmet import unmet
+from allocator.planning.unmet import has_groups, unmet
 from allocator.scoring.registry import score
 from allocator.scoring.scores import Scores
 from allocator.settings import BUDGETS, Limits, Settings
+
+Attempt = Callable[[ChannelGraph, Budgets], Fitted]
+"""A plan for the neurons of a graph under budgets that was made to fit."""
 
 
 def budgets_of(graph: ChannelGraph, limits: Limits) -> Budgets:
@@ -81,10 +86,27 @@ def choose(
         return _keep_everything(graph, budgets, settings)
     scores = score(graph, settings.criterion) if scores is None else scores
     attempt = _attempt(graph, settings, scores, gone)
-    try:
-        return attempt(budgets)
-    except (BudgetError, NothingToAllocateError) as error:
-        raise _what_can_be_met(graph, budgets, settings, attempt, error) from None
+    failed = []
+    for current in _ways_to_follow(graph):
+        try:
+            fitted = attempt(current, budgets)
+        except (BudgetError, NothingToAllocateError) as error:
+            failed.append((current, error))
+        else:
+            fitted.notes[:0] = [_NARROWER] if failed else []
+            return fitted
+    errors = [_what_can_be_met(*each, budgets, settings, attempt) for each in failed]
+    raise min(errors, key=lambda error: getattr(error, "reachable", None) or math.inf)
+
+
+def _ways_to_follow(graph: ChannelGraph) -> Iterator[ChannelGraph]:
+    """The graph; and, left to us, one in which groups of convolutions get narrower, all of a layer alike."""
+    yield graph
+    if graph.options.groups == "auto" and has_groups(graph):
+        yield with_narrower_groups(graph)
+
+
+_NARROWER = "groups of convolutions get narrower, all of a layer alike, since whole ones cannot meet the budget"
 
 
 def _keep_everything(graph: ChannelGraph, budgets: Budgets, settings: Settings) -> Fitted:
@@ -107,10 +129,8 @@ def _counted_on(current: ChannelGraph, graph: ChannelGraph, budgets: Budgets) ->
     return budgets.on({name: current.metric(name) for name in budgets.names})
 
 
-def _attempt(
-    graph: ChannelGraph, settings: Settings, scores: Scores, gone: np.ndarray | None
-) -> Callable[[Budgets], Fitted]:
-    """Planning and fitting by these scores, as a function of the budgets."""
+def _attempt(graph: ChannelGraph, settings: Settings, scores: Scores, gone: np.ndarray | None) -> Attempt:
+    """Planning and fitting by these scores."""
 
     def planner(current: ChannelGraph, budgets: Budgets) -> Plan:
         try:
@@ -127,15 +147,15 @@ def _attempt(
         except BudgetError as error:
             raise error.because(current.why()) from None
 
-    return lambda budgets: fit(graph, lambda current: planner(current, budgets))
+    return lambda first, budgets: fit(first, lambda current: planner(current, budgets))
 
 
 def _what_can_be_met(
     graph: ChannelGraph,
+    error: BudgetError | NothingToAllocateError,
     budgets: Budgets,
     settings: Settings,
-    attempt: Callable[[Budgets], Fitted],
-    error: BudgetError | NothingToAllocateError,
+    attempt: Attempt,
 ) -> BudgetError | NothingToAllocateError:
     """The error with the smallest figure that was seen to work."""
     if len(budgets.each) > 1:  # which of them could be met depends on the others
@@ -143,7 +163,7 @@ def _what_can_be_met(
     first = budgets.first
 
     def landing(limit: float) -> int:
-        plan = attempt(budgets.with_limit(first.metric.name, limit)).plan
+        plan = attempt(graph, budgets.with_limit(first.metric.name, limit)).plan
         return plan.budgets.first.metric.value(plan.kept)
 
     figure = smallest_reachable(error, landing, first.limit, first.metric.whole)

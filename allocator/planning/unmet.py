@@ -40,7 +40,7 @@ def unmet(
     meant = ""
     if 10 <= first.limit <= 100 < first.metric.whole and float(first.limit).is_integer():
         meant = f"; if a share is meant, write '{first.limit:.0f}%'"
-    narrower = _NARROWER if _has_groups(graph) and graph.options.groups == "whole" else ""
+    narrower = _NARROWER if graph.options.groups == "whole" and has_groups(graph) else ""
     return BudgetError(
         f"{asked} cannot be met with {', '.join(against)}: the smallest that can be reached is {'; '.join(found)}"
         f"{meant}{narrower}",
@@ -54,7 +54,7 @@ _NARROWER = (
 )
 
 
-def _has_groups(graph: ChannelGraph) -> bool:
+def has_groups(graph: ChannelGraph) -> bool:
     """Whether a convolution has groups of several inputs each."""
     return any(join.kind == "groups" for flow in graph.flows for join in flow.joins)
 

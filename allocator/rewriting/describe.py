@@ -51,7 +51,7 @@ def describe(
         policy=plan.policy,
         criterion=plan.criterion,
         scope=plan.scope,
-        groups=graph.options.groups,
+        groups="width" if graph.options.groups == "width" else "whole",
         norms=graph.options.norms,
         input_shapes=[list(t.shape) for t in graph.inputs.tensors()],
     )
