@@ -11,16 +11,6 @@ REASONS = {
     "inputs can go exactly",
     "timm:csatv2": "the hidden widths of its blocks pass a global response norm, whose mean runs over all of their "
     "channels, and the stream lies under norms over channels: neither can go exactly",
-    **{
-        f"pytorchcv:{name}": "groups of convolutions go whole by default, and hang together here through shuffles or "
-        f"sums; `groups='width'` narrows all alike, to {least} % of the FLOPs at the least, and meets 60 %"
-        for name, least in (
-            ("sinet_cityscapes", "26.5"),
-            ("menet108_8x1_g3", "8.8"),
-            ("espnetv2_wd2", "13.4"),
-            ("igcv3_wd4", "7.5"),
-        )
-    },
     "pytorchcv:dicenet_wd5": "its dimension-wise convolutions run along the channels as along pixels",
     "pytorchcv:superpointnet": "how many points it finds, and so how often its loops run, hangs on values; a plan is "
     "taken only where both networks take the same path",
@@ -40,10 +30,6 @@ REASONS = {
         ),
         "most of the channels that stay are what the model returns",
     ),
-}
-FLOORS = {
-    "timm:resnest14d": "its split attention takes both groups of each 3x3 convolution as one, so that neither goes "
-    "whole, and none of its inputs does; `groups='width'` narrows both alike, down to 0.8 % of the FLOPs",
 }
 WHY_HEADS_STAY = (
     "Where a forward computes the width of a head from the stream (`C // num_heads`), or gives its result the width of "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .common import ROOT, table, where
-from .coverage_reasons import FLOORS, REASONS, WHY_HEADS_STAY
+from .coverage_reasons import REASONS, WHY_HEADS_STAY
 
 Row = dict[str, Any]
 EARLIER = "Of networks with a star, no more than the floor was measured anew; all else is by the defaults of 0.1."
@@ -112,7 +112,7 @@ def high(rows: Sequence[Row]) -> list[str]:
         return []
     lines = [
         f"- {name} ({100 * ours['share']:.0f} % can go, floor {100 * ours['floor']:.1f} %): "
-        f"{FLOORS.get(name) or _own_reason(ours)}."
+        f"{_own_reason(ours)}."
         for name, ours in found
     ]
     return [f"## Over {100 * MANY:.0f} % can go, and {100 * HIGH:.0f} % of the FLOPs or more stay", "", *lines, ""]
