@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cost_cases import IMAGE, REWRITTEN, WHOLE, Calls, Shape, inputs_of, plain
+from cost_cases import IMAGE, REWRITTEN, WHOLE, Calls, Net, Shape, inputs_of, plain
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
@@ -185,3 +185,33 @@ def test_a_number_that_nobody_computed_is_not_read_in_silence() -> None:
     model = Calls(lambda m, x: x.relu() if bool(m.weight.sum() > 0) else x @ m.weight, weight=torch.randn(4, 4))
     with pytest.raises(TraceError, match="cannot be counted without its numbers"):
         fvcore_flops(model, as_inputs(torch.ones(2, 4), model), computed=False)
+
+
+def _as_small_as(m: Any, y: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(y, m.deep(m.down(y).relu()).shape[-2:])
+
+
+def _as_small_as_either(m: Any, y: torch.Tensor) -> torch.Tensor:
+    high, wide = m.down(y).size(2), m.deep(y).size(3)
+    m.dead(y)
+    return F.adaptive_avg_pool2d(y, (high, wide))
+
+
+def _read_by_nobody(m: Any, y: torch.Tensor) -> torch.Tensor:
+    assert m.deep(m.dead(y)).shape[1] == m.deep.out_channels
+    return y
+
+
+@pytest.mark.parametrize(
+    ("middle", "counted"),
+    [(_as_small_as, {"down", "deep"}), (_as_small_as_either, {"down", "deep"}), (_read_by_nobody, set())],
+)
+def test_layers_of_whose_results_the_size_alone_is_read_are_counted(middle: Any, counted: set[str]) -> None:
+    parts = {name: nn.Conv2d(12, 12, 3, stride, 1) for name, stride in (("down", 2), ("deep", 3), ("dead", 1))}
+    model = Net(middle, **parts).eval()
+    graph = allocator.trace(model, IMAGE)
+    assert graph.flops == by_fvcore(model, IMAGE)
+    assert {term.module for term in graph.metric("flops").terms} & parts.keys() == counted
+    result = allocator.allocate(model, "60%", example_inputs=IMAGE)
+    assert result.flops_after == by_fvcore(result.model, IMAGE) <= 0.6 * graph.flops
+    assert result.certificate.ok

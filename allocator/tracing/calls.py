@@ -157,8 +157,8 @@ class Trace:
     by_value: set[str] = field(default_factory=set, repr=False)
     exchanged: tuple[Exchange, ...] = ()
 
-    def live(self, gone: Collection[int] = frozenset()) -> list[Op]:
-        """Calls that the outputs depend on, in order; those that only serve values in `gone` do not count.
+    def live(self, gone: Collection[int] = frozenset(), also: Collection[int] = frozenset()) -> list[Op]:
+        """Calls that the outputs, and the values in `also`, depend on, in order; not those that serve `gone` alone.
 
         As torch's own tracer has it, whose graphs fvcore counts: a write into what the model was given, or into
         a tensor that a live call takes apart into a list, is never lost.
@@ -167,15 +167,17 @@ class Trace:
         lists = [op for op in self.ops if op.takes_apart()]
         shared = set(range(len(self.values))).difference(*(set(op.outputs) - set(op.reads) for op in self.ops))
         while True:
-            live = self._needed(gone, shared | {owners[op.reads[0]] for op in lists}, owners)
+            live = self._needed(gone, also, shared | {owners[op.reads[0]] for op in lists}, owners)
             indices = {op.index for op in live}
             still = [op for op in lists if op.index in indices]
             if len(still) == len(lists):
                 return live
             lists = still
 
-    def _needed(self, gone: Collection[int], shared: set[int], owners: Sequence[int]) -> list[Op]:
-        wanted = set(self.outputs)
+    def _needed(
+        self, gone: Collection[int], also: Collection[int], shared: set[int], owners: Sequence[int]
+    ) -> list[Op]:
+        wanted = {*self.outputs, *also}
         memory = shared | {owners[i] for i in wanted}
         live = []
         for op in reversed(self.ops):
