@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -241,3 +242,21 @@ def test_a_budget_of_all_there_is_counts_neurons_that_go_together_elsewhere() ->
     result = allocator.allocate(model, "100%", example_inputs=IMAGE)
     assert result.flops_after == result.flops_before
     assert result.graph.size < allocator.trace(model, IMAGE).size
+
+
+def test_what_was_dropped_from_a_tensor_that_other_sizes_do_not_read_is_verified_there() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.first(x)
+        return m.head((y * m.second.bias[:, None, None] if x.shape[-1] <= 16 else y).mean((2, 3)))
+
+    parts = {"first": nn.Conv2d(3, 16, 3), "second": nn.Conv2d(1, 16, 1), "head": nn.Linear(16, 5)}
+    model = net(run, **parts)
+    result = allocator.allocate(model, "60%", example_inputs=IMAGE)
+    assert "second.bias" in result.allocation.kept
+    for side in (16, 40, 64):
+        assert allocator.verify(model, result.model, result.allocation, example_inputs=torch.zeros(2, 3, side, side)).ok
+    kept = {**result.allocation.kept, "second.bias": [list(range(len(result.allocation.kept["second.bias"][0] or ())))]}
+    wrong = replace(result.allocation, kept=kept)
+    assert wrong.kept != result.allocation.kept
+    small = allocator.rewrite(model, wrong)
+    assert not allocator.verify(model, small, wrong, example_inputs=torch.zeros(1, 3, 40, 40)).ok

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from allocator.graph.neurons import number_neurons
 from allocator.graph.selection import as_items, selected
 from allocator.modules import attribute_of, numbers_of, tensor_names
 from allocator.tracing.calls import Trace
-from allocator.tracing.forwards import Forwards, more_forwards, usual_forwards
+from allocator.tracing.forwards import Forwards, more_forwards, usual_forwards, with_shapes_too
 from allocator.tracing.inputs import Inputs
 
 
@@ -92,6 +92,12 @@ def elsewhere(graph: ChannelGraph) -> ChannelGraph:
             wider.speed = graph.speed
         graph.wider = wider.wider = wider
     return graph.wider
+
+
+def with_shapes(graph: ChannelGraph, shapes: Sequence[Sequence[int]]) -> ChannelGraph:
+    """The graph with forwards on inputs of these shapes as well, where there can be such."""
+    forwards = with_shapes_too(graph.model, graph.forwards, shapes)
+    return build_graph(graph.model, graph.inputs, graph.options, forwards)
 
 
 def with_narrower_groups(graph: ChannelGraph) -> ChannelGraph:

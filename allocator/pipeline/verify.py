@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from allocator.errors import AllocationMismatchError
-from allocator.graph.build import elsewhere
+from allocator.graph.build import elsewhere, with_shapes
 from allocator.model_checks import check_model
 from allocator.modules import shapes_of
 from allocator.pipeline.model import trace_model
@@ -50,6 +50,9 @@ def verify_model(
     settings = replace(settings, norms=allocation.norms)  # type: ignore[arg-type]
     graph = elsewhere(trace_model(model, example_inputs, settings))
     kept = kept_by(graph, allocation)
+    if kept is None:  # inputs of other shapes may leave unread what was dropped from
+        graph = with_shapes(graph, allocation.input_shapes)
+        kept = kept_by(graph, allocation)
     if kept is None:
         return no_certificate(graph, seed)
     maps = maps_of(graph, kept)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from allocator.errors import first_line, text_of
+from allocator.errors import TraceError, first_line, text_of
 from allocator.modules import tensor_names
 from allocator.tracing.calls import Trace
 from allocator.tracing.exchange import rounds_of
@@ -19,7 +19,15 @@ from allocator.tracing.inputs import Inputs
 from allocator.tracing.isolation import looked_at_once
 from allocator.tracing.record import ForwardError, record, record_again, trace_forward
 from allocator.tracing.value_sized import value_sized
-from allocator.tracing.variations import batch_of, dims_of_sides, larger, smaller, with_batch, with_sides
+from allocator.tracing.variations import (
+    batch_of,
+    dims_of_sides,
+    larger,
+    smaller,
+    with_batch,
+    with_shapes,
+    with_sides,
+)
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,18 @@ def more_forwards(model: nn.Module, first: Forwards) -> Forwards:
         trials.others(base, in_train_mode=any(trace.training for trace in first.traces))
         found = replace(first, traces=(*first.traces, *trials.traces), refused=tuple(trials.refused))
         return replace(found, traces=(*found.traces, *_with_others_in_place(model, found)))
+
+
+def with_shapes_too(model: nn.Module, found: Forwards, shapes: Sequence[Sequence[int]]) -> Forwards:
+    """Those, and all that there are for inputs of these shapes, where the model runs so without values."""
+    inputs = None if found.traces[0].mode == "real" else with_shapes(found.traces[0].inputs, shapes)
+    if inputs is None:
+        return found
+    try:
+        others = more_forwards(model, usual_forwards(model, inputs))
+    except TraceError:
+        return found
+    return replace(found, traces=(*found.traces, *others.traces))
 
 
 def _with_others_in_place(model: nn.Module, found: Forwards) -> list[Trace]:

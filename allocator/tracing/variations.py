@@ -54,6 +54,14 @@ def with_sides(inputs: Inputs, sides: Mapping[int, int]) -> Inputs:
     return inputs.map(resize)
 
 
+def with_shapes(inputs: Inputs, shapes: Sequence[Sequence[int]]) -> Inputs | None:
+    """The same with tensors of these shapes, in order; None where there are not as many of as many dims."""
+    if [t.dim() for t in inputs.tensors()] != [len(shape) for shape in shapes]:
+        return None
+    left = iter(shapes)
+    return inputs.map(lambda t: _empty(t, next(left)))
+
+
 def dims_of_sides(inputs: Inputs) -> list[tuple[int, ...]]:
     """Which dims of the first tensor may be sides or a length, the likeliest first; none for vectors."""
     first = next(iter(inputs.tensors()), None)
