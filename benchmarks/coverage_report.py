@@ -111,8 +111,7 @@ def high(rows: Sequence[Row]) -> list[str]:
     if not found:
         return []
     lines = [
-        f"- {name} ({100 * ours['share']:.0f} % can go, floor {100 * ours['floor']:.1f} %): "
-        f"{_own_reason(ours)}."
+        f"- {name} ({100 * ours['share']:.0f} % can go, floor {100 * ours['floor']:.1f} %): {_own_reason(ours)}."
         for name, ours in found
     ]
     return [f"## Over {100 * MANY:.0f} % can go, and {100 * HIGH:.0f} % of the FLOPs or more stay", "", *lines, ""]
