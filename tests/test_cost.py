@@ -207,7 +207,8 @@ def _read_by_nobody(m: Any, y: torch.Tensor) -> torch.Tensor:
     [(_as_small_as, {"down", "deep"}), (_as_small_as_either, {"down", "deep"}), (_read_by_nobody, set())],
 )
 def test_layers_of_whose_results_the_size_alone_is_read_are_counted(middle: Any, counted: set[str]) -> None:
-    parts = {name: nn.Conv2d(12, 12, 3, stride, 1) for name, stride in (("down", 2), ("deep", 3), ("dead", 1))}
+    strides = (("down", 2), ("deep", 3), ("dead", 1))
+    parts: Any = {name: nn.Conv2d(12, 12, 3, stride, 1) for name, stride in strides}
     model = Net(middle, **parts).eval()
     graph = allocator.trace(model, IMAGE)
     assert graph.flops == by_fvcore(model, IMAGE)

@@ -255,8 +255,8 @@ def test_what_was_dropped_from_a_tensor_that_other_sizes_do_not_read_is_verified
     assert "second.bias" in result.allocation.kept
     for side in (16, 40, 64):
         assert allocator.verify(model, result.model, result.allocation, example_inputs=torch.zeros(2, 3, side, side)).ok
-    kept = {**result.allocation.kept, "second.bias": [list(range(len(result.allocation.kept["second.bias"][0] or ())))]}
-    wrong = replace(result.allocation, kept=kept)
+    first: Any = list(range(len(result.allocation.kept["second.bias"][0] or ())))
+    wrong = replace(result.allocation, kept={**result.allocation.kept, "second.bias": [first]})
     assert wrong.kept != result.allocation.kept
     small = allocator.rewrite(model, wrong)
     assert not allocator.verify(model, small, wrong, example_inputs=torch.zeros(1, 3, 40, 40)).ok
