@@ -16,7 +16,7 @@ from allocator.errors import InputError, as_given
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.io.files import load_allocation
 from allocator.model_checks import check_model
-from allocator.pipeline.choice import budgets_of, choose
+from allocator.pipeline.choice import budgets_of, choose, settled
 from allocator.pipeline.iterate import Iterated, even_schedule, iterate_model
 from allocator.pipeline.model import trace_model, warn_of_unmatched
 from allocator.pipeline.recover import asked_method, recover_result
@@ -318,7 +318,10 @@ def plan(
         limits = Limits("50%")
     settings = Settings(policy=policy, scope=scope, fill=fill, at_least=at_least, multiple=multiple).checked()
     warn_of_unmatched(Widths(at_least).unmatched(graph))
-    return choose(graph, budgets_of(graph, limits), settings, scores).allocation
+    followed, budgets = settled(graph, budgets_of(graph, limits), settings)
+    if scores is not None:
+        scores = scores.on(graph, followed)
+    return choose(followed, budgets, settings, scores).allocation
 
 
 @checked

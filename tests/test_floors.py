@@ -407,6 +407,22 @@ def test_groups_get_narrower_where_whole_ones_cannot_meet_the_budget(budget: str
         allocator.allocate(IN_GROUPS, budget, example_inputs=image, groups="whole")
 
 
+@pytest.mark.parametrize("criterion", ["group_norm", "fisher", "taylor"])
+def test_groups_that_get_narrower_are_ranked_as_if_that_had_been_asked_for(criterion: str) -> None:
+    """What goes together is scored together: the places of all groups, not the groups."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3, groups=3), nn.ReLU(), nn.Conv2d(24, 2, 1)]
+    model = nn.Sequential(*layers)
+    images = [torch.randn(4, 3, 8, 8) for _ in range(3)]
+    how: Any = {"criterion": criterion, "data": images, "loss": lambda output, _: output.square().mean()}
+    either, width = (
+        allocator.allocate(model, "30%", example_inputs=images[0][:1], groups=groups, **how)
+        for groups in ("auto", "width")
+    )
+    assert either.allocation.kept == width.allocation.kept
+    assert either.allocation.groups == "width"
+
+
 def test_of_groups_that_go_either_way_the_lower_floor_is_named() -> None:
     image = torch.zeros(1, 3, 8, 8)
 

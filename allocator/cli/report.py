@@ -96,14 +96,17 @@ def _summary(args: argparse.Namespace, talk: Talk, format: str) -> Summary:
     model = open_model(args.model, args, talk)
     from allocator.io.files import RESULT_SUFFIX, load_allocation
     from allocator.model_checks import check_model
+    from allocator.pipeline.choice import budgets_of, settled
     from allocator.pipeline.model import trace_model
     from allocator.reporting import with_origin
-    from allocator.settings import Settings
+    from allocator.settings import Limits, Settings
 
     settings = Settings(**plan_options(args))
     seen = data_options(args, model)
     with talk.stage("tracing"):
         graph = trace_model(check_model(model), example_inputs(args, model), settings, seen.get("data"))
+        if budgets(args):
+            graph, _ = settled(graph, budgets_of(graph, Limits(**budgets(args))), settings)
     summary = _collected(args, talk, graph, settings, seen, format)
     if Path(args.model).suffix == RESULT_SUFFIX and Path(args.model).exists():
         summary = with_origin(summary, load_allocation(args.model))

@@ -102,9 +102,9 @@ def with_shapes(graph: ChannelGraph, shapes: Sequence[Sequence[int]]) -> Channel
 
 def with_narrower_groups(graph: ChannelGraph) -> ChannelGraph:
     """The graph of the same forwards in which all groups of a convolution keep the same places."""
-    wider = elsewhere(graph)
-    narrower = rebuilt(wider, replace(wider.options, groups="width"))
-    narrower.wider = narrower
+    narrower = rebuilt(graph, replace(graph.options, groups="width"))
+    narrower.notes[:] = dict.fromkeys([*graph.notes, *narrower.notes])
+    narrower.speed = graph.speed
     return narrower
 
 

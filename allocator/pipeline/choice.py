@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -19,9 +19,6 @@ from allocator.planning.unmet import has_groups, unmet
 from allocator.scoring.registry import score
 from allocator.scoring.scores import Scores
 from allocator.settings import BUDGETS, Limits, Settings
-
-Attempt = Callable[[ChannelGraph, Budgets], Fitted]
-"""A plan for the neurons of a graph under budgets that was made to fit."""
 
 
 def budgets_of(graph: ChannelGraph, limits: Limits) -> Budgets:
@@ -60,6 +57,42 @@ _NO_OUTPUT = (
 )
 
 
+def settled(graph: ChannelGraph, budgets: Budgets, settings: Settings) -> tuple[ChannelGraph, Budgets]:
+    """The graph to plan on, and its budgets: where it is left to us, one whose groups get narrower if that is needed.
+
+    Args:
+        graph: the model's neurons, by whole groups of convolutions.
+        budgets: what may be kept at most.
+        settings: how neurons are chosen.
+    """
+    if graph.options.groups != "auto" or not has_groups(graph) or budgets.met(graph.everything):
+        return graph, budgets
+    whole = _unmet(graph, budgets, settings)
+    if whole is None:
+        return graph, budgets
+    narrower = with_narrower_groups(graph)
+    narrowed = counted_on(narrower, graph, budgets)
+    least = _unmet(narrower, narrowed, settings)
+    if least is not None and whole <= least:
+        return graph, budgets
+    narrower.notes.append(_NARROWER)
+    return narrower, narrowed
+
+
+_NARROWER = "groups of convolutions get narrower, all of a layer alike, since whole ones cannot meet the budget"
+
+
+def _unmet(graph: ChannelGraph, budgets: Budgets, settings: Settings) -> float | None:
+    """The least that a plan can come to, where none meets the budgets."""
+    try:
+        _planned(graph, budgets, settings, score(graph, "random"))
+    except BudgetError as error:
+        return error.reachable
+    except NothingToAllocateError:
+        return math.inf
+    return None
+
+
 def choose(
     graph: ChannelGraph,
     budgets: Budgets,
@@ -86,27 +119,10 @@ def choose(
         return _keep_everything(graph, budgets, settings)
     scores = score(graph, settings.criterion) if scores is None else scores
     attempt = _attempt(graph, settings, scores, gone)
-    failed = []
-    for current in _ways_to_follow(graph):
-        try:
-            fitted = attempt(current, budgets)
-        except (BudgetError, NothingToAllocateError) as error:
-            failed.append((current, error))
-        else:
-            fitted.notes[:0] = [_NARROWER] if failed else []
-            return fitted
-    errors = [_what_can_be_met(*each, budgets, settings, attempt) for each in failed]
-    raise min(errors, key=lambda error: getattr(error, "reachable", None) or math.inf)
-
-
-def _ways_to_follow(graph: ChannelGraph) -> Iterator[ChannelGraph]:
-    """The graph; and, left to us, one in which groups of convolutions get narrower, all of a layer alike."""
-    yield graph
-    if graph.options.groups == "auto" and has_groups(graph):
-        yield with_narrower_groups(graph)
-
-
-_NARROWER = "groups of convolutions get narrower, all of a layer alike, since whole ones cannot meet the budget"
+    try:
+        return attempt(budgets)
+    except (BudgetError, NothingToAllocateError) as error:
+        raise _what_can_be_met(graph, budgets, settings, attempt, error) from None
 
 
 def _keep_everything(graph: ChannelGraph, budgets: Budgets, settings: Settings) -> Fitted:
@@ -118,44 +134,53 @@ def _keep_everything(graph: ChannelGraph, budgets: Budgets, settings: Settings) 
     )
 
     def planner(current: ChannelGraph) -> Plan:
-        return Plan(current.everything, _counted_on(current, graph, budgets), "none", settings.policy, "none", {})
+        return Plan(current.everything, counted_on(current, graph, budgets), "none", settings.policy, "none", {})
 
     return fit(graph, planner)
 
 
-def _counted_on(current: ChannelGraph, graph: ChannelGraph, budgets: Budgets) -> Budgets:
+def counted_on(current: ChannelGraph, graph: ChannelGraph, budgets: Budgets) -> Budgets:
     """The same budgets of a graph of the same model: what a neuron is may have changed since, and so what it costs."""
     current.speed = graph.speed
     return budgets.on({name: current.metric(name) for name in budgets.names})
 
 
-def _attempt(graph: ChannelGraph, settings: Settings, scores: Scores, gone: np.ndarray | None) -> Attempt:
-    """Planning and fitting by these scores."""
+def _attempt(
+    graph: ChannelGraph, settings: Settings, scores: Scores, gone: np.ndarray | None
+) -> Callable[[Budgets], Fitted]:
+    """Planning and fitting by these scores, as a function of the budgets."""
 
     def planner(current: ChannelGraph, budgets: Budgets) -> Plan:
-        try:
-            return make_plan(
-                current,
-                scores.on(graph, current),  # projected again, since neurons may be others
-                _counted_on(current, graph, budgets),
-                policy=settings.policy,
-                scope=settings.scope,
-                fill=settings.fill,
-                widths=Widths(settings.at_least, settings.multiple),
-                gone=gone,
-            )
+        on_current = counted_on(current, graph, budgets)
+        try:  # scores are projected again, since neurons may be others
+            return _planned(current, on_current, settings, scores.on(graph, current), gone)
         except BudgetError as error:
             raise error.because(current.why()) from None
 
-    return lambda first, budgets: fit(first, lambda current: planner(current, budgets))
+    return lambda budgets: fit(graph, lambda current: planner(current, budgets))
+
+
+def _planned(
+    graph: ChannelGraph, budgets: Budgets, settings: Settings, scores: Scores, gone: np.ndarray | None = None
+) -> Plan:
+    return make_plan(
+        graph,
+        scores,
+        budgets,
+        policy=settings.policy,
+        scope=settings.scope,
+        fill=settings.fill,
+        widths=Widths(settings.at_least, settings.multiple),
+        gone=gone,
+    )
 
 
 def _what_can_be_met(
     graph: ChannelGraph,
-    error: BudgetError | NothingToAllocateError,
     budgets: Budgets,
     settings: Settings,
-    attempt: Attempt,
+    attempt: Callable[[Budgets], Fitted],
+    error: BudgetError | NothingToAllocateError,
 ) -> BudgetError | NothingToAllocateError:
     """The error with the smallest figure that was seen to work."""
     if len(budgets.each) > 1:  # which of them could be met depends on the others
@@ -163,7 +188,7 @@ def _what_can_be_met(
     first = budgets.first
 
     def landing(limit: float) -> int:
-        plan = attempt(graph, budgets.with_limit(first.metric.name, limit)).plan
+        plan = attempt(budgets.with_limit(first.metric.name, limit)).plan
         return plan.budgets.first.metric.value(plan.kept)
 
     figure = smallest_reachable(error, landing, first.limit, first.metric.whole)

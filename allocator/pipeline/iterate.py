@@ -17,7 +17,7 @@ from allocator.cost.budget import Budgets
 from allocator.errors import AllocatorError, InputError, IterationError, as_given, in_words
 from allocator.model_checks import check_model
 from allocator.modules import shapes_of
-from allocator.pipeline.choice import budgets_of, choose
+from allocator.pipeline.choice import budgets_of, choose, settled
 from allocator.pipeline.model import trace_model
 from allocator.pipeline.recovered import run_recovered
 from allocator.pipeline.run import run
@@ -108,7 +108,8 @@ def iterate_model(
     graph = trace_model(check_model(model, values=True), example_inputs, settings, seen)
     last = budgets_of(graph, limits)
     if len(schedule) > 1 and not last.met(graph.everything):  # what can't be met is said before anything is trained
-        choose(graph, last, settings, score(graph, "random"))
+        followed, least = settled(graph, last, settings)
+        choose(followed, least, settings, score(followed, "random"))
     settings = replace(settings, at_least=Widths(settings.at_least).of(graph))
     done: Iterated | None = None
     for number, far in enumerate(schedule, start=1):

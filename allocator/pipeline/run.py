@@ -17,7 +17,7 @@ from allocator.errors import CostMismatchError, TraceError, first_line
 from allocator.fitting.fit import Fitted
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.model_checks import check_model, without_reset
-from allocator.pipeline.choice import budgets_of, choose
+from allocator.pipeline.choice import budgets_of, choose, settled
 from allocator.pipeline.model import trace_model
 from allocator.pipeline.timing import choose_in_time, measure_speed
 from allocator.pipeline.trial import suitable_scores
@@ -68,8 +68,8 @@ def run(
         with clock("measure"):
             measure_speed(graph)
     with clock("score and plan"):
+        graph, budgets = settled(graph, budgets_of(graph, limits), settings)
         notes = list(graph.notes)
-        budgets = budgets_of(graph, limits)
         check_criterion(graph, settings.criterion)  # also where the budgets leave nothing to choose
         scores = None
         if not budgets.met(graph.everything):

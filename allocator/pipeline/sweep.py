@@ -21,7 +21,7 @@ from allocator.errors import InputError, SweepError, as_given, in_words, plural
 from allocator.fitting.fit import Fitted
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.model_checks import check_model
-from allocator.pipeline.choice import budgets_of, choose
+from allocator.pipeline.choice import budgets_of, choose, counted_on, settled
 from allocator.pipeline.model import trace_model
 from allocator.pipeline.trial import suitable_scores
 from allocator.reporting.charts import lines
@@ -161,6 +161,8 @@ def sweep_model(
     graph = trace_model(check_model(model), example_inputs, settings, None if data is None else data.loader)
     budgets = [budgets_of(graph, Limits(**{name: figure})) for figure in figures]
     budgets.sort(key=lambda each: each.first.limit, reverse=True)
+    traced, (graph, _) = graph, settled(graph, budgets[-1], settings)
+    budgets = [counted_on(graph, traced, each) for each in budgets]
     scores, _ = suitable_scores(graph, budgets[-1], settings, data)
     metric = budgets[0].first.metric
     done = Sweep(metric.name, metric.unit, ())

@@ -40,7 +40,7 @@ def unmet(
     meant = ""
     if 10 <= first.limit <= 100 < first.metric.whole and float(first.limit).is_integer():
         meant = f"; if a share is meant, write '{first.limit:.0f}%'"
-    narrower = _NARROWER if graph.options.groups == "whole" and has_groups(graph) else ""
+    narrower = _NARROWER if graph.options.groups != "width" and has_groups(graph) else ""
     return BudgetError(
         f"{asked} cannot be met with {', '.join(against)}: the smallest that can be reached is {'; '.join(found)}"
         f"{meant}{narrower}",
