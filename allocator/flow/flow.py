@@ -481,7 +481,7 @@ class Flow:
             return False
         attributes = attributes_of_sizes(op.module, module, literal, pieces)
         self.facts.attributes += attributes or ()
-        for part, first in not_told_apart(module, literal, pieces):
+        for part, first in not_told_apart(module, literal, pieces, attributes or ()):
             self.tie(part, first, op)
         return attributes is not None
 
