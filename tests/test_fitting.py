@@ -21,7 +21,7 @@ from allocator.fitting import fit as fitting
 from allocator.fitting.check import check_structure
 from allocator.fitting.fit import MAX_ROUNDS, Fitted, fit
 from allocator.fitting.mends import Mends
-from allocator.fitting.repair import _alike_modules
+from allocator.fitting.scene import alike_modules
 from allocator.flow.options import Place
 from allocator.graph.build import elsewhere
 from allocator.graph.channel_graph import ChannelGraph
@@ -558,13 +558,13 @@ def test_a_repair_in_the_forward_of_train_mode() -> None:
 def test_modules_that_are_alike() -> None:
     body = [nn.Sequential(Halves(half=3), Fixed()), nn.Sequential(Halves(half=3), Fixed(), nn.Linear(2, 2))]
     modules = dict(nn.Sequential(*body, nn.Linear(2, 2), Fixed()).named_modules())
-    assert _alike_modules(modules, "0.0") == {"0.0", "1.0"}
-    assert _alike_modules(modules, "0.1") == {"0.1", "1.1", "3"}
-    assert _alike_modules(modules, "0.1.first") == {"0.1.first", "1.1.first", "3.first"}
+    assert alike_modules(modules, "0.0") == {"0.0", "1.0"}
+    assert alike_modules(modules, "0.1") == {"0.1", "1.1", "3"}
+    assert alike_modules(modules, "0.1.first") == {"0.1.first", "1.1.first", "3.first"}
     # A layer of torch's own in none but torch's own is alike to those of its own class.
-    assert _alike_modules(modules, "2") == {"2", "1.2"}
-    assert _alike_modules(modules, "1") == {"", "0", "1"}
-    assert _alike_modules(modules, "") == {"", "0", "1"}
+    assert alike_modules(modules, "2") == {"2", "1.2"}
+    assert alike_modules(modules, "1") == {"", "0", "1"}
+    assert alike_modules(modules, "") == {"", "0", "1"}
 
 
 def test_mends_that_got_no_further_are_taken_back() -> None:

@@ -23,6 +23,7 @@ class Mends:
         notes: what was said of them, each with those that it is about.
         tied: slots that were tied last, with the place and what was said; taken back where that did not help.
         apart: those for which it did not.
+        counted: by place which layers a call was found to hang on beside its own, each by a slot of it.
     """
 
     pieces: dict[AttributeKey, tuple[np.ndarray, ...]] = field(default_factory=dict)
@@ -32,6 +33,7 @@ class Mends:
     notes: dict[str, list[AttributeKey]] = field(default_factory=dict)
     tied: tuple[tuple[int, int], set[Pair], str] | None = None
     apart: set[Pair] = field(default_factory=set)
+    counted: dict[tuple[int, int], set[int]] = field(default_factory=dict)
 
     def attributes(self) -> list[Attribute]:
         """All of them."""
