@@ -37,7 +37,7 @@ class Mismatch:
     Attributes:
         op: the original call; None where the original makes none.
         what: what differs, with got and expected.
-        module: path of the module whose forward raised; None where none did.
+        module: path of the module whose forward raised; None where it is something else that does not fit.
         forward: which of the graph's flows it is in.
         misplaced: slots of the original that are there, in other places than they should be.
         dims: where the call gives a tensor of other sizes, which these are: (which tensor, dim).
@@ -64,6 +64,7 @@ class Mismatch:
 _NUMBER = "has the number"
 _SAYS = "the model returns"
 _SHAPE = "shape"
+_RAISED = "the rewritten forward raised"
 
 
 def find_mismatch(graph: ChannelGraph, maps: Maps, small: nn.Module, *, copied: bool = False) -> Mismatch | None:
@@ -104,7 +105,7 @@ def _mismatch_in(flow: Flow, small: nn.Module, slots: Slots, image: Image, *, co
     mismatch = compare(flow, new, image, error)
     if mismatch is None:
         return _says_otherwise(flow, trace, image)
-    return replace(mismatch, module=where)
+    return replace(mismatch, module=where) if mismatch.what.startswith(_RAISED) else mismatch
 
 
 def _says_otherwise(old: Flow, trace: Trace, image: Image) -> Mismatch | None:
@@ -218,7 +219,7 @@ def _last_of(old: Flow, calls: list[Op]) -> Op | None:
 
 def _first_not_made(old: Flow, before: list[Op], done: int, raised: Exception) -> Mismatch:
     """The original call on channels that comes next after `done` calls that were right."""
-    what = f"the rewritten forward raised {in_words(raised)}"
+    what = f"{_RAISED} {in_words(raised)}"
     for op in before[done:]:
         if any(label is not None for i in (*op.inputs(), *op.outputs) for label in old.labels(i)):
             return Mismatch(old.trace.ops[op.index], what)
