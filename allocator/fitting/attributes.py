@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,15 +31,16 @@ def follows(scene: Scene, op: Op, running: str | None, notes: list[str]) -> bool
         notes: what was done; added to.
     """
     graph, mends = scene.graph, scene.mends
-    for owner in dict.fromkeys((op.module, running)):
-        if owner is None or (owner and not lies_within(op.module, [owner])):
-            continue
+    owners = [op.module]
+    if running is not None and (not running or lies_within(op.module, [running])):
+        owners.append(running)
+    for owner in owners:
         attribute = _mend(scene, op, owner)
         if attribute is not None:
             others = alike_modules(graph.modules, owner)
             _note(scene, [(path, attribute) for path in others], type(graph.modules[owner]), notes)
             return True
-    several = mends.together((graph.flows.index(scene.flow), op.index))
+    several = mends.together((scene.place, op.index))
     for path, attribute in several:
         _note(scene, [(path, attribute)], type(graph.modules[path]), notes)
     return bool(several)
@@ -69,8 +70,6 @@ def _mend(scene: Scene, op: Op, owner: str) -> str | None:
     owners = {path + inside: path for path in alike_modules(scene.graph.modules, owner)}
     places = scene.flow.places
     alike = [other for other in scene.flow.trace.ops if other.module in owners and other.name == op.name]
-    if op.takes_range():
-        alike = [other for other in alike if other.arg("dim") == op.arg("dim")]
     # One number may be the size of several dims there: the same call of the others is what tells which is meant.
     for other in sorted(alike, key=lambda other: places[other.index].call != places[op.index].call):
         path = owners[other.module]
@@ -78,7 +77,7 @@ def _mend(scene: Scene, op: Op, owner: str) -> str | None:
         if again is not None and (path, name) not in fresh:
             scene.mends.pieces[path, name] = again[1]
             fresh.append((path, name))
-    scene.mends.trial = (scene.graph.flows.index(scene.flow), op.index), fresh
+    scene.mends.trial = (scene.place, op.index), fresh
     return name
 
 
@@ -91,49 +90,45 @@ def _attribute_of_size(
     """
     module = scene.graph.modules[owner]
     taken = _taken(scene, owner, module)
-    attributes = {}
-    for name, current in _attributes(module):
-        if name not in taken and only in (None, name):
-            attributes[name] = current
-    stays = scene.graph.stays(scene.plan.kept)
+    held = _attributes(module)
+    attributes = {name: current for name, current in held if name not in taken and only in (None, name)}
     wrong = {name: scene.mends.wrong[owner, name] for name in attributes if (owner, name) in scene.mends.wrong}
     for label in _up_to(scene.flow, op):
-        for name, current in attributes.items() if not (stays[label] == 1).all() else ():
-            tried = any(len(each) == 1 and np.array_equal(each[0], label) for each in wrong.get(name, ()))
+        for name, current in attributes.items() if scene.changes(label) else ():
+            tried = any(np.array_equal(piece, label) for pieces in wrong.get(name, ()) for piece in pieces)
             if counts(scene.flow, name, current, label) and not tried:
                 return name, (label,)
     attributes = {name: current for name, current in attributes.items() if name not in wrong}
     # A single number is the plainer reading; lists of sizes are looked at only where there is none.
     for label in labels_of(scene.flow, op):
-        if (stays[label] == 1).all():
-            continue
-        for name, current in attributes.items():
+        for name, current in attributes.items() if scene.changes(label) else ():
             if counts(scene.flow, name, current, label):
                 return name, (label,)
     for name, current in attributes.items():
-        for pieces in (_dims_of_sizes(scene.flow, op, current), _one_of_sizes(scene, op, name, current)):
-            if pieces is not None and not all((stays[piece] == 1).all() for piece in pieces):
+        whole = isinstance(current, (list, tuple)) and all(type(n) is int for n in current)
+        for pieces in (_dims_of_sizes(scene.flow, op, current), _one_of_sizes(scene, op, current)) if whole else ():
+            if name not in _STRUCTURAL and any(map(scene.changes, pieces)):
                 return name, pieces
     return None
 
 
 def _up_to(flow: Flow, op: Op) -> Iterable[np.ndarray]:
-    """Of a slice, labels of what lies before its end and before its start: numbers that are read there count these."""
-    if not op.takes_range() or op.arg("step") != 1:
-        return
-    label = flow.labels(op.inputs()[0])[int(op.arg("dim") or 0)]
-    if label is None:
-        return
-    for number in (op.arg("end"), op.arg("start")):
-        if number is not None and 0 < number <= len(label):
-            yield label[:number]
+    """Of a slice, labels of what lies before its end and before its start: numbers that are read there count these.
+
+    Of a number below zero, labels of as many at the end of the dim.
+    """
+    label = flow.labels(op.inputs()[0])[int(op.arg("dim") or 0)] if op.takes_range() else None
+    if label is not None:
+        for number in (op.arg("end"), op.arg("start")):
+            if number is not None:
+                yield label[:number] if number > 0 else label[number:]
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, value) of a module's attributes, and of what its mappings hold by name."""
     for name, value in vars(module).items():
         yield name, value
-        if isinstance(value, dict) and not name.startswith("_"):
+        if isinstance(value, dict):
             yield from ((f"{name}.{key}", inner) for key, inner in value.items() if type(key) is str and "." not in key)
 
 
@@ -155,22 +150,21 @@ def counts(flow: Flow, name: str, current: Any, label: np.ndarray) -> bool:
     return name not in _STRUCTURAL or (name == "num_heads" and flow.counts_heads(label))
 
 
-def _dims_of_sizes(flow: Flow, op: Op, sizes: Any) -> tuple[np.ndarray, ...] | None:
+def _dims_of_sizes(flow: Flow, op: Op, sizes: Sequence[int]) -> tuple[np.ndarray, ...]:
     """Labels of the dims of a result that have these sizes in this order; of a dim without channels, ones that stay."""
-    whole = isinstance(sizes, (list, tuple)) and len(sizes) > 0 and all(type(n) is int for n in sizes)
-    shape = flow.shape(op.outputs[0]) if whole and op.outputs else ()
-    for first in range(len(shape) - len(sizes) + 1 if shape else 0):
-        if shape[first : first + len(sizes)] == tuple(sizes):
-            labels = flow.labels(op.outputs[0])[first : first + len(sizes)]
-            return tuple(np.full(n, FROZEN) if label is None else label for n, label in zip(sizes, labels, strict=True))
-    return None
+    for value in op.outputs[:1]:
+        shape, labels = flow.shape(value), flow.labels(value)
+        for first in range(len(shape)):
+            dims = slice(first, first + len(sizes))
+            if shape[dims] == tuple(sizes):
+                pairs = zip(sizes, labels[dims], strict=True)
+                return tuple(np.full(n, FROZEN) if label is None else label for n, label in pairs)
+    return ()
 
 
-def _one_of_sizes(scene: Scene, op: Op, name: str, sizes: Any) -> tuple[np.ndarray, ...] | None:
+def _one_of_sizes(scene: Scene, op: Op, sizes: Sequence[int]) -> tuple[np.ndarray, ...]:
     """Labels of the numbers in a list, as of widths layer by layer: one is a dim's that shrinks, the others stay."""
-    whole = isinstance(sizes, (list, tuple)) and name not in _STRUCTURAL and all(type(n) is int for n in sizes)
-    stays = scene.graph.stays(scene.plan.kept)
-    for label in labels_of(scene.flow, op) if whole else ():
-        if list(sizes).count(len(label)) == 1 and not (stays[label] == 1).all():
+    for label in filter(scene.changes, labels_of(scene.flow, op)):
+        if sizes.count(len(label)) == 1:
             return tuple(label if n == len(label) else np.full(n, FROZEN) for n in sizes)
-    return None
+    return ()

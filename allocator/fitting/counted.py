@@ -55,7 +55,7 @@ class _Trial:
 
     def __post_init__(self) -> None:
         self.alone = replace(self.scene.graph, flow=self.scene.flow, others=())
-        self.gone: list[int] = np.unique(self.scene.graph.branch_of[~self.scene.plan.kept]).tolist()
+        self.gone: list[int] = np.unique(self.scene.graph.branch_of[self.scene.plan.kept != 1]).tolist()
         written = self.scene.graph.facts.written
         self.names = {layer: int(written[layer].label[0]) for layer in self.gone}
 
@@ -105,7 +105,8 @@ class _Trial:
         if key not in self.seen:
             if len(self.seen) == MOST_CHECKS:
                 raise _NotFound
-            kept = self.scene.plan.kept | ~np.isin(self.scene.graph.branch_of, layers)
+            kept = self.scene.plan.kept.copy()
+            kept[~np.isin(self.scene.graph.branch_of, layers)] = 1
             found = check_plan(self.alone, replace(self.scene.plan, kept=kept), self.scene.mends.attributes())
             each = () if found is None else (found, *found.also)
             self.seen[key] = {other.op.index for other in each if other.op is not None}

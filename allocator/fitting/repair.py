@@ -42,8 +42,9 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
         notes.append(f"of {kind}, neurons that one attribute counts go together, place by place: {mismatch.what}")
         return rebuilt(graph, graph.options.untying(given_up).tying(counted))
     for find, said in TIES.items():
-        pairs = find(scene, op, mismatch.what) - mends.apart - graph.options.tied
-        if pairs:
+        known = mends.apart | graph.options.tied
+        pairs = next((each - known for each in find(scene, op, mismatch.what) if each - known), None)
+        if pairs is not None:
             notes.append(f"neurons at {op} {said}: {mismatch.what}")
             mends.tied = (mismatch.forward, op.index), pairs, notes[-1]
             return rebuilt(graph, graph.options.untying(given_up).tying(pairs))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from torch import nn
 
 from allocator.fitting.mends import Mends
 from allocator.flow.flow import Flow
+from allocator.flow.labels import Label
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.planning.plan import Plan
 from allocator.tracing.calls import Op
@@ -23,6 +25,20 @@ class Scene:
     flow: Flow
     plan: Plan
     mends: Mends
+
+    @cached_property
+    def times(self) -> np.ndarray:
+        """(slots,) how many there will be of each."""
+        return np.asarray(self.graph.stays(self.plan.kept)).astype(np.int64)
+
+    @property
+    def place(self) -> int:
+        """Which of the graph's flows it is in."""
+        return self.graph.flows.index(self.flow)
+
+    def changes(self, label: Label) -> bool:
+        """Whether there will be another number of some of these slots."""
+        return label is not None and bool((self.times[label] != 1).any())
 
 
 def labels_of(flow: Flow, op: Op) -> Iterable[np.ndarray]:

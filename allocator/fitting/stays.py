@@ -15,7 +15,6 @@ from allocator.flow.flow import Flow
 from allocator.flow.options import Options, Place, gives_dim
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.modules import lies_within
-from allocator.planning.plan import Plan
 from allocator.tracing.calls import Op
 from allocator.verifying.structure import Mismatch, numbers_in
 
@@ -25,7 +24,7 @@ _NEAR = 3  # calls before a module that raises, of which one gave it what it got
 def stay(scene: Scene, mismatch: Mismatch, op: Op, notes: list[str]) -> Options:
     """Keep neurons, so that a call fits; `notes` says which."""
     graph, flow = scene.graph, scene.flow
-    given = _given(graph, flow, mismatch, scene.plan)
+    given = _given(scene, mismatch, op)
     if given is not None:
         hint = _hint(graph.modules[mismatch.module or ""], flow, given)
         notes.append(f"the neurons at {given} stay: {mismatch.module} is given them, and {mismatch.what}{hint}")
@@ -40,59 +39,54 @@ def stay(scene: Scene, mismatch: Mismatch, op: Op, notes: list[str]) -> Options:
             {place for each in layers for place in _freezing(graph, flow, each, "gives").frozen}
         )
     notes.append(f"the neurons at {op} stay: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
-    return _freeze(graph, flow, mismatch, op, scene.plan)
+    return _freeze(scene, mismatch, op)
 
 
 def _counted_elsewhere(scene: Scene, mismatch: Mismatch, op: Op) -> list[tuple[Mismatch, list[Op]]]:
     """Calls that count the channels of others than they read and give, and what gives these; none for its own."""
-    own = [scene.graph.units(label.reshape(-1)) for label in labels_of(scene.flow, op)]
-    whole = all(scene.plan.kept[units].all() for units in own)
+    whole = not any(map(scene.changes, labels_of(scene.flow, op)))
     if mismatch.module is not None or not (mismatch.is_number or whole):
         return []
     return layers_counted(scene, mismatch)
 
 
-def _given(graph: ChannelGraph, flow: Flow, mismatch: Mismatch, plan: Plan) -> Op | None:
+def _given(scene: Scene, mismatch: Mismatch, op: Op) -> Op | None:
     """What made the neurons that a module was given which raised before it made a call; None where that is not so.
 
     The call that the forward stopped at is then of another module, which has nothing to do with it.
     """
-    op, where = mismatch.op, mismatch.module
-    if op is None or not where or not op.module:
+    flow, where = scene.flow, mismatch.module
+    if not where or not op.module or lies_within(op.module, [where]) or lies_within(where, [op.module]):
         return None
-    if lies_within(op.module, [where]) or lies_within(where, [op.module]):
-        return None
-    stays = graph.stays(plan.kept)
     for other in flow.trace.ops[max(op.index - _NEAR, 0) : op.index][::-1]:
-        if flow.places[other.index]._replace(part="gives") in graph.options.frozen:
+        if flow.places[other.index]._replace(part="gives") in scene.graph.options.frozen:
             return None
-        if any((stays[label] != 1).any() for label in labels_of(flow, other)):
+        if any(map(scene.changes, labels_of(flow, other))):
             return other
     return None
 
 
-def _freeze(graph: ChannelGraph, flow: Flow, mismatch: Mismatch, op: Op, plan: Plan) -> Options:
+def _freeze(scene: Scene, mismatch: Mismatch, op: Op) -> Options:
     """Keep the neurons at a call; where it loses none (a number in it changed), those at the last before it.
 
     What its module does comes first, also what it would do next: a module may check its sizes before it does anything.
     Of a call that was not made, since the forward raised before, what it was to read: what it would have given had no
     part in it, and may be a whole stream's. Of one that gives other sizes, the dims that these are of.
     """
-    stays = graph.stays(plan.kept)
-    labels = {(which, dim): flow.labels(op.outputs[which])[dim] for which, dim in mismatch.dims}
-    lost = [at for at, label in labels.items() if label is not None and (stays[label] != 1).any()]
+    graph, flow = scene.graph, scene.flow
+    lost = [(which, dim) for which, dim in mismatch.dims if scene.changes(flow.labels(op.outputs[which])[dim])]
     if lost:
         dims = [_freezing(graph, flow, op, gives_dim(*at)).frozen for at in lost]
         return graph.options.freezing(frozenset[Place]().union(*dims))
     ops = flow.trace.ops
     read = (label for i in op.inputs() if flow.trace.values[i].name is None for label in flow.labels(i))
-    reads_less = any(label is not None and (stays[label] != 1).any() for label in read)
-    if mismatch.module is not None and reads_less and not graph.options.freezes(flow.places[op.index], "reads"):
+    reads_less = mismatch.module is not None and any(map(scene.changes, read))
+    if reads_less and not graph.options.freezes(flow.places[op.index], "reads"):
         return _freezing(graph, flow, op, "reads")
     nearest = [*ops[: op.index][::-1], *ops[op.index :]]
     within = [other for other in nearest if not op.module or lies_within(other.module, [op.module])]
     for culprit in (op, *within, *nearest):
-        if any((stays[label] != 1).any() for label in labels_of(flow, culprit)):
+        if any(map(scene.changes, labels_of(flow, culprit))):
             return _freezing(graph, flow, culprit, "")
     raise RewriteError(f"the rewritten forward does not fit at {op}, though all its neurons stay")
 
