@@ -77,6 +77,8 @@ def test_heads_go_where_the_attribute_that_is_tried_first_does_not_help(kind: ty
     assert (small.num_heads, small.query.out_features) == (2, 8)
     assert small.embed_dim == (16 if kind is Checked else 8)
     assert not any("stay" in note for note in result.notes)
+    followed = ["num_heads"] if kind is Checked else ["embed_dim", "num_heads", "head_dim"]
+    assert result.notes[:-1] == [f"{name!r} of {kind.__name__} follows the kept channels" for name in followed]
     small(torch.randn(3, 7, 16))
 
 
