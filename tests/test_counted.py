@@ -198,9 +198,13 @@ def test_other_forwards_are_not_looked_at_for_a_number(checks: list[Any]) -> Non
 
 def test_a_number_in_train_mode_keeps_the_layer_that_it_counts() -> None:
     class Trained(Row):
+        layer0: nn.Linear
+        layer1: nn.Linear
+        layer2: nn.Linear
+
         def forward(self, x: Tensor) -> Tensor:
             y = self.layer0(x)
-            z = self.layer2(self.layer1(y).relu())
+            z: Tensor = self.layer2(self.layer1(y).relu())
             return z * y.shape[1] ** -0.5 if self.training else z
 
     found = fitted(Trained(3, {}), {"layer0": [3], "layer1": [4]}, torch.zeros(2, 4))

@@ -323,7 +323,7 @@ def test_of_a_module_what_it_made_itself_stays_before_what_others_made(monkeypat
             super().__init__()
             self.hidden, self.back = nn.Linear(4, 6), nn.Linear(6, 4)
 
-        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        def forward(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
             y = self.hidden(x)
             y, width = self.back(y), y.shape[1]
             return y * float(width), other
