@@ -131,6 +131,12 @@ def test_of_many_layers_the_one_that_a_number_counts_stays(asked: int, checks: l
     assert note.startswith(f"the neurons at aten.linear.default in layer{asked} stay, which aten.mul.Tensor in the")
 
 
+def test_layers_that_lose_nothing_are_not_asked_about(checks: list[Any]) -> None:
+    found = row(9, {8: lambda widths: widths[3] ** -0.5}, (1, 3))
+    assert whole(found, 9) == [0, 2, 3, 4, 5, 6, 7]
+    assert len(checks) == 2
+
+
 def test_of_several_numbers_all_layers_are_found_at_once(checks: list[Any]) -> None:
     scales: dict[int, Callable[[list[int]], float]] = {
         4: lambda widths: widths[1] ** -0.5,

@@ -78,7 +78,7 @@ def test_a_number_in_a_mapping_follows_by_its_name_whatever_else_the_mapping_hol
     assert outputs_kept(found, "0.first") == 6
 
 
-@pytest.mark.parametrize("sizes", [(16, 4, 4), [16, 16], [2, 16, 16]])
+@pytest.mark.parametrize("sizes", [(16, 4, 4), [16, 16], [2, 16, 16], (4, 4, 4), [4, 16]])
 def test_sizes_in_a_row_are_those_of_the_dims_in_their_order(sizes: Any) -> None:
     """As many channels as pixels: by a number alone nothing tells which is meant."""
 
@@ -86,12 +86,13 @@ def test_sizes_in_a_row_are_those_of_the_dims_in_their_order(sizes: Any) -> None
         y = x.view(m.sizes) if m.sizes[0] == 2 else x.view(len(x), *m.sizes)
         return y.sigmoid().view(len(x), -1, 4, 4)
 
+    which = 1 if sizes[0] == 2 else 0
+    channels = sizes[which]
     empty: dict[str, Any] = {"none": [], "halves": [16.0, 16.0]}
-    found = fitted(nn.Sequential(Written(16, run=run, **empty, sizes=sizes)), {"0.first": [1, 4, 9]})
-    first = list(sizes).index(16)
-    expected = [13 if i == first else n for i, n in enumerate(sizes)]
+    found = fitted(nn.Sequential(Written(channels, run=run, **empty, sizes=sizes)), {"0.first": [1]})
+    expected = [channels - 1 if i == which else n for i, n in enumerate(sizes)]
     assert found.allocation.attributes["0"] == {"sizes": expected}
-    assert outputs_kept(found, "0.first") == 13
+    assert outputs_kept(found, "0.first") == channels - 1
 
 
 def test_one_width_in_a_list_follows_and_those_of_other_layers_stay() -> None:
@@ -103,6 +104,45 @@ def test_a_list_of_strides_is_none_of_widths() -> None:
     found = block(lambda m, x: x.view(len(x), 6, -1).view(len(x), 6, 4, 4), stride=[6, 2], padding=(6,))
     assert found.allocation.attributes == {}
     assert not [note for note in found.notes if "follows the kept" in note]
+
+
+@pytest.mark.parametrize("name", ["groups", "num_heads", "kernel_size", "stride"])
+def test_what_is_named_after_something_else_is_not_taken_for_a_width(name: str) -> None:
+    found = block(lambda m, x: x.view(len(x), getattr(m, name), -1).view_as(x), **{name: 6})
+    assert found.allocation.attributes == {}
+    assert outputs_kept(found, "0.first") == 6
+
+
+class Wide(Block):
+    def between(self, x: Tensor) -> Tensor:
+        return x.view(len(x), self.wide, -1).view(len(x), self.wide, 4, 4)
+
+
+class WideInParts(Block):
+    """Another class with an attribute of the same name, which holds the sizes of a split."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return torch.cat([part.relu() for part in x.split(self.wide, 1)], 1)
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_attributes_of_one_name_follow_in_each_class(order: str) -> None:
+    class Other(Wide):
+        pass
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        for name in order:
+            x = m.get_submodule(name)(m.get_submodule(f"parts_{name}")(x))
+        return x
+
+    parts = {f"parts_{name}": WideInParts(wide=[2, 4]) for name in "ab"}
+    model = Net(run, a=Wide(wide=6), b=Other(wide=6), **parts)
+    found = fitted(model, {"a.first": [0, 1], "b.first": [2], "parts_a.first": [0], "parts_b.first": [3, 4]})
+    assert [found.allocation.attributes[name]["wide"] for name in ("a", "b", "parts_a", "parts_b")] == [
+        *(4, 5),
+        *([1, 4], [2, 2]),
+    ]
+    assert not [note for note in found.notes if " stay" in note]
 
 
 def test_a_number_of_the_block_around_follows_where_the_block_refuses() -> None:
