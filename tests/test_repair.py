@@ -108,7 +108,8 @@ def test_a_list_of_strides_is_none_of_widths() -> None:
 
 @pytest.mark.parametrize("name", ["groups", "num_heads", "kernel_size", "stride"])
 def test_what_is_named_after_something_else_is_not_taken_for_a_width(name: str) -> None:
-    found = block(lambda m, x: x.view(len(x), getattr(m, name), -1).view_as(x), **{name: 6})
+    numbers: dict[str, Any] = {name: 6}
+    found = block(lambda m, x: x.view(len(x), getattr(m, name), -1).view_as(x), **numbers)
     assert found.allocation.attributes == {}
     assert outputs_kept(found, "0.first") == 6
 
@@ -263,6 +264,35 @@ def test_a_tie_that_does_not_help_is_given_up_for_the_next() -> None:
     (note,) = found.notes
     assert "go together" in note
     assert len(found.graph.options.tied) == 1
+
+
+def test_a_tie_holds_where_it_makes_an_attribute_follow_before() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        b, c = m.b(x), m.c(x)
+        b = b.view(len(x), m.width, -1).sigmoid().view(len(x), m.width, 4, 4)
+        a = m.a(x).flatten(2).sigmoid().view(b.shape)
+        y: Tensor = m.out(torch.cat([a, b.relu(), c], 1))
+        return y
+
+    found = fitted(three(run, width=8), {"a": [0, 1]})
+    assert kept(found, "a") == kept(found, "b") == [2, 3, 4, 5, 6, 7]
+    assert found.allocation.attributes[""] == {"width": 6}
+    assert len(found.graph.options.tied) == 1
+    assert len(found.notes) == 2
+
+
+def test_a_tie_that_helped_stays_where_another_call_does_not_fit() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        b, a = m.b(x), m.a(x)
+        a = a.flatten(2).sigmoid().view(b.shape)
+        c = m.c(x).view(len(x), 8, -1).sigmoid().view(len(x), 8, 4, 4)
+        y: Tensor = m.out(torch.cat([a, b.relu(), c], 1))
+        return y
+
+    found = fitted(three(run), {"a": [0, 1], "b": [2], "c": [0]})
+    assert kept(found, "a") == kept(found, "b") == [3, 4, 5, 6, 7]
+    assert kept(found, "c") == list(range(8))
+    assert [note.split(" ")[0] for note in found.notes] == ["neurons", "the"]
 
 
 def test_two_channels_go_with_two_others() -> None:

@@ -32,10 +32,10 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
     mends.retract(notes)
     if stopped_before:  # by what was tried: without it, the forward gets to where it did not fit
         return graph
-    given_up = mends.ties_in_vain(place, notes)
     scene = Scene(graph, graph.flows[mismatch.forward], plan, mends)
-    if follows(scene, op, mismatch.module, notes):
-        return rebuilt(graph, graph.options.untying(given_up)) if given_up else graph
+    if follows(scene, op, mismatch.module, notes):  # also where a tie made a call before its own lose neurons
+        return graph
+    given_up = mends.ties_in_vain(place, notes)
     counted = counted_by_one(scene, op)
     if counted:
         kind = type(graph.modules[op.module]).__name__
