@@ -106,6 +106,26 @@ def test_a_list_of_strides_is_none_of_widths() -> None:
     assert not [note for note in found.notes if "follows the kept" in note]
 
 
+@pytest.mark.parametrize("how", ["one after the other", "side by side"])
+def test_a_number_counts_channels_once_that_are_there_twice(how: str) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = x.repeat(1, 2, 1, 1) if how == "one after the other" else x.repeat_interleave(2, 1)
+        y = y.reshape(len(x), 2 * m.width, 16).relu()
+        y = y.view(len(x), 2, -1, 16) if how == "one after the other" else y.view(len(x), -1, 2, 16).transpose(1, 2)
+        return y[:, 0].reshape(len(x), -1, 4, 4)
+
+    found = block(run, width=6)
+    assert found.allocation.attributes["0"] == {"width": 4}
+    assert outputs_kept(found, "0.first") == 4
+
+
+def test_a_slice_at_a_place_that_is_written_down_keeps_its_neurons() -> None:
+    found = block(lambda m, x: torch.cat([x[:, :2].sigmoid(), x[:, 2:].relu()], 1), (0,))
+    assert outputs_kept(found, "0.first") == 6
+    assert [note.partition(":")[0] for note in found.notes] == ["the neurons at aten.slice.Tensor in 0 stay"]
+    assert found.graph.options.tied == frozenset()
+
+
 @pytest.mark.parametrize("name", ["groups", "num_heads", "kernel_size", "stride"])
 def test_what_is_named_after_something_else_is_not_taken_for_a_width(name: str) -> None:
     numbers: dict[str, Any] = {name: 6}

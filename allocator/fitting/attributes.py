@@ -92,22 +92,15 @@ def _attribute_of_size(
     taken = _taken(scene, owner, module)
     held = _attributes(module)
     attributes = {name: current for name, current in held if name not in taken and only in (None, name)}
-    wrong = {name: scene.mends.wrong[owner, name] for name in attributes if (owner, name) in scene.mends.wrong}
-    for label in _up_to(scene.flow, op):
+    for label in (*_up_to(scene.flow, op), *labels_of(scene.flow, op)):
         for name, current in attributes.items() if scene.changes(label) else ():
-            tried = any(np.array_equal(piece, label) for pieces in wrong.get(name, ()) for piece in pieces)
-            if counts(scene.flow, name, current, label) and not tried:
+            if counts(scene.flow, name, current, label) and not scene.mends.was_wrong((owner, name), (label,)):
                 return name, (label,)
-    attributes = {name: current for name, current in attributes.items() if name not in wrong}
     # A single number is the plainer reading; lists of sizes are looked at only where there is none.
-    for label in labels_of(scene.flow, op):
-        for name, current in attributes.items() if scene.changes(label) else ():
-            if counts(scene.flow, name, current, label):
-                return name, (label,)
     for name, current in attributes.items():
-        whole = isinstance(current, (list, tuple)) and all(type(n) is int for n in current)
+        whole = isinstance(current, (list, tuple)) and all(type(n) is int for n in current) and name not in _STRUCTURAL
         for pieces in (_dims_of_sizes(scene.flow, op, current), _one_of_sizes(scene, op, current)) if whole else ():
-            if name not in _STRUCTURAL and any(map(scene.changes, pieces)):
+            if any(map(scene.changes, pieces)) and not scene.mends.was_wrong((owner, name), pieces):
                 return name, pieces
     return None
 

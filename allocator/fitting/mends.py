@@ -52,6 +52,11 @@ class Mends:
                 vain[key] = tried
         return place < trial[0]
 
+    def was_wrong(self, key: AttributeKey, pieces: tuple[np.ndarray, ...]) -> bool:
+        """Whether an attribute was tried for these labels in vain."""
+        tried = (each for each in self.wrong.get(key, ()) if len(each) == len(pieces))
+        return any(all(map(np.array_equal, each, pieces)) for each in tried)
+
     def together(self, place: tuple[int, int]) -> list[AttributeKey]:
         """Let all that did not help at a place one at a time follow at once; their keys, none where that was tried."""
         vain = self.in_vain.get(place) or {}

@@ -42,14 +42,14 @@ class Scene:
 
 
 def labels_of(flow: Flow, op: Op) -> Iterable[np.ndarray]:
-    """Labels of all dims of what a call reads and gives; of one that repeats them, as samples side by side do, once."""
+    """Labels of all dims of what a call reads and gives; of one that repeats them, as samples side by side, also once."""
     for value in (*op.inputs(), *op.outputs):
         for label in flow.labels(value):
             if label is not None:
                 yield label
-                once = len(np.unique(label))
-                if 1 < once < len(label) and not len(label) % once and (label.reshape(-1, once) == label[:once]).all():
-                    yield label[:once]
+                first = np.unique(label, return_index=True)[1]
+                if len(first) < len(label):
+                    yield label[np.sort(first)]
 
 
 def meant(graph: ChannelGraph, path: str, before: Collection[str]) -> set[str]:
