@@ -370,6 +370,21 @@ def test_of_what_was_made_before_a_module_refused_the_last_stays() -> None:
     assert found.graph.options.frozen == {Place("b.0", "linear", 0, "gives")}
     (note,) = found.notes
     assert note.startswith("the neurons at aten.linear.default in b.0 stay: strict.0 is given them, and the rewritten")
+    assert note.endswith("register('test_repair.Strict'), docs/extending.md")
+
+
+def test_what_a_module_refused_may_have_been_made_some_calls_before() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        a, b = m.a(x), m.b(x)
+        y = m.tail(x).relu().sigmoid()
+        m.strict(b)
+        z: Tensor = m.out(torch.cat([a, b], 1)) + y
+        return z
+
+    model: Any = guarded(run)
+    model.tail = nn.Sequential(nn.Linear(4, 3, bias=False))
+    found = fitted(model, {"a.0": [0], "b.0": [1]}, ROW)
+    assert outputs_kept(found, "b.0") == 6
 
 
 def test_a_module_that_refuses_comes_after_a_number_that_does_not_fit() -> None:
@@ -403,6 +418,20 @@ def test_where_no_layer_is_found_in_time_the_last_before_the_number_stays(
     assert outputs_kept(found, "a") == 6
     assert outputs_kept(found, "b") == (5 if most else 6), "a concatenation holds both"
     assert ("which" in found.notes[0]) is bool(most)
+
+
+def test_a_size_that_counts_another_layer_keeps_that_alone() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        a, b = m.a(x), m.b(x)
+        y = x.repeat(1, a.shape[1])[:, :4]
+        z: Tensor = m.out(torch.cat([a, b], 1)) + m.tail(y)
+        return z
+
+    model = Net(run, a=nn.Linear(4, 6), b=nn.Linear(4, 6), out=nn.Linear(12, 3), tail=nn.Linear(4, 3))
+    found = fitted(model, {"a": [0], "b": [1]}, ROW)
+    assert (outputs_kept(found, "a"), outputs_kept(found, "b")) == (6, 5)
+    (note,) = found.notes
+    assert "in a stay, which aten.repeat.default in the model counts: shape (2, 20), expected (2, 24)" in note
 
 
 def test_of_a_module_what_it_made_itself_stays_before_what_others_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,14 +477,18 @@ def test_of_a_call_that_was_not_made_what_it_would_have_given_goes() -> None:
 
 
 def test_of_a_call_that_gives_other_sizes_only_these_dims_stay() -> None:
+    """A table of two layers' channels, of which the first five rows are taken."""
+
     def run(m: Any, x: Tensor) -> Tensor:
         y = m.a(x)[:, :, None] * m.b(x)[:, None]
-        y = y.reshape(len(x), 6, -1, 5 if y.shape[2] == 5 else 4)[..., 0, :] if m.fixed else y
-        z: Tensor = m.out(y.transpose(1, 2)).sum(2)
+        z: Tensor = m.out(F.conv1d(y[:, :5].transpose(1, 2), m.weight).mean(2))
         return z
 
-    found = fitted(Net(run, a=nn.Linear(4, 6), b=nn.Linear(4, 5), out=nn.Linear(6, 3), fixed=False), {"a": [0]}, ROW)
-    assert outputs_kept(found, "a") == 5
+    model = Net(
+        run, a=nn.Linear(4, 6), b=nn.Linear(4, 7), weight=nn.Parameter(torch.ones(4, 7, 1)), out=nn.Linear(4, 3)
+    )
+    found = fitted(model, {"a": [0], "b": [2, 3]}, ROW)
+    assert (outputs_kept(found, "a"), outputs_kept(found, "b")) == (6, 5)
 
 
 # What a note says -----------------------------------------------------------------------------------
