@@ -42,7 +42,7 @@ class Scene:
 
 
 def labels_of(flow: Flow, op: Op) -> Iterable[np.ndarray]:
-    """Labels of all dims of what a call reads and gives; of one that repeats them, as samples side by side, also once."""
+    """Labels of all dims of what a call reads and gives; of one that repeats them, as samples in a row, once too."""
     for value in (*op.inputs(), *op.outputs):
         for label in flow.labels(value):
             if label is not None:
