@@ -39,19 +39,6 @@ class Mends:
         """All of them."""
         return [Attribute(path, name, pieces) for (path, name), pieces in self.pieces.items()]
 
-    def stops_before(self, place: tuple[int, int]) -> bool:
-        """Whether the forward stops before the call that those on trial are for."""
-        return self.trial is not None and place < self.trial[0]
-
-    def tie_on_trial(self, pairs: set[Pair], said: str, notes: list[str]) -> None:
-        """Tie slots that an attribute on trial counts too, as long as it helps; `said` goes into `notes`, once."""
-        assert self.trial is not None
-        if self.tied is None or self.tied[0] != self.trial[0]:
-            notes.append(said)
-            self.tied = self.trial[0], pairs, said
-        else:
-            self.tied = self.trial[0], self.tied[1] | pairs, self.tied[2]
-
     def judge(self, place: tuple[int, int]) -> bool:
         """Take the last ones back if the forward got no further with them; whether it stopped before their call."""
         trial, self.trial = self.trial, None

@@ -13,8 +13,6 @@ from allocator.graph.channel_graph import ChannelGraph
 from allocator.planning.plan import Plan
 from allocator.verifying.structure import Mismatch
 
-_ONE_NUMBER = "neurons that one attribute counts go together, place by place"
-
 
 def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, notes: list[str]) -> ChannelGraph:
     """Set an attribute, tie parts, or freeze; returns the graph to plan on.
@@ -30,23 +28,18 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
     if op is None:
         raise RewriteError(f"the rewritten forward does not fit: {mismatch}")
     place = mismatch.forward, op.index
-    scene = Scene(graph, graph.flows[mismatch.forward], plan, mends)
-    one_number = f"of {type(graph.modules[op.module]).__name__}, {_ONE_NUMBER}: {mismatch.what}"
-    counted = counted_by_one(scene, op) - mends.apart if mends.stops_before(place) else set()
-    if counted:
-        mends.tie_on_trial(counted, one_number, notes)
-        return rebuilt(graph, graph.options.tying(counted))
     stopped_before = mends.judge(place)
     mends.retract(notes)
     if stopped_before:  # by what was tried: without it, the forward gets to where it did not fit
-        given_up = mends.ties_in_vain(place, notes)
-        return rebuilt(graph, graph.options.untying(given_up)) if given_up else graph
+        return graph
+    scene = Scene(graph, graph.flows[mismatch.forward], plan, mends)
     if follows(scene, op, mismatch.module, notes):  # also where a tie made a call before its own lose neurons
         return graph
     given_up = mends.ties_in_vain(place, notes)
     counted = counted_by_one(scene, op)
     if counted:
-        notes.append(one_number)
+        kind = type(graph.modules[op.module]).__name__
+        notes.append(f"of {kind}, neurons that one attribute counts go together, place by place: {mismatch.what}")
         return rebuilt(graph, graph.options.untying(given_up).tying(counted))
     for find, said in TIES.items():
         known = mends.apart | graph.options.tied
