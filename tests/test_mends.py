@@ -35,6 +35,9 @@ def test_one_attribute_that_did_not_help_is_not_tried_again_by_itself() -> None:
     mends.trial = (0, 4), [("a", "x")]
     mends.judge((0, 4))
     assert mends.together((0, 4)) == []
+    assert mends.was_wrong(("a", "x"), (np.arange(3),))
+    others = [("a", "y"), (np.arange(3),)], [("a", "x"), (np.arange(1, 4),)], [("a", "x"), (np.arange(3), np.arange(3))]
+    assert not any(mends.was_wrong(*each) for each in others)
 
 
 def test_a_tie_is_in_vain_where_the_forward_got_no_further() -> None:

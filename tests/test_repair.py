@@ -442,15 +442,16 @@ def test_of_a_module_what_it_made_itself_stays_before_what_others_made(monkeypat
             super().__init__()
             self.hidden, self.back = nn.Linear(4, 6), nn.Linear(6, 4)
 
-        def forward(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(self, x: Tensor, given: nn.Module) -> tuple[Tensor, Tensor]:
             y = self.hidden(x)
-            y, width = self.back(y), y.shape[1]
+            width, y = y.shape[1], self.back(y)
+            other = given(x)
             return y * float(width), other
 
     def run(m: Any, x: Tensor) -> Tensor:
-        other = m.a(x)
-        y: Tensor = m.inner(x, other)[0]
-        return y + m.b(other)
+        y, other = m.inner(x, m.a)
+        z: Tensor = y + m.b(other)
+        return z
 
     found = fitted(Net(run, a=nn.Linear(4, 6), b=nn.Linear(6, 4), inner=Inner()), {"a": [0], "inner.hidden": [1]}, ROW)
     assert (outputs_kept(found, "a"), outputs_kept(found, "inner.hidden")) == (5, 6)
@@ -477,18 +478,11 @@ def test_of_a_call_that_was_not_made_what_it_would_have_given_goes() -> None:
 
 
 def test_of_a_call_that_gives_other_sizes_only_these_dims_stay() -> None:
-    """A table of two layers' channels, of which the first five rows are taken."""
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        y = m.a(x)[:, :, None] * m.b(x)[:, None]
-        z: Tensor = m.out(F.conv1d(y[:, :5].transpose(1, 2), m.weight).mean(2))
-        return z
-
-    model = Net(
-        run, a=nn.Linear(4, 6), b=nn.Linear(4, 7), weight=nn.Parameter(torch.ones(4, 7, 1)), out=nn.Linear(4, 3)
-    )
-    found = fitted(model, {"a": [0], "b": [2, 3]}, ROW)
-    assert (outputs_kept(found, "a"), outputs_kept(found, "b")) == (6, 5)
+    """Half of the channels are as many numbers as a view of twice as many with half of the pixels each."""
+    found = block(lambda m, x: x.view(len(x), 6, -1).sigmoid().view(len(x), 6, 4, 4), (0, 1, 2))
+    assert outputs_kept(found, "0.first") == 6
+    assert found.graph.options.frozen == {Place("0", "view", 0, "gives 0, 1")}
+    assert found.notes[0].startswith("the neurons at aten.view.default in 0 stay: shape (2, 6, 8), expected (2, 3, 16)")
 
 
 # What a note says -----------------------------------------------------------------------------------
