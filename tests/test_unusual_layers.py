@@ -522,3 +522,36 @@ def test_a_class_whose_new_wants_arguments_is_copied() -> None:
     assert result.certificate.ok
     assert type(small[3]) is Chosen
     assert small[3].down.out_channels < 16
+
+
+def test_a_layer_without_channels_is_passed_over() -> None:
+    class Squeezed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+            self.few, self.back = nn.Linear(8, 0), nn.Linear(0, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.last(y * self.back(self.few(y.mean((2, 3)))).sigmoid()[:, :, None, None])
+
+    result = allocate(Squeezed().eval())
+    assert result.certificate.ok
+    assert len(result.allocation.kept["first.weight"][0] or ()) in range(1, 8)
+
+
+def test_channels_of_a_layer_whose_weight_is_shortened_may_go() -> None:
+    class Shortened(nn.Module):
+        """Each output's weights are shortened where they are longer than one."""
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight.renorm(2, 0, 1.0)
+
+    model = trained(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 1)))
+    parametrize.register_parametrization(model[0], "weight", Shortened())
+    result = allocate(model)
+    assert result.certificate.ok
+    assert not result.graph.unsupported
+    parametrize.register_parametrization(model[3], "weight", Shortened())
+    with pytest.raises(NothingToAllocateError, match="a norm over the channels mixes them all"):
+        allocate(model)

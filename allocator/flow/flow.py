@@ -323,7 +323,7 @@ class Flow:
         """Labels of neurons that a parameter writes; they are what can be removed."""
         if not self.active.isdisjoint(op.inputs()):
             self._note_use(label, op)
-        if label is not None and not self.is_activation(weight_value):
+        if label is not None and label.size and not self.is_activation(weight_value):
             self.facts.written.append(Written(label, op.module))
             self.floor(label, op)
 
