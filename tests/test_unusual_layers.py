@@ -555,3 +555,40 @@ def test_channels_of_a_layer_whose_weight_is_shortened_may_go() -> None:
     parametrize.register_parametrization(model[3], "weight", Shortened())
     with pytest.raises(NothingToAllocateError, match="a norm over the channels mixes them all"):
         allocate(model)
+
+
+class Spiking(nn.Module):
+    """A membrane that leaks, fires and is kept in a buffer, which each forward replaces."""
+
+    mem: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.register_buffer("mem", torch.zeros(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mem = torch.zeros_like(self.mem)
+        spikes = []
+        for _ in range(3):
+            if self.mem.shape[:1] != x.shape[:1]:
+                self.mem = torch.zeros_like(self.first(x))
+            self.mem = 0.9 * self.mem + self.first(x)
+            spikes.append((self.mem > 0.1).to(x.dtype))
+            self.mem = self.mem - spikes[-1]
+        return self.last(torch.stack(spikes).sum(0))
+
+
+@pytest.mark.parametrize("runs_before", [0, 1])
+def test_a_buffer_that_the_forward_replaces_is_computed_from_then_on(runs_before: int) -> None:
+    torch.manual_seed(0)
+    model, x = Spiking().eval(), torch.randn(4, 6)
+    for _ in range(runs_before):
+        model(x)
+    result = allocator.allocate(model, "60%", example_inputs=x)
+    assert result.certificate.ok
+    assert result.graph.share() > 0.8
+    gone = sorted(set(range(16)) - set(result.allocation.kept["last.weight"][1] or ()))
+    with torch.no_grad():
+        model.last.weight[:, gone] = 0
+    assert torch.allclose(result.model(x), model(x), atol=1e-6)
