@@ -594,3 +594,22 @@ def test_mends_that_got_no_further_are_taken_back() -> None:
     assert notes == ["something else"]
     assert mends.attributes() == []
     assert mends.wrong.keys() == {("a", "x")}
+
+
+def test_layers_that_stay_already_are_not_kept_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.second(x)
+            return self.last((y * (1 / y.shape[1])).sigmoid()) + self.first(x).sum(1, keepdim=True)
+
+    def always_the_first(graph: ChannelGraph, *_: Any) -> list[Any]:
+        return [next(op for op in graph.flow.trace.ops if op.module == "first")]
+
+    monkeypatch.setattr("allocator.fitting.repair.layers_counted", always_the_first)
+    graph = graph_of(Scaled().eval(), torch.zeros(2, 4))
+    found = fit(graph, planner({"first": (1,), "second": (2, 3)}))
+    assert not found.allocation.kept

@@ -77,10 +77,11 @@ def repair(graph: ChannelGraph, plan: Plan, mismatch: Mismatch, mends: Mends, no
         options = graph.options.freezing([flow.places[given.index]._replace(part="gives")])
     else:
         counted_at = _counted_elsewhere(scene, mismatch, op)
-        where = f"{' and '.join(map(str, counted_at))} stay, which {op} counts" if counted_at else f"{op} stay"
-        notes.append(f"the neurons at {where}: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
         places = {place for each in counted_at for place in _freezing(graph, flow, each, "gives").frozen}
-        options = graph.options.freezing(places) if places else _freeze(graph, flow, mismatch, op, plan)
+        more = places - graph.options.frozen
+        where = f"{' and '.join(map(str, counted_at))} stay, which {op} counts" if more else f"{op} stay"
+        notes.append(f"the neurons at {where}: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
+        options = graph.options.freezing(more) if more else _freeze(graph, flow, mismatch, op, plan)
     before = {place.module for place in graph.options.frozen} | graph.options.equal_parts
     mends.forget(_meant(graph, op.module, before))
     mends.retract(notes)
