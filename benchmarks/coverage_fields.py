@@ -76,13 +76,11 @@ def _images() -> dict[str, Network]:
     levels = {"input_channels": 1, "n_stages": 3, "features_per_stage": [8, 16, 24], "strides": [1, 2, 2]}
     norms = {"norm_op": nn.InstanceNorm2d, "norm_op_kwargs": {"affine": True}, "nonlin": nn.LeakyReLU}
     convolutions = {"conv_op": nn.Conv2d, "kernel_sizes": 3, "conv_bias": True, "n_conv_per_stage": 2}
-    untrained = {"pretrained": False, "pretrained_backbone": False, "exportable": True}
     seen = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "out_chans": 16}
     return {
         "compressai.Cheng2020Attention": (_of("compressai.models.Cheng2020Attention", 16), _PHOTO),
         "compressai.ScaleHyperprior": (_of("compressai.models.ScaleHyperprior", 16, 24), _PHOTO),
-        "doctr.crnn": (_of("doctr.models.recognition.crnn_mobilenet_v3_small", **untrained), (1, 3, 32, 128)),
-        "doctr.fast_tiny": (_of("doctr.models.detection.fast_tiny", **untrained), (1, 3, 128, 128)),
+        "doctr.textnet_tiny": (_of("doctr.models.classification.textnet_tiny", pretrained=False), _PHOTO),
         "dynamic_network_architectures.PlainConvUNet": (
             _of("dynamic_network_architectures.architectures.unet.PlainConvUNet", num_classes=3,
                 n_conv_per_stage_decoder=1, **levels, **norms, **convolutions),

@@ -592,3 +592,41 @@ def test_a_buffer_that_the_forward_replaces_is_computed_from_then_on(runs_before
     with torch.no_grad():
         model.last.weight[:, gone] = 0
     assert torch.allclose(result.model(x), model(x), atol=1e-6)
+
+
+class Shortened(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.renorm(2, 0, 1.0)
+
+
+@pytest.mark.parametrize("multiplier", [1, 2])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        positive,
+        parametrizations.weight_norm,
+        torch.nn.utils.weight_norm,
+        lambda layer: parametrize.register_parametrization(layer, "weight", Shortened()),
+    ],
+)
+def test_groups_of_a_convolution_whose_weight_is_computed_may_go(compute: Wrap, multiplier: int) -> None:
+    def built() -> nn.Module:
+        wide = 8 * multiplier
+        layers = [
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, wide, 3, groups=8),
+            nn.ReLU(),
+            nn.Conv2d(wide, 4, 1),
+        ]
+        compute(layers[2])
+        return trained(nn.Sequential(*layers))
+
+    result = allocate(built(), "50%")
+    assert result.certificate.ok
+    assert not any("stay" in note for note in result.notes)
+    thin: Any = result.model.get_submodule("2")
+    assert thin.groups == thin.in_channels < 8
+    assert thin.out_channels == multiplier * thin.groups
+    fresh = allocator.apply(built(), result.allocation)
+    assert fresh(IMAGE).shape == result.model(IMAGE).shape
