@@ -166,7 +166,7 @@ class Operator:
     """One overload: what torch says of it, and what is declared.
 
     Attributes:
-        name: its name without overload, such as `convolution`, and of another namespace than torch's with that.
+        name: its name without overload, such as `convolution`; with its namespace where that is one of your own.
         arguments: position and default of each argument, by its name.
         writes: whether it changes one of its inputs in place.
         gives_views: whether a result shares the memory of an input.
@@ -198,9 +198,10 @@ def operator_of(target: OpOverload) -> Operator:
     """What is known of an overload such as `aten.convolution.default`."""
     schema = schema_of(target)
     first = schema.arguments[0].alias_info if schema.arguments else None
+    namespace, _, own = schema.name.partition("::")
     declared = _declaration(target)
     return Operator(
-        name=schema.name.removeprefix("aten::"),
+        name=own if namespace in ("aten", *_LOADED_LATER) else schema.name,
         arguments={a.name: (i, a.default_value) for i, a in enumerate(schema.arguments)},
         writes=bool(schema.is_mutable),
         gives_views=any(result.alias_info is not None for result in schema.returns),
