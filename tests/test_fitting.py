@@ -564,3 +564,22 @@ def test_parts_of_a_split_that_one_number_sizes_go_together() -> None:
     assert small.width < 24
     assert small.inner == 44  # which no forward reads
     small(torch.randn(1, 3, 6)).sum().backward()
+
+
+def test_layers_that_stay_already_are_not_kept_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.second(x)
+            return self.last((y * (1 / y.shape[1])).sigmoid()) + self.first(x).sum(1, keepdim=True)
+
+    def always_the_first(scene: Any, mismatch: Any) -> list[Any]:
+        return [(mismatch, [next(op for op in scene.flow.trace.ops if op.module == "first")])]
+
+    monkeypatch.setattr("allocator.fitting.stays.layers_counted", always_the_first)
+    graph = graph_of(Scaled().eval(), torch.zeros(2, 4))
+    found = fit(graph, planner({"first": (1,), "second": (2, 3)}))
+    assert not found.allocation.kept

@@ -30,14 +30,13 @@ def stay(scene: Scene, mismatch: Mismatch, op: Op, notes: list[str]) -> Options:
         notes.append(f"the neurons at {given} stay: {mismatch.module} is given them, and {mismatch.what}{hint}")
         return graph.options.freezing([flow.places[given.index]._replace(part="gives")])
     counted = _counted_elsewhere(scene, mismatch, op)
-    for each, layers in counted:
+    writers = [layer for _, layers in counted for layer in layers]
+    more = {place for each in writers for place in _freezing(graph, flow, each, "gives").frozen} - graph.options.frozen
+    for each, layers in counted if more else ():
         what = f"{' and '.join(map(str, layers))} stay, which {each.op} counts: {each.what}"
         notes.append(f"the neurons at {what}{_hint(graph.modules[op.module], flow, op)}")
-    if counted:
-        layers = [layer for _, layers in counted for layer in layers]
-        return graph.options.freezing(
-            {place for each in layers for place in _freezing(graph, flow, each, "gives").frozen}
-        )
+    if more:
+        return graph.options.freezing(more)
     notes.append(f"the neurons at {op} stay: {mismatch.what}{_hint(graph.modules[op.module], flow, op)}")
     return _freeze(scene, mismatch, op)
 
