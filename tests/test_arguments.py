@@ -125,7 +125,7 @@ WRONG: dict[str, tuple[Call, type[AllocatorError], str]] = {
     "an array for a choice": (
         lambda m, r: allocator.allocate(m, "50%", groups=np.zeros((2, 2))),  # type: ignore[arg-type]
         UnknownNameError,
-        "no groups an ndarray (there are whole, width)",
+        "no groups an ndarray (there are auto, whole, width)",
     ),
     "a list for a policy": (
         lambda m, r: allocator.plan(r.graph, allocator.score(r.graph), "50%", policy=["global"]),  # type: ignore[arg-type]

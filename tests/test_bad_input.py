@@ -486,7 +486,7 @@ def test_a_model_compiled_in_place_is_allocated_as_it_was_before(run: bool) -> N
         ({"criterion": "bn_scal"}, r"no criterion 'bn_scal'; did you mean 'bn_scale'\?"),
         ({"scope": "some"}, r"no scope 'some' \(there are auto, branches, inner, all, narrowest\)"),
         ({"weights": "drop"}, r"no weights 'drop' \(there are keep, reset\)"),
-        ({"groups": "half"}, r"no groups 'half' \(there are whole, width\)"),
+        ({"groups": "half"}, r"no groups 'half' \(there are auto, whole, width\)"),
         ({"norms": "any"}, r"no norms 'any' \(there are exact, loose\)"),
     ],
 )

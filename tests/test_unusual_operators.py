@@ -148,7 +148,7 @@ class Hyper(nn.Module):
 # Each with the operator that is named where the 16 channels of the stem must stay; None where they may be narrowed.
 MIDDLES: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     "custom autograd function": (CustomFunction, None),
-    "custom operator without a meta kernel": (OperatorWithoutMeta, "reversed"),
+    "custom operator without a meta kernel": (OperatorWithoutMeta, "unusual_operators::reversed"),
     "in-place writes into views": (WritesIntoViews, None),
     "complex tensors": (Spectrum, None),
     "nested tensors": (Nested, "_nested_tensor_from_tensor_list"),
