@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from allocator.adapters import Adapter, Kept, register, register_state
-from allocator.adapters.hf_config import configuration, recorded_class, write_configuration
+from allocator.adapters.hf_config import configuration, cut_buffers, recorded_class, write_configuration
 from allocator.adapters.hf_experts import aligned
 from allocator.adapters.hf_inputs import inputs
 from allocator.adapters.library import library
@@ -46,11 +46,13 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
         built: Any = recorded_class(model_class, config)(config)
         if on_meta and hasattr(built, "tie_weights"):
             built.tie_weights()  # not all releases do so there by themselves
+        cut_buffers(built, config)
         return cast(nn.Module, built)
     # A pickle would run code as it is read.
     model: nn.Module = recorded_class(model_class, config).from_pretrained(
         name, config=config, local_files_only=True, use_safetensors=True
     )
+    cut_buffers(model, config)
     return model
 
 

@@ -327,7 +327,37 @@ def _record(own: nn.Module, model: nn.Module) -> dict[str, Any]:
     """Sizes of tensors, and numbers that modules hold, where they are not what the class builds."""
     before, after = _shapes(own), _shapes(model)
     shapes = {name: list(shape) for name, shape in after.items() if before.get(name) != shape}
-    return {"shapes": shapes, "attributes": _differing(model, own)}
+    return {"shapes": shapes, "attributes": _differing(model, own), "buffers": _left_of_buffers(own, model)}
+
+
+def _left_of_buffers(own: nn.Module, model: nn.Module) -> dict[str, list[int]]:
+    """Of vectors that are not saved and so are computed by the constructor (frequencies), which entries are left."""
+    saved, left = model.state_dict().keys(), {}
+    computed = dict(own.named_buffers())
+    for name, buffer in model.named_buffers():
+        whole = computed.get(name)
+        if name in saved or whole is None or whole.dim() != 1 or whole.shape == buffer.shape:
+            continue
+        entries = iter(enumerate(whole.tolist()))
+        left[name] = [next((i for i, entry in entries if entry == value), -1) for value in buffer.tolist()]
+    return {name: indices for name, indices in left.items() if -1 not in indices}
+
+
+def cut_buffers(model: nn.Module, config: Any) -> None:
+    """Of what the constructor computed, leave the recorded entries; for a model that is built and has its weights.
+
+    Raises:
+        FileError: the record does not fit.
+    """
+    record = getattr(config, RECORD, None) or {}
+    try:
+        for name, indices in record.get("buffers", {}).items():
+            path, _, key = name.rpartition(".")
+            buffer = model.get_buffer(name)
+            places = torch.tensor([int(i) for i in indices], device=buffer.device)
+            model.get_submodule(path)._buffers[key] = buffer.index_select(0, places)
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise _damaged(model, error) from error
 
 
 def recorded_class(model_class: Any, config: Any) -> Any:
@@ -370,6 +400,8 @@ def _resize(model: nn.Module, record: Any) -> None:
                     raise TypeError(f"{path}.{name} is to become {value!r:.80}")
                 setattr(module, name, tuple(value) if isinstance(getattr(module, name), tuple) else value)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise FileError(
-            f"the config.json of this {type(model).__name__} is damaged: its {RECORD} does not fit ({error})"
-        ) from error
+        raise _damaged(model, error) from error
+
+
+def _damaged(model: nn.Module, error: Exception) -> FileError:
+    return FileError(f"the config.json of this {type(model).__name__} is damaged: its {RECORD} does not fit ({error})")

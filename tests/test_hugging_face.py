@@ -102,6 +102,49 @@ def test_layers_of_several_widths_are_loaded_from_their_folder(name: str, tmp_pa
     torch.testing.assert_close(outputs(third, inputs), outputs(twice.model.eval(), inputs))
 
 
+def two_keys() -> tuple[Any, dict[str, torch.Tensor]]:
+    """Four heads that share two keys and values, as of Qwen2's small models: they get narrower."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
+    return transformers.LlamaForCausalLM(config).eval(), {"input_ids": tokens()}
+
+
+def test_narrower_heads_keep_their_frequencies_in_a_folder(tmp_path: Path) -> None:
+    """They are computed by the constructor, and not saved."""
+    model, inputs = two_keys()
+    for budget in ("60%", "80%"):
+        result = allocator.allocate(model, budget, example_inputs=inputs, at_least=0)
+        small: Any = result.model
+        assert result.certificate.ok
+        assert len(small.model.rotary_emb.inv_freq) < 8
+        small.save_pretrained(tmp_path / budget)
+        model = allocator.load(f"hf:{tmp_path / budget}").eval()
+        torch.testing.assert_close(outputs(model, inputs), outputs(small.eval(), inputs))
+        assert model.generate(**inputs, max_new_tokens=3).shape == (1, 15)
+
+
+def test_heads_of_a_model_without_values_keep_their_width_where_frequencies_are_not_saved(tmp_path: Path) -> None:
+    model, inputs = two_keys()
+    model.save_pretrained(tmp_path / "whole")
+    allocator.allocate_folder(tmp_path / "whole", tmp_path / "small", "70%", example_inputs=inputs)
+    small: Any = allocator.load(f"hf:{tmp_path / 'small'}")
+    assert len(small.model.rotary_emb.inv_freq) == 8
+    assert outputs(small.eval(), inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("buffers", [{"model.rotary_emb.inv_freq": [9]}, {"no.where": [0]}, 3])
+def test_a_damaged_record_of_buffers_is_a_file_error(buffers: Any, tmp_path: Path) -> None:
+    model, inputs = two_keys()
+    small: Any = allocator.allocate(model, "60%", example_inputs=inputs).model
+    small.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["neuron_allocator"]["buffers"] = buffers
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(allocator.FileError, match="is damaged"):
+        allocator.load(f"hf:{tmp_path}")
+
+
 @pytest.mark.parametrize(("name", "field"), [("GPT2", "n_inner"), ("Bert", "intermediate_size")])
 def test_where_a_head_is_as_wide_as_their_number_allows_widths_of_mlps_follow(name: str, field: str) -> None:
     """GPT-2 leaves the field open in its configuration: four times the hidden size."""

@@ -60,6 +60,7 @@ def build_graph(
     _heed_the_caller(trace.modules, options, slots, facts)
     _heed_the_adapters(trace.modules, slots, facts)
     _spare(trace.modules, options, slots, facts)
+    _freeze_unsaved(trace.modules, slots, facts)
     freeze_beyond_fixed_maps(tensors, slots, facts)
     component, unit_of_slot, size = number_neurons(slots, facts)
     return ChannelGraph(
@@ -188,6 +189,18 @@ def _heed_the_caller(modules: Mapping[str, nn.Module], options: Options, slots: 
     facts.ties += [Tie(np.array(one), np.array(other)) for one, other in sorted(options.tied)]
     for group in options.same:
         _tie_alike(modules, as_items(group, "same"), slots, facts)
+
+
+def _freeze_unsaved(modules: Mapping[str, nn.Module], slots: Slots, facts: Facts) -> None:
+    """A buffer that is neither saved nor has values here is computed by the constructor, whose it stays."""
+    for path, module in modules.items():
+        for key in module._non_persistent_buffers_set:
+            name, buffer = f"{path}.{key}" if path else key, module._buffers.get(key)
+            if buffer is not None and buffer.is_meta and name in slots.shapes:
+                facts.frozen += [Frozen(label, path, _UNSAVED) for label in slots.labels(name)]
+
+
+_UNSAVED = "a buffer that is not saved has no values on the meta device"
 
 
 def _tie_alike(modules: Mapping[str, nn.Module], group: tuple[Any, ...], slots: Slots, facts: Facts) -> None:
