@@ -236,3 +236,20 @@ def test_what_a_forward_compiles_is_followed_and_proven_as_it_is_written() -> No
     assert small.write.out_features < 24
     assert torch.compile.__module__ == "torch"  # and no longer what stood in its place
     assert torch.compile(model.read, backend="eager") is not model.read
+
+
+class OfNoHead(nn.Module):
+    """Queries that share keys of no head, as where a cut leaves nothing of what a number says where keys begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.layer(x).unflatten(-1, (4, 8)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(q, q[:, :0], q[:, :0], enable_gqa=True)
+
+
+def test_keys_of_no_head_are_an_error_and_not_the_end_of_the_process() -> None:
+    with pytest.raises(allocator.TraceError, match=r"queries share keys of shape \[2, 0, 5, 8\]"):
+        allocator.trace(OfNoHead(), torch.randn(2, 5, 8))

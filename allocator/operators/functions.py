@@ -67,7 +67,14 @@ def _attention_in_parts(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` as products and a softmax, as it always is on meta tensors."""
+    """`torch.nn.functional.scaled_dot_product_attention` as products and a softmax, as it always is on meta tensors.
+
+    Raises:
+        RuntimeError: queries are to share keys and values of which there are no heads; torch divides by their number,
+            which ends the process.
+    """
+    if enable_gqa and 0 in (*key.shape[-3:-2], *value.shape[-3:-2]):
+        raise RuntimeError(f"queries share keys of shape {list(key.shape)} and values of shape {list(value.shape)}")
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     if query.is_meta:
         return functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
