@@ -251,5 +251,5 @@ class OfNoHead(nn.Module):
 
 
 def test_keys_of_no_head_are_an_error_and_not_the_end_of_the_process() -> None:
-    with pytest.raises(allocator.TraceError, match=r"queries share keys of shape \[2, 0, 5, 8\]"):
+    with pytest.raises(allocator.InputError, match=r"queries share keys of shape \[2, 0, 5, 8\]"):
         allocator.trace(OfNoHead(), torch.randn(2, 5, 8))
