@@ -272,8 +272,13 @@ class _Search:
 
 def _head_width(config: Any) -> dict[Field, int]:
     """The width of a head, said as a number: where none is, it would be computed from how many heads there are."""
-    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    if getattr(config, "head_dim", None) is not None or type(hidden) is not int or type(heads) is not int:
+    try:
+        hidden, heads, said = (
+            getattr(config, name, None) for name in ("hidden_size", "num_attention_heads", "head_dim")
+        )
+    except Exception:  # the library's own, where a field differs from layer to layer
+        return {}
+    if said is not None or type(hidden) is not int or type(heads) is not int:
         return {}
     return {("head_dim",): hidden // heads}
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import allocator
+from allocator.adapters.hf_config import _head_width
 from allocator.cli import main
 from benchmarks.hugging_face_models import DIFFUSERS, GENERATORS, TRANSFORMERS, masked, tiny, tokens
 
@@ -322,3 +323,11 @@ def test_an_eight_billion_network_is_planned_without_its_weights() -> None:
     scores = allocator.score(graph, np.random.default_rng(0).random(graph.size))
     plan = allocator.plan(graph, scores, "80%", policy="uniform", scope="all")
     assert plan.flops_after <= 0.8 * graph.flops
+
+
+def test_a_configuration_that_refuses_what_differs_from_layer_to_layer_says_no_width_of_heads() -> None:
+    class Heterogeneous:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError(f"{name!r} may vary across layers")
+
+    assert _head_width(Heterogeneous()) == {}
