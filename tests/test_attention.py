@@ -160,6 +160,47 @@ def test_heads_that_cannot_go_get_narrower_all_alike(heads: int, mixed: bool) ->
     assert small(torch.randn(2, 5, 24)).shape == (2, 5, 5)
 
 
+class Shared(nn.Module):
+    """Queries of several heads that share keys and values, as of language models; one number is the width of all."""
+
+    def __init__(self, heads: int, shared: int) -> None:
+        super().__init__()
+        self.head_dim, self.times = 6, heads // shared
+        self.q_proj, self.o_proj = nn.Linear(24, 6 * heads), nn.Linear(6 * heads, 24)
+        self.k_proj, self.v_proj = (nn.Linear(24, 6 * shared) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        k, v = (t[:, :, None].expand(-1, -1, self.times, -1, -1).flatten(1, 2) for t in (k, v))
+        scores = (q @ k.transpose(-2, -1) / 6**0.5).softmax(-1)
+        y: Tensor = self.o_proj((scores @ v).transpose(1, 2).flatten(2))
+        return y
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("heads", "shared"), [(4, 2), (8, 2), (4, 1)])
+def test_heads_that_share_two_keys_and_values_get_narrower(heads: int, shared: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(Shared(heads, shared), nn.LayerNorm(24), nn.Linear(24, 5)).eval()
+    with untouched(model):
+        result = allocator.allocate(model, "60%", example_inputs=TOKENS, criterion="magnitude")
+    assert result.certificate.ok
+    small: Any = result.model[0]  # type: ignore[index]
+    assert small.head_dim < 6
+    for layer, count in ((small.q_proj, heads), (small.k_proj, shared), (small.v_proj, shared)):
+        assert layer.out_features == count * small.head_dim
+    assert not any(" stay" in note for note in result.notes), result.notes
+
+
+def test_heads_that_share_four_keys_and_values_go_with_these() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Shared(8, 4), nn.LayerNorm(24), nn.Linear(24, 5)).eval()
+    small: Any = allocator.allocate(model, "60%", example_inputs=TOKENS, criterion="magnitude").model[0]  # type: ignore[index]
+    assert small.head_dim == 6
+    assert small.q_proj.out_features == 2 * small.k_proj.out_features < 48
+
+
 class Queries(nn.Module):
     """Learned queries that read tokens, as a detector's decoder does; what asks depends on no input."""
 

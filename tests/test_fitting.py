@@ -13,6 +13,7 @@ from small_graphs import channel_units, graph_of
 from subjects import untouched
 from torch import Tensor, nn
 
+import allocator
 from allocator import adapters
 from allocator.cost.budget import Budget, Budgets
 from allocator.errors import NothingToAllocateError, RewriteError
@@ -594,3 +595,34 @@ def test_mends_that_got_no_further_are_taken_back() -> None:
     assert notes == ["something else"]
     assert mends.attributes() == []
     assert mends.wrong.keys() == {("a", "x")}
+
+
+class Selective(nn.Module):
+    """Rows that are mixed by how alike two parts of equal size are, as the states of a state space model are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.state = 24, 10
+        self.inner = self.width + 2 * self.state
+        self.into, self.back = nn.Linear(6, self.inner), nn.Linear(self.width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, keys, queries = self.into(x).split([self.width, self.state, self.state], dim=-1)
+        result: Tensor = self.back(queries @ keys.transpose(1, 2) @ values)
+        return result
+
+
+def test_parts_of_a_split_that_one_number_sizes_go_together() -> None:
+    model = Selective().eval()
+    x = torch.randn(2, 7, 6)
+    result = allocator.allocate(model, "50%", example_inputs=x)
+    small: Any = result.model
+    assert result.certificate.ok
+    rows = result.allocation.kept["into.weight"][0]
+    assert rows is not None
+    keys, queries = ([row - start for row in rows if 0 <= row - start < 10] for start in (24, 34))
+    assert keys == queries
+    assert len(keys) == small.state < 10
+    assert small.width < 24
+    assert small.inner == 44  # which no forward reads
+    small(torch.randn(1, 3, 6)).sum().backward()

@@ -164,6 +164,8 @@ SIZES: dict[str, tuple[dict[str, Any], object, Sequence[int], dict[str, list[int
     "one number for two parts": ({"both": 3}, [3, 3], (3, 3), None),
     "two numbers for two equal parts": ({"a": 3, "b": 3}, [3, 3], (3, 3), None),
     "three parts": ({"a": 1, "b": 2, "c": 3}, [2, 3, 1], (2, 3, 1), {"b": [0], "c": [1], "a": [2]}),
+    "one number for two parts of three": ({"w": 4, "s": 2}, [4, 2, 2], (4, 2, 2), {"w": [0], "s": [1]}),
+    "a number for two parts and none for the third": ({"s": 2}, [4, 2, 2], (4, 2, 2), None),
     "nothing": ({}, [2, 4], (2, 4), None),
 }
 

@@ -44,8 +44,8 @@ def attributes_of_sizes(
         pieces: labels of the parts.
 
     Returns:
-        The attributes that have to follow, none where the module's adapter says how; None where no attribute holds
-        the sizes.
+        The attributes that have to follow, none where the module's adapter says how; of parts that are as large as one
+        another, one for the first. None where no attribute holds the sizes, or all parts are alike.
     """
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):  # its gates, which it tells apart by nothing but their number
         return None
@@ -57,24 +57,31 @@ def attributes_of_sizes(
         return [Attribute(path, name, tuple(pieces)) for name in whole]
     if isinstance(sizes, int):
         return None
-    singles = []
-    for piece in pieces:
-        names = [name for name, value in fields.items() if type(value) is int and value == len(piece)]
+    first_of = {len(piece): piece for piece in reversed(pieces)}
+    if len(first_of) < min(len(pieces), 2):
+        return None
+    found = []
+    for size, piece in reversed(first_of.items()):
+        names = [name for name, value in fields.items() if type(value) is int and value == size]
         if not names:
             return None
-        singles.append(names[0])
-    if len(set(singles)) < len(singles):  # one attribute cannot tell two parts apart
-        return None
-    return [Attribute(path, name, (piece,)) for name, piece in zip(singles, pieces, strict=True)]
+        found.append(Attribute(path, names[0], (piece,)))
+    return found
 
 
 def not_told_apart(
-    module: nn.Module, sizes: object, pieces: Sequence[np.ndarray]
+    module: nn.Module, sizes: object, pieces: Sequence[np.ndarray], attributes: Sequence[Attribute]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of parts of a split that have to stay equal, as the adapter gives one number where the call lists two."""
+    """Pairs of parts of a split that have to stay equal: the adapter, or an attribute, is one number for the two.
+
+    Args:
+        module: the running module.
+        sizes, pieces: as for `attributes_of_sizes`.
+        attributes: what that gave.
+    """
     if not isinstance(sizes, (list, tuple)):
         return []  # one number may become a list of them
-    known = Counter(_known(module))
+    known = Counter([*_known(module), *(len(each.pieces[0]) for each in attributes if len(each.pieces) == 1)])
     pairs, alike = [], dict[int, list[np.ndarray]]()
     for piece in pieces:
         alike.setdefault(len(piece), []).append(piece)

@@ -163,13 +163,17 @@ class Flow:
                 found[self.places[op.index]] = dims[-2]
         return found
 
-    def heads_that_stay(self, stays: np.ndarray) -> set[Place]:
-        """Views whose heads can't go, by the slots that stay (slots,) bool; of two heads none can."""
-        return {place for place, label in self._heads.items() if len(label) <= _FEWEST_HEADS or stays[label].all()}
+    def heads_that_stay(self, units: np.ndarray) -> set[Place]:
+        """Views whose heads can't go, by the neuron of each slot (slots,), below 0 for none; of two that go, none can.
 
-    def widths_that_go(self, stays: np.ndarray) -> set[Place]:
-        """Views that split a dim into several, where what is left of it may get narrower."""
-        return {self.places[op.index] for op, _, label in self._divided if not stays[label].all()}
+        Heads that share keys and values go with these, and are one.
+        """
+        free = {place: np.unique(units[label]) for place, label in self._heads.items()}
+        return {place for place, found in free.items() if (found >= 0).sum() <= _FEWEST_HEADS}
+
+    def widths_that_go(self, units: np.ndarray) -> set[Place]:
+        """Views that split a dim into several, where what is left of it may get narrower; `units` as above."""
+        return {self.places[op.index] for op, _, label in self._divided if (units[label] >= 0).any()}
 
     def found_channels(self) -> dict[Place, int]:
         """Views that split a dim into (channels, pixels), as a generator's first layer does: the last dim must stay."""
@@ -481,7 +485,7 @@ class Flow:
             return False
         attributes = attributes_of_sizes(op.module, module, literal, pieces)
         self.facts.attributes += attributes or ()
-        for part, first in not_told_apart(module, literal, pieces):
+        for part, first in not_told_apart(module, literal, pieces, attributes or ()):
             self.tie(part, first, op)
         return attributes is not None
 

@@ -142,9 +142,9 @@ def _follow(trace: Trace, slots: Slots, options: Options) -> tuple[Flow, Facts, 
     options = replace(options, heads=heads, channels=flow.found_channels())
     if options.heads or options.channels:
         flow, facts = _flow_of(trace, slots, options)
-    stuck = flow.heads_that_stay(_staying(slots, facts)) if heads else set()
+    stuck = flow.heads_that_stay(number_neurons(slots, facts)[1]) if heads else set()
     if stuck:
-        stuck &= narrower.widths_that_go(_staying(slots, narrower.facts))
+        stuck &= narrower.widths_that_go(number_neurons(slots, narrower.facts)[1])
     if stuck:
         options = replace(options, heads={place: dim for place, dim in heads.items() if place not in stuck})
         flow, facts = _flow_of(trace, slots, options)
@@ -154,11 +154,6 @@ def _follow(trace: Trace, slots: Slots, options: Options) -> tuple[Flow, Facts, 
 def _flow_of(trace: Trace, slots: Slots, options: Options) -> tuple[Flow, Facts]:
     facts = Facts()
     return run_rules(trace, slots, facts, options), facts
-
-
-def _staying(slots: Slots, facts: Facts) -> np.ndarray:
-    """(slots,) bool, which are of no neuron."""
-    return np.asarray(number_neurons(slots, facts)[1] < 0)
 
 
 def _declared_widths(flow: Flow) -> list[Attribute]:
