@@ -136,7 +136,7 @@ def built(kind: str, config: str, name: str) -> tuple[nn.Module, Inputs]:
                     model(**inputs)
                 return model, inputs
         except Exception as error:  # whatever a configuration that nobody meant raises
-            raised = error
+            raised = raised or error
     raise raised or ValueError("no configuration")
 
 
