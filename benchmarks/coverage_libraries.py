@@ -20,7 +20,7 @@ from torch import nn
 
 import allocator
 
-from . import coverage_attention, coverage_domains, pitch
+from . import coverage_attention, coverage_domains, coverage_fields, pitch
 from .common import read, table, where
 from .coverage_one import trains
 from .rows import arguments_of, measure_rows
@@ -48,7 +48,8 @@ def _monai(name: str, **kwargs: Any) -> nn.Module:
 
 def networks() -> dict[str, tuple[Callable[[], nn.Module], Takes]]:
     """How to build each network, and what it takes."""
-    return {**_convolutional(), **coverage_attention.networks(), **coverage_domains.networks()}
+    others = (coverage_attention, coverage_domains, coverage_fields)
+    return {**_convolutional(), **{name: row for each in others for name, row in each.networks().items()}}
 
 
 def _convolutional() -> dict[str, tuple[Callable[[], nn.Module], Takes]]:

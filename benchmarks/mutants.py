@@ -67,6 +67,7 @@ TESTS = (
     "random_findings",
     "reachable",
     "refusals",
+    "repair",
     "rewriting",
     "sharing",
     "shown",

@@ -265,6 +265,17 @@ NORMS = {
             cautious="the length is of all columns, of which the original reads none as zero",
         )
     ],
+    "renorm": [
+        *each(lambda x: x.renorm(2, 1, 1.0), FEATURES),
+        *each(lambda x: x.renorm(2, -2, 1.0), IMAGE),
+        case(
+            lambda m, x: F.linear(x, m.w.renorm(2, 0, 1.0)),
+            FEATURES,
+            weights={"w": (4, 6)},
+            contracts=True,
+            cautious="the length is of all columns, of which the original reads none as zero",
+        ),
+    ],
     "native_layer_norm": [
         *normed(lambda m, x: F.layer_norm(x, x.shape[2:], m.g, m.b), TOKENS, weights=_AFFINE),
         *normed(lambda m, x: F.layer_norm(x, x.shape[2:]), Data((2, 6, 5), (1,)), weights={}),

@@ -3,90 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_graphs import channel_units, graph_of
-from subjects import untouched
+from fitting_cases import Block, X, fitted, outputs_kept, planner
+from small_graphs import graph_of
 from torch import Tensor, nn
 
 import allocator
 from allocator import adapters
-from allocator.cost.budget import Budget, Budgets
 from allocator.errors import NothingToAllocateError, RewriteError
 from allocator.fitting import check as checking
 from allocator.fitting import fit as fitting
-from allocator.fitting.check import check_structure
-from allocator.fitting.fit import MAX_ROUNDS, Fitted, fit
+from allocator.fitting.fit import MAX_ROUNDS, fit
 from allocator.fitting.mends import Mends
-from allocator.fitting.repair import _alike_modules
+from allocator.fitting.scene import alike_modules
 from allocator.flow.options import Place
 from allocator.graph.build import elsewhere
 from allocator.graph.channel_graph import ChannelGraph
 from allocator.planning.plan import Plan
-from allocator.rewriting.materialise import materialise
-
-X = torch.zeros(2, 3, 4, 4)
-Drop = Mapping[str, Sequence[int]]
-
-
-def planner(drop: Drop) -> Callable[[ChannelGraph], Plan]:
-    """Drops these output channels per layer, as far as they may go."""
-
-    def plan(graph: ChannelGraph) -> Plan:
-        kept = graph.everything
-        for layer, indices in drop.items():
-            for unit in np.array(channel_units(graph, layer))[list(indices)]:
-                if unit >= 0:
-                    kept[unit] = False
-        metric = graph.metric("flops")
-        return Plan(kept, Budgets([Budget(metric, metric.whole)]), "all", "", "", {})
-
-    return plan
-
-
-def fitted(model: nn.Module, drop: Drop, x: Tensor = X, **options: Any) -> Fitted:
-    """A fit whose result runs and keeps what it says; the model is as it was."""
-    model.eval()
-    with untouched(model):
-        found = fit(graph_of(model, x, **options), planner(drop))
-    assert check_structure(found.graph, found.maps, found.allocation) is None
-    small = materialise(model, found.allocation).eval()
-    with torch.no_grad():
-        assert small(x).shape == model(x).shape
-    return found
-
-
-def outputs_kept(found: Fitted, layer: str) -> int:
-    """How many outputs a layer keeps."""
-    dims = found.allocation.kept.get(f"{layer}.weight")
-    size = found.graph.slots.shapes[f"{layer}.weight"][0]
-    return size if dims is None or dims[0] is None else len(dims[0])
-
-
-class Block(nn.Module):
-    """Two layers of 1x1 convolutions, and between them what a subclass does; attributes come in the order given."""
-
-    width: Any
-    wide: Any
-    size: Any
-    sizes: Any
-
-    def __init__(self, hidden: int = 6, **numbers: Any) -> None:
-        super().__init__()
-        for name, value in numbers.items():
-            setattr(self, name, value)
-        self.first, self.second = nn.Conv2d(3, hidden, 1), nn.Conv2d(hidden, 3, 1)
-
-    def between(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.between(self.first(x)))
-
 
 # An attribute that follows --------------------------------------------------------------------------
 
@@ -559,13 +497,13 @@ def test_a_repair_in_the_forward_of_train_mode() -> None:
 def test_modules_that_are_alike() -> None:
     body = [nn.Sequential(Halves(half=3), Fixed()), nn.Sequential(Halves(half=3), Fixed(), nn.Linear(2, 2))]
     modules = dict(nn.Sequential(*body, nn.Linear(2, 2), Fixed()).named_modules())
-    assert _alike_modules(modules, "0.0") == {"0.0", "1.0"}
-    assert _alike_modules(modules, "0.1") == {"0.1", "1.1", "3"}
-    assert _alike_modules(modules, "0.1.first") == {"0.1.first", "1.1.first", "3.first"}
+    assert alike_modules(modules, "0.0") == {"0.0", "1.0"}
+    assert alike_modules(modules, "0.1") == {"0.1", "1.1", "3"}
+    assert alike_modules(modules, "0.1.first") == {"0.1.first", "1.1.first", "3.first"}
     # A layer of torch's own in none but torch's own is alike to those of its own class.
-    assert _alike_modules(modules, "2") == {"2", "1.2"}
-    assert _alike_modules(modules, "1") == {"", "0", "1"}
-    assert _alike_modules(modules, "") == {"", "0", "1"}
+    assert alike_modules(modules, "2") == {"2", "1.2"}
+    assert alike_modules(modules, "1") == {"", "0", "1"}
+    assert alike_modules(modules, "") == {"", "0", "1"}
 
 
 def test_mends_that_got_no_further_are_taken_back() -> None:
@@ -626,3 +564,22 @@ def test_parts_of_a_split_that_one_number_sizes_go_together() -> None:
     assert small.width < 24
     assert small.inner == 44  # which no forward reads
     small(torch.randn(1, 3, 6)).sum().backward()
+
+
+def test_layers_that_stay_already_are_not_kept_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.second(x)
+            return self.last((y * (1 / y.shape[1])).sigmoid()) + self.first(x).sum(1, keepdim=True)
+
+    def always_the_first(scene: Any, mismatch: Any) -> list[Any]:
+        return [(mismatch, [next(op for op in scene.flow.trace.ops if op.module == "first")])]
+
+    monkeypatch.setattr("allocator.fitting.stays.layers_counted", always_the_first)
+    graph = graph_of(Scaled().eval(), torch.zeros(2, 4))
+    found = fit(graph, planner({"first": (1,), "second": (2, 3)}))
+    assert not found.allocation.kept

@@ -590,9 +590,9 @@ def test_a_graph_says_what_it_was_made_with() -> None:
 
 def test_an_operator_without_a_rule_keeps_what_it_touches() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
-        return m.last(m.second(m.stem(x).renorm(2, 1, 1.0)))
+        return m.last(m.second(m.stem(x).matrix_exp()))
 
     graph = graph_of(net(run, stem=conv(3, 4), second=conv(4, 5), last=conv(5, 1)))
-    assert graph.unsupported == {"renorm": [""]}
+    assert graph.unsupported == {"linalg_matrix_exp": [""]}
     assert channel_units(graph, "stem") == [-1] * 4
     assert -1 not in channel_units(graph, "second")

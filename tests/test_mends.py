@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import allocator
 from allocator.fitting.mends import Mends
+from allocator.flow.options import Pair
 
 
 def test_an_attribute_that_stops_the_forward_before_is_taken_back_before_anything_else_is_mended() -> None:
@@ -27,6 +28,27 @@ def test_an_attribute_that_stops_the_forward_before_is_taken_back_before_anythin
     mends.judge((0, 4))
     assert mends.together((0, 4)) == [], "they were tried together"
     assert mends.pieces == {}
+
+
+def test_one_attribute_that_did_not_help_is_not_tried_again_by_itself() -> None:
+    mends: Any = Mends({("a", "x"): (np.arange(3),)})
+    mends.trial = (0, 4), [("a", "x")]
+    mends.judge((0, 4))
+    assert mends.together((0, 4)) == []
+    assert mends.was_wrong(("a", "x"), (np.arange(3),))
+    others = [("a", "y"), (np.arange(3),)], [("a", "x"), (np.arange(1, 4),)], [("a", "x"), (np.arange(3), np.arange(3))]
+    assert not any(mends.was_wrong(*each) for each in others)
+
+
+def test_a_tie_is_in_vain_where_the_forward_got_no_further() -> None:
+    for place, vain in (((0, 3), True), ((0, 4), True), ((0, 5), False), ((1, 0), False)):
+        mends, notes = Mends(), ["one", "tied", "two"]
+        pairs: set[Pair] = {((1, 2), (3, 4))}
+        mends.tied = (0, 4), pairs, "tied"
+        assert mends.ties_in_vain(place, notes) == (pairs if vain else set())
+        assert mends.apart == (pairs if vain else set())
+        assert notes == (["one", "two"] if vain else ["one", "tied", "two"])
+        assert mends.ties_in_vain(place, notes) == set(), "it is asked of once"
 
 
 class Checked(nn.Module):
@@ -77,6 +99,8 @@ def test_heads_go_where_the_attribute_that_is_tried_first_does_not_help(kind: ty
     assert (small.num_heads, small.query.out_features) == (2, 8)
     assert small.embed_dim == (16 if kind is Checked else 8)
     assert not any("stay" in note for note in result.notes)
+    followed = ["num_heads"] if kind is Checked else ["embed_dim", "num_heads", "head_dim"]
+    assert result.notes[:-1] == [f"{name!r} of {kind.__name__} follows the kept channels" for name in followed]
     small(torch.randn(3, 7, 16))
 
 

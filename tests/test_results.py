@@ -103,6 +103,20 @@ def test_loading_does_not_disturb_the_random_state(tmp_path: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+class LoadsItsOwnWay(nn.Sequential):
+    """Its `load_state_dict` is from before there was `assign`."""
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True) -> Any:  # type: ignore[override]
+        return super().load_state_dict(state_dict, strict)
+
+
+def test_a_network_that_loads_in_a_way_of_its_own_comes_back(tmp_path: Path) -> None:
+    result = allocate(LoadsItsOwnWay(*_homemade().children()).eval(), flops="60%", example_inputs=IMAGE)
+    save_result(result, tmp_path / "s.safetensors")
+    loaded = load_result(tmp_path / "s.safetensors", model=LoadsItsOwnWay(*_homemade().children()))
+    assert torch.equal(loaded(IMAGE), result.model(IMAGE))
+
+
 def test_a_network_of_ones_own_needs_a_fresh_build(tmp_path: Path) -> None:
     result = allocate(_homemade(), flops="60%", example_inputs=IMAGE, certify=False)
     save_result(result, tmp_path / "s.safetensors")

@@ -522,3 +522,111 @@ def test_a_class_whose_new_wants_arguments_is_copied() -> None:
     assert result.certificate.ok
     assert type(small[3]) is Chosen
     assert small[3].down.out_channels < 16
+
+
+def test_a_layer_without_channels_is_passed_over() -> None:
+    class Squeezed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+            self.few, self.back = nn.Linear(8, 0), nn.Linear(0, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.last(y * self.back(self.few(y.mean((2, 3)))).sigmoid()[:, :, None, None])
+
+    result = allocate(Squeezed().eval())
+    assert result.certificate.ok
+    assert len(result.allocation.kept["first.weight"][0] or ()) in range(1, 8)
+
+
+def test_channels_of_a_layer_whose_weight_is_shortened_may_go() -> None:
+    class Shortened(nn.Module):
+        """Each output's weights are shortened where they are longer than one."""
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight.renorm(2, 0, 1.0)
+
+    model = trained(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 1)))
+    parametrize.register_parametrization(model[0], "weight", Shortened())
+    result = allocate(model)
+    assert result.certificate.ok
+    assert not result.graph.unsupported
+    parametrize.register_parametrization(model[3], "weight", Shortened())
+    with pytest.raises(NothingToAllocateError, match="a norm over the channels mixes them all"):
+        allocate(model)
+
+
+class Spiking(nn.Module):
+    """A membrane that leaks, fires and is kept in a buffer, which each forward replaces."""
+
+    mem: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.register_buffer("mem", torch.zeros(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mem = torch.zeros_like(self.mem)
+        spikes = []
+        for _ in range(3):
+            if self.mem.shape[:1] != x.shape[:1]:
+                self.mem = torch.zeros_like(self.first(x))
+            self.mem = 0.9 * self.mem + self.first(x)
+            spikes.append((self.mem > 0.1).to(x.dtype))
+            self.mem = self.mem - spikes[-1]
+        return self.last(torch.stack(spikes).sum(0))
+
+
+@pytest.mark.parametrize("runs_before", [0, 1])
+def test_a_buffer_that_the_forward_replaces_is_computed_from_then_on(runs_before: int) -> None:
+    torch.manual_seed(0)
+    model, x = Spiking().eval(), torch.randn(4, 6)
+    for _ in range(runs_before):
+        model(x)
+    result = allocator.allocate(model, "60%", example_inputs=x)
+    assert result.certificate.ok
+    assert result.graph.share() > 0.8
+    gone = sorted(set(range(16)) - set(result.allocation.kept["last.weight"][1] or ()))
+    with torch.no_grad():
+        model.last.weight[:, gone] = 0
+    assert torch.allclose(result.model(x), model(x), atol=1e-6)
+
+
+class Shortened(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.renorm(2, 0, 1.0)
+
+
+@pytest.mark.parametrize("multiplier", [1, 2])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        positive,
+        parametrizations.weight_norm,
+        torch.nn.utils.weight_norm,
+        lambda layer: parametrize.register_parametrization(layer, "weight", Shortened()),
+    ],
+)
+def test_groups_of_a_convolution_whose_weight_is_computed_may_go(compute: Wrap, multiplier: int) -> None:
+    def built() -> nn.Module:
+        wide = 8 * multiplier
+        layers = [
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, wide, 3, groups=8),
+            nn.ReLU(),
+            nn.Conv2d(wide, 4, 1),
+        ]
+        compute(layers[2])
+        return trained(nn.Sequential(*layers))
+
+    result = allocate(built(), "50%")
+    assert result.certificate.ok
+    assert not any("stay" in note for note in result.notes)
+    thin: Any = result.model.get_submodule("2")
+    assert thin.groups == thin.in_channels < 8
+    assert thin.out_channels == multiplier * thin.groups
+    fresh = allocator.apply(built(), result.allocation)
+    assert fresh(IMAGE).shape == result.model(IMAGE).shape

@@ -102,7 +102,7 @@ INEXACT: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "an unbiased deviation": (
         lambda: vector(lambda s, x: s.z(squared(s.a(x), unbiased=True))),
         NUMBERS,
-        r"a reduction runs over these channels \(std\)",
+        r"a norm over the channels mixes them all \(std\)",
     ),
     "the number of the largest": (
         lambda: Made(lambda s, x: s.z(s.a(x).max(-1)[1]), a=nn.Linear(6, 8), z=nn.Embedding(8, 2)),

@@ -63,7 +63,7 @@ def fit(graph: ChannelGraph, planner: Planner, hold: Hold | None = None) -> Fitt
         RewriteError: no plan was found that runs.
     """
     graph = elsewhere(graph)
-    mends = Mends()
+    mends = Mends(counted=graph.counted)
     notes: list[str] = []
     mismatch: Mismatch | None = None
     rounds = 0

@@ -23,6 +23,7 @@ class Mends:
         notes: what was said of them, each with those that it is about.
         tied: slots that were tied last, with the place and what was said; taken back where that did not help.
         apart: those for which it did not.
+        counted: by place which layers a call was found to hang on beside its own, each by a slot of it.
     """
 
     pieces: dict[AttributeKey, tuple[np.ndarray, ...]] = field(default_factory=dict)
@@ -32,6 +33,7 @@ class Mends:
     notes: dict[str, list[AttributeKey]] = field(default_factory=dict)
     tied: tuple[tuple[int, int], set[Pair], str] | None = None
     apart: set[Pair] = field(default_factory=set)
+    counted: dict[tuple[int, int], set[int]] = field(default_factory=dict)
 
     def attributes(self) -> list[Attribute]:
         """All of them."""
@@ -49,6 +51,11 @@ class Mends:
             if vain is not None and tried:
                 vain[key] = tried
         return place < trial[0]
+
+    def was_wrong(self, key: AttributeKey, pieces: tuple[np.ndarray, ...]) -> bool:
+        """Whether an attribute was tried for these labels in vain."""
+        tried = (each for each in self.wrong.get(key, ()) if len(each) == len(pieces))
+        return any(all(map(np.array_equal, each, pieces)) for each in tried)
 
     def together(self, place: tuple[int, int]) -> list[AttributeKey]:
         """Let all that did not help at a place one at a time follow at once; their keys, none where that was tried."""

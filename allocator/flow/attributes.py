@@ -11,6 +11,8 @@ from torch import nn
 
 from allocator import adapters
 from allocator.flow.facts import Attribute
+from allocator.flow.labels import Label, Slots
+from allocator.modules import lies_within
 from allocator.torch_private import ConvolutionBase, tree_flatten
 
 
@@ -31,6 +33,15 @@ def attributes_of_groups(
     count = len(representatives)
     names = [name for name, value in vars(module).items() if "groups" in name and type(value) is int and value == count]
     return [Attribute(path, name, (representatives,)) for name in names]
+
+
+def stored_in(path: str, module: nn.Module | None, slots: Slots, rows: Label) -> str | None:
+    """Of a convolution whose weight is computed, the parameter within it whose rows that weight has."""
+    if rows is None or not rows.size or not isinstance(module, ConvolutionBase):
+        return None
+    name = slots.name_of(int(rows[0]))
+    own = name and lies_within(name, [path]) and np.array_equal(slots.labels(name)[0], rows)
+    return name if own else None
 
 
 def attributes_of_sizes(

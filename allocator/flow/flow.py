@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from allocator.adapters import how_to, narrows_heads
-from allocator.flow.attributes import attributes_of_groups, attributes_of_sizes, not_told_apart
+from allocator.flow.attributes import attributes_of_groups, attributes_of_sizes, not_told_apart, stored_in
 from allocator.flow.facts import AtLeast, Even, Facts, Frozen, Gamma, Tie, Written
 from allocator.flow.labels import Label, Labels, Slots
 from allocator.flow.options import Options, Place, places_of
@@ -327,7 +327,7 @@ class Flow:
         """Labels of neurons that a parameter writes; they are what can be removed."""
         if not self.active.isdisjoint(op.inputs()):
             self._note_use(label, op)
-        if label is not None and not self.is_activation(weight_value):
+        if label is not None and label.size and not self.is_activation(weight_value):
             self.facts.written.append(Written(label, op.module))
             self.floor(label, op)
 
@@ -376,12 +376,14 @@ class Flow:
         """A grouped convolution or norm whose groups come and go whole; one slot per group."""
         self.grouped[op.index] = representatives
         name = None if weight is None else self._rows_of(weight.index)
-        if name is not None:
-            self.facts.groups[name] = representatives
         module = self.trace.modules.get(op.module)
         if module is not None:
             own = name is not None
             self.facts.attributes += attributes_of_groups(op.module, module, representatives, owns_weight=own)
+        if name is None and weight is not None:
+            name = stored_in(op.module, module, self.slots, self.labels(weight.index)[0])
+        if name is not None:
+            self.facts.groups[name] = representatives
 
     def _rows_of(self, value: int) -> str | None:
         """The parameter or buffer that this is, or that it views with all its rows."""

@@ -78,6 +78,7 @@ class ChannelGraph(Shown):
         forwards: what was recorded.
         speed: how long the model's modules take, where that was measured.
         wider: the graph with forwards in other modes and sizes too, once it was made.
+        counted: by call (forward, index) what fits of its results showed it to hang on: a slot per layer.
     """
 
     model: nn.Module = field(repr=False)
@@ -95,6 +96,7 @@ class ChannelGraph(Shown):
     forwards: Forwards = field(repr=False)
     speed: Speed | None = None
     wider: ChannelGraph | None = field(default=None, repr=False)
+    counted: dict[tuple[int, int], set[int]] = field(default_factory=dict, repr=False)
     _metrics: dict[str, Metric] = field(default_factory=dict, repr=False)
     _ran: bool = field(default=False, repr=False)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import inspect
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,10 +269,17 @@ def _assemble(fresh: nn.Module, allocation: Allocation, tensors: dict[str, torch
         else:
             state[key] = value
     try:
-        small.load_state_dict(state, assign=True)
+        _put_in_place(small, state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise FileError(f"the weights in {path} do not fit its network: {shorten(str(error))}") from error
     return small
+
+
+def _put_in_place(small: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """By the network's own `load_state_dict`, unless that is from before there was `assign`."""
+    taken = inspect.signature(small.load_state_dict).parameters.values()
+    able = any(p.name == "assign" or p.kind is p.VAR_KEYWORD for p in taken)
+    (small.load_state_dict if able else partial(nn.Module.load_state_dict, small))(state, assign=True)
 
 
 def _check_gives(model: nn.Module, allocation: Allocation) -> None:

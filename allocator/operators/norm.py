@@ -11,6 +11,7 @@ from torch.nn import functional
 from allocator.cost.terms import Product, elements
 from allocator.flow.facts import JOINT
 from allocator.flow.flow import Flow
+from allocator.flow.labels import Label
 from allocator.tracing.calls import Op
 from allocator.tracing.meta_kernels import empty, like
 from allocator.tracing.operators import AS_ONE_CALL, operator
@@ -142,8 +143,20 @@ def weight_norm(flow: Flow, op: Op) -> None:
     labels = list(flow.labels(direction))
     dim = int(op.arg("dim")) % len(labels)
     flow.unify(labels[dim], flow.labels(length)[dim], op)
+    _length_of_all_but(flow, op, labels, dim)
+    flow.set(op.outputs[0], labels)
+    flow.set(op.outputs[1], [labels[dim] if d == dim else None for d in range(len(labels))])
+
+
+@operator("renorm")
+def renorm(flow: Flow, op: Op) -> None:
+    """Along one dim each index is shortened alone where its length, which is of all the others, is too large."""
+    labels = list(flow.labels(op.inputs()[0]))
+    _length_of_all_but(flow, op, labels, int(op.arg("dim")) % len(labels))
+    flow.set(op.outputs[0], labels)
+
+
+def _length_of_all_but(flow: Flow, op: Op, labels: list[Label], dim: int) -> None:
     if flow.options.norms != "loose":  # twice as many inputs make it longer
         for other in (*labels[:dim], *labels[dim + 1 :]):
             flow.freeze(other, op, JOINT)
-    flow.set(op.outputs[0], labels)
-    flow.set(op.outputs[1], [labels[dim] if d == dim else None for d in range(len(labels))])

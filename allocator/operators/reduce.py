@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from allocator.flow.facts import JOINT
 from allocator.flow.flow import Flow
 from allocator.flow.labels import Label
 from allocator.operators.contraction import sum_over
@@ -36,13 +37,14 @@ def reduce(flow: Flow, op: Op) -> None:
     dims = op.arg("dim")
     dims = [dims] if isinstance(dims, int) else dims
     reduced = {d % len(labels) for d in dims} if dims else set(range(len(labels)))
-    reason = "a reduction runs over these channels"
+    is_norm = any(labels[d] is not None for d in reduced) and _normalises(flow, op)
+    reason = JOINT if is_norm else "a reduction runs over these channels"
     for d in reduced:
         if op.name == "sum" and not flow.options.grows and _product_by_hand(flow, op, source, d):
             continue
         if flow.options.grows and _averages(flow, op):
             flow.average(labels[d], op, reason)
-        elif not (flow.options.norms == "loose" and _normalises(flow, op)):
+        elif flow.options.norms != "loose" or not is_norm:
             flow.freeze(labels[d], op, reason)
     kept: list[Label] = [label for d, label in enumerate(labels) if d not in reduced]
     if len(flow.shape(op.outputs[0])) == len(labels):

@@ -65,7 +65,7 @@ class Op:
         seeded: it drew from a generator that the forward made, holds or seeded.
         operator: what torch says of `target`.
         declared: what this package knows of it beside that.
-        name: operator name without namespace or overload, such as `convolution`.
+        name: operator name without overload, such as `convolution`; of an operator of one's own with its namespace.
     """
 
     index: int

@@ -17,7 +17,7 @@ from allocator.torch_private import OpOverload, schema_of
 
 Rule = Callable[[Any, Any], None]
 R = TypeVar("R", bound=Rule)
-_OTHER_NAMESPACES = ("torchvision",)
+_LOADED_LATER = ("torchvision",)  # its operators are there once it is imported
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,8 @@ def operator(*names: str, recent: tuple[str, ...] = (), for_pointwise: bool = Fa
     """Declare the named operators, all their overloads and the twins that work in place; decorates their rule.
 
     Args:
-        names: operator names as in `torch.ops.aten`, or `torchvision::roi_align` for another namespace.
+        names: operator names as in `torch.ops.aten`, or `torchvision::roi_align` for another namespace, such as that of
+            operators of your own.
         recent: names that the oldest torch this package runs on does not have; there they are passed over.
         for_pointwise: the declaration also holds for every operator that torch tags as pointwise.
         traits: further fields of `Declaration`.
@@ -142,11 +143,9 @@ def declare(declaration: Declaration, *names: str) -> None:
         if name in DECLARATIONS:
             rule = DECLARATIONS[name].rule
             raise ValueError(f"operator {name} has a rule already: {getattr(rule, '__name__', 'none')}")
-        namespace, _, _ = name.rpartition("::")
-        if namespace and namespace not in _OTHER_NAMESPACES:
-            raise ValueError(f"namespace {namespace} of {name} is none of {', '.join(_OTHER_NAMESPACES)}")
-        if not namespace and not hasattr(torch.ops.aten, name):
-            raise ValueError(f"aten has no operator {name}")
+        namespace, _, own = name.rpartition("::")
+        if namespace not in _LOADED_LATER and not hasattr(getattr(torch.ops, namespace or "aten"), own):
+            raise ValueError(f"{namespace or 'aten'} has no operator {own}")
         DECLARATIONS[name] = declaration
     operator_of.cache_clear()  # what was looked up before was not declared then
 
@@ -167,7 +166,7 @@ class Operator:
     """One overload: what torch says of it, and what is declared.
 
     Attributes:
-        name: its name without namespace or overload, such as `convolution`.
+        name: its name without overload, such as `convolution`; with its namespace where that is one of your own.
         arguments: position and default of each argument, by its name.
         writes: whether it changes one of its inputs in place.
         gives_views: whether a result shares the memory of an input.
@@ -199,9 +198,10 @@ def operator_of(target: OpOverload) -> Operator:
     """What is known of an overload such as `aten.convolution.default`."""
     schema = schema_of(target)
     first = schema.arguments[0].alias_info if schema.arguments else None
+    namespace, _, own = schema.name.partition("::")
     declared = _declaration(target)
     return Operator(
-        name=schema.name.split("::")[1],
+        name=own if namespace in ("aten", *_LOADED_LATER) else schema.name,
         arguments={a.name: (i, a.default_value) for i, a in enumerate(schema.arguments)},
         writes=bool(schema.is_mutable),
         gives_views=any(result.alias_info is not None for result in schema.returns),

@@ -212,6 +212,7 @@ class _Recorder(TorchDispatchMode):
         self.paused = False
         self.stack: list[str] = [""]
         self.modules = modules_of(model)
+        self.tensors = tensor_names(model, self.modules)
 
     @property
     def path(self) -> str:
@@ -275,11 +276,15 @@ class _Recorder(TorchDispatchMode):
 
         return call
 
+    def _names(self) -> dict[int, str]:
+        """Of the model's tensors as they were; one that the forward puts in the place of another is computed."""
+        added = {name: t for name, t in tensor_names(self.model, self.modules).items() if name not in self.tensors}
+        return {id(tensor): name for name, tensor in {**added, **self.tensors}.items()}
+
     def compact(
         self, output: Any, modules: dict[str, nn.Module], mode: str, training: bool, *, unfinished: bool = False
     ) -> Trace:
-        named = {id(tensor): name for name, tensor in tensor_names(self.model, self.modules).items()}
-        known = _Known(named, self.before, {key: numbers for key, (_, numbers) in self.literals.items()}, mode)
+        known = _Known(self._names(), self.before, {key: numbers for key, (_, numbers) in self.literals.items()}, mode)
         ops: list[Op] = []
         current, waiting = None, {id(call): call for call in self.calls}
         for i, (func, args, kwargs, out, module, call) in enumerate(self.raw):

@@ -8,7 +8,7 @@ that changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,10 +37,11 @@ class Mismatch:
     Attributes:
         op: the original call; None where the original makes none.
         what: what differs, with got and expected.
-        module: path of the module whose forward raised; None where none did.
+        module: path of the module whose forward raised; None where it is something else that does not fit.
         forward: which of the graph's flows it is in.
         misplaced: slots of the original that are there, in other places than they should be.
         dims: where the call gives a tensor of other sizes, which these are: (which tensor, dim).
+        also: where it is a number in the call, what differs after it, up to the first that is none.
     """
 
     op: Op | None
@@ -49,6 +50,7 @@ class Mismatch:
     forward: int = 0
     misplaced: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64), repr=False, compare=False)
     dims: tuple[tuple[int, int], ...] = field(default=(), repr=False, compare=False)
+    also: tuple[Mismatch, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def is_number(self) -> bool:
@@ -62,6 +64,7 @@ class Mismatch:
 _NUMBER = "has the number"
 _SAYS = "the model returns"
 _SHAPE = "shape"
+_RAISED = "the rewritten forward raised"
 
 
 def find_mismatch(graph: ChannelGraph, maps: Maps, small: nn.Module, *, copied: bool = False) -> Mismatch | None:
@@ -102,7 +105,7 @@ def _mismatch_in(flow: Flow, small: nn.Module, slots: Slots, image: Image, *, co
     mismatch = compare(flow, new, image, error)
     if mismatch is None:
         return _says_otherwise(flow, trace, image)
-    return replace(mismatch, module=where)
+    return replace(mismatch, module=where) if mismatch.what.startswith(_RAISED) else mismatch
 
 
 def _says_otherwise(old: Flow, trace: Trace, image: Image) -> Mismatch | None:
@@ -171,11 +174,15 @@ def compare(old: Flow, new: Flow, image: Image, raised: Exception | None = None)
     before, returned = _without_copies(old.trace, gone, whole)
     after, returned_now = _without_copies(new.trace, set(), whole)
     values = _Pairs()
+    found: list[Mismatch] = []
     for a, b in zip(before, after, strict=False):
-        what = _compare_call(old, new, a, b, values, gone, image)
-        if what:
+        for what in _compare_call(old, new, a, b, values, gone, image):
             dims = _other_sizes(old, new, a, b, image) if what.startswith(_SHAPE) else ()
-            return Mismatch(old.trace.ops[a.index], what, misplaced=image.misplaced, dims=dims)
+            found.append(Mismatch(old.trace.ops[a.index], what, misplaced=image.misplaced, dims=dims))
+            if not found[-1].is_number:
+                return replace(found[0], also=tuple(found[1:]))
+    if found:
+        return replace(found[0], also=tuple(found[1:]))
     if raised is not None and not (old.trace.unfinished and len(before) == len(after)):
         return _first_not_made(old, before, len(after), raised)
     if len(before) != len(after):
@@ -212,7 +219,7 @@ def _last_of(old: Flow, calls: list[Op]) -> Op | None:
 
 def _first_not_made(old: Flow, before: list[Op], done: int, raised: Exception) -> Mismatch:
     """The original call on channels that comes next after `done` calls that were right."""
-    what = f"the rewritten forward raised {in_words(raised)}"
+    what = f"{_RAISED} {in_words(raised)}"
     for op in before[done:]:
         if any(label is not None for i in (*op.inputs(), *op.outputs) for label in old.labels(i)):
             return Mismatch(old.trace.ops[op.index], what)
@@ -257,22 +264,25 @@ def _compare_call(
     values: _Pairs,
     gone: set[int],
     image: Image,
-) -> str | None:
+) -> Iterator[str]:
+    """What differs in a call: a number, and then the first of all else; what would follow that says nothing."""
     family = a.declared.stands_for
     alike = a.target is b.target or (family != "" and family == b.declared.stands_for)
     if not alike or a.module != b.module:
-        return f"became {b}"
+        yield f"became {b}"
     if len(a.outputs) != len(b.outputs):
-        return f"gives {len(b.outputs)} tensors, expected {len(a.outputs)}"
-    what = _compare_arguments(old, new, a, b, values, gone) or _compare_groups(old, a, b, image)
-    if what:
-        return what
+        yield f"gives {len(b.outputs)} tensors, expected {len(a.outputs)}"
+    yield from _said(_compare_arguments(old, new, a, b, values, gone))
+    yield from _said(_compare_groups(old, a, b, image))
     for i, j in zip(a.outputs, b.outputs, strict=True):
         values.add(i, j)
-        what = _compare_value(old, new, i, j, image)
-        if what:
-            return what
-    return _compare_ranges(old, a, b, image)
+        yield from _said(_compare_value(old, new, i, j, image))
+    yield from _said(_compare_ranges(old, a, b, image))
+
+
+def _said(what: str | None) -> Iterator[str]:
+    if what is not None:
+        yield what
 
 
 def _compare_value(old: Flow, new: Flow, i: int, j: int, image: Image) -> str | None:
