@@ -4,8 +4,8 @@ python -m benchmarks.coverage_transformers             # needs pip install 'neur
 python -m benchmarks.coverage_transformers --names causal/llama --print
 
 Each in a process of its own with a limit of CPU time: allocated to 70 % of its FLOPs, certified, trained a step; what
-generates text does so afterwards. Writes results/coverage_transformers.json and .md; a run that was cut off goes on with
-the models that have no row.
+generates text does so afterwards. Writes results/coverage_transformers.json and .md; a run that was cut off goes on
+with the models that have no row.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ _HIDDEN += ("hidden_dim", "moe_intermediate_size", "shared_expert_intermediate_s
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _PLAIN = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 _PLAIN |= {"max_position_embeddings": 64, "n_positions": 64, "image_size": 64, "num_labels": 5, "num_mel_bins": 40}
+_PLAIN |= {"num_experts_per_tok": 2, "num_key_value_heads": 2, "head_dim": 16, "d_kv": 16, "rotary_dim": 8}
+_PLAIN |= {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+_PLAIN |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "state_size": 8}
 SMALL = {
     **dict.fromkeys(_DEPTHS, 2),
     **dict.fromkeys(_WIDTHS, 64),
@@ -62,9 +65,6 @@ SMALL = {
     **dict.fromkeys(_HIDDEN, 96),
     **dict.fromkeys(_EXPERTS, 4),
     **_PLAIN,
-    **{"num_experts_per_tok": 2, "num_key_value_heads": 2, "head_dim": 16, "d_kv": 16, "rotary_dim": 8},
-    **{"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
-    **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "state_size": 8},
 }
 """Sizes by the names that configurations give them."""
 OWN: dict[str, dict[str, Any]] = {
