@@ -204,6 +204,39 @@ def test_heads_that_share_four_keys_and_values_go_with_these() -> None:
     assert small.q_proj.out_features == 2 * small.k_proj.out_features < 48
 
 
+class Remembering(Attention):
+    """Relative positions that are gathered once for every device, as LeViT does it in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__(biased=True)
+        self.remembered: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        key = str(x.device)
+        if key not in self.remembered:
+            table: Any = self.table
+            self.remembered[key] = table[self.get_buffer("places").view(-1)].view(n, n, -1).permute(2, 0, 1).detach()
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        y = ((q @ k.transpose(-2, -1) + self.remembered[key]).softmax(-1) @ v).transpose(1, 2)
+        result: Tensor = self.proj(y.reshape(b, n, self.attn_dim))
+        return result
+
+
+def test_what_was_remembered_of_all_heads_is_not_what_is_left() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Remembering(), nn.LayerNorm(24), nn.Linear(24, 5)).eval()
+    model(torch.randn(1, 9, 24))
+    result = allocator.allocate(model, "60%", example_inputs=TOKENS, criterion="magnitude")
+    assert result.certificate.ok
+    small: Any = result.model.get_submodule("0")
+    assert small.num_heads < 4
+    result.model(torch.randn(2, 9, 24))
+    assert small.remembered["cpu"].shape == (small.num_heads, 9, 9)
+    before: Any = model[0].remembered
+    assert before["cpu"].shape == (4, 9, 9)
+
+
 class Queries(nn.Module):
     """Learned queries that read tokens, as a detector's decoder does; what asks depends on no input."""
 

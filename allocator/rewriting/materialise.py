@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -33,6 +34,8 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
         small.get_submodule(owner)._modules[name] = None
     modules = dict(small.named_modules(remove_duplicate=False))
     adapters.take_any_width(modules, allocation.kept)
+    for path in modules.keys() & {name.rpartition(".")[0] for name in allocation.kept}:
+        _forget_what_is_held_by_device(modules[path])
     for path, values in allocation.attributes.items():
         module = modules[path]
         for name, value in values.items():
@@ -40,6 +43,21 @@ def materialise(model: nn.Module, allocation: Allocation, cut: Slice = take) -> 
             set_attribute(module, name, value, shared=path != "")
     adapters.note_rewritten(modules[path] for path in {"", *allocation.attributes})
     return small
+
+
+def _forget_what_is_held_by_device(module: nn.Module) -> None:
+    """Tensors by the device that they lie on are remembered, of what is cut now; the forward computes them anew."""
+    for name, value in vars(module).items():
+        by_device = name not in MODULE_FIELDS and isinstance(value, dict) and all(map(_is_device, value))
+        if by_device and all(isinstance(remembered, torch.Tensor) for remembered in value.values()):
+            value.clear()
+
+
+def _is_device(key: Any) -> bool:
+    return isinstance(key, torch.device) or (isinstance(key, str) and _DEVICE.fullmatch(key) is not None)
+
+
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d+)?")
 
 
 def replacing(allocation: Allocation, cut: Slice = take) -> Replace:
