@@ -60,6 +60,18 @@ def test_json_is_as_its_schema_says(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["budget"]["totals"]["parameters"] == sum(p.numel() for p in result.model.parameters())
 
 
+def test_a_budget_that_narrower_groups_alone_can_meet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of the two groups is half of the FLOPs."""
+    grouped = "from torch import nn\ndef grouped():\n    layers = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2)\n"
+    (tmp_path / "more.py").write_text(f"{grouped}    return nn.Sequential(*layers, nn.Conv2d(8, 2, 1))\n")
+    asked = ["report", "more:grouped", *SIZE, "--json", "--flops", "45%"]
+    assert main(asked) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["budget"]["totals"]["flops"] <= 0.45 * facts["flops"]
+    assert main([*asked, "--groups", "whole"]) == 1
+    assert "--groups width" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("format", "begins"),
     [("rich", "nets:mixed: Mixed"), ("csv", "block,kind,"), ("md", "# nets:mixed"), ("html", "<!doctype html>")],

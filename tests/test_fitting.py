@@ -536,17 +536,22 @@ def test_mends_that_got_no_further_are_taken_back() -> None:
 
 
 class Selective(nn.Module):
-    """Rows that are mixed by how alike two parts of equal size are, as the states of a state space model are."""
+    """Values, and two parts of one size that nothing else ties."""
 
     def __init__(self) -> None:
         super().__init__()
         self.width, self.state = 24, 10
         self.inner = self.width + 2 * self.state
-        self.into, self.back = nn.Linear(6, self.inner), nn.Linear(self.width, 5)
+        self.into = nn.Linear(6, self.inner)
+        self.back, self.keys, self.queries = (
+            nn.Linear(self.width, 5),
+            nn.Linear(self.state, 5),
+            nn.Linear(self.state, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         values, keys, queries = self.into(x).split([self.width, self.state, self.state], dim=-1)
-        result: Tensor = self.back(queries @ keys.transpose(1, 2) @ values)
+        result: Tensor = self.back(values) + self.keys(keys) * self.queries(queries)
         return result
 
 

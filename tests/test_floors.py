@@ -451,3 +451,10 @@ def test_budgets_of_a_sweep_lie_within_one_another_when_the_last_needs_narrower_
     larger, smaller = (point.allocation.kept for point in points)
     for name in ("0.weight", "1.weight"):
         assert set(smaller[name][0] or ()) < set(larger[name][0] or range(8))
+
+
+def test_steps_reach_a_budget_that_narrower_groups_alone_can_meet() -> None:
+    done = allocator.iterate(
+        IN_GROUPS, "45%", schedule=[0.5, 1.0], train=lambda model: None, example_inputs=torch.zeros(1, 3, 8, 8)
+    )
+    assert done.allocation.flops_after <= 0.45 * done.allocation.flops_before
